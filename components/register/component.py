@@ -1,0 +1,29 @@
+"""Register: the best candidate becomes a version of the model, and the champion if it beats the present one."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register(
+    evaluations: list, champion_evaluation: str, metric: str, min_gain: float, decision: dsl.Output[dsl.Markdown]
+) -> str:
+    """Register the winner among `evaluations`; return the champion's model URI."""
+    from model_lib.candidates import decision_markdown
+    from model_lib.config import RegisterConfig
+    from model_lib.registry import register as run
+    from model_lib.registry import version_uri
+    from model_lib.storage import write_bytes
+    from model_lib.tracking import tracking_from_environment
+
+    config = RegisterConfig(
+        evaluations=tuple(evaluations),
+        champion_evaluation=champion_evaluation or None,
+        metric=metric,
+        min_gain=min_gain,
+    )
+    registered = run(config, tracking_from_environment())
+    write_bytes(decision.path, decision_markdown(registered).encode())
+    decision.metadata.update(registered.to_dict())
+    return version_uri(registered.champion_version)

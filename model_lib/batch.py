@@ -1,0 +1,216 @@
+"""Captioning a folder or bucket prefix: plan, caption each shard, merge.
+
+    <output>/plan.json            the pictures listed, once, and what captions them
+             captions/*.parquet   one file a shard, written whole or not at all
+             summary.json         counts a status and reason
+
+Every picture listed has exactly one row, with a status. Started again with the same pictures, model and options, only
+the shards that are missing are done; if any of them changed, the output is made anew.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_lib import storage
+from model_lib.config import BatchConfig
+from model_lib.errors import UserError
+from model_lib.pictures import PictureError, open_picture, to_pixels
+from model_lib.progress import Progress
+
+if TYPE_CHECKING:
+    from model_lib.model import Captioner
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jfif"}
+SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("status", pa.string()),
+        ("caption", pa.string()),
+        ("score", pa.float32()),
+        ("error", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int64()),
+        ("model", pa.string()),
+        ("captioned_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be captioned, by what, in which shards."""
+
+    identity: str
+    """Digest of the listing, the model and the options."""
+    model: str
+    shards: list[list[str]]
+    """URIs of each shard's pictures."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over the whole output."""
+
+    pictures: int
+    ok: int
+    errors: dict[str, int]
+    """Pictures without a caption, a reason."""
+    captions: str
+    """Folder of the Parquet files."""
+    model: str
+
+
+def plan(config: BatchConfig) -> Plan:
+    """List the pictures once and split them into shards; an unfinished plan for the same work is taken up again.
+
+    Raises:
+        UserError: there is no such folder, no picture in it, or the output cannot be written.
+    """
+    fs, path = storage.filesystem(config.images)
+    if not fs.isdir(path):
+        raise UserError(f"{config.images}: no such folder of pictures")
+    inside = storage.absolute(config.output)
+    found = [
+        (fs.unstrip_protocol(name) if not storage.is_local(config.images) else name, info)
+        for name, info in sorted(fs.find(path, detail=True).items())
+        if PurePosixPath(name).suffix.lower() in EXTENSIONS
+    ]
+    listing = [(uri, info["size"], str(info.get("mtime") or info.get("etag"))) for uri, info in found]
+    listing = [entry for entry in listing if not entry[0].startswith(inside + "/")]
+    if not listing:
+        raise UserError(f"{config.images}: no pictures in it ({', '.join(sorted(EXTENSIONS))})")
+    storage.require_writable(config.output)
+    digest = hashlib.sha256(json.dumps([listing, config.key()]).encode()).hexdigest()
+    uris = [uri for uri, *_ in listing]
+    count = config.shard_pictures
+    made = Plan(digest, config.model, [uris[start : start + count] for start in range(0, len(uris), count)])
+    file = storage.join(config.output, "plan.json")
+    if not storage.exists(file) or storage.read_json(file).get("identity") != digest:
+        for stale in ("captions", "summary.json"):
+            storage.remove(storage.join(config.output, stale))
+        storage.write_json(file, asdict(made))
+    return made
+
+
+def shard_uri(output: str, index: int) -> str:
+    return storage.join(output, "captions", f"part-{index:05d}.parquet")
+
+
+def caption_shard(
+    uris: list[str], index: int, model: "Captioner", config: BatchConfig, progress: Progress | None = None
+) -> None:
+    """Caption one shard's pictures and write its file, whole or not at all."""
+    rows = []
+    for row in _captioned(uris, model, config):
+        rows.append(row)
+        if progress is not None:
+            progress.advance()
+    with storage.whole_file(shard_uri(config.output, index)) as part:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
+
+
+def _captioned(uris: list[str], model: "Captioner", config: BatchConfig) -> Iterator[dict[str, Any]]:
+    """Yield a row for each picture, in order; the next batch is read while this one is captioned."""
+    from model_lib.captioning import caption_pixels
+
+    size, count = model.image_size, config.batch_size
+    with ThreadPoolExecutor(config.workers or os.cpu_count()) as pool:
+        futures = [pool.submit(_load, uri, size) for uri in uris[: 2 * count]]
+        for start in range(0, len(uris), count):
+            futures += [pool.submit(_load, uri, size) for uri in uris[start + 2 * count : start + 3 * count]]
+            loaded = [future.result() for future in futures[:count]]
+            futures = futures[count:]
+            good = [pixels for _, pixels in loaded if pixels is not None]
+            captions = iter(caption_pixels(model, np.stack(good), config) if good else [])
+            now = datetime.now(UTC)
+            for row, pixels in loaded:
+                if pixels is not None:
+                    caption = next(captions)
+                    row.update(status="ok", caption=caption.text, score=caption.score)
+                yield {**row, "model": config.model, "captioned_at": now}
+
+
+def _load(uri: str, size: int) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Read and decode one picture: its row so far, and its pixels unless it cannot be used."""
+    row: dict[str, Any] = {"uri": uri, "status": "error"}
+    try:
+        content = storage.read_bytes(uri)
+        row["bytes"] = len(content)
+        image = open_picture(content)
+        row.update(width=image.width, height=image.height)
+        return row, to_pixels(image, size)
+    except PictureError as error:
+        row["error"] = str(error)
+    except UserError as error:
+        row["error"] = f"missing: {error}"
+    except OSError as error:
+        row["error"] = f"unreachable: {error}"
+    return row, None
+
+
+def merge(made: Plan, config: BatchConfig) -> Summary:
+    """Check that every listed picture has its row, count them, and write summary.json."""
+    ok, pictures, errors = 0, 0, Counter[str]()
+    for index, uris in enumerate(made.shards):
+        fs, path = storage.filesystem(shard_uri(config.output, index))
+        with fs.open(path, "rb") as file:
+            table = pq.read_table(file, columns=["uri", "status", "error"])
+        assert table["uri"].to_pylist() == uris, f"shard {index} does not hold the planned pictures"
+        pictures += table.num_rows
+        for status, error in zip(table["status"].to_pylist(), table["error"].to_pylist(), strict=True):
+            if status == "ok":
+                ok += 1
+            else:
+                errors[error.partition(":")[0]] += 1
+    summary = Summary(pictures, ok, dict(errors), storage.join(config.output, "captions"), config.model)
+    storage.write_json(storage.join(config.output, "summary.json"), asdict(summary))
+    return summary
+
+
+def batch(config: BatchConfig) -> Summary:
+    """Caption everything under `config.images`, here and now.
+
+    Raises:
+        UserError: pictures, model or output cannot be used.
+    """
+    from model_lib.model import Captioner
+
+    made = plan(config)
+    missing = [i for i in range(len(made.shards)) if not storage.exists(shard_uri(config.output, i))]
+    if missing:
+        model = Captioner.from_pretrained(config.model, device=config.device)
+        total = sum(len(made.shards[index]) for index in missing)
+        with Progress("caption", total, "pictures") as progress:
+            for index in missing:
+                caption_shard(made.shards[index], index, model, config, progress)
+    return merge(made, config)
+
+
+def examples(output: str, count: int) -> list[tuple[str, str]]:
+    """Return the first `count` captioned pictures' URIs and captions."""
+    found: list[tuple[str, str]] = []
+    folder = storage.join(output, "captions")
+    for name in storage.list_names(folder):
+        fs, path = storage.filesystem(storage.join(folder, name))
+        with fs.open(path, "rb") as file:
+            table = pq.read_table(file, columns=["uri", "caption", "score"])
+        for row in table.to_pylist():
+            if row["caption"] is not None and math.isfinite(row["score"]):
+                found.append((row["uri"], row["caption"]))
+            if len(found) == count:
+                return found
+    return found

@@ -1,0 +1,290 @@
+"""The command line `captioner`.
+
+A command is a function of one configuration, whose dataclass makes its options and help, that returns an `Output`.
+Other packages add commands through the entry-point group `captioner.commands`, as the pipelines do.
+
+Exit codes: 0 done; 1 the work failed; 2 bad input or usage, said in one line.
+"""
+
+import contextlib
+import importlib.metadata
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import tyro
+
+from model_lib.config import (
+    BatchConfig,
+    DecodeConfig,
+    EvaluateConfig,
+    IngestConfig,
+    RegisterConfig,
+    ScenesConfig,
+    StageConfig,
+    TrainConfig,
+)
+from model_lib.errors import UserError
+from model_lib.presets import PRESETS
+
+CHAMPION_URI = "models:/captioner@champion"
+
+
+@dataclass
+class Output:
+    """What a command has to say, as JSON and as lines for people.
+
+    Lines may be made while they are printed; document and exit code are complete after the last.
+    """
+
+    document: Any
+    lines: Iterable[str]
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(StageConfig):
+    """Show the environment, and each preset's parameter counts (from shapes alone, without weights)."""
+
+    preset: str | None = None
+    """Count this preset only."""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise UserError(f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(DecodeConfig):
+    """Caption pictures, one line each as it is ready."""
+
+    files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-f"])]
+    """Paths or URIs of pictures."""
+    model: str = CHAMPION_URI
+    """A folder, hub name, URI or model of the MLflow registry."""
+    batch_size: int = 16
+    """Pictures decoded together."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def info(config: InfoConfig) -> Output:
+    import platform
+    import shutil
+
+    import torch
+
+    from model_lib.model import Captioner
+
+    def count(preset: str) -> dict[str, Any]:
+        with torch.device("meta"):
+            model = Captioner(PRESETS[preset].config())
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        trainable = sum(size for size, trained in sizes if trained)
+        return {"preset": preset, "total": sum(size for size, _ in sizes), "trainable": trainable}
+
+    packages = ("captioner", "torch", "transformers", "pyarrow", "pillow", "fsspec", "numpy", "mlflow", "kfp")
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    environment = {"versions": versions, "gpus": gpus, "cpus": os.cpu_count(), "java": shutil.which("java") is not None}
+    counts = [count(preset) for preset in ([config.preset] if config.preset else PRESETS)]
+    lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"]
+    lines += [f"{row['preset']:<20} {row['total']:>13,} {row['trainable']:>13,}" for row in counts]
+    lines += ["", *(f"{name:<20} {version}" for name, version in versions.items())]
+    lines += [f"{'GPUs':<20} {', '.join(gpus) or 'none'}", f"{'Java':<20} {'yes' if environment['java'] else 'no'}"]
+    document = {**counts[0], **environment} if config.preset else {"presets": counts, **environment}
+    return Output(document, lines)
+
+
+def scenes(config: ScenesConfig) -> Output:
+    from model_lib.scenes import make_scenes
+
+    make_scenes(config)
+    line = f"{config.train} training and {config.val} validation pictures in {config.output}"
+    return Output(asdict(config), [line])
+
+
+def ingest(config: IngestConfig) -> Output:
+    from model_lib.ingest import ingest as run
+
+    manifest = run(config)
+    counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
+    left_out = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items()) or "none"
+    text = f"{config.output}: pictures: {counts}; quarantined: {left_out}; fingerprint {manifest.fingerprint[:12]}"
+    return Output(manifest.to_dict(), [text])
+
+
+def train(config: TrainConfig) -> Output:
+    from model_lib.tracking import tracking_from_environment
+    from model_lib.training import train as run
+
+    trained = run(config, tracking_from_environment())
+    return Output(asdict(trained), [f"{trained.model}: validation loss {trained.validation_loss:.4f}"])
+
+
+def evaluate(config: EvaluateConfig) -> Output:
+    from model_lib.evaluation import evaluate as run
+    from model_lib.tracking import NO_TRACKING, tracking_from_environment
+
+    tracking = NO_TRACKING if config.model is None else tracking_from_environment()
+    evaluation = run(config, tracking)
+    lines = [f"{evaluation.pictures:,} pictures of {evaluation.split}"]
+    lines += [f"{name:<16} {value:.4f}" for name, value in evaluation.scores.items()]
+    lines += [f"{'CIDEr, shuffled':<16} {evaluation.shuffled_cider:.4f}"]
+    return Output(evaluation.to_dict(), lines)
+
+
+def register(config: RegisterConfig) -> Output:
+    from model_lib.registry import register as run
+    from model_lib.tracking import tracking_from_environment
+
+    registered = run(config, tracking_from_environment())
+    fate = "is the champion now" if registered.promoted else f"does not replace version {registered.champion_version}"
+    line = f"version {registered.version} ({registered.winner}) {fate}: {registered.reason}"
+    return Output(asdict(registered), [line])
+
+
+def caption(config: CaptionConfig) -> Output:
+    from model_lib.captioning import Caption, caption_each
+    from model_lib.model import Captioner
+
+    model = Captioner.from_pretrained(_known_version(config.model), device=config.device)
+    output = Output([], [])
+
+    def lines() -> Iterator[str]:
+        results = caption_each(model, config.files, config, config.batch_size)
+        failed = 0
+        for file, result in zip(config.files, results, strict=True):
+            if isinstance(result, Caption):
+                output.document.append({"uri": file, "caption": result.text, "score": result.score})
+                yield f"{file}: {result.text}"
+                continue
+            problem = str(result) if isinstance(result, UserError) else f"{file}: {result}"
+            output.document.append({"uri": file, "error": problem})
+            output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
+            failed += 1
+            print(f"captioner: error: {problem}", file=sys.stderr)
+        if failed:
+            print(f"captioner: {failed} of {len(config.files)} pictures without a caption", file=sys.stderr)
+
+    output.lines = lines()
+    return output
+
+
+def batch(config: BatchConfig) -> Output:
+    import dataclasses
+
+    from model_lib.batch import batch as run
+
+    summary = run(dataclasses.replace(config, model=_known_version(config.model)))
+    errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
+    text = f"{summary.captions}: {summary.ok:,} of {summary.pictures:,} pictures captioned"
+    return Output(asdict(summary), [text + (f"; errors: {errors}" if errors else "")])
+
+
+def _known_version(source: str) -> str:
+    """Return the version behind an alias of the registry, so that the output names what made it."""
+    if not source.startswith("models:/"):
+        return source
+    from model_lib.registry import pin_version
+    from model_lib.tracking import require_mlflow, tracking_from_environment
+
+    return pin_version(source, require_mlflow(tracking_from_environment()).uri)
+
+
+COMMANDS: dict[str, Callable[[Any], Output]] = {
+    "scenes": scenes,
+    "ingest": ingest,
+    "train": train,
+    "evaluate": evaluate,
+    "register": register,
+    "caption": caption,
+    "batch": batch,
+    "info": info,
+}
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
+    try:
+        sys.exit(_run(argv))
+    except UserError as error:
+        print(f"captioner: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"captioner: failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(argv: list[str]) -> int:
+    elsewhere = {entry.name: entry for entry in importlib.metadata.entry_points(group="captioner.commands")}
+    names = sorted({*COMMANDS, *elsewhere})
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview({name: COMMANDS.get(name) or elsewhere[name].load() for name in names}))
+        return 0 if argv else 2
+    name, *options = argv
+    if name not in names:
+        raise UserError(f"unknown command {name!r}; one of {', '.join(names)}")
+    function = COMMANDS.get(name) or elsewhere[name].load()
+    wants_json = "--json" in options
+    output = function(parse(function, name, [option for option in options if option != "--json"]))
+    for line in output.lines:
+        if not wants_json:
+            print(line, flush=True)
+    if wants_json:
+        print(json.dumps(output.document, indent=2, ensure_ascii=False))
+    return output.exit_code
+
+
+def config_class(function: Callable[[Any], Output]) -> type:
+    """Return the configuration that a command takes."""
+    (parameter,) = inspect.signature(function).parameters
+    return get_type_hints(function)[parameter]
+
+
+def parse(function: Callable[[Any], Output], name: str, options: list[str]) -> Any:
+    """Make the command's configuration from options; `UserError` in one line instead of tyro's framed box."""
+    config = config_class(function)
+    description = f"{inspect.getdoc(config)}\n\n--json prints one JSON document instead of text."
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, args=options, prog=f"captioner {name}", description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_first_row(said.getvalue())} (see captioner {name} --help)") from None
+
+
+def _first_row(box: str) -> str:
+    """Return the message in tyro's framed error, up to its first ruler, as one line."""
+    rows = [row.strip("│ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    message: list[str] = []
+    for row in rows:
+        if row.startswith(("╭", "╰")):
+            continue
+        if row and set(row) <= set("─-"):
+            break
+        message.append(row)
+    return " ".join(" ".join(message).split()) or "bad usage"
+
+
+def _overview(commands: dict[str, Callable[[Any], Output]]) -> str:
+    lines = ["captioner: train, judge, register and run an image captioner", ""]
+    for name, function in commands.items():
+        lines.append(f"  {name:<10} {(inspect.getdoc(config_class(function)) or '').splitlines()[0]}")
+    return "\n".join([*lines, "", "captioner COMMAND --help explains a command's options."])

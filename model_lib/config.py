@@ -1,0 +1,292 @@
+"""Each stage's whole configuration: one frozen dataclass, checked when it is made.
+
+The command line, the pipelines' parameters, checkpoints and MLflow all take names, defaults and explanations
+from here. Nothing heavy is imported, so that `captioner --help` and the compiler start at once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from model_lib.errors import UserError
+from model_lib.presets import PRESETS
+
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    """Return `value` as the option's type: JSON and pipelines know no difference between 5 and 5.0."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        _require(value in kinds, f"{name}: {value!r} is not one of {', '.join(map(str, kinds))}")
+        return value
+    kinds = tuple(get_origin(k) or k for k in kinds) if get_origin(kind) is not tuple else (tuple,)
+    if isinstance(value, float) and value.is_integer() and int in kinds:
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
+    _require(type(value) in kinds, f"{name}: {value!r} is not {wanted}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What all configurations share: numbers are checked by `minimum`, and each can be made from loose options."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, minimum = getattr(self, field.name), field.metadata.get("minimum")
+            if minimum is not None and value is not None:
+                finite = not isinstance(value, float) or math.isfinite(value)
+                _require(finite and value >= minimum, f"{field.name}: {value} is not at least {minimum}")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Make a configuration from a mapping, a pipeline's candidate for example; `UserError` on unknown names."""
+        kinds = get_type_hints(cls)
+        for name, value in options.items():
+            _require(name in kinds, f"{cls.__name__}: unknown option {name!r}; one of {', '.join(sorted(kinds))}")
+            options[name] = _as_kind(name, value, kinds[name])
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise UserError(f"{cls.__name__}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def key(self, *more: str) -> str:
+        """Return 16 hex digits that change when the options which shape the result, or `more`, change."""
+        shaping = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("shapes", True)}
+        return hashlib.sha256(json.dumps([shaping, *more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def option(default: Any = dataclasses.MISSING, *, minimum: float | None = None, shapes: bool = True) -> Any:
+    """Declare a field with a lower bound; `shapes=False` for one that changes where or how fast, not what."""
+    return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesConfig(StageConfig):
+    """Draw a COCO-format data set of coloured shapes, to try everything without a download."""
+
+    output: str = option(shapes=False)
+    """Folder or URI for COCO's layout: annotations/, train2017/, val2017/."""
+    train: int = option(3000, minimum=1)
+    """Pictures to train on."""
+    val: int = option(200, minimum=2)
+    """Pictures whose combinations of size, colour and shape never occur in training."""
+    size: int = option(128, minimum=32)
+    """Side of a picture in pixels."""
+    seed: int = option(0, minimum=0)
+    """The same seed draws the same pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig(StageConfig):
+    """Turn captions in COCO's format and their pictures into Parquet shards and a manifest."""
+
+    output: str = option(shapes=False)
+    """Folder or URI for the shards, manifest.json and quarantine.parquet."""
+    dataset: str | None = None
+    """A folder or URI in COCO 2017's own layout: annotations/captions_{train,val}2017.json, train2017/, val2017/."""
+    annotations: str | None = None
+    """Instead of dataset: one JSON file of COCO captions …"""
+    images: str | None = None
+    """… and the folder or URI of its pictures."""
+    split: Literal["auto", "train", "val"] = "auto"
+    """Where pictures of --annotations go; auto keeps about a tenth, chosen by id, for validation."""
+    shortest_side: int = option(256, minimum=16)
+    """Larger pictures are reduced to this many pixels on their shorter side."""
+    jpeg_quality: int = option(95, minimum=1)
+    """Quality of the stored JPEG, 1 to 100."""
+    shard_mb: int = option(256, minimum=1)
+    """Size at which a shard is closed, in MB."""
+    workers: int = option(0, minimum=0, shapes=False)
+    """Threads that decode pictures; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.jpeg_quality <= 100, f"jpeg_quality: {self.jpeg_quality} is not at most 100")
+        pair = self.annotations is not None and self.images is not None
+        lone = self.annotations is not None or self.images is not None
+        _require(
+            pair if self.dataset is None else not lone,
+            "give either --dataset, or --annotations with --images",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StageConfig):
+    """Train one candidate; started again with the same options, it resumes."""
+
+    data: str = option(shapes=False)
+    """Folder, URI or manifest.json that ingest made."""
+    output: str = option(shapes=False)
+    """Folder or URI for checkpoints and the best model."""
+    name: str = option("candidate", shapes=False)
+    """Name of the candidate in MLflow and in the summary."""
+    preset: str = "clip-l-gpt2-medium"
+    """Model size: clip-l-gpt2-medium, or tiny (from scratch, for a try without weights)."""
+    vision: str | None = None
+    """Hub name, folder or URI of another CLIP vision tower than the preset's."""
+    decoder: str | None = None
+    """Hub name, folder or URI of another GPT-2 than the preset's."""
+    tokenizer: str | None = None
+    """Hub name, folder or URI of the tokenizer; by default the decoder's own."""
+    epochs: int = option(0, minimum=0)
+    """Passes over the training pictures; 0: the preset's."""
+    batch_size: int = option(0, minimum=0)
+    """Pictures a step, each with its captions; 0: the preset's."""
+    learning_rate: float = option(0.0, minimum=0)
+    """Peak of the schedule; 0: the preset's."""
+    warmup: float = option(0.05, minimum=0)
+    """Share of the steps over which the learning rate rises, before it falls as a cosine."""
+    weight_decay: float = option(0.01, minimum=0)
+    """AdamW's decay of matrices (not of norms and biases)."""
+    clip_norm: float = option(1.0, minimum=0)
+    """Upper bound of the gradient's norm."""
+    captions_per_picture: int = option(5, minimum=1)
+    """Captions of a picture learned in one step; those beyond are left out."""
+    max_tokens: int = option(40, minimum=4)
+    """Longer captions are cut to this many tokens."""
+    precision: Precision = "auto"
+    """auto: the preset's; for full-size models bfloat16 where the device has it, else float16 on a GPU, or float32."""
+    seed: int = option(0, minimum=0)
+    """Seed of the new weights and of the order of the pictures."""
+    device: str = option("auto", shapes=False)
+    """auto, cpu, cuda or mps."""
+    workers: int = option(0, minimum=0, shapes=False)
+    """Threads that decode pictures; 0: one a core."""
+    checkpoint_minutes: float = option(10.0, minimum=0, shapes=False)
+    """Longest time between two checkpoints; one is written at each epoch's end besides."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}")
+        _require(self.warmup < 1, f"warmup: {self.warmup} is not less than 1, a share of the steps")
+        preset = PRESETS[self.preset]
+        if preset.vision is None:
+            _require(
+                self.vision is None and self.decoder is None and self.tokenizer is None,
+                f"preset {self.preset}: is trained from scratch and takes no vision, decoder or tokenizer",
+            )
+        for name in ("epochs", "batch_size", "learning_rate", "precision"):
+            if getattr(self, name) in (0, "auto"):
+                object.__setattr__(self, name, getattr(preset, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(StageConfig):
+    """How captions are decoded: greedy, by beams, or drawn at random when top_p, top_k or temperature is given."""
+
+    num_beams: int = option(1, minimum=1)
+    """Beams kept a picture; 1: greedy."""
+    top_p: float | None = option(None, minimum=0)
+    """Nucleus sampling: draw from the smallest set of tokens with this probability."""
+    top_k: int | None = option(None, minimum=1)
+    """Draw from this many most likely tokens."""
+    temperature: float | None = option(None, minimum=0)
+    """Divides the logits before drawing; below 1 safer, above 1 bolder."""
+    length_penalty: float = 1.0
+    """Exponent of the length by which a beam's score is divided."""
+    max_new_tokens: int = option(30, minimum=1)
+    """Longest caption in tokens."""
+    seed: int = option(0, minimum=0)
+    """The same seed draws the same captions."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random."""
+        return any(value is not None for value in (self.top_p, self.top_k, self.temperature))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p: {self.top_p} is not above 0 and at most 1")
+        _require(self.temperature is None or self.temperature > 0, f"temperature: {self.temperature} is not above 0")
+        _require(
+            not (self.samples and self.num_beams > 1),
+            "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or the other",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DecodeConfig):
+    """Score a model on a split, or anyone's COCO results JSON against reference captions."""
+
+    output: str | None = option(None, shapes=False)
+    """Folder or URI for scores.json, results.json and report.html."""
+    model: str | None = None
+    """The model: a folder, hub name, URI or models:/captioner@champion …"""
+    data: str | None = option(None, shapes=False)
+    """… judged on this data: folder, URI or manifest.json that ingest made."""
+    split: str = "val"
+    """Split of the data."""
+    limit: int = option(0, minimum=0)
+    """Judge on the first so many pictures only; 0: all."""
+    results: str | None = None
+    """Instead of a model: a COCO results JSON …"""
+    annotations: str | None = None
+    """… and the COCO captions it is scored against."""
+    num_beams: int = option(5, minimum=1)
+    """Beams kept a picture; 1: greedy."""
+    batch_size: int = option(32, minimum=1, shapes=False)
+    """Pictures decoded together."""
+    device: str = option("auto", shapes=False)
+    """auto, cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        judged = self.model is not None and self.data is not None and self.output is not None
+        scored = self.results is not None and self.annotations is not None
+        _require(
+            judged != scored,
+            "give either --model, --data and --output, or --results and --annotations",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig(StageConfig):
+    """Make the best candidate a version of the registered model, and the champion if it beats the present one."""
+
+    evaluations: tuple[str, ...]
+    """Folders that evaluate wrote, one a candidate."""
+    champion_evaluation: str | None = None
+    """Folder that evaluate wrote for models:/captioner@champion on the same data; needed once there is a champion."""
+    metric: str = "CIDEr"
+    """The score that decides."""
+    min_gain: float = option(0.0, minimum=0)
+    """How much better than the champion a candidate must be."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(len(self.evaluations) > 0, "evaluations: none given; name at least one folder that evaluate wrote")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(DecodeConfig):
+    """Caption every picture under a folder or bucket prefix into Parquet; started again, it does what is missing."""
+
+    images: str = option(shapes=False)
+    """Folder or URI of the pictures, searched through."""
+    output: str = option(shapes=False)
+    """Folder or URI for the captions' Parquet files and summary.json."""
+    model: str
+    """The model: a folder, hub name, URI or models:/captioner@champion."""
+    shard_pictures: int = option(1000, minimum=1)
+    """Pictures a shard; a shard is written whole or not at all."""
+    batch_size: int = option(32, minimum=1, shapes=False)
+    """Pictures decoded together."""
+    device: str = option("auto", shapes=False)
+    """auto, cpu, cuda or mps."""
+    workers: int = option(0, minimum=0, shapes=False)
+    """Threads that read and decode pictures; 0: one a core."""

@@ -1,0 +1,338 @@
+"""The captioner: a CLIP vision tower, and GPT-2 with a cross-attention block in each of its layers.
+
+Every decoder block, pre-norm with residuals:
+
+    h = h + SelfAttention(LN_1(h))
+    h = h + CrossAttention(q=LN_cross(h), kv=LN_visual(features))     its output projection starts at zero
+    h = h + MLP(LN_2(h))
+
+then `ln_f` and an output head that starts as a copy of the token embedding but is trained apart from it.
+The modules carry the names of transformers' GPT-2, so its weights load unchanged.
+
+A picture owns several token rows at once (its captions in training, its beams or samples in decoding), and
+cross-attention has no mask, so those rows are simply one long query: keys and values are computed once a
+picture and shared without a copy.
+
+Shapes: B pictures, N rows a picture, T tokens, S visual tokens, D decoder width, E vision width, H heads,
+K head width, V vocabulary, L layers.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2Model, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.pytorch_utils import Conv1D
+
+from model_lib import sources
+from model_lib.errors import UserError
+
+CrossCache = list[tuple[Tensor, Tensor]]
+"""For each layer the keys and values of the visual tokens, each [B, H, S, K]."""
+
+
+class CaptionerConfig(PreTrainedConfig):
+    """Shapes of both halves, and what is trained.
+
+    Args:
+        vision_config: the CLIP vision tower's `CLIPVisionConfig`, or its values as a dict.
+        decoder_config: GPT-2's `GPT2Config`, or its values as a dict.
+        train_everything: train all weights (a small model from scratch) instead of the design's subset.
+        image_mean, image_std: normalisation of RGB values in 0..1.
+    """
+
+    model_type = "captioner"
+    sub_configs: ClassVar = {"vision_config": CLIPVisionConfig, "decoder_config": GPT2Config}
+
+    vision_config: Any = None
+    decoder_config: Any = None
+    train_everything: bool = False
+    image_mean: list | tuple = tuple(OPENAI_CLIP_MEAN)
+    image_std: list | tuple = tuple(OPENAI_CLIP_STD)
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.vision_config, CLIPVisionConfig):
+            self.vision_config = CLIPVisionConfig(**(self.vision_config or {}))
+        if not isinstance(self.decoder_config, GPT2Config):
+            self.decoder_config = GPT2Config(**(self.decoder_config or {}))
+        for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+            if getattr(self.decoder_config, option):
+                raise UserError(f"GPT-2 configuration: {option} is not supported; choose a standard GPT-2")
+        super().__post_init__(**kwargs)
+
+
+class SelfAttentionCache:
+    """Keys and values of the tokens so far, one [2, B*N, H, max_tokens, K] buffer a layer."""
+
+    def __init__(self, config: GPT2Config, rows: int, max_tokens: int, like: Tensor) -> None:
+        shape = (2, rows, config.n_head, max_tokens, config.n_embd // config.n_head)
+        self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B*N, H, 1, K] of one new token; return those of all tokens so far."""
+        end = self.length + 1
+        self.layers[layer][0, :, :, self.length : end] = key
+        self.layers[layer][1, :, :, self.length : end] = value
+        return self.layers[layer][0, :, :, :end], self.layers[layer][1, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` (int64 [new B*N]) in that order, for beams that change parents."""
+        for layer, buffer in enumerate(self.layers):
+            self.layers[layer] = buffer.index_select(1, rows)
+
+
+def residual_projection(config: GPT2Config, width: int) -> Conv1D:
+    """Return a projection into the residual stream, its spread scaled by depth (GPT-2 paper, section 2.3)."""
+    projection = Conv1D(config.n_embd, width)
+    projection.init_std = config.initializer_range / (2 * config.n_layer) ** 0.5
+    return projection
+
+
+class SelfAttention(nn.Module):
+    """GPT-2's causal self-attention."""
+
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.heads, self.layer = config.n_head, layer
+        self.scale = None if config.scale_attn_weights else 1.0
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = residual_projection(config, config.n_embd)
+
+    def forward(self, x: Tensor, cache: SelfAttentionCache | None) -> Tensor:
+        """Attend within each row: [B, N, T, D] to [B, N, T, D]; with a cache T is 1."""
+        B, N, T, D = x.shape
+        q, k, v = self.c_attn(x).view(B * N, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None, scale=self.scale)
+        return self.c_proj(out.transpose(1, 2).reshape(B, N, T, D))
+
+
+class CrossAttention(nn.Module):
+    """GPT-2's attention from text to visual tokens, without a mask."""
+
+    def __init__(self, config: GPT2Config, visual_width: int) -> None:
+        super().__init__()
+        self.heads = config.n_head
+        self.scale = None if config.scale_attn_weights else 1.0
+        self.q_attn = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = Conv1D(2 * config.n_embd, visual_width)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj.init_std = 0.0  # so that the untrained captioner is GPT-2 exactly
+
+    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Project normalised visual tokens [B, S, E] to keys and values, each [B, H, S, K]."""
+        B, S, _ = visual.shape
+        key, value = self.c_attn(visual).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return key, value
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """Let all rows of a picture attend to it: [B, N, T, D] to [B, N, T, D]."""
+        B, N, T, D = x.shape
+        q = self.q_attn(x).view(B, N * T, self.heads, -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, *keys_values, scale=self.scale)
+        return self.c_proj(out.transpose(1, 2).reshape(B, N, T, D))
+
+
+class MLP(nn.Module):
+    """GPT-2's feed-forward block."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        width = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(width, config.n_embd)
+        self.c_proj = residual_projection(config, width)
+        self.act = ACT2FN[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """One decoder layer: self-attention, cross-attention, feed-forward, each pre-norm with a residual."""
+
+    def __init__(self, config: GPT2Config, layer: int, visual_width: int) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=config.layer_norm_epsilon)
+        self.ln_1 = norm(config.n_embd)
+        self.attn = SelfAttention(config, layer)
+        self.ln_cross_attn = norm(config.n_embd)
+        self.ln_visual = norm(visual_width)
+        self.crossattention = CrossAttention(config, visual_width)
+        self.ln_2 = norm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, h: Tensor, visual: tuple[Tensor, Tensor], cache: SelfAttentionCache | None) -> Tensor:
+        h = h + self.attn(self.ln_1(h), cache)
+        h = h + self.crossattention(self.ln_cross_attn(h), visual)
+        return h + self.mlp(self.ln_2(h))
+
+
+class Decoder(nn.Module):
+    """GPT-2 with cross-attention, up to and including the last norm."""
+
+    def __init__(self, config: GPT2Config, visual_width: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer, visual_width) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    @property
+    def blocks(self) -> Iterable[Block]:
+        """The layers, in order."""
+        return cast(Iterable[Block], self.h)
+
+    def forward(self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
+        h = self.wte(tokens) + self.wpe(positions)
+        for block, keys_values in zip(self.blocks, visual, strict=True):
+            h = block(h, keys_values, cache)
+        if cache is not None:
+            cache.length += 1
+        return self.ln_f(h)
+
+
+class Captioner(PreTrainedModel):
+    """A picture in, captions out.
+
+    `Captioner.from_pretrained(source)` loads a trained one, `Captioner.from_parts(vision, decoder)` starts one
+    from CLIP and GPT-2 weights. `model.tokenizer` belongs to the model and is saved with it.
+    """
+
+    config_class = CaptionerConfig
+    base_model_prefix = ""
+    main_input_name = "pixels"
+    _supports_sdpa = True
+    _no_split_modules: ClassVar = ["Block", "CLIPEncoderLayer"]
+
+    def __init__(self, config: CaptionerConfig) -> None:
+        super().__init__(config)
+        self.vision = CLIPVisionModel._from_config(config.vision_config)
+        self.decoder = Decoder(config.decoder_config, config.vision_config.hidden_size)
+        self.head = nn.Linear(config.decoder_config.n_embd, config.decoder_config.vocab_size, bias=False)
+        self.tokenizer: Any = None
+        self.post_init()
+        self.freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's initialisation; a projection into the residual stream names its own spread, `init_std`."""
+        if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=getattr(module, "init_std", self.config.decoder_config.initializer_range))
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    # ---- what is trained -------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Set `requires_grad` as the design says: cross-attention, MLP, their norms, `ln_f` and the head train."""
+        self.requires_grad_(self.config.train_everything)
+        trained: list[nn.Module] = [self.decoder.ln_f, self.head]
+        for block in self.decoder.blocks:
+            trained += [block.ln_cross_attn, block.ln_visual, block.crossattention, block.ln_2, block.mlp]
+        for module in trained:
+            module.requires_grad_(True)
+
+    # ---- computing -------------------------------------------------------------------------------------------
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.config.vision_config.image_size
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the visual tokens [B, S, E] of RGB pixels, uint8 [B, 3, image_size, image_size]."""
+        like = self.vision.embeddings.patch_embedding.weight
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+            for values in (self.config.image_mean, self.config.image_std)
+        )
+        normalised = (pixels.to(torch.float32) * (1 / 255) - mean) / std
+        with torch.set_grad_enabled(like.requires_grad and torch.is_grad_enabled()):
+            return self.vision(normalised.to(like.dtype)).last_hidden_state
+
+    def cross_cache(self, features: Tensor) -> CrossCache:
+        """Return each layer's cross-attention keys and values of the visual tokens [B, S, E]."""
+        return [block.crossattention.keys_values(block.ln_visual(features)) for block in self.decoder.blocks]
+
+    def hidden(self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None = None) -> Tensor:
+        """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]."""
+        return self.decoder(tokens, visual, cache)
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """Return the next-token logits [B, N, T, V] of N rows of token ids a picture.
+
+        Args:
+            pixels: RGB, uint8 [B, 3, image_size, image_size].
+            tokens: ids, int64 [B, N, T]; each row starts with the end-of-text token.
+        """
+        return self.head(self.hidden(tokens, self.cross_cache(self.encode(pixels))))
+
+    # ---- loading and saving ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_parts(cls, vision: str, decoder: str, tokenizer: str | None = None) -> Self:
+        """Start a captioner from CLIP and GPT-2 weights; untrained, its text is GPT-2's for any picture.
+
+        Args:
+            vision: hub name, folder or URI of a CLIP model or its vision tower.
+            decoder: the same of a GPT-2 of any size.
+            tokenizer: the same of a GPT-2 tokenizer; by default it is read from `decoder`.
+
+        Raises:
+            UserError: a part is missing or of another kind.
+        """
+        vision_model = sources.load_part(CLIPVisionModel, vision)
+        gpt2 = sources.load_part(GPT2Model, decoder)
+        model = cls(CaptionerConfig(vision_config=vision_model.config, decoder_config=gpt2.config))
+        model.vision.load_state_dict(vision_model.state_dict())
+        model.decoder.load_state_dict(gpt2.state_dict(), strict=False)  # the cross-attention is new
+        model.head.weight.data.copy_(gpt2.wte.weight)
+        model.tokenizer = sources.load_tokenizer(tokenizer or decoder)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str, *args: Any, device: str = "auto", **kwargs: Any) -> Self:
+        """Load a trained captioner with its tokenizer, ready to caption.
+
+        Args:
+            source: a folder, a hub name, a URI (`gs://…`) or an MLflow model (`models:/captioner@champion`).
+            device: "auto" takes CUDA, then Apple's MPS, then the CPU.
+            kwargs: further options of transformers' `from_pretrained`, `dtype=torch.bfloat16` for example.
+
+        Raises:
+            UserError: there is no captioner at `source`.
+        """
+        folder = sources.resolve_captioner(source)
+        with sources.quiet():
+            model = super().from_pretrained(folder, *args, use_safetensors=True, **kwargs)
+        model.tokenizer = sources.load_tokenizer(folder)
+        model.freeze()
+        return model.to(sources.choose_device(device)).eval()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the configuration, safetensors weights and the tokenizer to a local folder."""
+        with sources.quiet():
+            super().save_pretrained(save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+    def caption(self, images: list[Any], **options: Any) -> list[Any]:
+        """Caption pictures (paths, URIs, bytes or PIL images): see `model_lib.captioning.caption_images`."""
+        from model_lib.captioning import caption_images
+
+        return caption_images(self, images, **options)

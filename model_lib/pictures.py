@@ -1,0 +1,99 @@
+"""Pictures as they come: bytes of any kind to an upright RGB picture, and on to the model's pixels.
+
+What cannot be shown is a `PictureError` with a reason from a short list, so that every broken picture can be
+counted and reported while the others go on.
+"""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 128 * 1024 * 1024
+"""Pictures with more pixels are refused: decoding one would need more than half a gigabyte."""
+
+
+class PictureError(Exception):
+    """A picture that cannot be used: `reason` is one of unreadable, truncated, too_large, empty; `detail` says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """Decode a picture to upright RGB.
+
+    The first frame of an animation is taken, EXIF rotation applied, transparency laid on white, CMYK and
+    palettes converted, and 16-bit values scaled rather than clipped.
+
+    Args:
+        content: the file's bytes, in any format that Pillow reads.
+
+    Raises:
+        PictureError: the bytes are no whole picture, or one of more than `MAX_PIXELS`.
+    """
+    if not content:
+        raise PictureError("empty", "the file has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a bomb is refused below; other warnings are no news to the user
+            image = Image.open(io.BytesIO(content))
+            if image.width * image.height > MAX_PIXELS:
+                raise PictureError("too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise PictureError("too_large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise PictureError("unreadable", "not a picture in a format known here") from error
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError) as error:
+        # Pillow's decoders raise all of these on damaged files.
+        reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise PictureError(reason, str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        # Pillow widens 16-bit grey to 32-bit integers; anything beyond that range is scaled by its own maximum.
+        scale = 255 / (65535 if 255 < values.max(initial=0) <= 65535 else max(float(values.max(initial=0)), 255.0))
+        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def shrink(image: Image.Image, shortest_side: int) -> Image.Image:
+    """Reduce `image` so that its shorter side has `shortest_side` pixels; smaller pictures stay as they are."""
+    if min(image.size) <= shortest_side:
+        return image
+    return image.resize(_sizes(image, shortest_side), Image.Resampling.BICUBIC)
+
+
+def _sizes(image: Image.Image, shortest_side: int) -> tuple[int, int]:
+    width, height = image.size
+    if width <= height:
+        return shortest_side, int(shortest_side * height / width)
+    return int(shortest_side * width / height), shortest_side
+
+
+def to_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Return CLIP's view of an RGB picture: shorter side resized (bicubic), centre cropped.
+
+    Args:
+        image: RGB, any size.
+        size: side of the square in pixels.
+
+    Returns:
+        uint8 [3, size, size]; `Captioner.encode` normalises it.
+    """
+    width, height = _sizes(image, size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,35 @@
+"""Which number format the arithmetic runs in: autocast's dtype for a device, and the loss scaler it needs."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from model_lib.errors import UserError
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for `precision` ("auto", "bfloat16", "float16", "float32") on `device`.
+
+    Raises:
+        UserError: float16 was asked for on a CPU, where its training is not supported.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
+    if precision == "float16" and device.type == "cpu":
+        raise UserError("precision float16: not supported on a CPU; use bfloat16 or float32")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[precision]
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the context in which forward passes run."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """Return the scaler that keeps float16 gradients from vanishing; it does nothing for other formats."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

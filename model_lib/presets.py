@@ -1,0 +1,83 @@
+"""The model sizes that have a name, each with the training settings that suit it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model_lib.model import CaptionerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A captioner's parts and defaults."""
+
+    vision: str | None
+    """Hub name of the CLIP vision tower; None for a model that is trained whole from scratch."""
+    decoder: str | None
+    """Hub name of GPT-2; None for a model that is trained whole from scratch."""
+    vision_shape: dict
+    """Configuration of the vision tower, to count parameters without weights and to start from scratch."""
+    decoder_shape: dict
+    """Configuration of GPT-2, likewise."""
+    epochs: int
+    batch_size: int
+    """Pictures a step."""
+    learning_rate: float
+    precision: str
+    """Of training; "auto" unless another was measured faster."""
+
+    def config(self, **decoder_options: int) -> "CaptionerConfig":
+        """Return the model's configuration, without loading weights."""
+        from model_lib.model import CaptionerConfig
+
+        return CaptionerConfig(
+            vision_config=dict(self.vision_shape),
+            decoder_config={**self.decoder_shape, **decoder_options},
+            train_everything=self.vision is None,
+        )
+
+
+PRESETS = {
+    "clip-l-gpt2-medium": Preset(
+        vision="openai/clip-vit-large-patch14",
+        decoder="openai-community/gpt2-medium",
+        vision_shape={
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 14,
+        },
+        decoder_shape={"n_embd": 1024, "n_layer": 24, "n_head": 16},
+        epochs=5,
+        batch_size=64,
+        learning_rate=1e-4,
+        precision="auto",
+    ),
+    "tiny": Preset(
+        vision=None,
+        decoder=None,
+        vision_shape={
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        decoder_shape={
+            "n_embd": 96,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "vocab_size": 512,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        epochs=20,
+        batch_size=32,
+        learning_rate=2e-3,
+        precision="float32",  # its matrices are too small to gain from bfloat16: 8.3 steps a second against 5.8
+    ),
+}

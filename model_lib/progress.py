@@ -1,0 +1,54 @@
+"""How long work shows itself: a bar on a terminal, a plain line every few seconds in a log."""
+
+import sys
+import time
+from typing import Self
+
+from tqdm import tqdm
+
+INTERVAL = 5.0
+"""Seconds between two lines in a log."""
+
+
+class Progress:
+    """Counts items of work, on stderr.
+
+    Args:
+        name: what is being done.
+        total: how many items there are.
+        unit: what an item is.
+    """
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done, self.resumed, self.started = 0, 0, time.monotonic()
+        self.spoken, self.note = self.started, ""
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=name, unit=f" {unit}", leave=False, dynamic_ncols=True) if terminal else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.done:
+            self.say()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more items; `note` says how it goes, a loss for example."""
+        self.done += count
+        self.note = note or self.note
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.note, refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self.spoken > INTERVAL:
+            self.say()
+
+    def say(self) -> None:
+        """Write one line: name, count, rate, note."""
+        self.spoken = time.monotonic()
+        rate = (self.done - self.resumed) / max(self.spoken - self.started, 1e-9)
+        note = f", {self.note}" if self.note else ""
+        line = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} a second{note}"
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,167 @@
+"""The MLflow model registry: the registered model `captioner`, its versions, and the aliases that say which serves.
+
+`champion` serves; `challenger` is the latest candidate that did not win.
+"""
+
+import importlib.metadata
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model_lib import storage
+from model_lib.config import RegisterConfig
+from model_lib.errors import UserError
+from model_lib.evaluation import Evaluation
+from model_lib.promotion import Decision, choose_winner, decide
+from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
+
+MODEL = "captioner"
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+REQUIREMENTS = ("mlflow", "torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What registering came to."""
+
+    winner: str
+    version: str
+    promoted: bool
+    reason: str
+    champion_version: str
+    scores: dict[str, dict[str, float]]
+    """Every candidate's scores, by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def version_uri(version: str) -> str:
+    """Return the model URI of a version, which names it for good."""
+    return f"models:/{MODEL}/{version}"
+
+
+def champion_version(uri: str) -> str | None:
+    """Return the version that serves, or None if there is none yet."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(mlflow.MlflowClient(uri).get_model_version_by_alias(MODEL, CHAMPION).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def pin_version(source: str, uri: str) -> str:
+    """Return `models:/NAME/VERSION` for an alias of the registry; any other source unchanged."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    if not source.startswith("models:/") or "@" not in source:
+        return source
+    name, alias = source.removeprefix("models:/").split("@", 1)
+    try:
+        return f"models:/{name}/{mlflow.MlflowClient(uri).get_model_version_by_alias(name, alias).version}"
+    except MlflowException as error:
+        raise UserError(f"{source}: not in the model registry at {uri}; register a model first") from error
+
+
+def download_model(source: str) -> str:
+    """Return a local folder with the captioner of a `models:/…` URI; `UserError` if the registry has none."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
+    except MlflowException as error:
+        raise UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}: {error}") from error
+    for config in sorted(folder.glob("artifacts/*/config.json")):
+        return str(config.parent)
+    raise UserError(f"{source}: is a registered model, but not a captioner")
+
+
+def register(config: RegisterConfig, tracking: Tracking) -> Registered:
+    """Register the best candidate, and make it the champion if it beats the present one.
+
+    Raises:
+        UserError: evaluations are missing or cannot be compared, or the champion was not judged.
+    """
+    import mlflow
+
+    tracking = require_mlflow(tracking)
+    candidates = [Evaluation.read(folder) for folder in config.evaluations]
+    winner = choose_winner(candidates, config.metric)
+    present = champion_version(tracking.uri)
+    champion = _champion_evaluation(config, present)
+    decision = decide(champion, winner, config.metric, config.min_gain)
+    version = _log_version(winner, decision, config, tracking)
+    client = mlflow.MlflowClient(tracking.uri)
+    if champion_version(tracking.uri) != present:
+        raise UserError(f"the champion changed from version {present} while version {version} was judged; run again")
+    client.set_registered_model_alias(MODEL, CHAMPION if decision.promote else CHALLENGER, version)
+    return Registered(
+        winner=winner.name,
+        version=version,
+        promoted=decision.promote,
+        reason=decision.reason,
+        champion_version=version if decision.promote else str(present or ""),
+        scores={e.name: {**e.scores, "CIDEr_shuffled": e.shuffled_cider} for e in candidates},
+    )
+
+
+def _champion_evaluation(config: RegisterConfig, version: str | None) -> Evaluation | None:
+    """Return the present champion's evaluation; `UserError` if it was not judged, or another version was."""
+    if version is None:
+        return None
+    remedy = f"captioner evaluate --model {version_uri(version)} --data … --output …, then --champion_evaluation"
+    if not config.champion_evaluation:
+        raise UserError(f"there is a champion, version {version}, to be judged on the same data first: {remedy}")
+    champion = Evaluation.read(config.champion_evaluation)
+    if champion.model != version_uri(version):
+        raise UserError(
+            f"{config.champion_evaluation}: judges {champion.model}, but the champion is version {version}: {remedy}"
+        )
+    return champion
+
+
+def _log_version(winner: Evaluation, decision: Decision, config: RegisterConfig, tracking: MlflowTracking) -> str:
+    """Log the winner's model to its own MLflow run as a new version of the registered model."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    run_id = winner.mlflow_run_id
+    if run_id is None:
+        with tracking.start(winner.name, None, params={}, tags={}) as run:
+            run_id = run.run_id
+    mlflow.set_tracking_uri(tracking.uri)
+    here = Path(__file__).parent
+    strings = Schema([ColSpec("string", "image")])
+    with mlflow.start_run(run_id=run_id):
+        logged = mlflow.pyfunc.log_model(
+            name=MODEL,
+            python_model=str(here / "serving.py"),
+            artifacts={"model": storage.local_folder(winner.model)},
+            code_paths=[str(here)],
+            pip_requirements=_requirements(),
+            signature=ModelSignature(inputs=strings, outputs=Schema([ColSpec("string", "caption")])),
+        )
+    tags = {
+        "name": winner.name,
+        "metric": config.metric,
+        "decision": decision.reason,
+        "scores": json.dumps(winner.scores),
+        "split": winner.split,
+        "pictures": str(winner.pictures),
+        "data_fingerprint": winner.data_fingerprint or "",
+    }
+    return str(mlflow.register_model(logged.model_uri, MODEL, tags=tags).version)
+
+
+def _requirements() -> list[str]:
+    """Return the installed versions of what the model needs, without build labels such as +cpu."""
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]

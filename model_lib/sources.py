@@ -1,0 +1,113 @@
+"""Where weights and tokenizers come from: a hub name, a local folder, an fsspec URI or the MLflow registry.
+
+Weights are read from safetensors files only; a pickle is never opened.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from model_lib import storage
+from model_lib.errors import UserError
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the named device, or the best present one for "auto"; `UserError` if it is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: not available here; use auto, cpu, cuda or mps") from error
+    return chosen
+
+
+def _folder_or_hub_name(source: str) -> str:
+    """Return a local folder for a path or URI, and a hub name unchanged."""
+    if "://" in source:
+        return storage.local_folder(source)
+    if source.startswith((".", "/", "~")) or Path(source).exists():
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{source}: no such folder")
+        return str(folder)
+    if source.count("/") > 1:
+        raise UserError(f"{source}: no such folder, and not a hub name of the form owner/name")
+    return source
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide transformers' bars and its notes about weights that are left out, which a user cannot act on."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_part(kind: type[PreTrainedModel], source: str) -> Any:
+    """Load a transformers model of class `kind` from safetensors; `UserError` if `source` holds none."""
+    name = _folder_or_hub_name(source)
+    try:
+        with quiet():
+            config = kind.config_class.from_pretrained(name)
+            if config.model_type != kind.config_class.model_type:
+                raise UserError(f"{source}: holds a {config.model_type} model, not a {kind.config_class.model_type}")
+            return kind.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source}: no {kind.__name__} weights (safetensors) can be loaded: {_first_line(error)}"
+        ) from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load GPT-2's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
+    name = _folder_or_hub_name(source)
+    try:
+        if (Path(name) / "vocab.json").is_file():
+            return GPT2Tokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def resolve_captioner(source: str) -> str:
+    """Return a local folder (or a hub name) that holds a captioner; `UserError` if it does not."""
+    source = str(source)
+    if source.startswith("models:/"):
+        from model_lib.registry import download_model
+
+        return download_model(source)
+    folder = _folder_or_hub_name(source)
+    if Path(folder).is_dir():
+        config = Path(folder) / "config.json"
+        if not config.is_file() or storage.read_json(str(config)).get("model_type") != "captioner":
+            raise UserError(f"{source}: not a captioner model folder (its config.json should say so)")
+        if not any(Path(folder).glob("*.safetensors")):
+            raise UserError(f"{source}: the model folder holds no safetensors weights")
+    return folder
+
+
+def read_training(source: str) -> dict[str, Any]:
+    """Return what training wrote beside the model at `source`: name, data, MLflow run; empty if it wrote nothing."""
+    file = Path(resolve_captioner(source)) / "training.json"
+    return dict(storage.read_json(str(file))) if file.is_file() else {}

@@ -1,0 +1,169 @@
+"""Files wherever they live: a thin layer over fsspec that speaks URIs and raises one-line errors.
+
+A plain path is a local file; `gs://`, `s3://`, `memory://` and the like go to their fsspec driver. Writes are
+whole or absent: a local file is written beside its place and renamed, object stores are atomic by nature.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from model_lib.errors import UserError
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of `uri` and the path on it; `UserError` if its driver is missing or unknown."""
+    try:
+        fs, path = fsspec.core.url_to_fs(str(uri))
+    except ImportError as error:
+        raise UserError(f"{uri}: cannot be opened here: {error}; install that driver with pip") from error
+    except ValueError as error:
+        raise UserError(f"{uri}: {error}; use a path or a URI such as gs://bucket/folder") from error
+    return fs, path
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` names a file of this machine."""
+    return "://" not in str(uri) or str(uri).startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """Return `uri` independent of the working directory."""
+    return str(Path(filesystem(uri)[1]).absolute()) if is_local(uri) else str(uri).rstrip("/")
+
+
+def join(base: str, *parts: str) -> str:
+    """Join `parts` to `base`, a path or a URI."""
+    return "/".join([str(base).rstrip("/") or "/", *parts])
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def is_folder(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.isdir(path))
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return the content of `uri`; `UserError` if it is missing, a folder or not readable."""
+    fs, path = filesystem(uri)
+    try:
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{uri}: no such file") from error
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{uri}: cannot be read: {error.strerror or error}") from error
+
+
+def read_json(uri: str) -> Any:
+    """Return the parsed JSON document at `uri`; `UserError` if it is missing or not JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{uri}: is not JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_file(uri: str) -> Any:
+    """Yield a local path to write to; what is there at the end becomes `uri`, or nothing does if the body raises."""
+    fs, path = filesystem(uri)
+    folder = str(Path(path).parent) if is_local(uri) else None
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=".part-", dir=folder)
+    os.close(handle)
+    try:
+        yield part
+        if folder:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(part, 0o666 & ~umask)  # mkstemp makes files that nobody else can read
+            os.replace(part, path)
+        else:
+            fs.put_file(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write `content` to `uri`, whole or not at all."""
+    with whole_file(uri) as part:
+        Path(part).write_bytes(content)
+
+
+def write_json(uri: str, document: Any) -> None:
+    write_bytes(uri, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def require_writable(folder: str) -> None:
+    """Raise `UserError` now if files cannot be written under `folder`, rather than after an hour of work."""
+    probe = join(folder, f".write-test-{os.getpid()}")
+    try:
+        write_bytes(probe, b"")
+        remove(probe)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
+
+
+def remove(uri: str) -> None:
+    """Delete the file or folder `uri` if it is there."""
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def list_names(uri: str) -> list[str]:
+    """Return the sorted names directly inside the folder `uri`; empty if there is none."""
+    fs, path = filesystem(uri)
+    if not fs.isdir(path):
+        return []
+    return sorted(Path(entry).name for entry in fs.ls(path, detail=False))
+
+
+def upload_folder(local: str, uri: str) -> None:
+    """Copy the files of the local folder `local` to `uri`, a path or a URI."""
+    for file in sorted(Path(local).rglob("*")):
+        if file.is_file():
+            with whole_file(join(uri, *file.relative_to(local).parts)) as part:
+                shutil.copyfile(file, part)
+
+
+def local_folder(uri: str) -> str:
+    """Return a local folder with the content of the folder `uri`, fetched into the cache unless it is local.
+
+    The cache (`$XDG_CACHE_HOME/captioner`) is keyed by the names, sizes and versions of the remote files, so a
+    changed remote folder is fetched anew.
+    """
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        return path
+    files = sorted(fs.find(path, detail=True).items())
+    if not files:
+        raise UserError(f"{uri}: no such folder, or nothing in it")
+    version = ("etag", "generation", "mtime", "LastModified", "created")
+    listing = [[name, info.get("size"), [str(info.get(key)) for key in version]] for name, info in files]
+    key = hashlib.sha256(json.dumps([uri, listing]).encode()).hexdigest()[:32]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
+    target = cache / key
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
+        for name, _ in files:
+            local = part / name.removeprefix(path).lstrip("/")
+            local.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(local))
+        with contextlib.suppress(OSError):  # another process may have finished the same folder first
+            part.rename(target)
+        shutil.rmtree(part, ignore_errors=True)
+    return str(target)

@@ -1,0 +1,152 @@
+"""MLflow as training and evaluation see it: a run that takes curves, parameters and tags, or nothing at all.
+
+mlflow is imported only when a tracking server is named. The embedded default is SQLite beside the artifacts.
+"""
+
+import importlib.util
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from model_lib import storage
+from model_lib.errors import UserError
+
+EXPERIMENT = "captioner"
+
+
+class Run:
+    """A run being tracked; this one tracks nothing."""
+
+    run_id: str | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add a point to each metric's curve."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Close the run: finished, or failed if the body raised."""
+
+
+class Tracking:
+    """Where runs are tracked; this one is nowhere."""
+
+    def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        """Start the run `name`, or go on with `run_id`."""
+        return Run()
+
+    def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+        """Add final metrics and files (content by path) to a run that has ended."""
+
+
+NO_TRACKING = Tracking()
+
+
+class _MlflowRun(Run):
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+        self.waiting: list = []
+        self.sent = time.monotonic()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        if time.monotonic() - self.sent > 5:
+            self._send()
+
+    def _send(self) -> None:
+        for start in range(0, len(self.waiting), 500):  # a server takes at most 1,000 a call
+            self.client.log_batch(self.run_id, metrics=self.waiting[start : start + 500])
+        self.waiting, self.sent = [], time.monotonic()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self._send()
+        self.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
+
+
+@dataclass(frozen=True)
+class MlflowTracking(Tracking):
+    """Runs on a tracking server; with a parent, they are nested under it.
+
+    Args:
+        uri: of the tracking server.
+        experiment_id: where new runs go.
+        parent_run_id: the pipeline run's, or None.
+    """
+
+    uri: str
+    experiment_id: str
+    parent_run_id: str | None = None
+
+    def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        import mlflow
+
+        client = mlflow.MlflowClient(self.uri)
+        if run_id is None:
+            parent = {"mlflow.parentRunId": self.parent_run_id} if self.parent_run_id else {}
+            run_id = client.create_run(self.experiment_id, run_name=name, tags={**tags, **parent}).info.run_id
+            client.log_batch(run_id, params=[mlflow.entities.Param(k, str(v)[:6000]) for k, v in params.items()])
+        else:
+            client.update_run(run_id, status="RUNNING")
+        return _MlflowRun(client, run_id)
+
+    def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+        import mlflow
+
+        client = mlflow.MlflowClient(self.uri)
+        now = int(time.time() * 1000)
+        client.log_batch(run_id, metrics=[mlflow.entities.Metric(k, float(v), now, 0) for k, v in metrics.items()])
+        with tempfile.TemporaryDirectory() as scratch:
+            for path, content in files.items():
+                file = Path(scratch, Path(path).name)
+                file.write_bytes(content)
+                client.log_artifact(run_id, str(file), str(Path(path).parent))
+
+
+def require_mlflow(tracking: Tracking) -> MlflowTracking:
+    """Return `tracking` if there is a server behind it; `UserError` if mlflow is not installed."""
+    if not isinstance(tracking, MlflowTracking):
+        raise UserError("the model registry needs mlflow, which is not installed: pip install mlflow")
+    return tracking
+
+
+def embedded_uri(workdir: str) -> str:
+    """Return the tracking URI of the SQLite store in `workdir`."""
+    return f"sqlite:///{storage.absolute(workdir)}/mlflow.db"
+
+
+def tracking_from_environment(workdir: str = "runs") -> Tracking:
+    """Return the tracking that the environment names, or the embedded one in `workdir`; none without mlflow.
+
+    For the process edge. MLFLOW_TRACKING_URI says where; MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID, which a Kubeflow
+    Pipelines server injects, name the experiment and the pipeline's own run. The choice is left in the environment,
+    so that `models:/…` sources are looked up in the same place.
+    """
+    if importlib.util.find_spec("mlflow") is None:
+        return NO_TRACKING
+    import mlflow
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # its notes on each table of a new SQLite store
+    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", embedded_uri(workdir))
+    if uri.startswith("sqlite:///"):
+        os.makedirs(uri.removeprefix("sqlite:///").rpartition("/")[0] or ".", exist_ok=True)
+    experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or _ensure_experiment(mlflow.MlflowClient(uri), uri)
+    return MlflowTracking(uri, experiment_id, os.environ.get("MLFLOW_RUN_ID") or None)
+
+
+def _ensure_experiment(client: Any, uri: str) -> str:
+    """Return the id of the experiment `captioner`; an embedded store keeps its artifacts beside the database."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    embedded = uri.startswith("sqlite:///")
+    beside = f"{uri.removeprefix('sqlite:///').rpartition('/')[0]}/mlartifacts" if embedded else None
+    return str(client.create_experiment(EXPERIMENT, artifact_location=beside))

@@ -1,0 +1,1 @@
+"""The compiled pipelines, and running them here."""

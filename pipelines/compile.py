@@ -1,0 +1,35 @@
+"""`captioner compile`: the pipelines as the YAML that a Kubeflow Pipelines server takes."""
+
+import contextlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_lib.cli import Output
+from model_lib.config import StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig(StageConfig):
+    """Compile the pipelines to the YAML that a Kubeflow Pipelines server takes."""
+
+    output: str = str(Path(__file__).parent / "compiled")
+    """Folder for the YAML files."""
+
+
+def compile_all(config: CompileConfig) -> Output:
+    """Write each pipeline's YAML; the same code writes the same bytes."""
+    from kfp import compiler
+
+    from pipelines.train_captioner import train_captioner
+
+    folder = Path(config.output)
+    written = []
+    for pipeline in (train_captioner,):
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{pipeline.name.replace('-', '_')}.yaml"
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            compiler.Compiler().compile(pipeline, str(target))
+        written.append(str(target))
+    return Output(written, written)

@@ -1,0 +1,95 @@
+"""What a local run came to: read from the steps' outputs, and said so that a person likes to read it."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from model_lib import storage
+from model_lib.batch import examples
+from model_lib.evaluation import Evaluation
+
+COLUMNS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
+
+
+def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
+    """Return the run's results as one document.
+
+    Args:
+        root: the folder in which kfp.local left each step's outputs.
+        tracking_uri: MLflow's.
+    """
+    ingested = _metadata(root / "ingest", "data")
+    registered = _metadata(root / "register", "decision")
+    folders = [_outputs(step)["parameterValues"]["Output"] for step in sorted(root.glob("for-loop-*/evaluate"))]
+    evaluations = [Evaluation.read(folder) for folder in folders]
+    captioned = _metadata(next(root.glob("**/caption")), "captions")
+    winner = next(n for n, evaluation in enumerate(evaluations) if evaluation.name == registered["winner"])
+    return {
+        "pictures": {split: int(ingested[split]) for split in ("train", "val")},
+        "quarantined": {reason: int(count) for reason, count in ingested["quarantined"].items()},
+        "fingerprint": ingested["fingerprint"],
+        "candidates": [evaluation.to_dict() for evaluation in evaluations],
+        "registered": registered,
+        "captioned": captioned,
+        "examples": [list(pair) for pair in examples(str(Path(captioned["captions"]).parent), 3)],
+        "report": storage.join(folders[winner], "report.html"),
+        "tracking_uri": tracking_uri,
+    }
+
+
+def _outputs(step: Path) -> dict[str, Any]:
+    return dict(json.loads((step / "executor_output.json").read_text()))
+
+
+def _metadata(step: Path, artifact: str) -> dict[str, Any]:
+    return dict(_outputs(step)["artifacts"][artifact]["artifacts"][0]["metadata"])
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """Return the summary as lines of text."""
+    registered, captioned = summary["registered"], summary["captioned"]
+    left_out = ", ".join(f"{count} {reason}" for reason, count in summary["quarantined"].items())
+    fate = "is the champion now" if registered["promoted"] else "is registered as challenger"
+    failed = ", ".join(f"{count} {reason}" for reason, count in captioned["errors"].items())
+    train, val = summary["pictures"]["train"], summary["pictures"]["val"]
+    headings = "".join(f"{name.replace('_', '-'):>9}" for name in COLUMNS)
+    mlflow = Path(sys.executable).parent / "mlflow"
+    lines = [
+        "",
+        f"Done in {summary['seconds']:.0f} seconds.",
+        "",
+        f"Pictures    {train:,} to learn from, {val:,} to judge on; quarantined: {left_out or 'none'}",
+        "",
+        f"Candidates  {'':<20}{headings}   CIDEr shuffled",
+    ]
+    for row in summary["candidates"]:
+        scores = "".join(f"{row['scores'][name]:>9.3f}" if name in row["scores"] else f"{'–':>9}" for name in COLUMNS)
+        mark = "→" if row["name"] == registered["winner"] else " "
+        lines.append(f"          {mark} {row['name']:<20}{scores}{row['shuffled_cider']:>17.3f}")
+    first = summary["candidates"][0]
+    lines += [f"            {name} is missing: {reason}" for name, reason in first["missing"].items()]
+    lines += [
+        f"            on {first['pictures']:,} pictures of {first['split']}; shuffled: captions swapped between pictures",
+        "",
+        f"Winner      {registered['winner']}, version {registered['version']}, {fate}:",
+        f"            {registered['reason']}",
+        f"Champion    version {registered['champion_version']}  (models:/captioner@champion)",
+        "",
+        f"Captions    {captioned['ok']:,} of {captioned['pictures']:,} pictures"
+        + (f"; without: {failed}" if failed else ""),
+        *(f"            {Path(uri).name}  {text}" for uri, text in summary["examples"]),
+        "",
+        f"Report      {_shown(summary['report'])}",
+        f"Parquet     {_shown(captioned['captions'])}",
+        f"Compare     {_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(summary['tracking_uri'])}",
+    ]
+    return lines
+
+
+def _shown(path: str) -> str:
+    """Return `path` relative to here if it lies below."""
+    here = str(Path.cwd()) + os.sep
+    return path.removeprefix(here)
