@@ -17,6 +17,7 @@ Shapes: B pictures, N rows a picture, T tokens, S visual tokens, D decoder width
 K head width, V vocabulary, L layers.
 """
 
+import copy
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -59,10 +60,10 @@ class CaptionerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.vision_config, CLIPVisionConfig):
-            self.vision_config = CLIPVisionConfig(**(self.vision_config or {}))
-        if not isinstance(self.decoder_config, GPT2Config):
-            self.decoder_config = GPT2Config(**(self.decoder_config or {}))
+        for name, kind in self.sub_configs.items():
+            given = getattr(self, name) or {}
+            # A copy: transformers writes into the configurations of a model's parts.
+            setattr(self, name, copy.deepcopy(given) if isinstance(given, kind) else kind(**given))
         for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if getattr(self.decoder_config, option):
                 raise UserError(f"GPT-2 configuration: {option} is not supported; choose a standard GPT-2")

@@ -8,13 +8,14 @@ pictures: a model that names them has learned to see each apart, and no picture 
 import io
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
 from model_lib import storage
 from model_lib.config import ScenesConfig
+
+Colour = tuple[int, int, int]
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -27,9 +28,13 @@ COLOURS = {
     "brown": (120, 75, 40),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-BACKGROUNDS = {"white": (245, 245, 245), "gray": (150, 150, 150), "black": (25, 25, 25)}
-RADIUS = {"small": 0.14, "large": 0.22}
+BACKGROUNDS = {"white": (244, 244, 244), "gray": (188, 188, 188), "beige": (232, 214, 178)}
+OUTLINE = (20, 20, 20)
+"""Every shape has the same dark line, so that its form shows whatever its colour and ground."""
+RADIUS = {"small": 0.13, "large": 0.22}
 """Radius as a share of the picture's side."""
+JITTER = 0.03
+"""How far a place may lie from the middle of its quarter."""
 HELD_OUT = {
     (size, colour, shape)
     for s, size in enumerate(RADIUS)
@@ -118,71 +123,75 @@ def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
     return Scene(background, pair[0], second=pair[1], relation=rng.choice(("left of", "above")))
 
 
-def _outline(points: int, inner: float, turn: float) -> Callable[[float, float, float], list[tuple[float, float]]]:
-    """Return a maker of star-like polygons: corners at the radius and, between them, at `inner` of it."""
-
-    def corners(x: float, y: float, radius: float) -> list[tuple[float, float]]:
-        ring = []
-        for corner in range(2 * points):
-            angle = turn + math.pi * corner / points
-            reach = radius * (inner if corner % 2 else 1)
-            ring.append((x + reach * math.sin(angle), y - reach * math.cos(angle)))
-        return ring
-
+def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:
+    """Return the corners of a star-like polygon in the unit circle: at radius 1 and, between them, at `inner`."""
+    corners = []
+    for corner in range(2 * points):
+        angle, reach = turn + math.pi * corner / points, inner if corner % 2 else 1.0
+        corners.append((reach * math.sin(angle), -reach * math.cos(angle)))
     return corners
 
 
-_POLYGONS = {
-    "square": _outline(4, math.sqrt(0.5), math.pi / 4),
-    "triangle": _outline(3, 0.5, 0),
-    "star": _outline(5, 0.4, 0),
+def _plus(arm: float) -> list[tuple[float, float]]:
+    """Return the corners of a cross in the unit square, its arms `arm` wide to each side."""
+    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+    return [corner for turn in range(4) for corner in (_quarter_turns(x, y, turn) for x, y in quarter)]
+
+
+def _quarter_turns(x: float, y: float, count: int) -> tuple[float, float]:
+    for _ in range(count):
+        x, y = -y, x
+    return x, y
+
+
+POLYGONS = {
+    "square": _star(4, math.sqrt(0.5), math.pi / 4),
+    "triangle": _star(3, 0.5),
+    "star": _star(5, 0.42),
+    "cross": _plus(0.36),
 }
+"""Corners about the centre, in units of the radius; the other shapes are round."""
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float) -> None:
-    fill = COLOURS[thing.colour]
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if thing.shape in _POLYGONS:
-        canvas.polygon(_POLYGONS[thing.shape](x, y, radius * 1.15), fill=fill)
-    elif thing.shape == "cross":
-        arm = radius * 0.36
-        canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
-        canvas.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
-    elif thing.shape == "ring":
-        canvas.ellipse(box, outline=fill, width=max(2, round(radius * 0.42)))
-    else:
-        canvas.ellipse(box, fill=fill)
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, ground: Colour) -> None:
+    fill, line = COLOURS[thing.colour], max(2, round(radius * 0.11))
+    if thing.shape in POLYGONS:
+        corners = [(x + radius * a, y + radius * b) for a, b in POLYGONS[thing.shape]]
+        canvas.polygon(corners, fill=fill, outline=OUTLINE, width=line)
+        return
+    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=OUTLINE, width=line)
+    if thing.shape == "ring":
+        hole = radius * 0.5
+        canvas.ellipse((x - hole, y - hole, x + hole, y + hole), fill=ground, outline=OUTLINE, width=line)
 
 
 def _places(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float]]:
-    """Return each object with the centre of its place, as shares of the side."""
+    """Return each object with the centre of its place, as shares of the side: near the middle of a quarter."""
 
-    def jitter() -> float:
-        return rng.uniform(-0.04, 0.04)
+    def near(quarter: int) -> float:
+        return 0.25 + 0.5 * quarter + rng.uniform(-JITTER, JITTER)
 
     if scene.second is not None:
-        across = rng.uniform(0.3, 0.7)
-        near, far = 0.26 + jitter(), 0.74 + jitter()
-        if scene.relation == "left of":
-            return [(scene.first, near, across), (scene.second, far, across + jitter())]
-        return [(scene.first, across, near), (scene.second, across + jitter(), far)]
-    corners = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
-    if scene.count == 1:
-        corners = [(rng.uniform(0.26, 0.74), rng.uniform(0.26, 0.74))]
-    chosen = rng.sample(corners, scene.count)
-    return [(scene.first, x + jitter(), y + jitter()) for x, y in chosen]
+        line = rng.randrange(2)
+        places = [(0, line), (1, line)] if scene.relation == "left of" else [(line, 0), (line, 1)]
+        things = [scene.first, scene.second]
+    else:
+        places = rng.sample([(0, 0), (1, 0), (0, 1), (1, 1)], scene.count)
+        things = [scene.first] * scene.count
+    return [(thing, near(x), near(y)) for thing, (x, y) in zip(things, places, strict=True)]
 
 
 def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     """Draw a scene as an RGB picture of `size` x `size` pixels, on a slightly varied background."""
     scale = 2  # drawn larger and reduced, for smooth edges
-    shade = rng.randint(-18, 18)
-    ground = tuple(max(0, min(255, value + shade)) for value in BACKGROUNDS[scene.background])
+    shade = rng.randint(-10, 10)
+    red, green, blue = (max(0, min(255, value + shade)) for value in BACKGROUNDS[scene.background])
+    ground = (red, green, blue)
     image = Image.new("RGB", (size * scale, size * scale), ground)
     canvas = ImageDraw.Draw(image)
     for thing, x, y in _places(scene, rng):
-        radius = RADIUS[thing.size] * rng.uniform(0.9, 1.1)
-        _draw_thing(canvas, thing, *(value * size * scale for value in (x, y, radius)))
+        radius = RADIUS[thing.size] * rng.uniform(0.93, 1.07)
+        _draw_thing(canvas, thing, *(value * size * scale for value in (x, y, radius)), ground)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedModel
+from transformers import GPT2Tokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from model_lib import storage
@@ -77,9 +77,8 @@ def load_tokenizer(source: str) -> Any:
     """Load GPT-2's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
     name = _folder_or_hub_name(source)
     try:
-        if (Path(name) / "vocab.json").is_file():
+        with quiet():
             return GPT2Tokenizer.from_pretrained(name)
-        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {_first_line(error)}"

@@ -7,6 +7,7 @@ captions stop by themselves.
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,14 +54,13 @@ def encode_captions(tokenizer: Any, captions: list[list[str]], per_picture: int,
     rows = [[_ended(next(encoded), end, max_tokens) for _ in texts[:per_picture]] for texts in captions]
     N = max(len(picture) for picture in rows)
     T = max(len(ids) for picture in rows for ids in picture)
-    out = torch.full((2, len(rows), N, T), end)
+    out = np.full((2, len(rows), N, T), end)
     out[1] = IGNORED
     for b, picture in enumerate(rows):
         for n, ids in enumerate(picture):
-            row = torch.tensor(ids)
-            out[0, b, n, 1 : len(ids)] = row[:-1]
-            out[1, b, n, : len(ids)] = row
-    return out
+            out[0, b, n, 1 : len(ids)] = ids[:-1]
+            out[1, b, n, : len(ids)] = ids
+    return torch.from_numpy(out)
 
 
 def _ended(ids: list[int], end: int, max_tokens: int) -> list[int]:

@@ -72,7 +72,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     first = summary["candidates"][0]
     lines += [f"            {name} is missing: {reason}" for name, reason in first["missing"].items()]
     lines += [
-        f"            on {first['pictures']:,} pictures of {first['split']}; shuffled: captions swapped between pictures",
+        f"            on {first['pictures']:,} pictures of {first['split']}; shuffled: captions swapped about",
         "",
         f"Winner      {registered['winner']}, version {registered['version']}, {fate}:",
         f"            {registered['reason']}",

@@ -24,7 +24,7 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 
 | parameter | meaning |
 |---|---|
-| `data_dataset` | folder or URI in COCO's layout: `annotations/captions_{train,val}2017.json`, `train2017/`, `val2017/` |
+| `data_dataset` | folder or URI: `annotations/captions_{train,val}2017.json`, `train2017/`, `val2017/` |
 | `data_output` | folder or URI for the Parquet shards |
 | `data_shortest_side` | larger pictures are reduced to this many pixels on their shorter side |
 | `train_candidates` | list of candidates, each a name and the training options in which it differs |

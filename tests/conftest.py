@@ -1,0 +1,117 @@
+"""Fixtures: real test data where it is at hand, a small data set of generated scenes, and small random models."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
+
+import pytest
+import torch
+
+from model_lib.config import IngestConfig, ScenesConfig
+from model_lib.ingest import ingest
+from model_lib.model import Captioner, CaptionerConfig
+from model_lib.scenes import make_scenes
+from model_lib.tokens import train_tokenizer
+
+SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"test data {folder} is absent; CAPTIONER_TEST_DATA names another place")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coco() -> Path:
+    """A subset of COCO 2017 in its own layout."""
+    return _shared("coco")
+
+
+@pytest.fixture(scope="session")
+def coco_eval() -> Path:
+    """The caption-evaluation case with the scores that it must give."""
+    return _shared("coco_eval")
+
+
+@pytest.fixture(scope="session")
+def odd_images() -> Path:
+    return _shared("odd_images")
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Path:
+    return _shared("gpt2_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated scenes, 64 to train on and 12 of held-out combinations."""
+    folder = tmp_path_factory.mktemp("scenes")
+    make_scenes(ScenesConfig(output=str(folder), train=64, val=12, size=64))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes, ingested."""
+    folder = tmp_path_factory.mktemp("data")
+    ingest(IngestConfig(dataset=str(scenes), output=str(folder)))
+    return folder
+
+
+def small_model(seed: int = 0, **decoder: int) -> Captioner:
+    """Return a small captioner of random weights that really uses its picture, with a tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(["a red circle on a white background", "two blue squares"] * 5, 300)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": len(tokenizer), **decoder}
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    config = CaptionerConfig(vision_config=vision, decoder_config={**shape, "bos_token_id": 0, "eos_token_id": 0})
+    model = Captioner(config).eval()
+    model.tokenizer = tokenizer
+    with torch.no_grad():
+        for parameter in model.parameters():  # the initial weights are too small for anything to depend on them
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
+    return model
+
+
+@pytest.fixture()
+def model() -> Captioner:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small captioner in a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    small_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def captioner(tmp_path: Path):
+    """Return a function that runs the command line in a fresh process, in an empty folder."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        return subprocess.run(
+            [sys.executable, "-m", "model_lib", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**kept, "COLUMNS": "200", **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    return run

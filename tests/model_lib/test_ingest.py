@@ -1,0 +1,144 @@
+"""Ingest on real pictures, with broken ones among them, and on input that is not what it should be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib import UserError
+from model_lib.config import IngestConfig
+from model_lib.ingest import ingest
+from model_lib.pictures import open_picture
+from model_lib.shards import SplitReader, read_manifest
+
+
+def captions_file(folder: Path, images: list[tuple[int, str]], captions: list[tuple[int, str]]) -> Path:
+    document = {
+        "images": [{"id": image_id, "file_name": name} for image_id, name in images],
+        "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions)],
+    }
+    file = folder / "captions.json"
+    file.write_text(json.dumps(document))
+    return file
+
+
+def lone(folder: Path, annotations: Path, output: str = "out", **options: object) -> IngestConfig:
+    return IngestConfig(annotations=str(annotations), images=str(folder), output=str(folder / output), **options)
+
+
+def test_coco_becomes_shards_of_the_designs_schema(coco: Path, tmp_path: Path) -> None:
+    manifest = ingest(IngestConfig(dataset=str(coco), output=str(tmp_path)))
+    assert manifest.counts == {"train": 29, "val": 56} and manifest.quarantined == {}
+    (shard,) = [s for s in manifest.shards if s.split == "train"]
+    table = pq.read_table(tmp_path / shard.uri)
+    kinds = ["int64", "string", "string", "int32", "int32", "binary", "list<element: string>", "string", "string"]
+    names = ["image_id", "file_name", "split", "width", "height", "image", "captions", "sha256", "source"]
+    assert [(f.name, str(f.type)) for f in table.schema] == list(zip(names, kinds, strict=True))
+    truth = json.loads((coco / "annotations" / "captions_train2017.json").read_text())
+    for row in table.to_pylist():
+        assert min(row["width"], row["height"]) == 256
+        assert open_picture(row["image"]).size == (row["width"], row["height"])
+        theirs = {a["caption"].strip() for a in truth["annotations"] if a["image_id"] == row["image_id"]}
+        assert set(row["captions"]) == {" ".join(text.split()) for text in theirs}
+    assert read_manifest(str(tmp_path)).fingerprint == manifest.fingerprint
+    assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 0
+
+
+def test_a_broken_picture_is_quarantined_and_the_rest_goes_on(scenes: Path, odd_images: Path, tmp_path: Path) -> None:
+    shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "good.jpg")
+    shutil.copy(odd_images / "truncated_jpeg.jpg", tmp_path / "cut.jpg")
+    names = [(1, "good.jpg"), (2, "cut.jpg"), (3, "gone.jpg"), (4, "good.jpg")]
+    file = captions_file(tmp_path, names, [(1, "a scene"), (2, "cut"), (3, "gone")])
+    manifest = ingest(lone(tmp_path, file, split="train"))
+    assert manifest.counts == {"train": 1}
+    assert manifest.quarantined == {"truncated": 1, "missing": 1, "no_captions": 1}
+    rows = {row["file_name"]: row for row in pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()}
+    assert rows["cut.jpg"]["reason"] == "truncated" and rows["gone.jpg"]["reason"] == "missing"
+
+
+def test_the_same_input_gives_the_same_bytes_whatever_the_workers(scenes: Path, tmp_path: Path) -> None:
+    for workers in (1, 4):
+        ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / str(workers)), workers=workers, shard_mb=1))
+    for file in sorted((tmp_path / "1").glob("*.parquet")):
+        assert file.read_bytes() == (tmp_path / "4" / file.name).read_bytes(), file.name
+    fingerprints = {read_manifest(str(tmp_path / n)).fingerprint for n in ("1", "4")}
+    ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "other"), jpeg_quality=80))
+    assert len(fingerprints) == 1 and read_manifest(str(tmp_path / "other")).fingerprint not in fingerprints
+
+
+def test_large_data_is_cut_into_shards(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_lib.ingest.ROW_GROUP", 8)
+    config = IngestConfig(dataset=str(scenes), output=str(tmp_path), shard_mb=1)
+    object.__setattr__(config, "shard_mb", 0.02)  # 64 small pictures do not fill a whole MB
+    manifest = ingest(config)
+    assert len([shard for shard in manifest.shards if shard.split == "train"]) > 2
+    reader = SplitReader(read_manifest(str(tmp_path)), "train", batch_size=7, size=16)
+    assert sorted(i for batch in reader.batches(seed=0) for i in batch.image_ids) == list(range(1, 65))
+
+
+def test_lone_annotations_keep_some_pictures_for_validation(scenes: Path, tmp_path: Path) -> None:
+    annotations, images = scenes / "annotations" / "captions_train2017.json", scenes / "train2017"
+    manifest = ingest(IngestConfig(annotations=str(annotations), images=str(images), output=str(tmp_path)))
+    assert manifest.counts["train"] + manifest.counts["val"] == 64 and 1 <= manifest.counts["val"] <= 16
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "gs://b/x.jpg"])
+def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    file = captions_file(tmp_path, [(1, name)], [(1, "a scene")])
+    with pytest.raises(UserError, match="leaves the image folder"):
+        ingest(lone(tmp_path, file))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"images": 1, "annotations": []}',
+        '{"images": [{"id": "1", "file_name": "a.jpg"}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1}]}',
+        '{"images": [], "annotations": []}',
+    ],
+)
+def test_what_is_not_coco_captions_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"captions\.json") as refused:
+        ingest(lone(tmp_path, file))
+    assert "\n" not in str(refused.value)
+
+
+def test_no_usable_picture_at_all_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    file = captions_file(tmp_path, [(1, "a.jpg")], [(1, "a scene")])
+    with pytest.raises(UserError, match=r"no usable picture among 1 listed \(unreadable: 1\)"):
+        ingest(lone(tmp_path, file))
+
+
+def test_an_output_that_cannot_be_written_is_refused(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "file" / "out")))
+
+
+@pytest.mark.parametrize("missing", ["annotations/captions_val2017.json", "val2017"])
+def test_a_data_set_without_a_part_is_refused(scenes: Path, tmp_path: Path, missing: str) -> None:
+    shutil.copytree(scenes, tmp_path / "set")
+    gone = tmp_path / "set" / missing
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    with pytest.raises(UserError, match=missing):
+        ingest(IngestConfig(dataset=str(tmp_path / "set"), output=str(tmp_path / "out")))
+
+
+def test_pictures_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
+    from model_lib.storage import upload_folder
+
+    upload_folder(str(scenes), "memory://bucket/scenes")
+    manifest = ingest(IngestConfig(dataset="memory://bucket/scenes", output="memory://bucket/data"))
+    assert manifest.counts == {"train": 64, "val": 12}
+    reader = SplitReader(read_manifest("memory://bucket/data"), "val", batch_size=5, size=16)
+    assert sum(len(batch.image_ids) for batch in reader.batches()) == 12

@@ -1,0 +1,189 @@
+"""The captioner against transformers' own GPT-2 and CLIP, and the design's promises about what is trained."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+
+from model_lib import Captioner, UserError
+from model_lib.loss import caption_loss
+from model_lib.presets import PRESETS
+
+TRAINED = re.compile(
+    r"decoder\.h\.\d+\.(crossattention|ln_cross_attn|ln_visual|ln_2|mlp)\..+|decoder\.ln_f\..+|head\..+"
+)
+
+
+def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, model.image_size, model.image_size), generator=generator, dtype=torch.uint8)
+
+
+def reference_decoder(model: Captioner) -> GPT2LMHeadModel:
+    """Return transformers' GPT-2 with cross-attention and the model's weights; both without the visual norm."""
+    config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
+    config.tie_word_embeddings = False
+    reference = GPT2LMHeadModel(config).eval()
+    for block in model.decoder.h:
+        block.ln_visual = nn.Identity()
+    reference.transformer.load_state_dict(model.decoder.state_dict())
+    reference.lm_head.weight.data.copy_(model.head.weight)
+    return reference
+
+
+def test_full_size_has_the_designs_parameter_counts() -> None:
+    with torch.device("meta"):
+        model = Captioner(PRESETS["clip-l-gpt2-medium"].config())
+    assert sum(p.numel() for p in model.parameters()) == 810_326_016
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 353_823_744
+
+
+def test_trained_parameters_are_those_of_the_design() -> None:
+    with torch.device("meta"):
+        model = Captioner(PRESETS["clip-l-gpt2-medium"].config())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == bool(TRAINED.fullmatch(name)), name
+
+
+def test_untrained_full_depth_decoder_is_gpt2_for_any_picture() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(**PRESETS["clip-l-gpt2-medium"].decoder_shape)
+    gpt2 = GPT2LMHeadModel(config).eval()
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    model = Captioner(Captioner.config_class(vision_config=vision, decoder_config=config)).eval()
+    assert len(model.decoder.h) == 24
+    model.decoder.load_state_dict(gpt2.transformer.state_dict(), strict=False)
+    model.head.weight.data.copy_(gpt2.lm_head.weight)
+    tokens = torch.randint(0, config.vocab_size, (2, 1, 12))
+    with torch.no_grad():
+        ours, theirs = model(pixels(model, 2), tokens), gpt2(tokens[:, 0]).logits
+    torch.testing.assert_close(ours[:, 0], theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours, model(pixels(model, 2, seed=1), tokens))
+
+
+def test_cross_attention_decoder_equals_transformers() -> None:
+    model = small_model_with_equal_widths()  # transformers' GPT-2 knows visual tokens of its own width only
+    reference = reference_decoder(model)
+    features = torch.randn(3, 5, 32)
+    tokens = torch.randint(0, model.config.decoder_config.vocab_size, (3, 2, 9))
+    with torch.no_grad():
+        ours = model.head(model.hidden(tokens, model.cross_cache(features)))
+        theirs = torch.stack([reference(tokens[:, n], encoder_hidden_states=features).logits for n in range(2)], 1)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def small_model_with_equal_widths() -> Captioner:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    decoder = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=32, vocab_size=97, bos_token_id=0, eos_token_id=0)
+    model = Captioner(Captioner.config_class(vision_config=vision, decoder_config=decoder)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def test_a_training_step_moves_every_trained_weight_and_no_frozen_one(model: Captioner) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tokens = torch.randint(0, 200, (2, 3, 8))
+    loss, count = caption_loss(model, pixels(model, 2), tokens, tokens)
+    (loss / count).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != bool(TRAINED.fullmatch(name)), name
+
+
+def test_rows_of_a_picture_do_not_see_each_other(model: Captioner) -> None:
+    tokens = torch.randint(0, 200, (2, 3, 8))
+    with torch.no_grad():
+        together = model(pixels(model, 2), tokens)
+        alone = torch.cat([model(pixels(model, 2), tokens[:, n : n + 1]) for n in range(3)], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_captions_depend_on_the_picture(model: Captioner) -> None:
+    tokens = torch.randint(0, 200, (1, 1, 8))
+    with torch.no_grad():
+        assert not torch.allclose(model(pixels(model, 1, seed=1), tokens), model(pixels(model, 1, seed=2), tokens))
+
+
+def test_saved_and_loaded_again_it_is_the_same(model: Captioner, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} <= {".json", ".safetensors", ".txt"}
+    loaded = Captioner.from_pretrained(str(tmp_path), device="cpu")
+    tokens = torch.randint(0, 200, (1, 1, 8))
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels(model, 1), tokens), model(pixels(model, 1), tokens))
+    assert loaded.tokenizer("a red circle")["input_ids"] == model.tokenizer("a red circle")["input_ids"]
+    trained = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (loaded, model)]
+    assert trained[0] == trained[1]
+
+
+@pytest.fixture()
+def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
+    """A whole CLIP (text tower too) and a GPT-2 of another width, saved as their hubs do."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, text_config=text)
+    CLIPModel(clip).save_pretrained(tmp_path / "clip")
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "gpt2")
+    for file in gpt2_tokenizer.iterdir():
+        (tmp_path / "gpt2" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "clip", tmp_path / "gpt2"
+
+
+def test_parts_of_any_size_load_unchanged(parts: tuple[Path, Path]) -> None:
+    clip, gpt2 = parts
+    model = Captioner.from_parts(str(clip), str(gpt2))
+    vision = CLIPVisionModel.from_pretrained(clip)
+    decoder = GPT2LMHeadModel.from_pretrained(gpt2)
+    for name, weight in vision.state_dict().items():
+        assert torch.equal(model.vision.state_dict()[name], weight), name
+    for name, weight in decoder.transformer.state_dict().items():
+        assert torch.equal(model.decoder.state_dict()[name], weight), name
+    assert torch.equal(model.head.weight, decoder.transformer.wte.weight)
+    assert model.head.weight.data_ptr() != model.decoder.wte.weight.data_ptr()
+    assert model.tokenizer.eos_token_id == 50256
+
+
+def test_parts_load_from_a_uri(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model_lib.storage import upload_folder
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, folder in zip(("clip", "gpt2"), parts, strict=True):
+        upload_folder(str(folder), f"memory://weights/{name}")
+    remote = Captioner.from_parts("memory://weights/clip", "memory://weights/gpt2")
+    local = Captioner.from_parts(*map(str, parts))
+    assert all(torch.equal(a, b) for a, b in zip(remote.vision.parameters(), local.vision.parameters(), strict=True))
+
+
+def test_a_pickle_is_never_loaded(parts: tuple[Path, Path]) -> None:
+    clip, gpt2 = parts
+    weights = gpt2 / "model.safetensors"
+    torch.save(GPT2LMHeadModel.from_pretrained(gpt2).state_dict(), gpt2 / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        Captioner.from_parts(str(clip), str(gpt2))
+
+
+def test_the_wrong_kind_of_part_is_refused_in_one_line(parts: tuple[Path, Path]) -> None:
+    clip, gpt2 = parts
+    with pytest.raises(UserError, match=r"gpt2: holds a gpt2 model, not a clip") as refused:
+        Captioner.from_parts(str(gpt2), str(clip))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not json"])
+def test_a_folder_that_is_no_captioner_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        Captioner.from_pretrained(str(tmp_path))

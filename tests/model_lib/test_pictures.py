@@ -1,0 +1,89 @@
+"""Pictures of every kind become upright RGB or one clear error, and the model sees what CLIP would see."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from model_lib.pictures import PictureError, open_picture, shrink, to_pixels
+
+BROKEN = {
+    "broken.png": "unreadable",
+    "broken_data_stream.png": "unreadable",
+    "decompression_bomb.gif": "too_large",
+    "made_truncated_coco397133.jpg": "truncated",
+    "photo_empty_icc.heic": "unreadable",
+    "truncated_image.png": "truncated",
+    "truncated_jpeg.jpg": "truncated",
+}
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def test_every_odd_picture_opens_or_gives_its_reason(odd_images: Path) -> None:
+    reasons = {}
+    for file in sorted(odd_images.iterdir()):
+        try:
+            image = open_picture(file.read_bytes())
+            assert image.mode == "RGB" and min(image.size) > 0
+        except PictureError as error:
+            reasons[file.name] = error.reason
+    assert reasons == BROKEN
+
+
+def test_exif_rotation_is_applied() -> None:
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("red", (0, 0, 10, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to show
+    turned = open_picture(encoded(image, "JPEG", exif=exif))
+    assert turned.size == (20, 40)
+    assert turned.getpixel((10, 3))[0] > 200 and turned.getpixel((10, 3))[1] < 60
+
+
+def test_transparency_lies_on_white() -> None:
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert open_picture(encoded(image)).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    values = np.asarray(open_picture(encoded(Image.fromarray(ramp))))[..., 0].ravel()
+    assert np.abs(values.astype(int) - np.arange(256)).max() <= 1
+
+
+def test_the_first_frame_of_an_animation_is_taken() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert open_picture(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((1, 1))[0] > 200
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"no picture at all", "unreadable")])
+def test_what_is_no_picture_has_a_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(PictureError) as refused:
+        open_picture(content)
+    assert refused.value.reason == reason
+
+
+def test_pixels_are_what_clip_sees(coco: Path) -> None:
+    processor = CLIPImageProcessorPil()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    files = sorted(coco.glob("*2017/*.jpg"))
+    assert len(files) == 85
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        ours = (torch.from_numpy(to_pixels(image, 224)).float() / 255 - mean) / std
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_small_pictures_are_not_enlarged_for_storing() -> None:
+    assert shrink(Image.new("RGB", (100, 300)), 256).size == (100, 300)
+    assert shrink(Image.new("RGB", (600, 300)), 256).size == (512, 256)
