@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2Model, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -319,8 +320,11 @@ class Captioner(PreTrainedModel):
             UserError: there is no captioner at `source`.
         """
         folder = sources.resolve_captioner(source)
-        with sources.quiet():
-            model = super().from_pretrained(folder, *args, use_safetensors=True, **kwargs)
+        try:
+            with sources.quiet():
+                model = super().from_pretrained(folder, *args, use_safetensors=True, **kwargs)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{source}: cannot be loaded: {sources.first_line(error)}") from error
         model.tokenizer = sources.load_tokenizer(folder)
         model.freeze()
         return model.to(sources.choose_device(device)).eval()

@@ -140,7 +140,7 @@ def _log_version(winner: Evaluation, decision: Decision, config: RegisterConfig,
             run_id = run.run_id
     mlflow.set_tracking_uri(tracking.uri)
     here = Path(__file__).parent
-    strings = Schema([ColSpec("string", "image")])
+    strings = Schema([ColSpec("string")])  # a column without a name takes lists and data frames alike
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
             name=MODEL,
@@ -148,7 +148,7 @@ def _log_version(winner: Evaluation, decision: Decision, config: RegisterConfig,
             artifacts={"model": storage.local_folder(winner.model)},
             code_paths=[str(here)],
             pip_requirements=_requirements(),
-            signature=ModelSignature(inputs=strings, outputs=Schema([ColSpec("string", "caption")])),
+            signature=ModelSignature(inputs=strings, outputs=strings),
         )
     tags = {
         "name": winner.name,

@@ -191,7 +191,8 @@ def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     canvas = ImageDraw.Draw(image)
     for thing, x, y in _places(scene, rng):
         radius = RADIUS[thing.size] * rng.uniform(0.93, 1.07)
-        _draw_thing(canvas, thing, *(value * size * scale for value in (x, y, radius)), ground)
+        side = size * scale
+        _draw_thing(canvas, thing, x * side, y * side, radius * side, ground)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 

@@ -19,7 +19,7 @@ class CaptionerModel(PythonModel):
 
         self.model = Captioner.from_pretrained(context.artifacts["model"])
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
         """Return a caption for each row of the first column; a row that is no picture raises with a clear message."""
         from model_lib.captioning import caption_images
 

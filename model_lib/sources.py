@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import GPT2Tokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -67,9 +68,9 @@ def load_part(kind: type[PreTrainedModel], source: str) -> Any:
             if config.model_type != kind.config_class.model_type:
                 raise UserError(f"{source}: holds a {config.model_type} model, not a {kind.config_class.model_type}")
             return kind.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{source}: no {kind.__name__} weights (safetensors) can be loaded: {_first_line(error)}"
+            f"{source}: no {kind.__name__} weights (safetensors) can be loaded: {first_line(error)}"
         ) from error
 
 
@@ -81,11 +82,12 @@ def load_tokenizer(source: str) -> Any:
             return GPT2Tokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {_first_line(error)}"
+            f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {first_line(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an exception says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

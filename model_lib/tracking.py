@@ -134,7 +134,9 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
         return NO_TRACKING
     import mlflow
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # its notes on each table of a new SQLite store
+    for chatty in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", embedded_uri(workdir))
     if uri.startswith("sqlite:///"):
         os.makedirs(uri.removeprefix("sqlite:///").rpartition("/")[0] or ".", exist_ok=True)

@@ -9,8 +9,10 @@ from typing import Any
 
 from model_lib import storage
 from model_lib.batch import examples
-from model_lib.evaluation import Evaluation
+from model_lib.evaluation import FEW_PICTURES, Evaluation
 
+LOOKING = 3
+"""How many times the shuffled CIDEr a model reaches that really looks at its pictures."""
 COLUMNS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 
 
@@ -73,6 +75,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     lines += [f"            {name} is missing: {reason}" for name, reason in first["missing"].items()]
     lines += [
         f"            on {first['pictures']:,} pictures of {first['split']}; shuffled: captions swapped about",
+        *_doubts(next(row for row in summary["candidates"] if row["name"] == registered["winner"])),
         "",
         f"Winner      {registered['winner']}, version {registered['version']}, {fate}:",
         f"            {registered['reason']}",
@@ -87,6 +90,18 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"Compare     {_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(summary['tracking_uri'])}",
     ]
     return lines
+
+
+def _doubts(winner: dict[str, Any]) -> list[str]:
+    """Return what a reader should know before believing the scores."""
+    doubts = []
+    if winner["scores"]["CIDEr"] < LOOKING * winner["shuffled_cider"]:
+        doubts.append(
+            f"its CIDEr is not {LOOKING} times the shuffled one: the model is guessing; train on more pictures"
+        )
+    if winner["pictures"] < FEW_PICTURES:
+        doubts.append(f"CIDEr means little on fewer than {FEW_PICTURES} pictures")
+    return [f"            {winner['name']}: {doubt}" for doubt in doubts]
 
 
 def _shown(path: str) -> str:

@@ -1,0 +1,109 @@
+"""Scores that everyone else would get, and what an evaluation leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model_lib import UserError
+from model_lib.config import EvaluateConfig, TrainConfig
+from model_lib.evaluation import Evaluation, evaluate
+from model_lib.metrics import score_captions
+from model_lib.training import train
+
+CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
+REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
+
+
+def write_coco(folder: Path, captions: dict[int, str], references: dict[int, list[str]]) -> tuple[str, str]:
+    notes = [{"image_id": i, "caption": text} for i, texts in references.items() for text in texts]
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in references],
+        "annotations": [{"id": n, **note} for n, note in enumerate(notes)],
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+    (folder / "results.json").write_text(json.dumps([{"image_id": i, "caption": c} for i, c in captions.items()]))
+    return str(folder / "results.json"), str(folder / "annotations.json")
+
+
+def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None:
+    expected = json.loads((coco_eval / "expected_scores.json").read_text())
+    results, annotations = (str(coco_eval / expected[name]) for name in ("results", "annotations"))
+    evaluation = evaluate(EvaluateConfig(results=results, annotations=annotations, output=str(tmp_path)))
+    assert evaluation.tokenizer == "PTB" and evaluation.pictures == 1000
+    official = expected["pycocoevalcap_1_2"]
+    assert evaluation.scores == pytest.approx(official, abs=1e-6)
+    assert Evaluation.read(str(tmp_path)) == evaluation
+    assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
+
+
+def test_without_java_meteor_is_missing_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_java = score_captions(CAPTIONS, REFERENCES)
+    monkeypatch.setattr("model_lib.metrics.shutil.which", lambda name: None)
+    without = score_captions(CAPTIONS, REFERENCES)
+    assert "Java" in without.missing["METEOR"] and "METEOR" not in without.scores
+    assert with_java.tokenizer == "PTB" and without.tokenizer == "plain"
+    assert without.scores["CIDEr"] == pytest.approx(with_java.scores["CIDEr"], rel=1e-6)
+
+
+def test_empty_captions_score_nothing_and_break_nothing() -> None:
+    scores = score_captions({1: "", 2: "a cat sits", 3: "..."}, REFERENCES)
+    assert scores.per_picture[1] == 0 and scores.per_picture[2] > 0 and scores.per_picture[3] == 0
+
+
+def test_shuffled_captions_never_stay_with_their_owner() -> None:
+    texts = {n: f"word{n} alone" for n in range(7)}
+    scores = score_captions(texts, {n: [text] for n, text in texts.items()})
+    assert scores.scores["CIDEr"] > 3 and scores.shuffled_cider < 0.5
+
+
+@pytest.fixture(scope="module")
+def judged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    folder = tmp_path_factory.mktemp("judged")
+    trained = train(TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=2, name="<script>x"))
+    config = EvaluateConfig(model=trained.model, data=str(data), output=str(folder / "judged"), num_beams=2)
+    return folder / "judged", evaluate(config)
+
+
+def test_a_model_is_judged_on_every_picture_of_the_split(judged: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = judged
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["image_id"] for row in results] == list(range(1, 13))
+    assert all(set(row) == {"image_id", "caption"} for row in results)
+    assert evaluation.split == "val" and evaluation.pictures == 12 and evaluation.decoding["num_beams"] == 2
+    assert Evaluation.read(str(folder)) == evaluation
+
+
+def test_its_results_file_scores_the_same_without_the_model(judged: tuple[Path, Evaluation], scenes: Path) -> None:
+    folder, evaluation = judged
+    annotations = str(scenes / "annotations" / "captions_val2017.json")
+    alone = evaluate(EvaluateConfig(results=str(folder / "results.json"), annotations=annotations))
+    assert alone.scores == pytest.approx(evaluation.scores)
+
+
+def test_the_report_is_self_contained_and_shows_text_as_text(judged: tuple[Path, Evaluation]) -> None:
+    page = (judged[0] / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 12
+    assert "<script>" not in page and "&lt;script&gt;x" in page
+    assert "http://" not in page and "https://" not in page
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "[]", "[1]", '[{"image_id": "1", "caption": "a"}]', '[{"image_id": 1}]', '[{"caption": "a"}]'],
+)
+def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
+    _, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results\.json"):
+        evaluate(EvaluateConfig(results=str(tmp_path / "results.json"), annotations=annotations))
+
+
+def test_results_for_unknown_pictures_or_twice_are_refused(tmp_path: Path) -> None:
+    results, annotations = write_coco(tmp_path, {**CAPTIONS, 9: "a ghost"}, REFERENCES)
+    with pytest.raises(UserError, match="image_id 9 has no reference captions"):
+        evaluate(EvaluateConfig(results=results, annotations=annotations))
+    rows = [{"image_id": 1, "caption": "a"}] * 2
+    Path(results).write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="image_id 1 occurs twice"):
+        evaluate(EvaluateConfig(results=results, annotations=annotations))

@@ -1,0 +1,101 @@
+"""The MLflow registry, on a real SQLite store: versions, aliases, and the champion loaded as MLflow loads it."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+
+from model_lib import Captioner, UserError
+from model_lib.candidates import judge_champion, judge_model
+from model_lib.config import RegisterConfig, TrainConfig
+from model_lib.registry import champion_version, register
+from model_lib.tracking import MlflowTracking, require_mlflow, tracking_from_environment
+from model_lib.training import train
+
+
+@pytest.fixture()
+def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowTracking]:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(None)
+    yield require_mlflow(tracking_from_environment())
+    mlflow.set_tracking_uri(None)
+
+
+def candidate(data: Path, folder: Path, tracking: MlflowTracking, name: str, epochs: int) -> str:
+    """Train and judge a candidate; return its evaluation's folder."""
+    config = TrainConfig(data=str(data), output=str(folder / name), preset="tiny", epochs=epochs, name=name)
+    trained = train(config, tracking)
+    return judge_model(trained.model, str(data), trained.model, tracking, num_beams=1)[1]
+
+
+def rescore(folder: str, cider: float) -> str:
+    """Give an evaluation another CIDEr, so that who wins is known."""
+    file = Path(folder, "scores.json")
+    document = json.loads(file.read_text())
+    document["scores"]["CIDEr"] = cider
+    file.write_text(json.dumps(document))
+    return folder
+
+
+def test_a_champion_reigns_until_a_better_one_comes(
+    data: Path, scenes: Path, tmp_path: Path, tracking: MlflowTracking
+) -> None:
+    first = rescore(candidate(data, tmp_path, tracking, "first", 1), 0.5)
+    second = rescore(candidate(data, tmp_path, tracking, "second", 2), 0.4)
+    assert judge_champion(str(data), str(tmp_path), tracking, num_beams=1) == ""
+
+    made = register(RegisterConfig(evaluations=(first, second)), tracking)
+    assert (made.winner, made.version, made.promoted, made.champion_version) == ("first", "1", True, "1")
+
+    with pytest.raises(UserError, match="there is a champion, version 1, to be judged on the same data first"):
+        register(RegisterConfig(evaluations=(second,)), tracking)
+
+    champion = rescore(judge_champion(str(data), str(tmp_path), tracking, num_beams=1), 0.5)
+    made = register(RegisterConfig(evaluations=(second,), champion_evaluation=champion), tracking)
+    assert (made.version, made.promoted, made.champion_version) == ("2", False, "1")
+    client = mlflow.MlflowClient(tracking.uri)
+    assert str(client.get_model_version_by_alias("captioner", "challenger").version) == "2"
+    assert "it needed more" in client.get_model_version("captioner", "2").tags["decision"]
+
+    made = register(RegisterConfig(evaluations=(rescore(second, 0.6),), champion_evaluation=champion), tracking)
+    assert (made.version, made.promoted, made.champion_version) == ("3", True, "3")
+    assert champion_version(tracking.uri) == "3"
+
+    with pytest.raises(UserError, match=r"judges models:/captioner/1, but the champion is version 3"):
+        register(RegisterConfig(evaluations=(second,), champion_evaluation=champion), tracking)
+
+    # MLflow's own way of loading gives the candidate's captions, for a path, a URI and base64 alike.
+    picture = scenes / "val2017" / "000000000001.jpg"
+    expected = Captioner.from_pretrained(str(tmp_path / "second" / "best")).caption([str(picture)])[0].text
+    model = mlflow.pyfunc.load_model("models:/captioner@champion")
+    assert list(model.predict([str(picture)])) == [expected]
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    frame = pd.DataFrame({"image": [str(picture), picture.as_uri(), encoded]})
+    assert list(model.predict(frame)) == [expected] * 3
+    assert Captioner.from_pretrained("models:/captioner@champion").caption([str(picture)])[0].text == expected
+
+
+def test_a_run_has_curves_parameters_and_its_data(data: Path, tmp_path: Path, tracking: MlflowTracking) -> None:
+    config = TrainConfig(data=str(data), output=str(tmp_path / "run"), preset="tiny", epochs=5, name="curves")
+    trained = train(config, tracking)
+    client = mlflow.MlflowClient(tracking.uri)
+    run = client.get_run(trained.run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "curves"
+    assert run.data.params["preset"] == "tiny" and run.data.params["epochs"] == "5"
+    assert len(run.data.tags["captioner.data_fingerprint"]) == 64
+    assert [m.step for m in client.get_metric_history(trained.run_id, "val_loss")] == [2, 4, 6, 8, 10]
+    for name in ("train_loss", "learning_rate", "pictures_per_second"):
+        assert [m.step for m in client.get_metric_history(trained.run_id, name)] == [10], name
+
+
+def test_a_champion_that_is_not_there_is_refused_in_one_line(tracking: MlflowTracking) -> None:
+    assert champion_version(tracking.uri) is None
+    with pytest.raises(UserError, match="not in the model registry") as refused:
+        Captioner.from_pretrained("models:/captioner@champion")
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,86 @@
+"""The whole training pipeline through kfp.local, on a very small setting."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+Run = Callable[..., CompletedProcess]
+CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])
+
+
+@pytest.fixture(autouse=True)
+def embedded_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_from_scenes_to_captions_and_once_more(captioner: Run, tmp_path: Path) -> None:
+    command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
+    first = captioner(*command, "--candidates", CANDIDATES)
+    assert first.returncode == 0, first.stderr
+    for word in ("step ingest", "step train", "step evaluate", "step register", "step caption", "48 scenes"):
+        assert word in first.stderr, word
+    for word in (
+        "Pictures    48 to learn from, 48 to judge on; quarantined: none",
+        "slow",
+        "fast",
+        "CIDEr shuffled",
+        "Winner",
+        "version 1",
+        "Report",
+        "Parquet",
+        "mlflow ui",
+    ):
+        assert word in first.stdout, word
+
+    second = captioner(*command, "--candidates", CANDIDATES, "--json")
+    assert second.returncode == 0, second.stderr
+    summary = json.loads(second.stdout)
+    registered = summary["registered"]
+    assert registered["version"] == "2" and not registered["promoted"] and registered["champion_version"] == "1"
+    assert set(registered["scores"]) == {"slow", "fast"} and "needed more" in registered["reason"]
+    assert summary["captioned"]["pictures"] == summary["captioned"]["ok"] == 48
+    assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
+    assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()
+
+    client = mlflow.MlflowClient(summary["tracking_uri"])
+    experiment = client.get_experiment_by_name("captioner")
+    assert experiment.artifact_location == f"{tmp_path}/work/mlartifacts"
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 2 and {run.info.run_name for run in nested} == {"slow", "fast"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in nested} <= {run.info.run_id for run in parents}
+    assert all(run.info.status == "FINISHED" and "val_CIDEr" in run.data.metrics for run in nested)
+
+
+def test_a_data_set_without_a_usable_picture_is_refused_in_one_line(captioner: Run, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "set" / f"{split}2017").mkdir(parents=True)
+        (tmp_path / "set" / f"{split}2017" / "a.jpg").write_bytes(b"no picture")
+        document = {
+            "images": [{"id": 1, "file_name": "a.jpg"}],
+            "annotations": [{"id": 1, "image_id": 1, "caption": "a scene"}],
+        }
+        (tmp_path / "set" / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "set" / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(document))
+    done = captioner("run", "--dataset", "set", "--workdir", "work")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("captioner: error: ") and "no usable picture" in done.stderr
+    assert "UserError" in (tmp_path / "work" / "pipeline.log").read_text()
+
+
+def test_a_quarantined_picture_shows_in_the_summary(captioner: Run, scenes: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(scenes, tmp_path / "set")
+    (tmp_path / "set" / "train2017" / "000000000007.jpg").write_bytes(b"broken")
+    done = captioner("run", "--dataset", "set", "--workdir", "w", "--epochs", "1", "--candidates", '[{"name": "a"}]')
+    assert done.returncode == 0, done.stderr
+    assert "Pictures    63 to learn from, 12 to judge on; quarantined: 1 unreadable" in done.stdout
+    assert "CIDEr means little on fewer than 100 pictures" in done.stdout

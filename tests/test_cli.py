@@ -1,0 +1,135 @@
+"""The command line as a user meets it: what it prints, and how it refuses, each in a fresh process."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from model_lib import Captioner
+
+Run = Callable[..., CompletedProcess]
+EVERY = ["run", "scenes", "ingest", "train", "evaluate", "register", "caption", "batch", "compile", "info"]
+
+
+def refused(done: CompletedProcess, *words: str) -> None:
+    """Check for exit code 2 and one line on stderr that says what and where."""
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("captioner: error: "), done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_info_counts_the_parameters(captioner: Run) -> None:
+    done = captioner("info", "--preset", "clip-l-gpt2-medium", "--json")
+    document = json.loads(done.stdout)
+    assert document["total"] == 810326016 and document["trainable"] == 353823744
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_help_lists_every_command(captioner: Run) -> None:
+    done = captioner("--help")
+    assert done.returncode == 0
+    for command in EVERY:
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_every_command_explains_itself(captioner: Run, command: str) -> None:
+    done = captioner(command, "--help")
+    assert done.returncode == 0 and f"usage: captioner {command}" in done.stdout and "--json" in done.stdout
+
+
+def test_stages_run_one_after_another(captioner: Run, scenes: Path, tmp_path: Path) -> None:
+    picture = scenes / "val2017" / "000000000001.jpg"
+    steps = [
+        ("ingest", "--dataset", scenes, "--output", "data"),
+        ("train", "--data", "data", "--output", "out", "--preset", "tiny", "--epochs", "1", "--batch-size", "16"),
+        ("evaluate", "--model", "out/best", "--data", "data", "--output", "judged", "--num_beams", "1"),
+        ("register", "--evaluations", "judged"),
+        ("batch", "--images", scenes / "val2017", "--output", "captions", "--model", "models:/captioner@champion"),
+    ]
+    for step in steps:
+        done = captioner(*step, "--json")
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)
+    done = captioner("caption", "-f", picture, picture, "--num_beams", "2", "--max_new_tokens", "5")
+    expected = Captioner.from_pretrained(str(tmp_path / "out" / "best")).caption(
+        [str(picture)], num_beams=2, max_new_tokens=5
+    )
+    assert done.stdout.splitlines() == [f"{picture}: {expected[0].text}"] * 2
+
+
+def test_sampling_is_reproduced_by_its_seed(captioner: Run, saved_model: Path, scenes: Path) -> None:
+    options = ("-f", scenes / "val2017" / "000000000001.jpg", "--model", saved_model, "--top_p", "0.9", "--json")
+    one, same, other = (captioner("caption", *options, "--seed", seed) for seed in (1, 1, 2))
+    assert one.returncode == 0 and one.stdout == same.stdout != other.stdout
+
+
+def test_a_broken_picture_does_not_keep_the_others_from_their_captions(
+    captioner: Run, saved_model: Path, scenes: Path, odd_images: Path
+) -> None:
+    good, broken = scenes / "val2017" / "000000000001.jpg", odd_images / "broken.png"
+    done = captioner("caption", "-f", good, broken, good, "--model", saved_model)
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 2
+    assert f"{broken}: unreadable" in done.stderr and "1 of 3 pictures without a caption" in done.stderr
+    done = captioner("caption", "-f", good, "gone.jpg", "--model", saved_model)
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 1 and "gone.jpg: no such file" in done.stderr
+
+
+def test_anyones_results_are_scored_without_a_model(captioner: Run, coco_eval: Path) -> None:
+    expected = json.loads((coco_eval / "expected_scores.json").read_text())
+    files = [coco_eval / expected[name] for name in ("results", "annotations")]
+    done = captioner("evaluate", "--results", files[0], "--annotations", files[1], "--json")
+    assert json.loads(done.stdout)["scores"] == pytest.approx(expected["pycocoevalcap_1_2"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("frobnicate",), ["frobnicate", "one of"]),
+        (("train", "--data", "x"), ["--output"]),
+        (("train", "--data", "x", "--output", "y", "--learning_rate", "fast"), ["learning-rate", "fast"]),
+        (("train", "--data", "x", "--output", "y", "--colour", "red"), ["--colour"]),
+        (("train", "--data", "x", "--output", "y", "--preset", "huge"), ["huge", "tiny"]),
+        (("train", "--data", "gone", "--output", "y", "--preset", "tiny"), ["gone", "captioner ingest"]),
+        (("info", "--preset", "huge"), ["huge"]),
+        (("ingest", "--annotations", "gone.json", "--images", ".", "--output", "o"), ["gone.json: no such file"]),
+        (("ingest", "--dataset", "gone", "--output", "o"), ["gone/annotations/captions_train2017.json"]),
+        (("ingest", "--dataset", "nowhere://x", "--output", "o"), ["nowhere"]),
+        (("run", "--dataset", "gone"), ["gone/annotations/captions_train2017.json"]),
+        (("run", "--candidates", "[1]", "--dataset", "{scenes}"), ["candidates"]),
+        (("evaluate", "--results", "gone.json", "--annotations", "gone.json"), ["gone.json"]),
+        (("evaluate", "--model", "m"), ["give either"]),
+        (("register", "--evaluations", "gone"), ["gone/scores.json"]),
+        (("caption", "-f", "a.jpg", "--model", "./gone"), ["./gone: no such folder"]),
+        (("caption", "-f", "a.jpg", "--model", "{scenes}"), ["{scenes}: not a captioner"]),
+        (("caption", "-f", "a.jpg"), ["models:/captioner@champion", "register a model first"]),
+        (("caption", "-f", "a.jpg", "--model", "m", "--top_p", "7"), ["top_p: 7"]),
+        (("caption", "-f", "a.jpg", "--model", "{model}", "--device", "abacus"), ["device abacus"]),
+        (("batch", "--images", "gone", "--output", "o", "--model", "{model}"), ["gone: no such folder"]),
+        (("batch", "--images", "{scenes}", "--output", "/proc/x", "--model", "{model}"), ["/proc/x", "written"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_bad_usage_and_input_is_one_line(
+    captioner: Run, scenes: Path, saved_model: Path, arguments: tuple[str, ...], words: list[str]
+) -> None:
+    places = {"scenes": str(scenes), "model": str(saved_model)}
+    filled = [argument.format(**places) for argument in arguments]
+    refused(captioner(*filled), *(word.format(**places) for word in words))
+
+
+def test_a_model_folder_without_weights_is_refused(
+    captioner: Run, saved_model: Path, tmp_path: Path, scenes: Path
+) -> None:
+    shutil.copytree(saved_model, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    picture = scenes / "val2017" / "000000000001.jpg"
+    refused(captioner("caption", "-f", picture, "--model", "./m"), "./m", "no safetensors")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
+    refused(captioner("caption", "-f", picture, "--model", "./m"), "./m")
