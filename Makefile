@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java demo test lint compile clean
+.PHONY: help install java demo test lint image compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +41,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+image:  ## build the container image of the pipeline's steps, for captioner run --runner docker
+	docker build --file images/captioner/Dockerfile --tag captioner:$(VERSION) $(DOCKER_OPTIONS) .
 
 compile: $(INSTALLED)  ## compile the pipelines to pipelines/compiled
 	$(BIN)/captioner compile

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from components import IMAGE
 from model_lib import storage
 from model_lib.cli import Output
 from model_lib.config import ScenesConfig, StageConfig, option
@@ -115,7 +116,7 @@ def _run_pipeline(config: RunConfig, arguments: dict[str, Any], work: Path) -> P
     from pipelines.train_captioner import define
 
     root, log_file = work / "pipeline", work / "pipeline.log"
-    runner = local.SubprocessRunner(use_venv=False) if config.runner == "subprocess" else _docker_runner(work)
+    runner = local.SubprocessRunner(use_venv=False) if config.runner == "subprocess" else _docker_runner(arguments, work)
     with warnings.catch_warnings(), log_file.open("w") as log, _followed(log):
         warnings.simplefilter("ignore")
         local.init(runner, pipeline_root=str(root), raise_on_error=True)
@@ -131,13 +132,33 @@ def _run_pipeline(config: RunConfig, arguments: dict[str, Any], work: Path) -> P
     return made
 
 
-def _docker_runner(work: Path) -> Any:
-    """Return the runner that starts each step's image, with the working directory mounted in its own place."""
+def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
+    """Return the runner that starts each step in the image, as the present user.
+
+    The working directory and the inputs are mounted in their own places, so that paths mean the same inside.
+    """
+    import docker
     from kfp import local
 
+    try:
+        client = docker.from_env()
+        client.images.get(IMAGE)
+    except docker.errors.ImageNotFound as error:
+        raise UserError(f"runner docker: image {IMAGE} is not on this machine; build it with make image") from error
+    except docker.errors.DockerException as error:
+        raise UserError(f"runner docker: no Docker engine answers: {error}") from error
+    inputs = {arguments[name] for name in ("data_dataset", "caption_images") if storage.is_local(arguments[name])}
+    outside = {place for place in inputs if not Path(place).is_relative_to(work)}
+    mounts = [docker.types.Mount(place, place, type="bind", read_only=True) for place in sorted(outside)]
+    mounts.append(docker.types.Mount(str(work), str(work), type="bind"))
     passed = {name: value for name, value in os.environ.items() if name.startswith(("MLFLOW_", "HF_"))}
-    volumes = {str(work): {"bind": str(work), "mode": "rw"}}
-    return local.DockerRunner(volumes=volumes, environment=passed, network_mode="host")
+    return local.DockerRunner(
+        mounts=mounts,
+        environment=passed,
+        network_mode="host",  # a tracking server on this machine is at the same address inside
+        user=f"{os.getuid()}:{os.getgid()}",
+        shm_size="1g",
+    )
 
 
 @contextlib.contextmanager
