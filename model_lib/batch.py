@@ -166,9 +166,7 @@ def merge(made: Plan, config: BatchConfig) -> Summary:
     """Check that every listed picture has its row, count them, and write summary.json."""
     ok, pictures, errors = 0, 0, Counter[str]()
     for index, uris in enumerate(made.shards):
-        fs, path = storage.filesystem(shard_uri(config.output, index))
-        with fs.open(path, "rb") as file:
-            table = pq.read_table(file, columns=["uri", "status", "error"])
+        table = _read_shard(shard_uri(config.output, index), ["uri", "status", "error"])
         assert table["uri"].to_pylist() == uris, f"shard {index} does not hold the planned pictures"
         pictures += table.num_rows
         for status, error in zip(table["status"].to_pylist(), table["error"].to_pylist(), strict=True):
@@ -200,15 +198,19 @@ def batch(config: BatchConfig) -> Summary:
     return merge(made, config)
 
 
+def _read_shard(uri: str, columns: list[str]) -> pa.Table:
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        # Not pq.read_table: on an open file it leaves threads behind that abort the process as it exits (pyarrow 25).
+        return pq.ParquetFile(file).read(columns=columns)
+
+
 def examples(output: str, count: int) -> list[tuple[str, str]]:
     """Return the first `count` captioned pictures' URIs and captions."""
     found: list[tuple[str, str]] = []
     folder = storage.join(output, "captions")
     for name in storage.list_names(folder):
-        fs, path = storage.filesystem(storage.join(folder, name))
-        with fs.open(path, "rb") as file:
-            table = pq.read_table(file, columns=["uri", "caption", "score"])
-        for row in table.to_pylist():
+        for row in _read_shard(storage.join(folder, name), ["uri", "caption", "score"]).to_pylist():
             if row["caption"] is not None and math.isfinite(row["score"]):
                 found.append((row["uri"], row["caption"]))
             if len(found) == count:

@@ -116,7 +116,9 @@ def _run_pipeline(config: RunConfig, arguments: dict[str, Any], work: Path) -> P
     from pipelines.train_captioner import define
 
     root, log_file = work / "pipeline", work / "pipeline.log"
-    runner = local.SubprocessRunner(use_venv=False) if config.runner == "subprocess" else _docker_runner(arguments, work)
+    runner = (
+        local.SubprocessRunner(use_venv=False) if config.runner == "subprocess" else _docker_runner(arguments, work)
+    )
     with warnings.catch_warnings(), log_file.open("w") as log, _followed(log):
         warnings.simplefilter("ignore")
         local.init(runner, pipeline_root=str(root), raise_on_error=True)
