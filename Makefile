@@ -17,7 +17,8 @@ install: $(INSTALLED) java  ## make .venv, with captioner in it
 $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "captioner needs Python 3.11 or later, and $(PYTHON) is older; try make PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "installing python3-venv"; $(call apt,python3-venv); }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "installing python3-venv"; $(call apt,python3-venv); } || \
+		{ echo "python3-venv is missing and could not be installed here: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evaluate,tracking,pipelines,gcs,dev]'
 	@touch $@
