@@ -57,6 +57,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     fate = "is the champion now" if registered["promoted"] else "is registered as challenger"
     failed = ", ".join(f"{count} {reason}" for reason, count in captioned["errors"].items())
     train, val = summary["pictures"]["train"], summary["pictures"]["val"]
+    scheme, _, store = summary["tracking_uri"].partition(":///")
+    tracking = f"{scheme}:///{_shown(store)}" if store else scheme
     headings = "".join(f"{name.replace('_', '-'):>9}" for name in COLUMNS)
     mlflow = Path(sys.executable).parent / "mlflow"
     lines = [
@@ -87,7 +89,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         "",
         f"Report      {_shown(summary['report'])}",
         f"Parquet     {_shown(captioned['captions'])}",
-        f"Compare     {_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(summary['tracking_uri'])}",
+        f"Compare     {_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(tracking)}",
     ]
     return lines
 
