@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -75,10 +75,10 @@ class Summary:
 
 
 def plan(config: BatchConfig) -> Plan:
-    """List the pictures once and split them into shards; an unfinished plan for the same work is taken up again.
+    """List the pictures once and split them into shards, without writing anything.
 
     Raises:
-        UserError: there is no such folder, no picture in it, or the output cannot be written.
+        UserError: there is no such folder, or no picture in it.
     """
     fs, path = storage.filesystem(config.images)
     if not fs.isdir(path):
@@ -93,17 +93,31 @@ def plan(config: BatchConfig) -> Plan:
     listing = [entry for entry in listing if not entry[0].startswith(inside + "/")]
     if not listing:
         raise UserError(f"{config.images}: no pictures in it ({', '.join(sorted(EXTENSIONS))})")
-    storage.require_writable(config.output)
     digest = hashlib.sha256(json.dumps([listing, config.key()]).encode()).hexdigest()
     uris = [uri for uri, *_ in listing]
     count = config.shard_pictures
-    made = Plan(digest, config.model, [uris[start : start + count] for start in range(0, len(uris), count)])
-    file = storage.join(config.output, "plan.json")
-    if not storage.exists(file) or storage.read_json(file).get("identity") != digest:
-        for stale in ("captions", "summary.json"):
-            storage.remove(storage.join(config.output, stale))
+    return Plan(digest, config.model, [uris[start : start + count] for start in range(0, len(uris), count)])
+
+
+def begin(made: Plan, output: str) -> list[int]:
+    """Make `output` ready for the plan and return the shards that are still to be done.
+
+    An unfinished output of the same plan is taken up again; one of another plan is made anew.
+
+    Raises:
+        UserError: the output cannot be written, or holds captions that are not ours to replace.
+    """
+    storage.require_writable(output)
+    file, captions = storage.join(output, "plan.json"), storage.join(output, "captions")
+    if not storage.exists(file):
+        if storage.exists(captions):
+            raise UserError(f"{captions}: is there, but not from captioner batch; choose another output")
         storage.write_json(file, asdict(made))
-    return made
+    elif storage.read_json(file).get("identity") != made.identity:
+        for stale in (captions, storage.join(output, "summary.json")):
+            storage.remove(stale)
+        storage.write_json(file, asdict(made))
+    return [index for index in range(len(made.shards)) if not storage.exists(shard_uri(output, index))]
 
 
 def shard_uri(output: str, index: int) -> str:
@@ -185,12 +199,14 @@ def batch(config: BatchConfig) -> Summary:
     Raises:
         UserError: pictures, model or output cannot be used.
     """
+    from model_lib.evaluation import lasting_source
     from model_lib.model import Captioner
 
+    config = replace(config, model=lasting_source(config.model))
     made = plan(config)
-    missing = [i for i in range(len(made.shards)) if not storage.exists(shard_uri(config.output, i))]
+    model = Captioner.from_pretrained(config.model, device=config.device)  # before an older output is touched
+    missing = begin(made, config.output)
     if missing:
-        model = Captioner.from_pretrained(config.model, device=config.device)
         total = sum(len(made.shards[index]) for index in missing)
         with Progress("caption", total, "pictures") as progress:
             for index in missing:

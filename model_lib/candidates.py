@@ -9,7 +9,7 @@ from model_lib.errors import UserError
 from model_lib.evaluation import Evaluation, evaluate
 from model_lib.registry import Registered, champion_version, version_uri
 from model_lib.shards import read_manifest
-from model_lib.tracking import Tracking, require_mlflow
+from model_lib.tracking import NO_TRACKING, Tracking, require_mlflow
 
 
 def candidate_config(data: str, root: str, candidate: Mapping[str, Any], **common: Any) -> TrainConfig:
@@ -47,16 +47,15 @@ def judge_champion(data: str, root: str, tracking: Tracking, **options: Any) -> 
     version = champion_version(require_mlflow(tracking).uri)
     if version is None:
         return ""
-    return judge_model(version_uri(version), data, storage.join(root, "champions"), tracking, **options)[1]
+    return judge_model(version_uri(version), data, storage.join(root, "champions"), NO_TRACKING, **options)[1]
 
 
 def decision_markdown(registered: Registered) -> str:
     """Return the decision as Markdown for the pipeline's page."""
-    names = list(dict.fromkeys(name for scores in registered.scores.values() for name in scores))
+    names = [name for name in registered.candidates[0] if name != "name"]  # the same for all that were comparable
     rows = [f"| candidate | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for candidate, scores in registered.scores.items():
-        cells = " | ".join(f"{scores[name]:.4f}" if name in scores else "" for name in names)
-        rows.append(f"| {candidate} | {cells} |")
+    for candidate in registered.candidates:
+        rows.append(f"| {candidate['name']} | {' | '.join(f'{candidate[name]:.4f}' for name in names)} |")
     fate = "is the new champion" if registered.promoted else f"did not replace version {registered.champion_version}"
     head = f"## Version {registered.version} ({registered.winner}) {fate}\n\n{registered.reason}\n\n"
     return head + "\n".join(rows) + "\n"

@@ -46,8 +46,11 @@ def save(output: str, step: int, model: nn.Module, optimizer: torch.optim.Optimi
         entries = {file.name: _entry(file) for file in sorted(Path(scratch).iterdir())}
         storage.upload_folder(scratch, target)
     storage.write_json(storage.join(target, "manifest.json"), entries)
-    for name in _names(output)[:-KEPT]:
-        storage.remove(storage.join(_folder(output), name))
+    names = _names(output)
+    whole = [name for name in names if storage.exists(storage.join(_folder(output), name, "manifest.json"))]
+    for name in names:  # older ones, and what a kill left half-written
+        if name not in whole[-KEPT:] and not target.endswith(name):
+            storage.remove(storage.join(_folder(output), name))
 
 
 def _names(output: str) -> list[str]:
@@ -80,7 +83,7 @@ def read_state(folder: str) -> dict[str, Any]:
     return dict(json.loads(Path(folder, "state.json").read_text()))
 
 
-def restore(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(folder: str, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
     """Put trained weights, the optimiser's moments and the random state back."""
     tensors = load_file(f"{folder}/state.safetensors")
     parameters = dict(model.named_parameters())
@@ -89,6 +92,7 @@ def restore(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
             parameters[key.removeprefix("model.")].data.copy_(tensor)
         elif key.startswith("optimizer."):
             _, kind, name = key.split(".", 2)
-            place = "cpu" if kind == "step" else parameters[name].device
-            optimizer.state[parameters[name]][kind] = tensor.to(place)
+            # As torch keeps it: the fused AdamW reads its step count on the device, the plain one on the CPU.
+            beside = kind != "step" or optimizer.defaults["fused"]
+            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device if beside else "cpu")
     torch.set_rng_state(tensors["random"])

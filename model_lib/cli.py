@@ -30,8 +30,9 @@ from model_lib.config import (
     ScenesConfig,
     StageConfig,
     TrainConfig,
+    option,
 )
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.presets import PRESETS
 
 CHAMPION_URI = "models:/captioner@champion"
@@ -69,7 +70,7 @@ class CaptionConfig(DecodeConfig):
     """Paths or URIs of pictures."""
     model: str = CHAMPION_URI
     """A folder, hub name, URI or model of the MLflow registry."""
-    batch_size: int = 16
+    batch_size: int = option(16, minimum=1)
     """Pictures decoded together."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -158,7 +159,8 @@ def caption(config: CaptionConfig) -> Output:
     from model_lib.captioning import Caption, caption_each
     from model_lib.model import Captioner
 
-    model = Captioner.from_pretrained(_known_version(config.model), device=config.device)
+    _find_registry(config.model)
+    model = Captioner.from_pretrained(config.model, device=config.device)
     output = Output([], [])
 
     def lines() -> Iterator[str]:
@@ -174,7 +176,7 @@ def caption(config: CaptionConfig) -> Output:
             output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
             failed += 1
             print(f"captioner: error: {problem}", file=sys.stderr)
-        if failed:
+        if failed and len(config.files) > 1:
             print(f"captioner: {failed} of {len(config.files)} pictures without a caption", file=sys.stderr)
 
     output.lines = lines()
@@ -182,24 +184,21 @@ def caption(config: CaptionConfig) -> Output:
 
 
 def batch(config: BatchConfig) -> Output:
-    import dataclasses
-
     from model_lib.batch import batch as run
 
-    summary = run(dataclasses.replace(config, model=_known_version(config.model)))
+    _find_registry(config.model)
+    summary = run(config)
     errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
     text = f"{summary.captions}: {summary.ok:,} of {summary.pictures:,} pictures captioned"
     return Output(asdict(summary), [text + (f"; errors: {errors}" if errors else "")])
 
 
-def _known_version(source: str) -> str:
-    """Return the version behind an alias of the registry, so that the output names what made it."""
-    if not source.startswith("models:/"):
-        return source
-    from model_lib.registry import pin_version
-    from model_lib.tracking import require_mlflow, tracking_from_environment
+def _find_registry(source: str) -> None:
+    """Let `models:/…` be looked up where the environment says, or in the embedded store."""
+    if source.startswith("models:/"):
+        from model_lib.tracking import require_mlflow, tracking_from_environment
 
-    return pin_version(source, require_mlflow(tracking_from_environment()).uri)
+        require_mlflow(tracking_from_environment())
 
 
 COMMANDS: dict[str, Callable[[Any], Output]] = {
@@ -223,8 +222,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except UserError as error:
         print(f"captioner: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except (WorkError, OSError) as error:
         print(f"captioner: failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):
+            raise
+        print(f"captioner: failed: MLflow: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,12 +8,15 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from model_lib.errors import UserError
 from model_lib.presets import PRESETS
 
+LARGEST = 2**63 - 1
+"""Largest whole number: that of a seed."""
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -45,9 +48,13 @@ class StageConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), field.metadata.get("minimum")
+            _require(value != "", f"{field.name}: is empty")
+            if isinstance(value, float):
+                _require(math.isfinite(value), f"{field.name}: {value} is not a number to work with")
             if minimum is not None and value is not None:
-                finite = not isinstance(value, float) or math.isfinite(value)
-                _require(finite and value >= minimum, f"{field.name}: {value} is not at least {minimum}")
+                _require(value >= minimum, f"{field.name}: {value} is not at least {minimum}")
+            if isinstance(value, int):
+                _require(value <= LARGEST, f"{field.name}: {value} is not at most {LARGEST}")
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
@@ -134,7 +141,7 @@ class TrainConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI for checkpoints and the best model."""
     name: str = option("candidate", shapes=False)
-    """Name of the candidate in MLflow and in the summary."""
+    """Name of the candidate in MLflow and in the summary: letters, digits, dots, dashes and underscores."""
     preset: str = "clip-l-gpt2-medium"
     """Model size: clip-l-gpt2-medium, or tiny (from scratch, for a try without weights)."""
     vision: str | None = None
@@ -173,6 +180,9 @@ class TrainConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}")
+        _require(
+            re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"name {self.name!r}: use letters, digits, . - _ only"
+        )
         _require(self.warmup < 1, f"warmup: {self.warmup} is not less than 1, a share of the steps")
         preset = PRESETS[self.preset]
         if preset.vision is None:
@@ -239,17 +249,18 @@ class EvaluateConfig(DecodeConfig):
     """… and the COCO captions it is scored against."""
     num_beams: int = option(5, minimum=1)
     """Beams kept a picture; 1: greedy."""
-    batch_size: int = option(32, minimum=1, shapes=False)
-    """Pictures decoded together."""
+    batch_size: int = option(32, minimum=1)
+    """Pictures decoded together; it changes which captions a seed draws."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        judged = self.model is not None and self.data is not None and self.output is not None
-        scored = self.results is not None and self.annotations is not None
+        of_model, of_results = (self.model, self.data), (self.results, self.annotations)
+        judged = None not in (*of_model, self.output) and of_results == (None, None)
+        scored = None not in of_results and of_model == (None, None)
         _require(
-            judged != scored,
+            judged or scored,
             "give either --model, --data and --output, or --results and --annotations",
         )
 
@@ -261,7 +272,7 @@ class RegisterConfig(StageConfig):
     evaluations: tuple[str, ...]
     """Folders that evaluate wrote, one a candidate."""
     champion_evaluation: str | None = None
-    """Folder that evaluate wrote for models:/captioner@champion on the same data; needed once there is a champion."""
+    """Folder that evaluate wrote for the champion on the same data; needed once there is a champion."""
     metric: str = "CIDEr"
     """The score that decides."""
     min_gain: float = option(0.0, minimum=0)
@@ -284,8 +295,8 @@ class BatchConfig(DecodeConfig):
     """The model: a folder, hub name, URI or models:/captioner@champion."""
     shard_pictures: int = option(1000, minimum=1)
     """Pictures a shard; a shard is written whole or not at all."""
-    batch_size: int = option(32, minimum=1, shapes=False)
-    """Pictures decoded together."""
+    batch_size: int = option(32, minimum=1)
+    """Pictures decoded together; it changes which captions a seed draws."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
     workers: int = option(0, minimum=0, shapes=False)

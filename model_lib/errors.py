@@ -1,12 +1,17 @@
-"""The one exception that means "your input, not our code".
+"""The two exceptions that are meant for the user, each with one line that names the thing, the place and the remedy.
 
-Everything a user can get wrong raises `UserError` with a single line that names the thing, the place and the
-remedy. The process edge (command line, pipeline step) turns it into exit code 2 without a traceback.
+The command line prints the line and exits with 2 or 1; in a pipeline's step it is the last line of the log.
 """
 
 
-class UserError(Exception):
-    """Bad input or usage; its message is one line for the user."""
-
+class _OneLine(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class UserError(_OneLine):
+    """Bad input or usage: exit code 2."""
+
+
+class WorkError(_OneLine):
+    """The input was fine, but the work failed: exit code 1."""

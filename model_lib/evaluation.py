@@ -14,7 +14,7 @@ from model_lib import storage
 from model_lib.config import DecodeConfig, EvaluateConfig
 from model_lib.errors import UserError
 from model_lib.ingest import read_captions
-from model_lib.metrics import Scores, score_captions
+from model_lib.metrics import Scores, require_scorers, score_captions
 from model_lib.progress import Progress
 from model_lib.tracking import NO_TRACKING, Tracking
 
@@ -64,6 +64,7 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
     Raises:
         UserError: the model, data, results or annotations cannot be used.
     """
+    require_scorers()
     if config.output is not None:
         storage.require_writable(config.output)
     if config.results is not None and config.annotations is not None:
@@ -118,11 +119,11 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     from model_lib.captioning import caption_pixels
     from model_lib.model import Captioner
     from model_lib.shards import SplitReader, read_manifest
-    from model_lib.sources import read_training
 
     assert config.model is not None and config.data is not None
     manifest = read_manifest(config.data)
-    model = Captioner.from_pretrained(config.model, device=config.device)
+    source = lasting_source(config.model)
+    model = Captioner.from_pretrained(source, device=config.device)
     reader = SplitReader(
         manifest, config.split, batch_size=config.batch_size, size=model.image_size, limit=config.limit
     )
@@ -137,14 +138,24 @@ def _judge_model(config: EvaluateConfig) -> Judged:
                 gallery.append({**shown, "jpeg": batch.jpegs[position]})
             progress.advance(len(batch.image_ids))
     scores = score_captions(captions, references)
-    training = read_training(config.model)
+    training = model.training_record
     evaluation = dataclasses.replace(
-        _evaluation(training.get("name", "model"), config.model, config.split, captions, scores, decoding.to_dict()),
+        _evaluation(training.get("name", "model"), source, config.split, captions, scores, decoding.to_dict()),
         data_fingerprint=manifest.fingerprint,
-        mlflow_run_id=training.get("mlflow_run_id"),
+        # A registered model was judged in its own run before it was registered; this judgement is another pipeline's.
+        mlflow_run_id=None if source.startswith("models:/") else training.get("mlflow_run_id"),
         examples=[{name: str(row[name]) for name in ("file_name", "caption")} for row in gallery[:3]],
     )
     return evaluation, captions, references, scores, gallery
+
+
+def lasting_source(source: str) -> str:
+    """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
+    if source.startswith("models:/"):
+        from model_lib.registry import pin_version
+
+        return pin_version(source)
+    return storage.absolute(source) if storage.is_folder(source) else source
 
 
 def _evaluation(

@@ -159,7 +159,10 @@ def _store(entry: Entry, config: IngestConfig) -> dict[str, Any] | Rejected:
     except PictureError as error:
         return Rejected(entry.file_name, error.reason, error.detail)
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=config.jpeg_quality)
+    try:
+        image.save(encoded, "JPEG", quality=config.jpeg_quality)
+    except (OSError, ValueError) as error:  # JPEG ends at 65,535 pixels a side
+        return Rejected(entry.file_name, "not_storable", f"{image.width}x{image.height} as JPEG: {error}")
     return {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
@@ -194,9 +197,12 @@ class _ShardWriter:
         self.shards: list[Shard] = []
         self.rows: list[dict] = []
         self.bytes = 0
+        self.content = hashlib.sha256()
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        image = hashlib.sha256(row["image"]).hexdigest()
+        self.content.update(repr((row["image_id"], row["file_name"], image, row["captions"])).encode())
         self.bytes += len(row["image"])
         if self.bytes >= self.config.shard_mb * 1_000_000:
             self.close()
@@ -251,7 +257,7 @@ def ingest(config: IngestConfig) -> Manifest:
         shards=shards,
         counts={split: sum(shard.rows for shard in writers[split].shards) for split in sorted(writers)},
         quarantined=dict(Counter(row.reason for row in quarantine)),
-        fingerprint=_fingerprint(config, shards),
+        fingerprint=_fingerprint(config, writers),
         configuration=config.to_dict(),
         uri=storage.absolute(config.output),
     )
@@ -259,8 +265,8 @@ def ingest(config: IngestConfig) -> Manifest:
     return manifest
 
 
-def _fingerprint(config: IngestConfig, shards: list[Shard]) -> str:
-    """Digest what the shards hold and the options that shaped them, not where they came from or lie."""
+def _fingerprint(config: IngestConfig, writers: dict[str, _ShardWriter]) -> str:
+    """Digest the pictures, their captions and the options that shaped them, not where they came from or lie."""
     shaping = (config.split, config.shortest_side, config.jpeg_quality, config.shard_mb)
-    content = [(shard.uri, shard.sha256) for shard in shards]
+    content = [(split, writers[split].content.hexdigest()) for split in sorted(writers)]
     return hashlib.sha256(repr((FORMAT_VERSION, shaping, content)).encode()).hexdigest()

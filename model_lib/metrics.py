@@ -5,15 +5,20 @@ Java the captions are split by a plain expression, METEOR is missing, and the re
 """
 
 import contextlib
+import importlib.util
 import io
+import itertools
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from model_lib.errors import UserError, WorkError
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 
@@ -85,13 +90,37 @@ def _meteor(gts: dict, res: dict) -> float:
 
 def _tokenize(captions: dict[int, list[str]], java: bool) -> dict[int, list[str]]:
     if java:
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-        return PTBTokenizer().tokenize({i: [{"caption": text} for text in texts] for i, texts in captions.items()})
+        lines = iter(_penn_treebank([text for texts in captions.values() for text in texts]))
+        return {i: [next(lines) for _ in texts] for i, texts in captions.items()}
     return {
         i: [" ".join(re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", text.lower())) for text in texts]
         for i, texts in captions.items()
     }
+
+
+def _penn_treebank(texts: Sequence[str]) -> list[str]:
+    """Split texts as pycocoevalcap's PTBTokenizer does, by its jar and its list of punctuation.
+
+    That class itself writes a file beside the jar, which is forbidden where packages belong to another user.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    lines = "\n".join(" ".join(text.split()) for text in texts)
+    done = subprocess.run(command, input=lines.encode(), stdout=subprocess.PIPE, check=False)
+    tokenized = done.stdout.decode().split("\n")
+    if done.returncode or len(tokenized) < len(texts):
+        raise WorkError(f"Java's tokeniser failed with exit code {done.returncode} on {len(texts)} captions: {jar}")
+    punctuation = set(ptbtokenizer.PUNCTUATIONS)
+    kept = (" ".join(word for word in line.rstrip().split(" ") if word not in punctuation) for line in tokenized)
+    return list(itertools.islice(kept, len(texts)))
+
+
+def require_scorers() -> None:
+    """Raise `UserError` if pycocoevalcap is not installed."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise UserError("the caption scores need pycocoevalcap, which is not installed: pip install pycocoevalcap")
 
 
 @contextlib.contextmanager

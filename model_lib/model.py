@@ -209,7 +209,8 @@ class Captioner(PreTrainedModel):
     """A picture in, captions out.
 
     `Captioner.from_pretrained(source)` loads a trained one, `Captioner.from_parts(vision, decoder)` starts one
-    from CLIP and GPT-2 weights. `model.tokenizer` belongs to the model and is saved with it.
+    from CLIP and GPT-2 weights. `model.tokenizer` belongs to the model and is saved with it; `model.training_record`
+    says what training wrote beside the weights it was loaded from.
     """
 
     config_class = CaptionerConfig
@@ -224,6 +225,7 @@ class Captioner(PreTrainedModel):
         self.decoder = Decoder(config.decoder_config, config.vision_config.hidden_size)
         self.head = nn.Linear(config.decoder_config.n_embd, config.decoder_config.vocab_size, bias=False)
         self.tokenizer: Any = None
+        self.training_record: dict[str, Any] = {}
         self.post_init()
         self.freeze()
 
@@ -302,7 +304,8 @@ class Captioner(PreTrainedModel):
         gpt2 = sources.load_part(GPT2Model, decoder)
         model = cls(CaptionerConfig(vision_config=vision_model.config, decoder_config=gpt2.config))
         model.vision.load_state_dict(vision_model.state_dict())
-        model.decoder.load_state_dict(gpt2.state_dict(), strict=False)  # the cross-attention is new
+        new = model.decoder.load_state_dict(gpt2.state_dict(), strict=False).missing_keys
+        assert all(".crossattention." in name or ".ln_cross_attn." in name or ".ln_visual." in name for name in new)
         model.head.weight.data.copy_(gpt2.wte.weight)
         model.tokenizer = sources.load_tokenizer(tokenizer or decoder)
         return model.eval()
@@ -322,10 +325,13 @@ class Captioner(PreTrainedModel):
         folder = sources.resolve_captioner(source)
         try:
             with sources.quiet():
-                model = super().from_pretrained(folder, *args, use_safetensors=True, **kwargs)
+                model, loading = super().from_pretrained(
+                    folder, *args, use_safetensors=True, output_loading_info=True, **kwargs
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{source}: cannot be loaded: {sources.first_line(error)}") from error
-        model.tokenizer = sources.load_tokenizer(folder)
+        sources.require_whole(source, loading)
+        model.tokenizer, model.training_record = sources.load_tokenizer(folder), sources.read_training(folder)
         model.freeze()
         return model.to(sources.choose_device(device)).eval()
 

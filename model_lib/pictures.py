@@ -58,9 +58,9 @@ def open_picture(content: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        # Pillow widens 16-bit grey to 32-bit integers; anything beyond that range is scaled by its own maximum.
-        scale = 255 / (65535 if 255 < values.max(initial=0) <= 65535 else max(float(values.max(initial=0)), 255.0))
-        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+        # Integers wider than a byte are 16-bit grey; a format without a fixed range is scaled by its own maximum.
+        brightest = max(float(values.max(initial=0)), 65535.0 if image.mode.startswith("I") else 1.0)
+        image = Image.fromarray((values * (255 / brightest)).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -92,6 +92,11 @@ def to_pixels(image: Image.Image, size: int) -> np.ndarray:
     Returns:
         uint8 [3, size, size]; `Captioner.encode` normalises it.
     """
+    shorter, longer = sorted(image.size)
+    if longer > 32 * shorter:  # resized whole, a strip would fill the memory only to be cut down to its middle
+        cut = (longer - 4 * shorter) // 2
+        box = (0, cut, shorter, longer - cut) if image.height == longer else (cut, 0, longer - cut, shorter)
+        image = image.crop(box)
     width, height = _sizes(image, size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model_lib import storage
 from model_lib.config import RegisterConfig
 from model_lib.errors import UserError
 from model_lib.evaluation import Evaluation
 from model_lib.promotion import Decision, choose_winner, decide
+from model_lib.sources import resolve_captioner
 from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
 
 MODEL = "captioner"
@@ -31,8 +31,10 @@ class Registered:
     promoted: bool
     reason: str
     champion_version: str
-    scores: dict[str, dict[str, float]]
-    """Every candidate's scores, by name."""
+    evaluation: str
+    """Folder of the winner's evaluation."""
+    candidates: list[dict[str, Any]]
+    """Every candidate's name and scores."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,8 +58,8 @@ def champion_version(uri: str) -> str | None:
         raise
 
 
-def pin_version(source: str, uri: str) -> str:
-    """Return `models:/NAME/VERSION` for an alias of the registry; any other source unchanged."""
+def pin_version(source: str) -> str:
+    """Return `models:/NAME/VERSION` for `models:/NAME@ALIAS`, and other sources unchanged."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -65,9 +67,11 @@ def pin_version(source: str, uri: str) -> str:
         return source
     name, alias = source.removeprefix("models:/").split("@", 1)
     try:
-        return f"models:/{name}/{mlflow.MlflowClient(uri).get_model_version_by_alias(name, alias).version}"
+        return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
     except MlflowException as error:
-        raise UserError(f"{source}: not in the model registry at {uri}; register a model first") from error
+        raise UserError(
+            f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first"
+        ) from error
 
 
 def download_model(source: str) -> str:
@@ -95,10 +99,11 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     tracking = require_mlflow(tracking)
     candidates = [Evaluation.read(folder) for folder in config.evaluations]
     winner = choose_winner(candidates, config.metric)
+    folder = resolve_captioner(winner.model)
     present = champion_version(tracking.uri)
     champion = _champion_evaluation(config, present)
     decision = decide(champion, winner, config.metric, config.min_gain)
-    version = _log_version(winner, decision, config, tracking)
+    version = _log_version(winner, folder, decision, config, tracking)
     client = mlflow.MlflowClient(tracking.uri)
     if champion_version(tracking.uri) != present:
         raise UserError(f"the champion changed from version {present} while version {version} was judged; run again")
@@ -109,7 +114,8 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         promoted=decision.promote,
         reason=decision.reason,
         champion_version=version if decision.promote else str(present or ""),
-        scores={e.name: {**e.scores, "CIDEr_shuffled": e.shuffled_cider} for e in candidates},
+        evaluation=config.evaluations[candidates.index(winner)],
+        candidates=[{"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider} for e in candidates],
     )
 
 
@@ -128,14 +134,16 @@ def _champion_evaluation(config: RegisterConfig, version: str | None) -> Evaluat
     return champion
 
 
-def _log_version(winner: Evaluation, decision: Decision, config: RegisterConfig, tracking: MlflowTracking) -> str:
+def _log_version(
+    winner: Evaluation, folder: str, decision: Decision, config: RegisterConfig, tracking: MlflowTracking
+) -> str:
     """Log the winner's model to its own MLflow run as a new version of the registered model."""
     import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
 
     run_id = winner.mlflow_run_id
-    if run_id is None:
+    if run_id is None or not tracking.knows(run_id):
         with tracking.start(winner.name, None, params={}, tags={}) as run:
             run_id = run.run_id
     mlflow.set_tracking_uri(tracking.uri)
@@ -145,7 +153,7 @@ def _log_version(winner: Evaluation, decision: Decision, config: RegisterConfig,
         logged = mlflow.pyfunc.log_model(
             name=MODEL,
             python_model=str(here / "serving.py"),
-            artifacts={"model": storage.local_folder(winner.model)},
+            artifacts={"model": folder},
             code_paths=[str(here)],
             pip_requirements=_requirements(),
             signature=ModelSignature(inputs=strings, outputs=strings),

@@ -201,6 +201,7 @@ def make_scenes(config: ScenesConfig) -> None:
     storage.require_writable(config.output)
     for split, count, held_out in (("train", config.train, False), ("val", config.val, True)):
         rng = random.Random(f"{config.seed}/{split}")
+        storage.remove(storage.join(config.output, f"{split}2017"))  # pictures of an earlier, larger set
         images: list[dict] = []
         annotations: list[dict] = []
         for number in range(1, count + 1):

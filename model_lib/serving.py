@@ -5,6 +5,7 @@ Input: a column of image paths, URIs or base64. Output: the captions. MLflow loa
 
 import base64
 import binascii
+import io
 from typing import Any
 
 import mlflow
@@ -29,15 +30,16 @@ class CaptionerModel(PythonModel):
 
 
 def _picture(text: str) -> str | bytes:
-    """Return the bytes of a base64 picture (bare or a data URI); a path or URI unchanged."""
-    if text.startswith("data:"):
-        return base64.b64decode(text.partition(",")[2])
-    if len(text) > 200 and "://" not in text:  # no path is so long, no picture so short
-        try:
-            return base64.b64decode(text, validate=True)
-        except binascii.Error:
-            return text
-    return text
+    """Return the bytes of a base64 picture (bare, with line breaks, or a data URI); a path or URI unchanged."""
+    from PIL import Image
+
+    encoded = "".join((text.partition(",")[2] if text.startswith("data:") else text).split())
+    try:
+        content = base64.b64decode(encoded, validate=True)
+        Image.open(io.BytesIO(content))  # a path may be valid base64 by chance, but not a picture too
+    except (binascii.Error, ValueError, OSError):
+        return text
+    return content
 
 
 mlflow.models.set_model(CaptionerModel())

@@ -64,7 +64,9 @@ class Manifest:
         """Raise `UserError` unless there are pictures in `split`."""
         if not self.counts.get(split):
             there = ", ".join(f"{name} ({count})" for name, count in self.counts.items())
-            raise UserError(f"{self.uri}: has no {split} pictures, only {there}; ingest some with --split {split}")
+            raise UserError(
+                f"{self.uri}: has no {split} pictures, only {there}; ingest both: --dataset, or --split auto"
+            )
 
 
 def read_manifest(uri: str) -> Manifest:

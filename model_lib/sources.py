@@ -67,11 +67,22 @@ def load_part(kind: type[PreTrainedModel], source: str) -> Any:
             config = kind.config_class.from_pretrained(name)
             if config.model_type != kind.config_class.model_type:
                 raise UserError(f"{source}: holds a {config.model_type} model, not a {kind.config_class.model_type}")
-            return kind.from_pretrained(name, config=config, use_safetensors=True, dtype=torch.float32)
+            part, loading = kind.from_pretrained(
+                name, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{source}: no {kind.__name__} weights (safetensors) can be loaded: {first_line(error)}"
         ) from error
+    require_whole(source, loading)
+    return part
+
+
+def require_whole(source: str, loading: dict[str, Any]) -> None:
+    """Raise `UserError` if weights were missing when `source` was loaded: transformers makes up random ones."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(f"{source}: {len(missing)} weights are missing, {missing[0]} for one; the folder is incomplete")
 
 
 def load_tokenizer(source: str) -> Any:
@@ -108,7 +119,7 @@ def resolve_captioner(source: str) -> str:
     return folder
 
 
-def read_training(source: str) -> dict[str, Any]:
-    """Return what training wrote beside the model at `source`: name, data, MLflow run; empty if it wrote nothing."""
-    file = Path(resolve_captioner(source)) / "training.json"
+def read_training(folder: str) -> dict[str, Any]:
+    """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it wrote nothing."""
+    file = Path(folder) / "training.json"
     return dict(storage.read_json(str(file))) if file.is_file() else {}

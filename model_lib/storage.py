@@ -124,11 +124,12 @@ def remove(uri: str) -> None:
 
 
 def list_names(uri: str) -> list[str]:
-    """Return the sorted names directly inside the folder `uri`; empty if there is none."""
+    """Return the sorted names directly inside the folder `uri`, without hidden ones; empty if there is none."""
     fs, path = filesystem(uri)
     if not fs.isdir(path):
         return []
-    return sorted(Path(entry).name for entry in fs.ls(path, detail=False))
+    names = (Path(entry).name for entry in fs.ls(path, detail=False))
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def upload_folder(local: str, uri: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Self
 from model_lib import storage
 from model_lib.errors import UserError
 
+log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
 
 
@@ -90,6 +91,9 @@ class MlflowTracking(Tracking):
         import mlflow
 
         client = mlflow.MlflowClient(self.uri)
+        if run_id is not None and not self.knows(run_id):
+            log.warning("MLflow run %s is not at %s; going on in a new one", run_id, self.uri)
+            run_id = None
         if run_id is None:
             parent = {"mlflow.parentRunId": self.parent_run_id} if self.parent_run_id else {}
             run_id = client.create_run(self.experiment_id, run_name=name, tags={**tags, **parent}).info.run_id
@@ -98,10 +102,25 @@ class MlflowTracking(Tracking):
             client.update_run(run_id, status="RUNNING")
         return _MlflowRun(client, run_id)
 
+    def knows(self, run_id: str) -> bool:
+        """Whether the server has the run and it was not deleted."""
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return bool(mlflow.MlflowClient(self.uri).get_run(run_id).info.lifecycle_stage == "active")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+
     def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
         import mlflow
 
         client = mlflow.MlflowClient(self.uri)
+        if not self.knows(run_id):
+            log.warning("MLflow run %s is not at %s; its scores are not logged there", run_id, self.uri)
+            return
         now = int(time.time() * 1000)
         client.log_batch(run_id, metrics=[mlflow.entities.Metric(k, float(v), now, 0) for k, v in metrics.items()])
         with tempfile.TemporaryDirectory() as scratch:
@@ -136,6 +155,7 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
 
     for chatty in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the command's own
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", embedded_uri(workdir))
     if uri.startswith("sqlite:///"):

@@ -17,7 +17,7 @@ from torch import nn
 
 from model_lib import checkpoint, storage
 from model_lib.config import TrainConfig
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.loss import caption_loss
 from model_lib.model import Captioner
 from model_lib.precision import autocast, autocast_dtype, loss_scaler
@@ -38,7 +38,7 @@ class Trained:
     model: str
     """Folder or URI of the best model, self-contained."""
     validation_loss: float
-    """Its mean cross-entropy on the validation captions, nats a token."""
+    """Its mean cross-entropy in nats a token, on as many captions a validation picture as it learns from."""
     steps: int
     run_id: str | None
     """The MLflow run."""
@@ -98,6 +98,9 @@ class _Run:
         self, config: TrainConfig, manifest: Manifest, model: Captioner, device: torch.device, tracking: Tracking
     ) -> None:
         self.config, self.manifest, self.model, self.device = config, manifest, model, device
+        positions = model.config.decoder_config.n_positions
+        if config.max_tokens > positions:
+            raise UserError(f"max_tokens: {config.max_tokens} is more than the model's {positions} positions")
         reading = {"batch_size": config.batch_size, "size": model.image_size, "workers": config.workers}
         self.train_data = SplitReader(manifest, "train", **reading)
         self.val_data = SplitReader(manifest, "val", **reading)
@@ -105,7 +108,7 @@ class _Run:
         self.dtype = autocast_dtype(config.precision, device)
         self.scaler = loss_scaler(self.dtype, device)
         self.steps = len(self.train_data) * config.epochs
-        self.step, self.best = 0, math.inf
+        self.step, self.validated, self.best = 0, 0, math.inf
         self.origin = config.key(manifest.fingerprint)
         self.tracking = tracking
         self.run_id: str | None = None
@@ -121,13 +124,20 @@ class _Run:
         with run, Progress(f"train {self.config.name}", self.steps, "steps") as progress:
             progress.done = self.step
             progress.resumed = self.step
-            while self.step < self.steps:
-                self._epoch(run, progress)
+            while self.validated < self.config.epochs:
+                if self.step < (self.validated + 1) * len(self.train_data):  # else a kill fell before the validation
+                    self._epoch(run, progress)
                 loss = self._validate()
                 run.log({"val_loss": loss}, self.step)
+                if not math.isfinite(loss):
+                    raise WorkError(
+                        f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so "
+                        f"far is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
+                    )
                 if loss < self.best:
                     self.best = loss
                     self._save_best()
+                self.validated += 1
                 self._checkpoint()
         return Trained(self.best_uri, self.best, self.step, self.run_id)
 
@@ -206,7 +216,8 @@ class _Run:
     def _checkpoint(self) -> None:
         state = {
             "step": self.step,
-            "best": self.best,
+            "validated": self.validated,
+            "best": self.best if math.isfinite(self.best) else None,
             "origin": self.origin,
             "run_id": self.run_id,
             "scaler": self.scaler.state_dict(),
@@ -225,5 +236,6 @@ class _Run:
             )
         checkpoint.restore(folder, self.model, self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.run_id = state["step"], state["best"], state["run_id"]
+        self.step, self.validated, self.run_id = state["step"], state["validated"], state["run_id"]
+        self.best = math.inf if state["best"] is None else state["best"]
         log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)

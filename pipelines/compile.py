@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_lib import storage
 from model_lib.cli import Output
 from model_lib.config import StageConfig
 
@@ -24,9 +25,9 @@ def compile_all(config: CompileConfig) -> Output:
     from pipelines.train_captioner import train_captioner
 
     folder = Path(config.output)
+    storage.require_writable(str(folder))
     written = []
     for pipeline in (train_captioner,):
-        folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{pipeline.name.replace('-', '_')}.yaml"
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")

@@ -20,10 +20,11 @@ from typing import Any, Literal, TextIO
 from components import IMAGE
 from model_lib import storage
 from model_lib.cli import Output
-from model_lib.config import ScenesConfig, StageConfig, option
-from model_lib.errors import UserError
+from model_lib.config import ScenesConfig, StageConfig, TrainConfig, option
+from model_lib.errors import UserError, WorkError
 from model_lib.tracking import require_mlflow, tracking_from_environment
 from pipelines.summary import read_summary, summary_lines
+from pipelines.train_captioner import CANDIDATES, define
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,12 @@ class RunConfig(StageConfig):
     """Steps as processes of this Python, or each in its container image."""
     workdir: str = "runs"
     """Folder for everything that is made."""
+    vision: str | None = None
+    """Hub name, folder or URI of another CLIP vision tower than the preset's."""
+    decoder: str | None = None
+    """Hub name, folder or URI of another GPT-2 than the preset's."""
+    tokenizer: str | None = None
+    """Hub name, folder or URI of the tokenizer; by default the decoder's own."""
     candidates: str | None = None
     """JSON list of candidates, each a name and the training options in which it differs; by default the pipeline's."""
     epochs: int = option(0, minimum=0)
@@ -54,18 +61,19 @@ def run(config: RunConfig) -> Output:
     """Run `train_captioner` with everything under the working directory."""
     started = time.monotonic()
     work = Path(config.workdir).absolute()
+    candidates = _candidates(config)
     storage.require_writable(str(work))
     dataset = _dataset(config, work)
     arguments = {
         "data_dataset": dataset,
         "data_output": str(work / "data"),
         "train_checkpoint_uri": str(work / "candidates"),
-        "train_preset": config.preset,
+        "train_candidates": candidates,
+        **{f"train_{name}": value or "" for name, value in _common(config).items() if name != "epochs"},
         "train_epochs": config.epochs,
         "eval_num_beams": config.num_beams,
         "caption_images": storage.absolute(config.images) if config.images else storage.join(dataset, "val2017"),
         "caption_output": str(work / "captions"),
-        **({"train_candidates": _candidates(config.candidates)} if config.candidates else {}),
     }
     tracking = require_mlflow(tracking_from_environment(str(work)))
     run_name = f"train_captioner {time.strftime('%Y-%m-%d %H:%M:%S')}"
@@ -93,14 +101,24 @@ def _dataset(config: RunConfig, work: Path) -> str:
     return scenes.output
 
 
-def _candidates(text: str) -> list[dict[str, Any]]:
-    """Parse and check the candidates before anything is started."""
-    try:
-        candidates = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"candidates: is not JSON: {error}") from error
+def _common(config: RunConfig) -> dict[str, Any]:
+    """Return the training options of all candidates."""
+    return {name: getattr(config, name) for name in ("preset", "vision", "decoder", "tokenizer", "epochs")}
+
+
+def _candidates(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the candidates, their options checked before anything is started."""
+    candidates = CANDIDATES
+    if config.candidates is not None:
+        try:
+            candidates = json.loads(config.candidates)
+        except json.JSONDecodeError as error:
+            raise UserError(f"candidates: is not JSON: {error}") from error
     if not isinstance(candidates, list) or not candidates or not all(isinstance(c, dict) for c in candidates):
         raise UserError('candidates: expected a JSON list of objects, [{"name": "a", "learning_rate": 1e-3}]')
+    names = [TrainConfig.from_options(**{**_common(config), **c, "data": "-", "output": "-"}).name for c in candidates]
+    if len(set(names)) < len(names):
+        raise UserError(f"candidates: each needs a name of its own, not {', '.join(names)}")
     return candidates
 
 
@@ -109,11 +127,9 @@ def _run_pipeline(config: RunConfig, arguments: dict[str, Any], work: Path) -> P
 
     Raises:
         UserError: a step refused its input; the message is the step's.
-        OSError: a step failed; the log says how.
+        WorkError: a step failed; the log says how.
     """
     from kfp import local
-
-    from pipelines.train_captioner import define
 
     root, log_file = work / "pipeline", work / "pipeline.log"
     runner = (
@@ -129,7 +145,7 @@ def _run_pipeline(config: RunConfig, arguments: dict[str, Any], work: Path) -> P
             refused = re.findall(r"^\s*model_lib\.errors\.UserError: (.*)$", log_file.read_text(), re.MULTILINE)
             if refused:
                 raise UserError(refused[-1]) from error
-            raise OSError(f"the pipeline stopped ({error}); {log_file} has all that its steps printed") from error
+            raise WorkError(f"the pipeline stopped ({error}); {log_file} has all that its steps printed") from error
     (made,) = set(root.glob("*")) - before
     return made
 

@@ -28,7 +28,6 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
     folders = [_outputs(step)["parameterValues"]["Output"] for step in sorted(root.glob("for-loop-*/evaluate"))]
     evaluations = [Evaluation.read(folder) for folder in folders]
     captioned = _metadata(next(root.glob("**/caption")), "captions")
-    winner = next(n for n, evaluation in enumerate(evaluations) if evaluation.name == registered["winner"])
     return {
         "pictures": {split: int(ingested[split]) for split in ("train", "val")},
         "quarantined": {reason: int(count) for reason, count in ingested["quarantined"].items()},
@@ -37,7 +36,7 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "registered": registered,
         "captioned": captioned,
         "examples": [list(pair) for pair in examples(str(Path(captioned["captions"]).parent), 3)],
-        "report": storage.join(folders[winner], "report.html"),
+        "report": storage.join(registered["evaluation"], "report.html"),
         "tracking_uri": tracking_uri,
     }
 
@@ -59,8 +58,9 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     train, val = summary["pictures"]["train"], summary["pictures"]["val"]
     scheme, _, store = summary["tracking_uri"].partition(":///")
     tracking = f"{scheme}:///{_shown(store)}" if store else scheme
-    headings = "".join(f"{name.replace('_', '-'):>9}" for name in COLUMNS)
     mlflow = Path(sys.executable).parent / "mlflow"
+    command = f"{_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(tracking)}"
+    headings = "".join(f"{name.replace('_', '-'):>9}" for name in COLUMNS)
     lines = [
         "",
         f"Done in {summary['seconds']:.0f} seconds.",
@@ -89,7 +89,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         "",
         f"Report      {_shown(summary['report'])}",
         f"Parquet     {_shown(captioned['captions'])}",
-        f"Compare     {_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(tracking)}",
+        f"Compare     {tracking if tracking.startswith('http') else command}",
     ]
     return lines
 

@@ -16,7 +16,7 @@ from components.register.component import register
 from components.train.component import train
 from model_lib.config import EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
 
-CANDIDATES = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
+CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
 """By default: learning all captions of a picture in each step, or its first alone."""
 
 DESCRIPTION = """\
@@ -65,10 +65,10 @@ def define(parallel_candidates: int) -> Any:
         caption_output: str = "",
     ) -> None:
         ingested = ingest(dataset=data_dataset, output=data_output, shortest_side=data_shortest_side)
-        ingested.set_display_name("Ingest")
+        # What lies at a URI is not among the inputs, nor who is champion: cached answers could be old ones.
+        ingested.set_display_name("Ingest").set_caching_options(False)
         data = ingested.outputs["data"]
 
-        # Who is champion is not among the inputs, so a cached answer could be an old one.
         judged = judge(data=data, num_beams=eval_num_beams, limit=eval_limit, output=train_checkpoint_uri)
         judged.set_display_name("Judge the champion").set_caching_options(False)
 

@@ -14,13 +14,14 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> str:
-    """Judge the model at `model_uri`, keep the evaluation in its folder, and return the evaluation's URI."""
+    """Judge the model at `model_uri`, keep the evaluation beside it, and return the evaluation's URI."""
     from model_lib.candidates import judge_model
     from model_lib.storage import join, read_bytes, write_bytes
     from model_lib.tracking import tracking_from_environment
 
+    beside = model_uri.rpartition("/")[0]
     evaluation, folder = judge_model(
-        model_uri, data.path, model_uri, tracking_from_environment(), num_beams=num_beams, limit=limit
+        model_uri, data.path, beside, tracking_from_environment(), num_beams=num_beams, limit=limit
     )
     for name, value in evaluation.scores.items():
         metrics.log_metric(name, value)

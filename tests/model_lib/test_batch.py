@@ -9,7 +9,7 @@ import pytest
 
 from model_lib import UserError
 from model_lib import batch as batch_module
-from model_lib.batch import batch, plan, shard_uri
+from model_lib.batch import batch, begin, plan, shard_uri
 from model_lib.config import BatchConfig
 
 
@@ -78,9 +78,27 @@ def test_changed_pictures_or_options_make_the_output_anew(scenes: Path, saved_mo
     shutil.copy(tmp_path / "pictures" / "000000000001.jpg", tmp_path / "pictures" / "new.jpg")
     assert batch(config(tmp_path / "pictures", tmp_path / "out", saved_model)).pictures == 13
     made.append(plan(config(tmp_path / "pictures", tmp_path / "out", saved_model)).identity)
-    made.append(plan(config(tmp_path / "pictures", tmp_path / "out", saved_model, num_beams=2)).identity)
+    with_beams = config(tmp_path / "pictures", tmp_path / "out", saved_model, num_beams=2)
+    made.append(plan(with_beams).identity)
     assert len(set(made)) == 3
+    assert begin(plan(with_beams), with_beams.output) == [0, 1, 2]
     assert not (tmp_path / "out" / "captions").exists()
+
+
+def test_a_mistyped_model_leaves_finished_captions_alone(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+    batch(config(scenes / "val2017", tmp_path, saved_model))
+    before = rows(tmp_path)
+    with pytest.raises(UserError, match="typo"):
+        batch(config(scenes / "val2017", tmp_path, Path("./typo")))
+    assert rows(tmp_path) == before
+
+
+def test_a_folder_of_somebody_elses_captions_is_not_touched(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not from captioner batch"):
+        batch(config(scenes / "val2017", tmp_path, saved_model))
+    assert (tmp_path / "captions" / "mine.txt").read_text() == "precious"
 
 
 def test_an_output_inside_the_pictures_is_not_captioned(scenes: Path, saved_model: Path, tmp_path: Path) -> None:

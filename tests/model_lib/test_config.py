@@ -30,6 +30,9 @@ def test_numbers_from_json_become_the_options_kind() -> None:
         ({"vision": "x"}, "preset tiny: is trained from scratch"),
         ({"warmup": 1.0}, "warmup"),
         ({"name": None}, "name: None is not str"),
+        ({"name": "../x"}, "name '../x'"),
+        ({"output": ""}, "output: is empty"),
+        ({"seed": 2**63}, "seed: 9223372036854775808 is not at most"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, said: str) -> None:
@@ -64,6 +67,11 @@ def test_two_ways_to_say_the_input_are_not_mixed(cls: type[StageConfig]) -> None
         cls(**base)
     with pytest.raises(UserError, match="give either"):
         cls(**base, annotations="a")
+
+
+def test_a_model_and_a_results_file_are_not_judged_together() -> None:
+    with pytest.raises(UserError, match="give either"):
+        EvaluateConfig(output="o", model="m", data="d", results="r", annotations="a")
 
 
 def test_candidates_have_their_own_keyed_places(data: object) -> None:

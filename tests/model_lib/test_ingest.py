@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from model_lib import UserError
 from model_lib.config import IngestConfig
@@ -58,6 +59,14 @@ def test_a_broken_picture_is_quarantined_and_the_rest_goes_on(scenes: Path, odd_
     assert rows["cut.jpg"]["reason"] == "truncated" and rows["gone.jpg"]["reason"] == "missing"
 
 
+def test_a_picture_that_jpeg_cannot_hold_is_quarantined(scenes: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 70_000)).save(tmp_path / "strip.png")
+    shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "good.jpg")
+    file = captions_file(tmp_path, [(1, "strip.png"), (2, "good.jpg")], [(1, "a strip"), (2, "a scene")])
+    manifest = ingest(lone(tmp_path, file, split="train"))
+    assert manifest.counts == {"train": 1} and manifest.quarantined == {"not_storable": 1}
+
+
 def test_the_same_input_gives_the_same_bytes_whatever_the_workers(scenes: Path, tmp_path: Path) -> None:
     for workers in (1, 4):
         ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / str(workers)), workers=workers, shard_mb=1))
@@ -65,6 +74,9 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_workers(scenes: Path, 
         assert file.read_bytes() == (tmp_path / "4" / file.name).read_bytes(), file.name
     fingerprints = {read_manifest(str(tmp_path / n)).fingerprint for n in ("1", "4")}
     ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "other"), jpeg_quality=80))
+    shutil.copytree(scenes, tmp_path / "moved")
+    ingest(IngestConfig(dataset=str(tmp_path / "moved"), output=str(tmp_path / "again"), shard_mb=1))
+    fingerprints.add(read_manifest(str(tmp_path / "again")).fingerprint)
     assert len(fingerprints) == 1 and read_manifest(str(tmp_path / "other")).fingerprint not in fingerprints
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
@@ -179,6 +180,15 @@ def test_the_wrong_kind_of_part_is_refused_in_one_line(parts: tuple[Path, Path])
     with pytest.raises(UserError, match=r"gpt2: holds a gpt2 model, not a clip") as refused:
         Captioner.from_parts(str(gpt2), str(clip))
     assert "\n" not in str(refused.value)
+
+
+def test_an_incomplete_model_is_refused(model: Captioner, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["decoder.ln_f.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing, decoder\.ln_f\.bias"):
+        Captioner.from_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])

@@ -84,6 +84,19 @@ def test_pixels_are_what_clip_sees(coco: Path) -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
+def test_a_long_strip_is_seen_by_its_middle_without_filling_the_memory() -> None:
+    strip = Image.new("RGB", (2, 30_000), "blue")
+    strip.paste("red", (0, 14_990, 2, 15_010))
+    for image in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
+        pixels = to_pixels(image, 64)
+        assert pixels.shape == (3, 64, 64) and pixels[0].mean() > 250 and pixels[2].mean() < 5
+
+
+def test_dark_sixteen_bits_stay_dark() -> None:
+    image = Image.fromarray(np.full((4, 4), 200, np.uint16))
+    assert open_picture(encoded(image)).getpixel((1, 1)) == (1, 1, 1)
+
+
 def test_small_pictures_are_not_enlarged_for_storing() -> None:
     assert shrink(Image.new("RGB", (100, 300)), 256).size == (100, 300)
     assert shrink(Image.new("RGB", (600, 300)), 256).size == (512, 256)

@@ -11,7 +11,8 @@ import pytest
 
 from model_lib import Captioner, UserError
 from model_lib.candidates import judge_champion, judge_model
-from model_lib.config import RegisterConfig, TrainConfig
+from model_lib.config import EvaluateConfig, RegisterConfig, TrainConfig
+from model_lib.evaluation import Evaluation, evaluate
 from model_lib.registry import champion_version, register
 from model_lib.tracking import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.training import train
@@ -56,7 +57,19 @@ def test_a_champion_reigns_until_a_better_one_comes(
     with pytest.raises(UserError, match="there is a champion, version 1, to be judged on the same data first"):
         register(RegisterConfig(evaluations=(second,)), tracking)
 
+    results, annotations = str(Path(first, "results.json")), str(scenes / "annotations" / "captions_val2017.json")
+    evaluate(EvaluateConfig(results=results, annotations=annotations, output=str(tmp_path / "alone")))
+    with pytest.raises(UserError, match=r"results\.json: no such folder"):
+        register(RegisterConfig(evaluations=(str(tmp_path / "alone"),)), tracking)
+
+    run_id = Evaluation.read(first).mlflow_run_id
+    judgements = len(mlflow.MlflowClient(tracking.uri).get_metric_history(run_id, "val_CIDEr"))
     champion = rescore(judge_champion(str(data), str(tmp_path), tracking, num_beams=1), 0.5)
+    assert len(mlflow.MlflowClient(tracking.uri).get_metric_history(run_id, "val_CIDEr")) == judgements == 1
+    by_alias = EvaluateConfig(
+        model="models:/captioner@champion", data=str(data), output=str(tmp_path / "by_alias"), num_beams=1
+    )
+    assert evaluate(by_alias).model == "models:/captioner/1"
     made = register(RegisterConfig(evaluations=(second,), champion_evaluation=champion), tracking)
     assert (made.version, made.promoted, made.champion_version) == ("2", False, "1")
     client = mlflow.MlflowClient(tracking.uri)
@@ -75,9 +88,10 @@ def test_a_champion_reigns_until_a_better_one_comes(
     expected = Captioner.from_pretrained(str(tmp_path / "second" / "best")).caption([str(picture)])[0].text
     model = mlflow.pyfunc.load_model("models:/captioner@champion")
     assert list(model.predict([str(picture)])) == [expected]
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    frame = pd.DataFrame({"image": [str(picture), picture.as_uri(), encoded]})
-    assert list(model.predict(frame)) == [expected] * 3
+    encoded = base64.encodebytes(picture.read_bytes()).decode()  # with line breaks, as the base64 command writes it
+    bare = encoded.replace("\n", "")
+    frame = pd.DataFrame({"image": [str(picture), picture.as_uri(), encoded, bare, f"data:image/jpeg;base64,{bare}"]})
+    assert list(model.predict(frame)) == [expected] * 5
     assert Captioner.from_pretrained("models:/captioner@champion").caption([str(picture)])[0].text == expected
 
 
@@ -92,6 +106,13 @@ def test_a_run_has_curves_parameters_and_its_data(data: Path, tmp_path: Path, tr
     assert [m.step for m in client.get_metric_history(trained.run_id, "val_loss")] == [2, 4, 6, 8, 10]
     for name in ("train_loss", "learning_rate", "pictures_per_second"):
         assert [m.step for m in client.get_metric_history(trained.run_id, name)] == [10], name
+
+
+def test_a_run_that_the_server_lost_is_replaced(data: Path, tmp_path: Path, tracking: MlflowTracking) -> None:
+    config = {"data": str(data), "output": str(tmp_path / "run"), "preset": "tiny", "epochs": 1}
+    first = train(TrainConfig(**config), tracking)
+    mlflow.MlflowClient(tracking.uri).delete_run(first.run_id)
+    assert train(TrainConfig(**config), tracking).run_id not in (None, first.run_id)
 
 
 def test_a_champion_that_is_not_there_is_refused_in_one_line(tracking: MlflowTracking) -> None:

@@ -42,7 +42,9 @@ def test_from_scenes_to_captions_and_once_more(captioner: Run, tmp_path: Path) -
     summary = json.loads(second.stdout)
     registered = summary["registered"]
     assert registered["version"] == "2" and not registered["promoted"] and registered["champion_version"] == "1"
-    assert set(registered["scores"]) == {"slow", "fast"} and "needed more" in registered["reason"]
+    assert [row["name"] for row in registered["candidates"]] == ["slow", "fast"] and "needed more" in registered[
+        "reason"
+    ]
     assert summary["captioned"]["pictures"] == summary["captioned"]["ok"] == 48
     assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
     assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()

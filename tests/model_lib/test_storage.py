@@ -1,0 +1,32 @@
+"""Files are written whole or not at all, locally and in a bucket."""
+
+from pathlib import Path
+
+import pytest
+
+from model_lib import UserError, storage
+
+
+@pytest.mark.parametrize("place", ["{tmp}/file", "memory://store/file"])
+def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path, place: str) -> None:
+    uri = place.format(tmp=tmp_path)
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(RuntimeError), storage.whole_file(uri) as part:
+        Path(part).write_bytes(b"half")
+        raise RuntimeError
+    assert storage.read_bytes(uri) == b"old"
+    assert [file.name for file in tmp_path.iterdir()] in (["file"], [])
+
+
+def test_a_changed_remote_folder_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for content in (b"first", b"second!"):
+        storage.write_bytes("memory://models/one/file", content)
+        assert Path(storage.local_folder("memory://models/one"), "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("uri", ["nowhere://x/y", "gone", "{tmp}"])
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError) as refused:
+        storage.read_bytes(uri.format(tmp=tmp_path))
+    assert "\n" not in str(refused.value)
