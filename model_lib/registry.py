@@ -69,9 +69,13 @@ def pin_version(source: str) -> str:
     try:
         return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
     except MlflowException as error:
-        raise UserError(
-            f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first"
-        ) from error
+        raise _unknown(source) from error
+
+
+def _unknown(source: str) -> UserError:
+    import mlflow
+
+    return UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first")
 
 
 def download_model(source: str) -> str:
@@ -82,7 +86,7 @@ def download_model(source: str) -> str:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
     except MlflowException as error:
-        raise UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}: {error}") from error
+        raise _unknown(source) from error
     for config in sorted(folder.glob("artifacts/*/config.json")):
         return str(config.parent)
     raise UserError(f"{source}: is a registered model, but not a captioner")

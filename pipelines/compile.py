@@ -1,6 +1,9 @@
 """`captioner compile`: the pipelines as the YAML that a Kubeflow Pipelines server takes."""
 
+import ast
 import contextlib
+import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,14 @@ class CompileConfig(StageConfig):
     """Folder for the YAML files."""
 
 
+_STRUCTURED_DEFAULT = re.compile(r"^(#    \w+: \w+ \[Default: )([\[{].*[\]}])\]$", re.MULTILINE)
+
+
+def _sorted_default(line: re.Match[str]) -> str:
+    """Return the header's line with sorted keys: protobuf, from which kfp prints it, orders them by chance."""
+    return f"{line[1]}{json.dumps(ast.literal_eval(line[2]), sort_keys=True)}]"
+
+
 def compile_all(config: CompileConfig) -> Output:
     """Write each pipeline's YAML; the same code writes the same bytes."""
     from kfp import compiler
@@ -32,5 +43,6 @@ def compile_all(config: CompileConfig) -> Output:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
             compiler.Compiler().compile(pipeline, str(target))
+        target.write_text(re.sub(_STRUCTURED_DEFAULT, _sorted_default, target.read_text()))
         written.append(str(target))
     return Output(written, written)
