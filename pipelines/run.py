@@ -82,8 +82,19 @@ def run(config: RunConfig) -> Output:
         os.environ["MLFLOW_RUN_ID"] = str(parent.run_id)
         root = _run_pipeline(config, arguments, work)
     summary = read_summary(root, tracking.uri)
+    if summary["registered"]["promoted"]:
+        _link_best(work, summary["model"])
     summary["seconds"] = round(time.monotonic() - started, 1)
     return Output(summary, summary_lines(summary))
+
+
+def _link_best(work: Path, model: str) -> None:
+    """Let `best` in the working directory lead to the model that became champion."""
+    link, fresh = work / "best", work / ".best"
+    if link.is_symlink() or not link.exists():  # a folder of that name is somebody's own
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(model)
+        fresh.replace(link)
 
 
 def _dataset(config: RunConfig, work: Path) -> str:

@@ -36,6 +36,7 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "registered": registered,
         "captioned": captioned,
         "examples": [list(pair) for pair in examples(str(Path(captioned["captions"]).parent), 3)],
+        "model": Evaluation.read(registered["evaluation"]).model,
         "report": storage.join(registered["evaluation"], "report.html"),
         "tracking_uri": tracking_uri,
     }
@@ -87,6 +88,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         + (f"; without: {failed}" if failed else ""),
         *(f"            {Path(uri).name}  {text}" for uri, text in summary["examples"]),
         "",
+        f"Model       {_shown(summary['model'])}",
         f"Report      {_shown(summary['report'])}",
         f"Parquet     {_shown(captioned['captions'])}",
         f"Compare     {tracking if tracking.startswith('http') else command}",

@@ -9,6 +9,8 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
+from model_lib import Captioner, generate_caption
+
 Run = Callable[..., CompletedProcess]
 CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])
 
@@ -36,6 +38,10 @@ def test_from_scenes_to_captions_and_once_more(captioner: Run, tmp_path: Path) -
         "mlflow ui",
     ):
         assert word in first.stdout, word
+
+    model = Captioner.from_pretrained(str(tmp_path / "work" / "best"))
+    assert model.training_record["name"] in ("slow", "fast")
+    assert generate_caption(model, tmp_path / "work" / "scenes" / "val2017" / "000000000001.jpg") is not None
 
     second = captioner(*command, "--candidates", CANDIDATES, "--json")
     assert second.returncode == 0, second.stderr
