@@ -199,8 +199,8 @@ def batch(config: BatchConfig) -> Summary:
     Raises:
         UserError: pictures, model or output cannot be used.
     """
-    from model_lib.evaluation import lasting_source
     from model_lib.model import Captioner
+    from model_lib.sources import lasting_source
 
     config = replace(config, model=lasting_source(config.model))
     made = plan(config)

@@ -119,6 +119,7 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     from model_lib.captioning import caption_pixels
     from model_lib.model import Captioner
     from model_lib.shards import SplitReader, read_manifest
+    from model_lib.sources import lasting_source
 
     assert config.model is not None and config.data is not None
     manifest = read_manifest(config.data)
@@ -147,15 +148,6 @@ def _judge_model(config: EvaluateConfig) -> Judged:
         examples=[{name: str(row[name]) for name in ("file_name", "caption")} for row in gallery[:3]],
     )
     return evaluation, captions, references, scores, gallery
-
-
-def lasting_source(source: str) -> str:
-    """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
-    if source.startswith("models:/"):
-        from model_lib.registry import pin_version
-
-        return pin_version(source)
-    return storage.absolute(source) if storage.is_folder(source) else source
 
 
 def _evaluation(

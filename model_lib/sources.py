@@ -119,6 +119,15 @@ def resolve_captioner(source: str) -> str:
     return folder
 
 
+def lasting_source(source: str) -> str:
+    """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
+    if source.startswith("models:/"):
+        from model_lib.registry import pin_version
+
+        return pin_version(source)
+    return storage.absolute(source) if storage.is_folder(source) else source
+
+
 def read_training(folder: str) -> dict[str, Any]:
     """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it wrote nothing."""
     file = Path(folder) / "training.json"
