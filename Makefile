@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java demo test lint image compile clean
+.PHONY: help install java demo test lint images push test-containers compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "installing python3-venv"; $(call apt,python3-venv); } || \
 		{ echo "python3-venv is missing and could not be installed here: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[evaluate,tracking,pipelines,gcs,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,dev]'
 	@touch $@
 
 # METEOR and the caption tokeniser are Java programs; without Java those scores are missing, and the rest works.
@@ -43,8 +43,35 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-image:  ## build the container image of the pipeline's steps, for captioner run --runner docker
-	docker build --file images/captioner/Dockerfile --tag captioner:$(VERSION) $(DOCKER_OPTIONS) .
+# REGISTRY=europe-docker.pkg.dev/project/repository puts the images there; without it they are for this machine.
+TAG ?= $(VERSION)
+NAME = $(if $(REGISTRY),$(REGISTRY)/)captioner
+BUILD = docker build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" $(DOCKER_OPTIONS) \
+	--build-arg CORE=$(NAME)-core:$(TAG) --build-arg MODEL=$(NAME)-model:$(TAG)
+LABELS = --label org.opencontainers.image.version=$(VERSION) \
+	--label org.opencontainers.image.revision=$(shell git rev-parse HEAD 2>/dev/null)
+
+images:  ## build the container images of the pipelines' steps: REGISTRY=… TAG=…
+	$(BUILD) --file images/core/Dockerfile --target packages --tag $(NAME)-core:$(TAG)-packages .
+	$(BUILD) --file images/core/Dockerfile $(LABELS) --tag $(NAME)-core:$(TAG) .
+	$(BUILD) --file images/model/Dockerfile --target packages --tag $(NAME)-model:$(TAG)-packages .
+	$(BUILD) --file images/model/Dockerfile $(LABELS) --tag $(NAME)-model:$(TAG) .
+	$(BUILD) --file images/judge/Dockerfile $(LABELS) --tag $(NAME)-judge:$(TAG) .
+	@docker images --format '{{.Repository}}:{{.Tag}}\t{{.Size}}' | grep -E '^$(NAME)-(core|model|judge):$(TAG)	' | sort
+
+push: $(INSTALLED)  ## push the images, write their digests to images/images.lock, compile the pipelines with them
+	@test -n "$(REGISTRY)" || { echo "push: where to? make push REGISTRY=europe-docker.pkg.dev/project/repository" >&2; exit 2; }
+	for image in core model judge; do docker push --quiet $(NAME)-$$image:$(TAG) || exit 1; done
+	@sed -n '/^#/p' images/images.lock > images/images.lock.new
+	@for image in core model judge; do \
+		docker inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' $(NAME)-$$image:$(TAG) \
+			| grep -m1 "^$(NAME)-$$image@" | sed "s|^|$$image |" >> images/images.lock.new || exit 1; done
+	@mv images/images.lock.new images/images.lock && cat images/images.lock
+	$(BIN)/captioner compile
+
+test-containers: $(INSTALLED)  ## build the images and run both pipelines in them
+	tests/containers/engine $(MAKE) images
+	$(BIN)/pytest -m containers
 
 compile: $(INSTALLED)  ## compile the pipelines to pipelines/compiled
 	$(BIN)/captioner compile

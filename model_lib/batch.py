@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -56,9 +56,14 @@ class Plan:
 
     identity: str
     """Digest of the listing, the model and the options."""
-    model: str
+    configuration: dict[str, Any]
+    """The `BatchConfig`, its model named so that it means the same later."""
     shards: list[list[str]]
     """URIs of each shard's pictures."""
+
+    @property
+    def config(self) -> BatchConfig:
+        return BatchConfig.from_options(**self.configuration)
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,14 @@ class Summary:
 
 
 def plan(config: BatchConfig) -> Plan:
-    """List the pictures once and split them into shards, without writing anything.
+    """List the pictures once and split them into shards, without writing anything. Needs no torch.
 
     Raises:
         UserError: there is no such folder, or no picture in it.
     """
+    from model_lib.sources import lasting_source
+
+    config = replace(config, model=lasting_source(config.model))
     fs, path = storage.filesystem(config.images)
     if not fs.isdir(path):
         raise UserError(f"{config.images}: no such folder of pictures")
@@ -96,7 +104,7 @@ def plan(config: BatchConfig) -> Plan:
     digest = hashlib.sha256(json.dumps([listing, config.key()]).encode()).hexdigest()
     uris = [uri for uri, *_ in listing]
     count = config.shard_pictures
-    return Plan(digest, config.model, [uris[start : start + count] for start in range(0, len(uris), count)])
+    return Plan(digest, config.to_dict(), [uris[start : start + count] for start in range(0, len(uris), count)])
 
 
 def begin(made: Plan, output: str) -> list[int]:
@@ -120,21 +128,30 @@ def begin(made: Plan, output: str) -> list[int]:
     return [index for index in range(len(made.shards)) if not storage.exists(shard_uri(output, index))]
 
 
+def read_plan(output: str) -> Plan:
+    """Read the plan that `begin` left in `output`; `UserError` if there is none."""
+    uri = storage.join(output, "plan.json")
+    try:
+        return Plan(**storage.read_json(uri))
+    except TypeError as error:
+        raise UserError(f"{uri}: is not a plan that captioner batch wrote ({error})") from error
+
+
 def shard_uri(output: str, index: int) -> str:
     return storage.join(output, "captions", f"part-{index:05d}.parquet")
 
 
-def caption_shard(
-    uris: list[str], index: int, model: "Captioner", config: BatchConfig, progress: Progress | None = None
-) -> None:
-    """Caption one shard's pictures and write its file, whole or not at all."""
-    rows = []
-    for row in _captioned(uris, model, config):
-        rows.append(row)
-        if progress is not None:
-            progress.advance()
-    with storage.whole_file(shard_uri(config.output, index)) as part:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
+def caption_shards(made: Plan, indices: Sequence[int], model: "Captioner") -> None:
+    """Caption the pictures of some shards and write their files, each whole or not at all."""
+    config = made.config
+    with Progress("caption", sum(len(made.shards[index]) for index in indices), "pictures") as progress:
+        for index in indices:
+            rows = []
+            for row in _captioned(made.shards[index], model, config):
+                rows.append(row)
+                progress.advance()
+            with storage.whole_file(shard_uri(config.output, index)) as part:
+                pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part)
 
 
 def _captioned(uris: list[str], model: "Captioner", config: BatchConfig) -> Iterator[dict[str, Any]]:
@@ -176,8 +193,9 @@ def _load(uri: str, size: int) -> tuple[dict[str, Any], np.ndarray | None]:
     return row, None
 
 
-def merge(made: Plan, config: BatchConfig) -> Summary:
+def merge(made: Plan) -> Summary:
     """Check that every listed picture has its row, count them, and write summary.json."""
+    config = made.config
     ok, pictures, errors = 0, 0, Counter[str]()
     for index, uris in enumerate(made.shards):
         table = _read_shard(shard_uri(config.output, index), ["uri", "status", "error"])
@@ -193,25 +211,42 @@ def merge(made: Plan, config: BatchConfig) -> Summary:
     return summary
 
 
+def summary_markdown(summary: Summary) -> str:
+    """Return the summary as Markdown for the pipeline's page."""
+    lines = [f"## {summary.ok:,} of {summary.pictures:,} pictures captioned", "", f"`{summary.captions}`", ""]
+    lines += [f"by `{summary.model}`", ""]
+    if summary.errors:
+        lines += ["| without a caption | pictures |", "|---|---:|"]
+        lines += [f"| {reason} | {count:,} |" for reason, count in sorted(summary.errors.items())]
+    return "\n".join(lines) + "\n"
+
+
 def batch(config: BatchConfig) -> Summary:
     """Caption everything under `config.images`, here and now.
 
     Raises:
         UserError: pictures, model or output cannot be used.
     """
-    from model_lib.model import Captioner
-    from model_lib.sources import lasting_source
-
-    config = replace(config, model=lasting_source(config.model))
     made = plan(config)
-    model = Captioner.from_pretrained(config.model, device=config.device)  # before an older output is touched
+    model = load_model(made)  # before an older output is touched
     missing = begin(made, config.output)
     if missing:
-        total = sum(len(made.shards[index]) for index in missing)
-        with Progress("caption", total, "pictures") as progress:
-            for index in missing:
-                caption_shard(made.shards[index], index, model, config, progress)
-    return merge(made, config)
+        caption_shards(made, missing, model)
+    return merge(made)
+
+
+def caption_planned(output: str, index: int) -> None:
+    """Caption one shard of the plan in `output`, unless its file is there."""
+    if not storage.exists(shard_uri(output, index)):
+        made = read_plan(output)
+        caption_shards(made, [index], load_model(made))
+
+
+def load_model(made: Plan) -> "Captioner":
+    """Return the plan's model on the plan's device."""
+    from model_lib.model import Captioner
+
+    return Captioner.from_pretrained(made.config.model, device=made.config.device)
 
 
 def _read_shard(uri: str, columns: list[str]) -> pa.Table:

@@ -1,38 +1,60 @@
 """What the pipeline does with candidates: configurations from loose options, keyed places, the decision's words."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from model_lib import storage
 from model_lib.config import EvaluateConfig, TrainConfig
 from model_lib.errors import UserError
 from model_lib.evaluation import Evaluation, evaluate
+from model_lib.preflight import check_candidates
 from model_lib.registry import Registered, champion_version, version_uri
 from model_lib.shards import read_manifest
 from model_lib.tracking import NO_TRACKING, Tracking, require_mlflow
 
 
-def candidate_config(data: str, root: str, candidate: Mapping[str, Any], **common: Any) -> TrainConfig:
-    """Return a candidate's training configuration; its output is keyed by what shapes the result.
+def require_same_data(data: str, fingerprint: str) -> None:
+    """Raise `UserError` if the data set at `data` is not the one that this run ingested."""
+    found = read_manifest(data).fingerprint
+    if found != fingerprint:
+        raise UserError(
+            f"{data}: holds data {found[:12]} instead of the {fingerprint[:12]} that this run ingested; another run "
+            "wrote there since: give each run a data_output of its own"
+        )
 
-    A retry and a rerun therefore find the same checkpoints, and another configuration or other data never does.
+
+def configure_candidates(
+    data: str, fingerprint: str, root: str, candidates: list[dict[str, Any]], **common: Any
+) -> list[dict[str, Any]]:
+    """Return each candidate's configuration as a document: `{"fingerprint", "options"}`.
+
+    Its output is keyed by what shapes the result, so that a retry and a rerun find the same checkpoints, and another
+    configuration or other data never does.
 
     Args:
         data: the data set's manifest.
+        fingerprint: the data set's.
         root: folder or URI under which candidates are kept.
-        candidate: its own options, over the common ones.
+        candidates: each one's own options, over the common ones.
         common: options of all candidates; empty strings stand for None.
 
     Raises:
         UserError: an option is unknown or out of range.
     """
-    options = {name: value for name, value in {**common, **candidate}.items() if value != ""}
-    for fixed in ("data", "output"):
-        if fixed in candidate:
-            raise UserError(f"candidate {candidate}: {fixed} is set by the pipeline; leave it out")
-    config = TrainConfig.from_options(data=data, output=root, **options)
-    key = config.key(read_manifest(data).fingerprint)
-    return TrainConfig.from_options(data=data, output=storage.join(root, f"{config.name}-{key}"), **options)
+    documents = []
+    for config in check_candidates(candidates, **common):
+        output = storage.join(root, f"{config.name}-{config.key(fingerprint)}")
+        options = replace(config, data=data, output=output).to_dict()
+        documents.append({"fingerprint": fingerprint, "options": {k: v for k, v in options.items() if v is not None}})
+    return documents
+
+
+def candidate_config(document: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration in a candidate's document; `UserError` if its data set is not the same any more."""
+    config = TrainConfig.from_options(**document["options"])
+    require_same_data(config.data, document["fingerprint"])
+    return config
 
 
 def judge_model(model: str, data: str, root: str, tracking: Tracking, **options: Any) -> tuple[Evaluation, str]:
@@ -50,12 +72,15 @@ def judge_champion(data: str, root: str, tracking: Tracking, **options: Any) -> 
     return judge_model(version_uri(version), data, storage.join(root, "champions"), NO_TRACKING, **options)[1]
 
 
-def decision_markdown(registered: Registered) -> str:
-    """Return the decision as Markdown for the pipeline's page."""
-    names = [name for name in registered.candidates[0] if name != "name"]  # the same for all that were comparable
+def decision_markdown(registered: Registered, tracking: Tracking) -> str:
+    """Return the decision as Markdown for the pipeline's page, each candidate linked to its MLflow run."""
+    names = [name for name, value in registered.candidates[0].items() if isinstance(value, float)]
     rows = [f"| candidate | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
     for candidate in registered.candidates:
-        rows.append(f"| {candidate['name']} | {' | '.join(f'{candidate[name]:.4f}' for name in names)} |")
+        run_id = candidate["mlflow_run_id"]
+        address = tracking.run_url(run_id) if run_id else None
+        shown = f"[{candidate['name']}]({address})" if address else candidate["name"]
+        rows.append(f"| {shown} | {' | '.join(f'{candidate[name]:.4f}' for name in names)} |")
     fate = "is the new champion" if registered.promoted else f"did not replace version {registered.champion_version}"
     head = f"## Version {registered.version} ({registered.winner}) {fate}\n\n{registered.reason}\n\n"
     return head + "\n".join(rows) + "\n"

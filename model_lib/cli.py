@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the work failed; 2 bad input or usage, said in one line.
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import inspect
 import io
 import json
@@ -80,11 +81,11 @@ def info(config: InfoConfig) -> Output:
     import platform
     import shutil
 
-    import torch
-
-    from model_lib.model import Captioner
-
     def count(preset: str) -> dict[str, Any]:
+        import torch
+
+        from model_lib.model import Captioner
+
         with torch.device("meta"):
             model = Captioner(PRESETS[preset].config())
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
@@ -96,12 +97,20 @@ def info(config: InfoConfig) -> Output:
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    gpus, counts = [], []
+    if "torch" in versions:  # a stage without a model has none
+        import torch
+
+        gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        counts = [count(preset) for preset in ([config.preset] if config.preset else PRESETS)]
+    elif config.preset:
+        raise UserError(
+            f"preset {config.preset}: to count its parameters, install torch: pip install 'captioner[model]'"
+        )
     environment = {"versions": versions, "gpus": gpus, "cpus": os.cpu_count(), "java": shutil.which("java") is not None}
-    counts = [count(preset) for preset in ([config.preset] if config.preset else PRESETS)]
-    lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"]
+    lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"] if counts else []
     lines += [f"{row['preset']:<20} {row['total']:>13,} {row['trainable']:>13,}" for row in counts]
-    lines += ["", *(f"{name:<20} {version}" for name, version in versions.items())]
+    lines += [*([""] if counts else []), *(f"{name:<20} {version}" for name, version in versions.items())]
     lines += [f"{'GPUs':<20} {', '.join(gpus) or 'none'}", f"{'Java':<20} {'yes' if environment['java'] else 'no'}"]
     document = {**counts[0], **environment} if config.preset else {"presets": counts, **environment}
     return Output(document, lines)
@@ -235,7 +244,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
-    elsewhere = {entry.name: entry for entry in importlib.metadata.entry_points(group="captioner.commands")}
+    elsewhere = {
+        entry.name: entry
+        for entry in importlib.metadata.entry_points(group="captioner.commands")
+        if importlib.util.find_spec(entry.module.partition(".")[0])  # a container has the library alone
+    }
     names = sorted({*COMMANDS, *elsewhere})
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview({name: COMMANDS.get(name) or elsewhere[name].load() for name in names}))

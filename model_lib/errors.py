@@ -15,3 +15,8 @@ class UserError(_OneLine):
 
 class WorkError(_OneLine):
     """The input was fine, but the work failed: exit code 1."""
+
+
+def first_line(error: Exception) -> str:
+    """Return what an exception says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ last, from which candidates and champion are compared.
 """
 
 import dataclasses
+import importlib.metadata
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from model_lib.tracking import NO_TRACKING, Tracking
 
 log = logging.getLogger(__name__)
 FEW_PICTURES = 100
+PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
+"""What a model needs to caption."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Evaluation:
     mlflow_run_id: str | None = None
     examples: list[dict[str, str]] = dataclasses.field(default_factory=list)
     """A few pictures' file names and captions."""
+    packages: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Versions of the packages with which the model captioned."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -146,6 +151,7 @@ def _judge_model(config: EvaluateConfig) -> Judged:
         # A registered model was judged in its own run before it was registered; this judgement is another pipeline's.
         mlflow_run_id=None if source.startswith("models:/") else training.get("mlflow_run_id"),
         examples=[{name: str(row[name]) for name in ("file_name", "caption")} for row in gallery[:3]],
+        packages={name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES},  # not torch's +cpu
     )
     return evaluation, captions, references, scores, gallery
 

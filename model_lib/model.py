@@ -33,8 +33,10 @@ from transformers.activations import ACT2FN
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.pytorch_utils import Conv1D
 
-from model_lib import sources
-from model_lib.errors import UserError
+from model_lib import weights
+from model_lib.errors import UserError, first_line
+from model_lib.precision import choose_device
+from model_lib.sources import read_training, resolve_captioner
 
 CrossCache = list[tuple[Tensor, Tensor]]
 """For each layer the keys and values of the visual tokens, each [B, H, S, K]."""
@@ -300,14 +302,14 @@ class Captioner(PreTrainedModel):
         Raises:
             UserError: a part is missing or of another kind.
         """
-        vision_model = sources.load_part(CLIPVisionModel, vision)
-        gpt2 = sources.load_part(GPT2Model, decoder)
+        vision_model = weights.load_part(CLIPVisionModel, vision)
+        gpt2 = weights.load_part(GPT2Model, decoder)
         model = cls(CaptionerConfig(vision_config=vision_model.config, decoder_config=gpt2.config))
         model.vision.load_state_dict(vision_model.state_dict())
         new = model.decoder.load_state_dict(gpt2.state_dict(), strict=False).missing_keys
         assert all(".crossattention." in name or ".ln_cross_attn." in name or ".ln_visual." in name for name in new)
         model.head.weight.data.copy_(gpt2.wte.weight)
-        model.tokenizer = sources.load_tokenizer(tokenizer or decoder)
+        model.tokenizer = weights.load_tokenizer(tokenizer or decoder)
         return model.eval()
 
     @classmethod
@@ -322,22 +324,22 @@ class Captioner(PreTrainedModel):
         Raises:
             UserError: there is no captioner at `source`.
         """
-        folder = sources.resolve_captioner(source)
+        folder = resolve_captioner(source)
         try:
-            with sources.quiet():
+            with weights.quiet():
                 model, loading = super().from_pretrained(
                     folder, *args, use_safetensors=True, output_loading_info=True, **kwargs
                 )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{source}: cannot be loaded: {sources.first_line(error)}") from error
-        sources.require_whole(source, loading)
-        model.tokenizer, model.training_record = sources.load_tokenizer(folder), sources.read_training(folder)
+            raise UserError(f"{source}: cannot be loaded: {first_line(error)}") from error
+        weights.require_whole(source, loading)
+        model.tokenizer, model.training_record = weights.load_tokenizer(folder), read_training(folder)
         model.freeze()
-        return model.to(sources.choose_device(device)).eval()
+        return model.to(choose_device(device)).eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the configuration, safetensors weights and the tokenizer to a local folder."""
-        with sources.quiet():
+        with weights.quiet():
             super().save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)

@@ -1,4 +1,4 @@
-"""Which number format the arithmetic runs in: autocast's dtype for a device, and the loss scaler it needs."""
+"""Where and in which number format the arithmetic runs: the device, autocast's dtype, the loss scaler it needs."""
 
 import contextlib
 from typing import Any
@@ -6,6 +6,20 @@ from typing import Any
 import torch
 
 from model_lib.errors import UserError
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the named device, or the best present one for "auto"; `UserError` if it is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: not available here; use auto, cpu, cuda or mps") from error
+    return chosen
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -3,7 +3,6 @@
 `champion` serves; `challenger` is the latest candidate that did not win.
 """
 
-import importlib.metadata
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
 MODEL = "captioner"
 CHAMPION = "champion"
 CHALLENGER = "challenger"
-REQUIREMENTS = ("mlflow", "torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Registered:
     evaluation: str
     """Folder of the winner's evaluation."""
     candidates: list[dict[str, Any]]
-    """Every candidate's name and scores."""
+    """Every candidate's name, scores and MLflow run."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,7 +117,10 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         reason=decision.reason,
         champion_version=version if decision.promote else str(present or ""),
         evaluation=config.evaluations[candidates.index(winner)],
-        candidates=[{"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider} for e in candidates],
+        candidates=[
+            {"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider, "mlflow_run_id": e.mlflow_run_id}
+            for e in candidates
+        ],
     )
 
 
@@ -152,6 +153,7 @@ def _log_version(
             run_id = run.run_id
     mlflow.set_tracking_uri(tracking.uri)
     here = Path(__file__).parent
+    versions = {"mlflow": mlflow.__version__, **winner.packages}
     strings = Schema([ColSpec("string")])  # a column without a name takes lists and data frames alike
     with mlflow.start_run(run_id=run_id):
         logged = mlflow.pyfunc.log_model(
@@ -159,7 +161,7 @@ def _log_version(
             python_model=str(here / "serving.py"),
             artifacts={"model": folder},
             code_paths=[str(here)],
-            pip_requirements=_requirements(),
+            pip_requirements=[f"{package}=={at}" for package, at in versions.items()],
             signature=ModelSignature(inputs=strings, outputs=strings),
         )
     tags = {
@@ -172,8 +174,3 @@ def _log_version(
         "data_fingerprint": winner.data_fingerprint or "",
     }
     return str(mlflow.register_model(logged.model_uri, MODEL, tags=tags).version)
-
-
-def _requirements() -> list[str]:
-    """Return the installed versions of what the model needs, without build labels such as +cpu."""
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in REQUIREMENTS]

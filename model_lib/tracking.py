@@ -1,6 +1,10 @@
 """MLflow as training and evaluation see it: a run that takes curves, parameters and tags, or nothing at all.
 
 mlflow is imported only when a tracking server is named. The embedded default is SQLite beside the artifacts.
+
+A pipeline run has one parent run, found by the tag `kfp.pipeline_run_id`, and under it a nested run for each candidate.
+A Kubeflow Pipelines server (2.17) with its MLflow plugin makes both, and tells a step its own run as MLFLOW_RUN_ID;
+otherwise the pipeline's first step makes the parent and each training its own.
 """
 
 import importlib.util
@@ -18,6 +22,7 @@ from model_lib.errors import UserError
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
+PIPELINE_RUN_TAG = "kfp.pipeline_run_id"
 
 
 class Run:
@@ -44,6 +49,17 @@ class Tracking:
 
     def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
         """Add final metrics and files (content by path) to a run that has ended."""
+
+    def open_pipeline(self, name: str) -> None:
+        """Make the pipeline run's own run, unless it is there."""
+
+    def close_pipeline(self, succeeded: bool) -> str | None:
+        """End the pipeline run's own run, and as failed those that its steps left open; return where to see it."""
+        return None
+
+    def run_url(self, run_id: str) -> str | None:
+        """Return the address at which people see a run, or None if there is none."""
+        return None
 
 
 NO_TRACKING = Tracking()
@@ -75,17 +91,19 @@ class _MlflowRun(Run):
 
 @dataclass(frozen=True)
 class MlflowTracking(Tracking):
-    """Runs on a tracking server; with a parent, they are nested under it.
+    """Runs on a tracking server; those of a pipeline's steps are nested under the pipeline's.
 
     Args:
         uri: of the tracking server.
         experiment_id: where new runs go.
-        parent_run_id: the pipeline run's, or None.
+        pipeline_run_id: Kubeflow's id of the pipeline run, or None outside of one.
+        own_run_id: the MLflow run that was made for this step, or None.
     """
 
     uri: str
     experiment_id: str
-    parent_run_id: str | None = None
+    pipeline_run_id: str | None = None
+    own_run_id: str | None = None
 
     def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         import mlflow
@@ -94,13 +112,60 @@ class MlflowTracking(Tracking):
         if run_id is not None and not self.knows(run_id):
             log.warning("MLflow run %s is not at %s; going on in a new one", run_id, self.uri)
             run_id = None
-        if run_id is None:
-            parent = {"mlflow.parentRunId": self.parent_run_id} if self.parent_run_id else {}
-            run_id = client.create_run(self.experiment_id, run_name=name, tags={**tags, **parent}).info.run_id
-            client.log_batch(run_id, params=[mlflow.entities.Param(k, str(v)[:6000]) for k, v in params.items()])
-        else:
+        if run_id is not None:
             client.update_run(run_id, status="RUNNING")
+            return _MlflowRun(client, run_id)
+        if self.own_run_id is not None:
+            run_id = self.own_run_id
+            client.update_run(run_id, name=name)
+        else:
+            parent = self.parent()
+            nested = {"mlflow.parentRunId": parent} if parent else {}
+            run_id = client.create_run(self.experiment_id, run_name=name, tags=nested).info.run_id
+        client.log_batch(
+            run_id,
+            params=[mlflow.entities.Param(k, str(v)[:6000]) for k, v in params.items()],
+            tags=[mlflow.entities.RunTag(k, v) for k, v in tags.items()],
+        )
         return _MlflowRun(client, run_id)
+
+    def parent(self) -> str | None:
+        """Return the pipeline run's MLflow run, or None if there is none."""
+        import mlflow
+
+        if self.pipeline_run_id is None:
+            return None
+        found = mlflow.MlflowClient(self.uri).search_runs(
+            [self.experiment_id], f"tags.`{PIPELINE_RUN_TAG}` = '{self.pipeline_run_id}'", max_results=1
+        )
+        return str(found[0].info.run_id) if found else None
+
+    def open_pipeline(self, name: str) -> None:
+        import mlflow
+
+        if self.pipeline_run_id is not None and self.parent() is None:
+            tags = {PIPELINE_RUN_TAG: self.pipeline_run_id}
+            mlflow.MlflowClient(self.uri).create_run(self.experiment_id, run_name=name, tags=tags)
+
+    def close_pipeline(self, succeeded: bool) -> str | None:
+        import mlflow
+
+        parent = self.parent()
+        if parent is None:
+            return None
+        client = mlflow.MlflowClient(self.uri)
+        nested = client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+        for run in nested:
+            if run.info.status == "RUNNING" and run.info.run_id != self.own_run_id:
+                client.set_terminated(run.info.run_id, "FAILED")
+        client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+        return self.run_url(parent)
+
+    def run_url(self, run_id: str) -> str | None:
+        base = os.environ.get("MLFLOW_UI_URL") or self.uri
+        if not base.startswith("http"):
+            return None
+        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def knows(self, run_id: str) -> bool:
         """Whether the server has the run and it was not deleted."""
@@ -146,8 +211,8 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
     """Return the tracking that the environment names, or the embedded one in `workdir`; none without mlflow.
 
     For the process edge. MLFLOW_TRACKING_URI says where; MLFLOW_EXPERIMENT_ID and MLFLOW_RUN_ID, which a Kubeflow
-    Pipelines server injects, name the experiment and the pipeline's own run. The choice is left in the environment,
-    so that `models:/…` sources are looked up in the same place.
+    Pipelines server can inject, name the experiment and the step's own run; KFP_RUN_ID is the pipeline run's id. The
+    choice is left in the environment, so that `models:/…` sources are looked up in the same place.
     """
     if importlib.util.find_spec("mlflow") is None:
         return NO_TRACKING
@@ -161,7 +226,9 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
     if uri.startswith("sqlite:///"):
         os.makedirs(uri.removeprefix("sqlite:///").rpartition("/")[0] or ".", exist_ok=True)
     experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or _ensure_experiment(mlflow.MlflowClient(uri), uri)
-    return MlflowTracking(uri, experiment_id, os.environ.get("MLFLOW_RUN_ID") or None)
+    return MlflowTracking(
+        uri, experiment_id, os.environ.get("KFP_RUN_ID") or None, os.environ.get("MLFLOW_RUN_ID") or None
+    )
 
 
 def _ensure_experiment(client: Any, uri: str) -> str:

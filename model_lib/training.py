@@ -20,11 +20,10 @@ from model_lib.config import TrainConfig
 from model_lib.errors import UserError, WorkError
 from model_lib.loss import caption_loss
 from model_lib.model import Captioner
-from model_lib.precision import autocast, autocast_dtype, loss_scaler
+from model_lib.precision import autocast, autocast_dtype, choose_device, loss_scaler
 from model_lib.presets import PRESETS
 from model_lib.progress import Progress
 from model_lib.shards import Batch, Manifest, SplitReader, read_manifest
-from model_lib.sources import choose_device
 from model_lib.tokens import encode_captions, train_tokenizer
 from model_lib.tracking import NO_TRACKING, Tracking
 

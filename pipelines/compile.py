@@ -33,12 +33,13 @@ def compile_all(config: CompileConfig) -> Output:
     """Write each pipeline's YAML; the same code writes the same bytes."""
     from kfp import compiler
 
+    from pipelines.caption_bucket import caption_bucket
     from pipelines.train_captioner import train_captioner
 
     folder = Path(config.output)
     storage.require_writable(str(folder))
     written = []
-    for pipeline in (train_captioner,):
+    for pipeline in (train_captioner, caption_bucket):
         target = folder / f"{pipeline.name.replace('-', '_')}.yaml"
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")

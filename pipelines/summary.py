@@ -9,6 +9,7 @@ from typing import Any
 
 from model_lib import storage
 from model_lib.batch import examples
+from model_lib.errors import WorkError
 from model_lib.evaluation import FEW_PICTURES, Evaluation
 
 LOOKING = 3
@@ -23,11 +24,11 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         root: the folder in which kfp.local left each step's outputs.
         tracking_uri: MLflow's.
     """
-    ingested = _metadata(root / "ingest", "data")
-    registered = _metadata(root / "register", "decision")
-    folders = [_outputs(step)["parameterValues"]["Output"] for step in sorted(root.glob("for-loop-*/evaluate"))]
+    ingested = _metadata(_step(root, "ingest"), "data")
+    registered = _metadata(_step(root, "register"), "decision")
+    folders = [_outputs(step)["parameterValues"]["Output"] for step in sorted(root.glob("**/for-loop-*/evaluate"))]
     evaluations = [Evaluation.read(folder) for folder in folders]
-    captioned = _metadata(next(root.glob("**/caption")), "captions")
+    captioned = _metadata(_step(root, "merge"), "captions")
     return {
         "pictures": {split: int(ingested[split]) for split in ("train", "val")},
         "quarantined": {reason: int(count) for reason, count in ingested["quarantined"].items()},
@@ -40,6 +41,13 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "report": storage.join(registered["evaluation"], "report.html"),
         "tracking_uri": tracking_uri,
     }
+
+
+def _step(root: Path, name: str) -> Path:
+    """Return the folder of a step, however deep the pipeline nests it."""
+    for step in root.glob(f"**/{name}"):
+        return step
+    raise WorkError(f"the pipeline ended without its step {name}; {root.parent.parent}/pipeline.log says why")
 
 
 def _outputs(step: Path) -> dict[str, Any]:

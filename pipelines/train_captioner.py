@@ -1,30 +1,47 @@
 """The pipeline `train_captioner`: ingest, train and evaluate candidates, register the winner, caption a folder.
 
-data_dataset ─ ingest ─┬─ for each candidate: train ─ evaluate ─┬─ register ─ caption
-                       └─ judge the champion ───────────────────┘
+preflight ─ ingest ─┬─ candidates ─ for each: train ─ evaluate ─┬─ register ─ plan ─ for each shard: caption ─ merge
+                    └─ judge the champion ──────────────────────┘                  (and close, whatever happens)
 """
 
 from typing import Any
 
 from kfp import dsl
 
-from components.caption.component import caption
+from components.candidates.component import candidates
+from components.close.component import close
 from components.evaluate.component import evaluate
 from components.ingest.component import ingest
 from components.judge.component import judge
+from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
-from model_lib.config import EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from pipelines.caption_bucket import PARALLEL, caption_pictures
+from pipelines.placement import (
+    BUCKET,
+    GPU_NODES,
+    GPU_RESOURCE,
+    GPU_TOLERATIONS,
+    HUB,
+    PARAMETERS,
+    SECRET,
+    SECRET_KEYS,
+    WEBHOOK,
+    Gpu,
+    on_gpu,
+    place,
+)
 
 CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
 """By default: learning all captions of a picture in each step, or its first alone."""
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Trains image captioners, judges them, registers the best in MLflow and captions a folder with the champion.
 
 | parameter | meaning |
 |---|---|
-| `data_dataset` | folder or URI: `annotations/captions_{train,val}2017.json`, `train2017/`, `val2017/` |
+| `data_dataset` | folder or URI: `annotations/captions_{{train,val}}2017.json`, `train2017/`, `val2017/` |
 | `data_output` | folder or URI for the Parquet shards |
 | `data_shortest_side` | larger pictures are reduced to this many pixels on their shorter side |
 | `train_candidates` | list of candidates, each a name and the training options in which it differs |
@@ -36,11 +53,11 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
 | `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
 | `caption_images`, `caption_output` | pictures that the champion captions at the end, and where to; empty: none |
-"""
+{PARAMETERS}"""
 
 
-def define(parallel_candidates: int) -> Any:
-    """Return the pipeline; at most `parallel_candidates` train at the same time."""
+def define(parallel: int) -> Any:
+    """Return the pipeline; at most `parallel` candidates, or shards to caption, are worked on at the same time."""
 
     @dsl.pipeline(name="train-captioner", description=DESCRIPTION)
     def train_captioner(
@@ -48,7 +65,7 @@ def define(parallel_candidates: int) -> Any:
         data_output: str,
         train_checkpoint_uri: str,
         data_shortest_side: int = IngestConfig.shortest_side,
-        train_candidates: list = CANDIDATES,
+        train_candidates: list[dict] = CANDIDATES,
         train_preset: str = TrainConfig.preset,
         train_vision: str = "",
         train_decoder: str = "",
@@ -63,20 +80,50 @@ def define(parallel_candidates: int) -> Any:
         register_min_gain: float = RegisterConfig.min_gain,
         caption_images: str = "",
         caption_output: str = "",
+        gpu_resource: str = GPU_RESOURCE,
+        gpu_count: str = "1",
+        gpu_node_selector: dict = GPU_NODES,
+        gpu_tolerations: list = GPU_TOLERATIONS,
+        secret_name: str = SECRET,
+        secret_keys: list = SECRET_KEYS,
     ) -> None:
-        ingested = ingest(dataset=data_dataset, output=data_output, shortest_side=data_shortest_side)
-        # What lies at a URI is not among the inputs, nor who is champion: cached answers could be old ones.
-        ingested.set_display_name("Ingest").set_caching_options(False)
-        data = ingested.outputs["data"]
-
-        judged = judge(data=data, num_beams=eval_num_beams, limit=eval_limit, output=train_checkpoint_uri)
-        judged.set_display_name("Judge the champion").set_caching_options(False)
-
-        with dsl.ParallelFor(train_candidates, name="Candidates", parallelism=parallel_candidates) as candidate:
-            trained = train(
-                data=data,
-                candidate=candidate,
+        gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
+        run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        closed = close(run_name=run_name)
+        place(closed, "Close", secret=secret_name, keys=WEBHOOK)
+        with dsl.ExitHandler(closed, name="Train a captioner"):
+            checked = preflight(
+                run_name=run_name,
+                dataset=data_dataset,
+                images=caption_images,
+                model="",
+                candidates=train_candidates,
+                preset=train_preset,
+                vision=train_vision,
+                decoder=train_decoder,
+                tokenizer=train_tokenizer,
+                data_output=data_output,
                 checkpoint_uri=train_checkpoint_uri,
+                caption_output=caption_output,
+                secret_name=secret_name,
+                secret_keys=secret_keys,
+            )
+            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB), hours=0.1, retries=0)
+
+            ingested = ingest(dataset=data_dataset, output=data_output, shortest_side=data_shortest_side)
+            # What lies at a URI is not among the inputs, nor who is champion: cached answers could be old ones.
+            place(ingested, "Ingest", secret=secret_name, keys=BUCKET, cpu=4, memory=8, hours=12).after(checked)
+            # The manifest by its URI and fingerprint: an artifact is a new input in each run, and nothing were cached.
+            data = {"data": ingested.outputs["manifest"], "fingerprint": ingested.outputs["fingerprint"]}
+
+            judged = judge(**data, num_beams=eval_num_beams, limit=eval_limit, output=train_checkpoint_uri)
+            place(judged, "Judge the champion", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6)
+            on_gpu(judged, gpu)
+
+            configured = candidates(
+                **data,
+                checkpoint_uri=train_checkpoint_uri,
+                candidates=train_candidates,
                 preset=train_preset,
                 vision=train_vision,
                 decoder=train_decoder,
@@ -86,24 +133,43 @@ def define(parallel_candidates: int) -> Any:
                 learning_rate=train_learning_rate,
                 precision=train_precision,
             )
-            trained.set_display_name("Train")
-            model_uri = trained.outputs["Output"]
-            evaluated = evaluate(data=data, model_uri=model_uri, num_beams=eval_num_beams, limit=eval_limit)
-            evaluated.set_display_name("Evaluate")
+            place(configured, "Candidates", secret=secret_name, cached=True)
 
-        registered = register(
-            evaluations=dsl.Collected(evaluated.outputs["Output"]),
-            champion_evaluation=judged.output,
-            metric=register_metric,
-            min_gain=register_min_gain,
-        )
-        registered.set_display_name("Register").set_caching_options(False)
+            # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
+            with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:
+                trained = train(candidate=candidate)
+                # Each retry goes on from the last checkpoint.
+                place(
+                    trained, "Train", secret=secret_name, keys=(*BUCKET, *HUB), cpu=4, memory=24, hours=72, retries=10
+                )
+                on_gpu(trained, gpu).set_caching_options(True)
+                evaluated = evaluate(
+                    candidate=candidate, model_uri=trained.outputs["Output"], num_beams=eval_num_beams, limit=eval_limit
+                )
+                place(evaluated, "Evaluate", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6)
+                on_gpu(evaluated, gpu).set_caching_options(True)
 
-        with dsl.If(caption_images != "", name="Pictures to caption"):
-            captioned = caption(images=caption_images, output=caption_output, model_uri=registered.outputs["Output"])
-            captioned.set_display_name("Caption").set_caching_options(False)
+            registered = register(
+                evaluations=dsl.Collected(evaluated.outputs["Output"]),
+                champion_evaluation=judged.output,
+                metric=register_metric,
+                min_gain=register_min_gain,
+            )
+            place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8)
+
+            with dsl.If(caption_images != "", name="Pictures to caption"):
+                caption_pictures(
+                    caption_images,
+                    caption_output,
+                    registered.outputs["Output"],
+                    BatchConfig.num_beams,
+                    BatchConfig.shard_pictures,
+                    secret_name,
+                    gpu,
+                    parallel,
+                )
 
     return train_captioner
 
 
-train_captioner = define(parallel_candidates=4)
+train_captioner = define(PARALLEL)

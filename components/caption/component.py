@@ -1,21 +1,16 @@
-"""Caption: a folder or bucket of pictures, captioned by the champion into Parquet."""
+"""Caption: one shard of the pictures that were planned."""
 
 from kfp import dsl
 
-from components import IMAGE
+from components import MODEL
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
-def caption(images: str, output: str, model_uri: str, captions: dsl.Output[dsl.Artifact]) -> None:
-    """Caption every picture under `images`; the artifact's metadata holds the counts and where the Parquet lies."""
-    from dataclasses import asdict
-
-    from model_lib.batch import batch
-    from model_lib.config import BatchConfig
-    from model_lib.storage import write_json
+@dsl.component(base_image=MODEL, install_kfp_package=False)
+def caption(output: str, shard: int) -> int:
+    """Caption shard number `shard` of the plan in `output`, unless its file is there; return the shard's number."""
+    from model_lib.batch import caption_planned
     from model_lib.tracking import tracking_from_environment
 
     tracking_from_environment()
-    summary = batch(BatchConfig(images=images, output=output, model=model_uri))
-    write_json(captions.path, asdict(summary))
-    captions.metadata.update(asdict(summary))
+    caption_planned(output, shard)
+    return shard

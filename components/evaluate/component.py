@@ -2,26 +2,26 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import JUDGE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=JUDGE, install_kfp_package=False)
 def evaluate(
-    data: dsl.Input[dsl.Dataset],
+    candidate: dict,
     model_uri: str,
     num_beams: int,
     limit: int,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> str:
-    """Judge the model at `model_uri`, keep the evaluation beside it, and return the evaluation's URI."""
-    from model_lib.candidates import judge_model
+    """Judge the candidate's model, keep the evaluation beside it, and return the evaluation's URI."""
+    from model_lib.candidates import candidate_config, judge_model
     from model_lib.storage import join, read_bytes, write_bytes
     from model_lib.tracking import tracking_from_environment
 
-    beside = model_uri.rpartition("/")[0]
+    config = candidate_config(candidate)
     evaluation, folder = judge_model(
-        model_uri, data.path, beside, tracking_from_environment(), num_beams=num_beams, limit=limit
+        model_uri, config.data, config.output, tracking_from_environment(), num_beams=num_beams, limit=limit
     )
     for name, value in evaluation.scores.items():
         metrics.log_metric(name, value)

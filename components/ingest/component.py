@@ -1,17 +1,22 @@
 """Ingest: captions and pictures in COCO's layout to Parquet shards and a manifest."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
-from components import IMAGE
+from components import CORE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
-def ingest(dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.Dataset]) -> None:
+@dsl.component(base_image=CORE, install_kfp_package=False)
+def ingest(dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.Dataset]) -> NamedTuple(
+    "Ingested", [("manifest", str), ("fingerprint", str)]
+):
     """Write shards under `output`; the artifact is their manifest, which names them by URI."""
     from model_lib.config import IngestConfig
     from model_lib.ingest import ingest as run
-    from model_lib.storage import write_json
+    from model_lib.storage import join, write_json
 
     manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))
     write_json(data.path, manifest.located(manifest.uri).to_dict())
     data.metadata.update(manifest.counts, quarantined=manifest.quarantined, fingerprint=manifest.fingerprint)
+    return (join(manifest.uri, "manifest.json"), manifest.fingerprint)

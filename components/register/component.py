@@ -2,12 +2,17 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import CORE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=CORE, install_kfp_package=False)
 def register(
-    evaluations: list, champion_evaluation: str, metric: str, min_gain: float, decision: dsl.Output[dsl.Markdown]
+    evaluations: list,
+    champion_evaluation: str,
+    metric: str,
+    min_gain: float,
+    decision: dsl.Output[dsl.Markdown],
+    model: dsl.Output[dsl.Model],
 ) -> str:
     """Register the winner among `evaluations`; return the champion's model URI."""
     from model_lib.candidates import decision_markdown
@@ -23,7 +28,9 @@ def register(
         metric=metric,
         min_gain=min_gain,
     )
-    registered = run(config, tracking_from_environment())
-    write_bytes(decision.path, decision_markdown(registered).encode())
+    tracking = tracking_from_environment()
+    registered = run(config, tracking)
+    write_bytes(decision.path, decision_markdown(registered, tracking).encode())
     decision.metadata.update(registered.to_dict())
+    model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
     return version_uri(registered.champion_version)

@@ -2,42 +2,19 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import MODEL
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
-def train(
-    data: dsl.Input[dsl.Dataset],
-    candidate: dict,
-    checkpoint_uri: str,
-    preset: str,
-    vision: str,
-    decoder: str,
-    tokenizer: str,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    precision: str,
-    model: dsl.Output[dsl.Model],
-) -> str:
-    """Train with the options given, `candidate`'s own over them, resuming from `checkpoint_uri`; return its URI."""
+@dsl.component(base_image=MODEL, install_kfp_package=False)
+def train(candidate: dict, model: dsl.Output[dsl.Model]) -> str:
+    """Train the candidate, or go on from its last checkpoint; return its model's URI."""
+    from dataclasses import asdict
+
     from model_lib.candidates import candidate_config
     from model_lib.tracking import tracking_from_environment
     from model_lib.training import train as run
 
-    config = candidate_config(
-        data.path,
-        checkpoint_uri,
-        candidate,
-        preset=preset,
-        vision=vision,
-        decoder=decoder,
-        tokenizer=tokenizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        precision=precision,
-    )
+    config = candidate_config(candidate)
     trained = run(config, tracking_from_environment())
-    model.metadata.update(uri=trained.model, validation_loss=trained.validation_loss, steps=trained.steps)
+    model.metadata.update(asdict(trained), checkpoints=config.output)
     return trained.model

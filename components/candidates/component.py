@@ -1,0 +1,39 @@
+"""Candidates: each one's whole configuration, with the data that it learns from."""
+
+from kfp import dsl
+
+from components import CORE
+
+
+@dsl.component(base_image=CORE, install_kfp_package=False)
+def candidates(
+    data: str,
+    fingerprint: str,
+    checkpoint_uri: str,
+    candidates: list,
+    preset: str,
+    vision: str,
+    decoder: str,
+    tokenizer: str,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    precision: str,
+) -> list[dict]:
+    """Return for each candidate the data's fingerprint and its training options: the common ones, its own over them."""
+    from model_lib.candidates import configure_candidates
+
+    return configure_candidates(
+        data,
+        fingerprint,
+        checkpoint_uri,
+        candidates,
+        preset=preset,
+        vision=vision,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        precision=precision,
+    )

@@ -1,0 +1,39 @@
+"""Preflight: everything that the pipeline needs is there, or the run ends here and says what is missing."""
+
+from kfp import dsl
+
+from components import CORE
+
+
+@dsl.component(base_image=CORE, install_kfp_package=False)
+def preflight(
+    run_name: str,
+    dataset: str,
+    images: str,
+    model: str,
+    candidates: list,
+    preset: str,
+    vision: str,
+    decoder: str,
+    tokenizer: str,
+    data_output: str,
+    checkpoint_uri: str,
+    caption_output: str,
+    secret_name: str,
+    secret_keys: list,
+) -> None:
+    """Check places, weights, MLflow and secrets (empty: not needed), then open the pipeline's run in MLflow."""
+    from model_lib.preflight import Needs, preflight, training_weights
+    from model_lib.tracking import tracking_from_environment
+
+    preflight(
+        Needs(
+            folders=[dataset, images],
+            outputs=[data_output, checkpoint_uri, caption_output],
+            weights=[model, *training_weights(candidates, preset, vision, decoder, tokenizer)],
+            pairs={"caption_images": images, "caption_output": caption_output},
+            secret=secret_name,
+            keys=secret_keys,
+        )
+    )
+    tracking_from_environment().open_pipeline(run_name)

@@ -1,0 +1,168 @@
+"""What a pipeline needs, checked before anything is started: all that is missing is named at once, within a minute.
+
+Every check is tried even if others failed, each in a thread of its own, because a bucket or server that cannot be
+reached tends not to answer at all.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from model_lib import storage
+from model_lib.config import TrainConfig
+from model_lib.errors import UserError, first_line
+from model_lib.presets import PRESETS
+
+PATIENCE = 40.0
+"""Seconds after which a check that has no answer counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What must be there before a pipeline starts; empty strings are left out."""
+
+    folders: Sequence[str] = ()
+    """Folders or URIs that are read."""
+    outputs: Sequence[str] = ()
+    """Folders or URIs that are written."""
+    weights: Sequence[str] = ()
+    """Hub names, folders, URIs or `models:/…`."""
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    """Parameters by name, of which all or none are to be given."""
+    secret: str = "captioner"
+    """Name of the Kubernetes secret from which the steps' environment comes …"""
+    keys: Sequence[str] = ()
+    """… and the keys that it must have."""
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
+def training_weights(
+    candidates: list[dict[str, Any]], preset: str, vision: str, decoder: str, tokenizer: str
+) -> list[str]:
+    """Return the sources of the weights that the candidates start from; of no candidates, none.
+
+    Raises:
+        UserError: a candidate has an unknown option or one out of range, or no name of its own.
+    """
+    if not candidates:
+        return []
+    sources: set[str] = set()
+    for config in check_candidates(candidates, preset=preset, vision=vision, decoder=decoder, tokenizer=tokenizer):
+        parts = PRESETS[config.preset]
+        if parts.vision is not None and parts.decoder is not None:
+            language = config.decoder or parts.decoder
+            sources |= {config.vision or parts.vision, language, config.tokenizer or language}
+    return sorted(sources)
+
+
+def check_candidates(candidates: Any, **common: Any) -> list[TrainConfig]:
+    """Return each candidate's configuration, its place left open; empty strings stand for None.
+
+    Raises:
+        UserError: an option is unknown or out of range, or two candidates have one name.
+    """
+    if not isinstance(candidates, list) or not candidates or not all(isinstance(c, dict) for c in candidates):
+        raise UserError('candidates: expected a JSON list of objects, [{"name": "a", "learning_rate": 1e-3}]')
+    configs = []
+    for candidate in candidates:
+        for fixed in ("data", "output"):
+            if fixed in candidate:
+                raise UserError(f"candidate {candidate}: {fixed} is set by the pipeline; leave it out")
+        options = {name: value for name, value in {**common, **candidate}.items() if value not in ("", None)}
+        configs.append(TrainConfig.from_options(**options, data="-", output="-"))
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise UserError(f"candidates: each needs a name of its own, not {', '.join(names)}")
+    return configs
+
+
+def preflight(needs: Needs) -> None:
+    """Check everything that is needed.
+
+    Raises:
+        UserError: something is missing; the message names all of it.
+    """
+    checks: list[tuple[str, Callable[[], str | None]]] = [
+        ("MLflow", partial(_tracking, needs)),
+        *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
+        *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
+        *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
+    ]
+    problems = [
+        f"secret {needs.secret}: has no key {key}, or there is no such secret in the pipeline's namespace"
+        for key in needs.keys
+        if not needs.environment.get(key)
+    ]
+    if any(needs.pairs.values()):
+        problems += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
+    answers: dict[str, str | None] = {}
+
+    def attempt(name: str, check: Callable[[], str | None]) -> None:
+        try:
+            answers[name] = check()
+        except UserError as error:
+            answers[name] = str(error)
+        except Exception as error:  # whatever a driver raises: its reason is the answer
+            answers[name] = f"{name}: {type(error).__name__}: {first_line(error)}"
+
+    # Daemons, so that one which hangs does not keep the step from ending.
+    threads = [threading.Thread(target=attempt, args=check, daemon=True) for check in checks]
+    deadline = time.monotonic() + PATIENCE
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    problems += [
+        f"{name}: no answer within {PATIENCE:.0f} seconds" if name not in answers else answers[name] or ""
+        for name, _ in checks
+    ]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _readable(folder: str) -> str | None:
+    return None if storage.exists(folder) else f"{folder}: not there, or these credentials may not see it"
+
+
+def _tracking(needs: Needs) -> str | None:
+    """Ask MLflow for its experiments, with the patience of a check rather than of a client."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = needs.environment.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return None  # the embedded store
+    os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        return f"MLflow at {uri}: {first_line(error)}"
+    return None
+
+
+def _weights(source: str) -> str | None:
+    if source.startswith("models:/"):
+        from model_lib.registry import pin_version
+
+        pin_version(source)
+    elif "://" in source or storage.exists(source):
+        if not storage.exists(storage.join(source, "config.json")):
+            return f"{source}: holds no model (config.json)"
+    else:
+        from huggingface_hub import file_exists
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        remedy = "mirror the weights into the bucket and name that URI, or let the cluster reach the hub"
+        try:
+            if not file_exists(source, "config.json"):
+                return f"{source}: that hub repository holds no model"
+        except RepositoryNotFoundError:
+            return f"{source}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); {remedy}"
+        except Exception as error:
+            return f"{source}: the hub cannot be reached ({type(error).__name__}); {remedy}"
+    return None

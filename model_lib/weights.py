@@ -1,0 +1,68 @@
+"""Weights and tokenizers of the parts: CLIP's vision tower and GPT-2.
+
+Weights are read from safetensors files only; a pickle is never opened.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import GPT2Tokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from model_lib.errors import UserError, first_line
+from model_lib.sources import folder_or_hub_name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hide transformers' bars and its notes about weights that are left out, which a user cannot act on."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_part(kind: type[PreTrainedModel], source: str) -> Any:
+    """Load a transformers model of class `kind` from safetensors; `UserError` if `source` holds none."""
+    name = folder_or_hub_name(source)
+    try:
+        with quiet():
+            config = kind.config_class.from_pretrained(name)
+            if config.model_type != kind.config_class.model_type:
+                raise UserError(f"{source}: holds a {config.model_type} model, not a {kind.config_class.model_type}")
+            part, loading = kind.from_pretrained(
+                name, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{source}: no {kind.__name__} weights (safetensors) can be loaded: {first_line(error)}"
+        ) from error
+    require_whole(source, loading)
+    return part
+
+
+def require_whole(source: str, loading: dict[str, Any]) -> None:
+    """Raise `UserError` if weights were missing when `source` was loaded: transformers makes up random ones."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(f"{source}: {len(missing)} weights are missing, {missing[0]} for one; the folder is incomplete")
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load GPT-2's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
+    name = folder_or_hub_name(source)
+    try:
+        with quiet():
+            return GPT2Tokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {first_line(error)}"
+        ) from error

@@ -1,0 +1,117 @@
+"""The pipeline `caption_bucket`: a bucket's pictures, listed once, captioned in parallel, counted.
+
+preflight ─ plan ─ for each shard: caption ─ merge        (and close, whatever happens)
+"""
+
+from typing import Any
+
+from kfp import dsl
+
+from components.caption.component import caption
+from components.close.component import close
+from components.merge.component import merge
+from components.plan.component import plan
+from components.preflight.component import preflight
+from model_lib.config import BatchConfig
+from pipelines.placement import (
+    BUCKET,
+    GPU_NODES,
+    GPU_RESOURCE,
+    GPU_TOLERATIONS,
+    HUB,
+    PARAMETERS,
+    SECRET,
+    SECRET_KEYS,
+    WEBHOOK,
+    Gpu,
+    on_gpu,
+    place,
+)
+
+PARALLEL = 4
+"""Shards captioned at the same time on a cluster."""
+CHAMPION = "models:/captioner@champion"
+
+DESCRIPTION = f"""\
+Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again, it
+does the shards that are missing.
+
+| parameter | meaning |
+|---|---|
+| `caption_images` | folder or URI of the pictures, searched through |
+| `caption_output` | folder or URI for the Parquet files, the plan and the summary |
+| `caption_model` | folder, URI, hub name, or model of the registry; an alias is pinned to its version |
+| `caption_num_beams` | beams in decoding; 1: greedy |
+| `caption_shard_pictures` | pictures a shard; each shard is a step on a GPU |
+{PARAMETERS}"""
+
+
+def caption_pictures(
+    images: Any, output: Any, model: Any, num_beams: Any, shard_pictures: Any, secret: Any, gpu: Gpu, parallel: int
+) -> dsl.PipelineTask:
+    """Add the steps that caption the pictures at `images` to a pipeline; return the first."""
+    planned = plan(images=images, output=output, model=model, num_beams=num_beams, shard_pictures=shard_pictures)
+    place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
+    with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
+        captioned = caption(output=output, shard=shard)
+        place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), cpu=4, memory=16, hours=12, retries=4)
+        on_gpu(captioned, gpu)
+    merged = merge(output=output, shards=dsl.Collected(captioned.output))
+    place(merged, "Merge", secret=secret, keys=BUCKET, memory=4)
+    return planned
+
+
+def define(parallel_shards: int) -> Any:
+    """Return the pipeline; at most `parallel_shards` are captioned at the same time."""
+
+    @dsl.pipeline(name="caption-bucket", description=DESCRIPTION)
+    def caption_bucket(
+        caption_images: str,
+        caption_output: str,
+        caption_model: str = CHAMPION,
+        caption_num_beams: int = BatchConfig.num_beams,
+        caption_shard_pictures: int = BatchConfig.shard_pictures,
+        gpu_resource: str = GPU_RESOURCE,
+        gpu_count: str = "1",
+        gpu_node_selector: dict = GPU_NODES,
+        gpu_tolerations: list = GPU_TOLERATIONS,
+        secret_name: str = SECRET,
+        secret_keys: list = SECRET_KEYS,
+    ) -> None:
+        run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        closed = close(run_name=run_name)
+        place(closed, "Close", secret=secret_name, keys=WEBHOOK)
+        with dsl.ExitHandler(closed, name="Caption a bucket"):
+            checked = preflight(
+                run_name=run_name,
+                dataset="",
+                images=caption_images,
+                model=caption_model,
+                candidates=[],
+                preset="",
+                vision="",
+                decoder="",
+                tokenizer="",
+                data_output="",
+                checkpoint_uri="",
+                caption_output=caption_output,
+                secret_name=secret_name,
+                secret_keys=secret_keys,
+            )
+            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB), hours=0.1, retries=0)
+            gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
+            caption_pictures(
+                caption_images,
+                caption_output,
+                caption_model,
+                caption_num_beams,
+                caption_shard_pictures,
+                secret_name,
+                gpu,
+                parallel_shards,
+            ).after(checked)
+
+    return caption_bucket
+
+
+caption_bucket = define(PARALLEL)

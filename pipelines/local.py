@@ -1,0 +1,145 @@
+"""Running a pipeline on this machine through `kfp.local`: its steps as processes, or each in its container image.
+
+What the steps print goes to `pipeline.log` in the working directory; the terminal shows each step and its progress.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from components import CORE, JUDGE, MODEL
+from model_lib import storage
+from model_lib.errors import UserError, WorkError
+from pipelines.placement import USER
+
+PASSED = ("AWS_", "GCSFS_", "GOOGLE_", "HF_", "KFP_RUN_ID", "MLFLOW_", "STORAGE_EMULATOR_HOST", "WEBHOOK_URL")
+"""Beginnings of the environment variables that containers see; on a cluster most come from the secret."""
+
+
+def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: str) -> Path:
+    """Run a pipeline; return the folder in which it left each step's outputs.
+
+    Args:
+        pipeline: the function that kfp decorated.
+        arguments: its parameters.
+        work: folder for the outputs and the log.
+        runner: "subprocess" or "docker".
+
+    Raises:
+        UserError: a step refused its input; the message is the step's.
+        WorkError: a step failed; the log says how.
+    """
+    from kfp import local
+
+    root, log_file = work / "pipeline", work / "pipeline.log"
+    how = local.SubprocessRunner(use_venv=False) if runner == "subprocess" else _docker_runner(arguments, work)
+    with warnings.catch_warnings(), log_file.open("w") as log, _followed(log):
+        warnings.simplefilter("ignore")
+        local.init(how, pipeline_root=str(root), raise_on_error=True)
+        before = set(root.glob("*"))
+        try:
+            _without_retries(pipeline)(**arguments)
+        except Exception as error:
+            refused = re.findall(r"^\s*model_lib\.errors\.UserError: (.*)$", log_file.read_text(), re.MULTILINE)
+            if refused:
+                raise UserError(refused[-1]) from error
+            raise WorkError(f"the pipeline stopped ({error}); {log_file} has all that its steps printed") from error
+    (made,) = set(root.glob("*")) - before
+    return made
+
+
+def _without_retries(pipeline: Any) -> Any:
+    """Return the pipeline without its retries: here the cause does not go away by waiting, and somebody is waiting."""
+    spec = pipeline.pipeline_spec
+    for dag in (spec.root.dag, *(component.dag for component in spec.components.values())):
+        for task in dag.tasks.values():
+            task.ClearField("retry_policy")
+    return pipeline
+
+
+def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
+    """Return the runner that starts each step in its image: with a read-only root, and never as root.
+
+    The working directory and the inputs are mounted in their own places, so that paths mean the same inside.
+    """
+    import docker
+    from kfp import local
+
+    try:
+        client = docker.from_env()
+        for image in (CORE, MODEL, JUDGE):
+            client.images.get(image)
+    except docker.errors.ImageNotFound as error:
+        raise UserError(f"runner docker: image {image} is not on this machine; build it with make images") from error
+    except docker.errors.DockerException as error:
+        raise UserError(f"runner docker: no Docker engine answers: {error}") from error
+    inputs = {arguments.get(name) or "" for name in ("data_dataset", "caption_images")}
+    outside = {place for place in inputs if storage.is_local(place) and Path(place).is_absolute()}
+    mounts = [
+        docker.types.Mount(place, place, type="bind", read_only=True)
+        for place in sorted(outside)
+        if not Path(place).is_relative_to(work)
+    ]
+    mounts.append(docker.types.Mount(str(work), str(work), type="bind"))
+    mounts.append(docker.types.Mount("/tmp", None, type="volume"))  # a fresh one a step
+    user = os.getuid() or USER
+    if user != os.getuid():
+        for place in (work, *work.rglob("*")):
+            os.chown(place, user, user, follow_symlinks=False)
+    return local.DockerRunner(
+        mounts=mounts,
+        environment={name: value for name, value in os.environ.items() if name.startswith(PASSED)},
+        network_mode="host",  # a tracking server on this machine is at the same address inside
+        user=f"{user}:{os.getgid() or USER}",
+        read_only=True,
+        shm_size="1g",
+    )
+
+
+@contextlib.contextmanager
+def _followed(log: TextIO) -> Iterator[None]:
+    """Send all that the pipeline prints to `log`, and show its steps and their progress as it goes."""
+    terminal = sys.stdout
+    with contextlib.redirect_stdout(_Follower(log)):
+        try:
+            yield
+        finally:
+            terminal.flush()
+
+
+class _Follower(io.TextIOBase):
+    """Writes everything to a log, and says on stderr what a person wants to see."""
+
+    def __init__(self, log: TextIO) -> None:
+        self.log, self.line = log, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.log.write(text)
+        self.log.flush()
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            self._show(re.sub(r"\x1b\[[0-9;]*m", "", line).strip())
+        return len(text)
+
+    def _show(self, line: str) -> None:
+        step = re.search(r"Executing task '([\w-]+)'", line)
+        if step:
+            say(f"step {step[1]}")
+        elif re.match(r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/", line) or line.startswith(
+            "captioner:"
+        ):
+            say(f"  {line.removeprefix('captioner: ')}")
+
+
+def say(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,111 @@
+"""Where and with what a task runs on a cluster: resources, retries, time limit, user, secrets, GPU nodes.
+
+`kfp.local` ignores all of it. Secrets are named, never held: each key becomes an environment variable of that name, and
+a key that is missing leaves the variable unset, so that the pipeline's preflight can say so.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kfp import dsl, kubernetes
+
+USER = 1000
+"""The images' user and group."""
+SECRET = "captioner"
+"""Name of the Kubernetes secret, unless the run names another …"""
+SECRET_KEYS = ["MLFLOW_TRACKING_URI"]
+"""… and what it must hold, unless the run says otherwise."""
+MLFLOW = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_UI_URL",
+)
+BUCKET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+"""For S3 and MinIO; on GKE, workload identity needs none."""
+HUB = ("HF_TOKEN",)
+WEBHOOK = ("WEBHOOK_URL",)
+
+GPU_RESOURCE = "nvidia.com/gpu"
+GPU_NODES = {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"}
+GPU_TOLERATIONS = [
+    {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
+]
+"""GKE's labels and taints of a spot node pool with L4 GPUs."""
+
+PARAMETERS = """\
+| `gpu_resource`, `gpu_count` | what a step on a GPU asks of its node, and how many: `nvidia.com/gpu`, `1` |
+| `gpu_node_selector`, `gpu_tolerations` | labels and taints of the GPU nodes; by default GKE's spot nodes with an L4 |
+| `secret_name` | Kubernetes secret from which the steps' environment comes |
+| `secret_keys` | keys that it must have: the run ends at once without them |
+"""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Pipeline parameters that place a task on a GPU node.
+
+    Args:
+        resource: what the container asks for, "nvidia.com/gpu".
+        count: how many, as text: Kubeflow Pipelines (2.17) takes a number here for none at all.
+        node_selector: labels of the nodes.
+        tolerations: of the nodes' taints.
+    """
+
+    resource: Any
+    count: Any
+    node_selector: Any
+    tolerations: Any
+
+
+def place(
+    task: dsl.PipelineTask,
+    name: str,
+    *,
+    secret: Any,
+    keys: tuple[str, ...] = (),
+    cpu: int = 1,
+    memory: int = 2,
+    hours: float = 1,
+    retries: int = 2,
+    cached: bool = False,
+) -> dsl.PipelineTask:
+    """Give a task its display name, resources, retries, time limit, user and secrets.
+
+    Args:
+        task: to be placed.
+        name: as the UI shows it.
+        secret: name of the Kubernetes secret …
+        keys: … and which of its keys the task sees.
+        cpu: cores requested; twice as many are the limit.
+        memory: GiB, requested and limit.
+        hours: after which the pod is stopped.
+        retries: after a failure, a minute later, then two, up to ten.
+        cached: whether the same inputs in the same image make a rerun skip the task.
+    """
+    task.set_display_name(name).set_caching_options(cached)
+    task.set_cpu_request(str(cpu)).set_cpu_limit(str(2 * cpu))
+    task.set_memory_request(f"{memory}Gi").set_memory_limit(f"{memory}Gi")
+    if retries:
+        task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
+    kubernetes.set_timeout(task, int(hours * 3600))
+    kubernetes.set_image_pull_policy(task, "IfNotPresent")  # images are named by digest
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")
+    # The pod's label, and not a parameter: that would be another input for each run, and nothing would be cached.
+    kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+    kubernetes.use_secret_as_env(task, secret, {key: key for key in (*MLFLOW, *keys)}, optional=True)
+    return task
+
+
+def on_gpu(task: dsl.PipelineTask, gpu: Gpu) -> dsl.PipelineTask:
+    """Put a task on a GPU node, with shared memory for what reads its data."""
+    # kfp (2.17) does not pass these two on into loops and conditions by itself.
+    task.register_pipeline_channels([gpu.resource, gpu.count])
+    task.set_accelerator_type(gpu.resource).set_accelerator_limit(gpu.count)
+    kubernetes.add_node_selector_json(task, gpu.node_selector)
+    kubernetes.add_toleration_json(task, gpu.tolerations)
+    kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="8Gi")
+    return task
