@@ -1,0 +1,215 @@
+"""A server on loopback that speaks the part of Kubeflow Pipelines' v2beta1 REST API which kfp's client uses here.
+
+What it is given it checks as the real one does: YAML is parsed strictly, parameters have the pipeline's types, ids are
+known. A run goes one state further each time that it is looked at.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+from google.protobuf import json_format
+from kfp.kubernetes import kubernetes_executor_config_pb2
+from kfp.pipeline_spec import pipeline_spec_pb2
+from requests_toolbelt import MultipartDecoder
+
+KINDS: dict[str, Any] = {
+    "STRING": str,
+    "NUMBER_INTEGER": int,
+    "NUMBER_DOUBLE": (int, float),
+    "BOOLEAN": bool,
+    "LIST": list,
+    "STRUCT": dict,
+}
+
+
+def parse_strictly(text: str) -> tuple[Any, dict[str, Any]]:
+    """Parse a compiled pipeline as the server does on upload; `ValueError` for anything that it would refuse.
+
+    Returns:
+        The PipelineSpec, and each executor's KubernetesExecutorConfig, which the driver parses when a task starts.
+    """
+    spec, platform = None, pipeline_spec_pb2.PlatformSpec()
+    for document in yaml.safe_load_all(text):
+        if "platforms" in document:
+            json_format.ParseDict(document, platform, ignore_unknown_fields=False)
+        elif spec is None:
+            spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
+        else:
+            raise ValueError("multiple pipeline specs provided")
+    if spec is None or spec.schema_version != "2.1.0" or not spec.pipeline_info.name or not spec.HasField("root"):
+        raise ValueError("no pipeline spec of schema version 2.1.0 with a name and a root")
+    executors = platform.platforms["kubernetes"].deployment_spec.executors
+    configs = {
+        name: json_format.ParseDict(
+            json_format.MessageToDict(config),
+            kubernetes_executor_config_pb2.KubernetesExecutorConfig(),
+            ignore_unknown_fields=False,
+        )
+        for name, config in executors.items()
+    }
+    return spec, configs
+
+
+class Refused(Exception):
+    """An HTTP status with the server's message."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class KfpServer:
+    """Runs in a thread on a free port; `calls` and the tables show what it was asked.
+
+    Args:
+        states: those that a run goes through, one a look; an integer fails that look with its HTTP status.
+        token: that requests must bear, if any.
+    """
+
+    def __init__(self, states: tuple[str | int, ...] = ("RUNNING", "SUCCEEDED"), token: str | None = None) -> None:
+        self.states, self.token = list(states), token
+        self.calls: list[str] = []
+        self.experiments: dict[str, dict] = {}
+        self.pipelines: dict[str, dict] = {}
+        self.versions: dict[str, dict] = {}
+        self.runs: dict[str, dict] = {}
+        self.recurring: dict[str, dict] = {}
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.host = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "KfpServer":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer("GET")
+
+            def do_POST(self) -> None:
+                self.answer("POST")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def answer(self, method: str) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                url = urlsplit(self.path)
+                try:
+                    server.calls.append(f"{method} {url.path}")
+                    if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
+                        raise Refused(401, "Unauthenticated")
+                    query = {name: values[0] for name, values in parse_qs(url.query).items()}
+                    document = server.route(method, url.path, query, body, self.headers.get("Content-Type") or "")
+                    status = 200
+                except Refused as refused:
+                    status, document = refused.status, {"code": refused.status, "message": str(refused)}
+                content = json.dumps(document).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        return Handler
+
+    def route(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> dict:
+        """Return the answer to a request."""
+        api = "/apis/v2beta1"
+        routes: list[tuple[str, str, Callable[..., dict]]] = [
+            ("GET", f"{api}/healthz", lambda: {"multi_user": False}),
+            ("GET", f"{api}/experiments", lambda: {"experiments": self._named(self.experiments, query)}),
+            ("POST", f"{api}/experiments", lambda: self._add(self.experiments, "experiment_id", json.loads(body))),
+            ("GET", f"{api}/pipelines", lambda: {"pipelines": self._named(self.pipelines, query)}),
+            ("POST", f"{api}/pipelines", lambda: self._add(self.pipelines, "pipeline_id", json.loads(body))),
+            ("GET", f"{api}/pipelines/([^/]+)/versions", lambda owner: self._versions(owner, query)),
+            ("POST", f"{api}/pipelines/upload_version", lambda: self._upload(query, body, kind)),
+            ("POST", f"{api}/runs", lambda: self._start(json.loads(body), self.runs, "run_id")),
+            ("GET", f"{api}/runs/([^/]+)", self._look),
+            ("GET", f"{api}/recurringruns", lambda: {"recurringRuns": self._named(self.recurring, query)}),
+            ("POST", f"{api}/recurringruns", lambda: self._schedule(json.loads(body))),
+        ]
+        for verb, pattern, function in routes:
+            match = re.fullmatch(pattern, path)
+            if verb == method and match:
+                return function(*match.groups())
+        raise Refused(404, f"{method} {path}: not found")
+
+    def _add(self, table: dict[str, dict], key: str, row: dict) -> dict:
+        if not row.get("display_name"):
+            raise Refused(400, "Invalid input error: display_name is empty")
+        identity = f"{key.removesuffix('_id')}-{len(table) + 1}"
+        table[identity] = {**row, key: identity}
+        return table[identity]
+
+    def _named(self, table: dict[str, dict], query: dict[str, str]) -> list[dict]:
+        predicates = json.loads(query.get("filter") or "{}").get("predicates", [])
+        rows = list(table.values())
+        for predicate in predicates:
+            if predicate["operation"] not in ("EQUALS", 1) or predicate["key"] not in ("name", "display_name"):
+                raise Refused(400, f"Invalid input error: filter {predicate}")
+            rows = [row for row in rows if row["display_name"] == predicate["stringValue"]]
+        return rows
+
+    def _versions(self, owner: str, query: dict[str, str]) -> dict:
+        own = {key: row for key, row in self.versions.items() if row["pipeline_id"] == owner}
+        return {"pipeline_versions": self._named(own, query)}
+
+    def _upload(self, query: dict[str, str], body: bytes, kind: str) -> dict:
+        if query["pipelineid"] not in self.pipelines:
+            raise Refused(404, f"Pipeline {query['pipelineid']} not found")
+        text = MultipartDecoder(body, kind).parts[0].content.decode()
+        try:
+            spec, _ = parse_strictly(text)
+        except (ValueError, json_format.ParseError) as error:
+            raise Refused(400, f"Invalid input error: {error}") from error
+        row = {"display_name": query["name"], "pipeline_id": query["pipelineid"]}
+        answer = self._add(self.versions, "pipeline_version_id", row)
+        self.specs = {**getattr(self, "specs", {}), answer["pipeline_version_id"]: spec}
+        return answer
+
+    def _start(self, row: dict, table: dict[str, dict], key: str) -> dict:
+        reference = row["pipeline_version_reference"]
+        if self.versions.get(reference["pipeline_version_id"], {}).get("pipeline_id") != reference["pipeline_id"]:
+            raise Refused(404, f"PipelineVersion {reference} not found")
+        if row["experiment_id"] not in self.experiments:
+            raise Refused(404, f"Experiment {row['experiment_id']} not found")
+        given = row["runtime_config"].get("parameters", {})
+        inputs = self.specs[reference["pipeline_version_id"]].root.input_definitions.parameters
+        for name, value in given.items():
+            kind = pipeline_spec_pb2.ParameterType.ParameterTypeEnum.Name(inputs[name].parameter_type)
+            if not isinstance(value, KINDS[kind]):
+                raise Refused(400, f"Invalid input error: input parameter {name} is not of type {kind}")
+        for name, about in inputs.items():
+            if not about.is_optional and name not in given:
+                raise Refused(400, f"Invalid input error: input parameter {name} is required")
+        return self._add(table, key, row)
+
+    def _schedule(self, row: dict) -> dict:
+        cron = row["trigger"].get("cron_schedule", {}).get("cron")
+        if cron and len(cron.split()) != 6:
+            raise Refused(400, f"Invalid input error: Schedule cron is not a supported format: {cron}")
+        return self._start(row, self.recurring, "recurring_run_id")
+
+    def _look(self, run_id: str) -> dict:
+        if run_id not in self.runs:
+            raise Refused(404, f"Run {run_id} not found")
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, int):
+            raise Refused(state, "the server has a bad moment")
+        step = {"task_id": "1", "display_name": "Preflight", "state": state}
+        driver = {"task_id": "2", "display_name": "preflight-driver", "state": "SUCCEEDED"}
+        row = {**self.runs[run_id], "state": state, "run_details": {"task_details": [driver, step]}}
+        return row

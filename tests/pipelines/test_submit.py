@@ -1,0 +1,119 @@
+"""Submitting and scheduling against a server on loopback, through kfp's own client, as a user does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from pipelines.submit import COMPILED
+from tests.pipelines.kfp_server import KfpServer
+
+Run = Callable[..., CompletedProcess]
+PLACES = ("--param", "caption_images=gs://b/in", "--param", "caption_output=gs://b/out")
+NEEDED = [f"--param={name}=gs://b/{name}" for name in ("data_dataset", "data_output", "train_checkpoint_uri")]
+
+
+def test_a_run_is_started_and_the_pipeline_uploaded_once(captioner: Run) -> None:
+    with KfpServer() as server:
+        options = ("submit", "--host", server.host, "--pipeline", "train_captioner", *NEEDED)
+        candidates = [{"name": "a"}, {"name": "b", "epochs": 3}]
+        first = captioner(
+            *options, "--param", "train_learning_rate=1e-4", "--param", f"train_candidates={json.dumps(candidates)}"
+        )
+        assert first.returncode == 0, first.stderr
+        assert first.stdout.splitlines()[-1].endswith(f"{server.host}/#/runs/details/run-1")
+        second = captioner(*options, "--experiment", "mine", "--run_name", "again", "--json")
+        assert second.returncode == 0, second.stderr
+        assert json.loads(second.stdout)["link"] == f"{server.host}/#/runs/details/run-2"
+
+    assert len(server.pipelines) == len(server.versions) == 1, "the second run found the version"
+    (version,) = server.versions.values()
+    assert version["display_name"] == json.loads(second.stdout)["version"]
+    parameters = server.runs["run-1"]["runtime_config"]["parameters"]
+    assert parameters["train_learning_rate"] == 1e-4 and parameters["train_candidates"] == candidates
+    assert server.runs["run-2"]["display_name"] == "again"
+    assert [row["display_name"] for row in server.experiments.values()] == ["captioner", "mine"]
+
+
+def test_new_content_becomes_a_new_version(captioner: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import submit
+
+    with KfpServer() as server:
+        config = submit.SubmitConfig(
+            host=server.host, pipeline="caption_bucket", param=("caption_images=a", "caption_output=b")
+        )
+        before = submit.submit(config).document["version"]
+        changed = (COMPILED / "caption_bucket.yaml").read_text().replace("captioner-core:", "another-core:")
+        (tmp_path / "caption_bucket.yaml").write_text(changed)
+        monkeypatch.setattr(submit, "COMPILED", tmp_path)
+        after = submit.submit(config).document["version"]
+    assert before != after and [row["display_name"] for row in server.versions.values()] == [before, after]
+    assert len(server.pipelines) == 1
+
+
+@pytest.mark.parametrize(("end", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1)])
+def test_waiting_follows_the_run_to_its_end(captioner: Run, end: str, code: int) -> None:
+    with KfpServer(states=("PENDING", 503, "RUNNING", end)) as server:
+        done = captioner("submit", "--host", server.host, "--pipeline", "caption_bucket", *PLACES, "--wait")
+    assert done.returncode == code, done.stderr
+    for word in ("Preflight pending", "Preflight running", f"Preflight {end.lower()}"):
+        assert word in done.stderr, done.stderr
+    assert "driver" not in done.stderr and done.stdout.startswith(f"{end.lower()}: {server.host}/#/runs/details/")
+    assert ("failed: Preflight" in done.stdout) == (end == "FAILED")
+
+
+def test_a_schedule_is_made_once(captioner: Run) -> None:
+    with KfpServer() as server:
+        options = ("schedule", "--host", server.host, "--pipeline", "caption_bucket", *PLACES, "--name", "nightly")
+        done = captioner(*options, "--cron", "0 3 * * *")
+        assert done.returncode == 0, done.stderr
+        assert "/#/recurringrun/details/recurring_run-1" in done.stdout
+        again = captioner(*options, "--every", "3600")
+    (row,) = server.recurring.values()
+    assert row["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *" and row["mode"] == "ENABLE" and row["no_catchup"]
+    assert again.returncode == 2 and "nightly: is already scheduled" in again.stderr
+
+
+def test_who_is_asking_is_proved_by_a_token_that_is_never_shown(captioner: Run) -> None:
+    with KfpServer(token="t0ken") as server:
+        options = ("submit", "--host", server.host, "--pipeline", "caption_bucket", *PLACES)
+        refused = captioner(*options)
+        wrong = captioner(*options, KFP_TOKEN="wr0ng")
+        done = captioner(*options, "--auth", "token", KFP_TOKEN="t0ken")
+    assert refused.returncode == wrong.returncode == 2 and done.returncode == 0, done.stderr
+    assert "401" in refused.stderr and "--auth" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert not any("t0ken" in text or "wr0ng" in text for text in (wrong.stderr, done.stdout, done.stderr))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--param", "caption_imags=x"), ["caption_imags", "caption_images"]),
+        (("--param", "caption_images"), ["NAME=VALUE"]),
+        ((), ["--param caption_images=…", "--param caption_output=…"]),
+        ((*PLACES, "--param", "caption_num_beams=many"), ["caption_num_beams", "number integer"]),
+        ((*PLACES, "--param", "caption_num_beams=1.5"), ["caption_num_beams", "number integer"]),
+        ((*PLACES, "--param", "caption_num_beams=true"), ["caption_num_beams", "number integer"]),
+        ((*PLACES, "--param", "gpu_tolerations={}"), ["gpu_tolerations", "list"]),
+        ((*PLACES, "--auth", "iap"), ["--client_id"]),
+        ((*PLACES, "--auth", "token"), ["KFP_TOKEN"]),
+        ((*PLACES, "--host", "kfp.example.com"), ["kfp.example.com", "https://"]),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_line_before_the_server_is_asked(
+    captioner: Run, options: tuple[str, ...], words: list[str]
+) -> None:
+    host = () if "--host" in options else ("--host", "http://127.0.0.1:9")
+    done = captioner("submit", *host, "--pipeline", "caption_bucket", *options, KFP_TOKEN="")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_server_that_is_not_there_is_said_at_once(captioner: Run) -> None:
+    done = captioner("submit", "--host", "http://127.0.0.1:9", "--pipeline", "caption_bucket", *PLACES)
+    assert done.returncode == 1 and "no Kubeflow Pipelines server answers there" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
