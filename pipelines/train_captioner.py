@@ -133,21 +133,28 @@ def define(parallel: int) -> Any:
                 learning_rate=train_learning_rate,
                 precision=train_precision,
             )
-            place(configured, "Candidates", secret=secret_name, cached=True)
+            place(configured, "Candidates", secret=secret_name, keys=BUCKET)
 
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
             with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:
                 trained = train(candidate=candidate)
-                # Each retry goes on from the last checkpoint.
                 place(
-                    trained, "Train", secret=secret_name, keys=(*BUCKET, *HUB), cpu=4, memory=24, hours=72, retries=10
+                    trained,
+                    "Train",
+                    secret=secret_name,
+                    keys=(*BUCKET, *HUB),
+                    cpu=4,
+                    memory=24,
+                    hours=72,
+                    retries=10,  # each goes on from the last checkpoint
+                    cached=True,
                 )
-                on_gpu(trained, gpu).set_caching_options(True)
+                on_gpu(trained, gpu)
                 evaluated = evaluate(
                     candidate=candidate, model_uri=trained.outputs["Output"], num_beams=eval_num_beams, limit=eval_limit
                 )
-                place(evaluated, "Evaluate", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6)
-                on_gpu(evaluated, gpu).set_caching_options(True)
+                place(evaluated, "Evaluate", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6, cached=True)
+                on_gpu(evaluated, gpu)
 
             registered = register(
                 evaluations=dsl.Collected(evaluated.outputs["Output"]),

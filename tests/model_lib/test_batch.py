@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 
 from model_lib import UserError
 from model_lib import batch as batch_module
-from model_lib.batch import batch, begin, plan, shard_uri
+from model_lib.batch import batch, begin, caption_planned, merge, plan, read_plan, shard_uri
 from model_lib.config import BatchConfig
 
 
@@ -53,15 +54,16 @@ def test_broken_off_and_started_again_only_the_missing_is_done(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = config(scenes / "val2017", tmp_path, saved_model)
-    original, calls = batch_module.caption_shard, []
+    original, calls = batch_module._captioned, []
 
-    def break_off(uris: list, index: int, *rest: object) -> None:
-        if index == 1 and not calls:
-            calls.append(index)
-            raise KeyboardInterrupt
-        original(uris, index, *rest)
+    def break_off(*arguments: object) -> Iterator[dict]:
+        calls.append(arguments)
+        for number, row in enumerate(original(*arguments)):
+            if len(calls) == 2 and number == 1:
+                raise KeyboardInterrupt
+            yield row
 
-    monkeypatch.setattr(batch_module, "caption_shard", break_off)
+    monkeypatch.setattr(batch_module, "_captioned", break_off)
     with pytest.raises(KeyboardInterrupt):
         batch(options)
     first = Path(shard_uri(str(tmp_path), 0)).stat().st_mtime_ns
@@ -116,3 +118,22 @@ def test_no_pictures_or_no_folder_is_refused(tmp_path: Path, saved_model: Path) 
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures"):
         batch(config(tmp_path / "empty", tmp_path / "out", saved_model))
+
+
+def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
+    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pipeline does it: each step knows only the output and the number of its shard."""
+    whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
+    apart = config(scenes / "val2017", tmp_path / "apart", saved_model)
+    for index in begin(plan(apart), apart.output):
+        caption_planned(apart.output, index)
+    summary = merge(read_plan(apart.output))
+    assert (summary.pictures, summary.ok) == (whole.pictures, whole.ok) == (12, 12)
+    captions = [[row["caption"] for row in rows(tmp_path / name)] for name in ("whole", "apart")]
+    assert captions[0] == captions[1]
+
+    monkeypatch.setattr(batch_module, "load_model", None)  # a shard that is there needs no model
+    caption_planned(apart.output, 0)
+    with pytest.raises(UserError, match=r"gone/plan\.json: no such file"):
+        caption_planned(str(tmp_path / "gone"), 0)

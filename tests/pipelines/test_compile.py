@@ -1,21 +1,69 @@
-"""The compiled pipelines are up to date, and their parameters are the stages' options."""
+"""The compiled pipelines: up to date, taken by the server, and placed on the cluster as they should be."""
 
 import ast
 import importlib
 import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
 
-from model_lib.config import EvaluateConfig, IngestConfig, RegisterConfig, StageConfig, TrainConfig
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, StageConfig, TrainConfig
+from pipelines import caption_bucket, train_captioner
 from pipelines.compile import CompileConfig, compile_all
-from pipelines.train_captioner import train_captioner
+from tests.pipelines.kfp_server import parse_strictly
 
-COMPILED = Path(__file__).parents[2] / "pipelines" / "compiled"
-STAGES = {"data": IngestConfig, "train": TrainConfig, "eval": EvaluateConfig, "register": RegisterConfig}
-PIPELINES_OWN = {"train_candidates", "train_checkpoint_uri", "caption_images", "caption_output"}
+ROOT = Path(__file__).parents[2]
+COMPILED = ROOT / "pipelines" / "compiled"
+NAMES = ["train_captioner", "caption_bucket"]
+DESCRIPTIONS = {"train_captioner": train_captioner.DESCRIPTION, "caption_bucket": caption_bucket.DESCRIPTION}
+STAGES = {
+    "data": IngestConfig,
+    "train": TrainConfig,
+    "eval": EvaluateConfig,
+    "register": RegisterConfig,
+    "caption": BatchConfig,
+}
+PIPELINES_OWN = {"train_candidates", "train_checkpoint_uri", "caption_model", "data_dataset", "data_output"}
+CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations", "secret_name", "secret_keys"}
+ON_GPU = {"train", "evaluate", "judge", "caption"}
+CACHED = {"train", "evaluate"}
+STEPS = {
+    "train_captioner": {
+        *("preflight", "ingest", "judge", "candidates", "train", "evaluate", "register", "plan", "caption", "merge"),
+        "close",
+    },
+    "caption_bucket": {"preflight", "plan", "caption", "merge", "close"},
+}
+
+
+def compiled(name: str) -> tuple[Any, dict[str, Any]]:
+    return parse_strictly((COMPILED / f"{name}.yaml").read_text())
+
+
+def dags(spec: Any) -> list[tuple[Any, Any]]:
+    """Return each DAG with the definitions of its inputs."""
+    nested = [(c.dag, c.input_definitions) for c in spec.components.values() if c.HasField("dag")]
+    return [(spec.root.dag, spec.root.input_definitions), *nested]
+
+
+def containers(spec: Any) -> dict[str, dict[str, Any]]:
+    """Return each executor's container, by the executor's label."""
+    executors = json_format.MessageToDict(spec.deployment_spec)["executors"]
+    return {label: executor["container"] for label, executor in executors.items()}
+
+
+def tasks(spec: Any) -> dict[str, Any]:
+    """Return every task that runs a container, by name."""
+    every = {name: task for dag, _ in dags(spec) for name, task in dag.tasks.items()}
+    return {name: task for name, task in every.items() if not spec.components[task.component_ref.name].HasField("dag")}
 
 
 def test_the_committed_yaml_is_what_the_code_compiles_to(tmp_path: Path) -> None:
@@ -25,44 +73,157 @@ def test_the_committed_yaml_is_what_the_code_compiles_to(tmp_path: Path) -> None
     assert fresh == committed, "run make compile and commit pipelines/compiled"
 
 
-def parameters() -> dict[str, Any]:
-    (document,) = yaml.safe_load_all((COMPILED / "train_captioner.yaml").read_text())
-    return document["root"]["inputDefinitions"]["parameters"]
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_takes_the_yaml(name: str) -> None:
+    spec, configs = compiled(name)
+    assert spec.pipeline_info.name == name.replace("_", "-")
+    assert set(tasks(spec)) == STEPS[name] and len(configs) == len(STEPS[name])
 
 
-def test_every_parameter_is_prefixed_and_documented() -> None:
-    for name in parameters():
-        assert name.split("_")[0] in {*STAGES, "caption"}, name
-        assert f"`{name}`" in train_captioner.description, name
+def test_a_field_that_the_server_does_not_know_is_refused() -> None:
+    """The strictness of the test above."""
+    text = (COMPILED / "caption_bucket.yaml").read_text()
+    for good, bad in (("cachingOptions:", "cashingOptions:"), ("secretAsEnv:", "secretsAsEnv:")):
+        assert good in text
+        with pytest.raises((ValueError, json_format.ParseError)):
+            parse_strictly(text.replace(good, bad, 1))
 
 
-@pytest.mark.parametrize("name", sorted(set(parameters()) - PIPELINES_OWN))
-def test_parameters_have_the_names_and_defaults_of_the_stages_options(name: str) -> None:
-    prefix, _, option = name.partition("_")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_flows_between_steps_has_one_type(name: str) -> None:
+    """The server's driver refuses a value of another type than the step's input; kfp compiles such a pipeline."""
+    spec, _ = compiled(name)
+    checked = 0
+    for dag, own in dags(spec):
+        for task_name, task in dag.tasks.items():
+            component = spec.components[task.component_ref.name]
+            for input_name, source in task.inputs.parameters.items():
+                if input_name not in component.input_definitions.parameters:
+                    continue  # kfp's own, for resources
+                wanted = component.input_definitions.parameters[input_name].parameter_type
+                if source.component_input_parameter:
+                    there = source.component_input_parameter
+                    if there == task.parameter_iterator.item_input:
+                        continue
+                    assert own.parameters[there].parameter_type == wanted, (task_name, input_name)
+                elif source.HasField("task_output_parameter"):
+                    made = source.task_output_parameter
+                    producer = spec.components[dag.tasks[made.producer_task].component_ref.name]
+                    output = producer.output_definitions.parameters[made.output_parameter_key]
+                    assert output.parameter_type == wanted, (task_name, input_name)
+                checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_named_by_a_step_reaches_it(name: str) -> None:
+    """Resources, secrets and placement take parameters by name, through loops and conditions."""
+    spec, configs = compiled(name)
+    for dag, own in dags(spec):
+        for task_name, task in dag.tasks.items():
+            named = {p.component_input_parameter for p in task.inputs.parameters.values()} - {""}
+            component = spec.components[task.component_ref.name]
+            if component.executor_label:
+                config = str(configs[component.executor_label])
+                named |= set(re.findall(r'component_input_parameter: "([^"]+)"', config))
+            named -= {task.parameter_iterator.item_input}
+            assert named <= set(own.parameters), task_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) -> None:
+    spec, configs = compiled(name)
+    for task_name, task in tasks(spec).items():
+        assert task.task_info.name[0].isupper(), f"{task_name} has no display name"
+        label = spec.components[task.component_ref.name].executor_label
+        resources = containers(spec)[label]["resources"]
+        for kind in ("resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest", "resourceMemoryLimit"):
+            assert resources[kind], (task_name, kind)
+        config = configs[label]
+        assert 0 < config.active_deadline_seconds <= 3 * 24 * 3600
+        assert config.image_pull_policy == "IfNotPresent"
+        assert (config.security_context.run_as_user, config.security_context.run_as_non_root) == (1000, True)
+        assert {mount.mount_path for mount in config.empty_dir_mounts} >= {"/tmp"}
+        retries = task.retry_policy
+        assert (retries.max_retry_count > 0 and retries.backoff_factor == 2) == (task_name != "preflight")
+        assert task.caching_options.enable_cache == (task_name in CACHED), task_name
+        gpu = resources.get("accelerator")
+        assert (gpu is not None) == (task_name in ON_GPU), task_name
+        if gpu is not None:
+            # A count that is a number counts as none in the driver of 2.17.
+            assert gpu["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpu_count']}}"
+            assert config.node_selector.HasField("node_selector_json") and len(config.tolerations) == 1
+            assert {mount.mount_path for mount in config.empty_dir_mounts} == {"/tmp", "/dev/shm"}
+
+
+def parameters(name: str) -> dict[str, Any]:
+    return dict(compiled(name)[0].root.input_definitions.parameters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_prefixed_and_documented(name: str) -> None:
+    for parameter in parameters(name):
+        assert parameter.split("_")[0] in {*STAGES, "gpu", "secret"}, parameter
+        assert f"`{parameter}`" in DESCRIPTIONS[name], parameter
+    assert parameters(name)["gpu_count"].parameter_type == pipeline_spec_pb2.ParameterType.STRING
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [(name, p) for name in NAMES for p in sorted(set(parameters(name)) - PIPELINES_OWN - CLUSTERS)],
+)
+def test_parameters_have_the_names_and_defaults_of_the_stages_options(name: str, parameter: str) -> None:
+    prefix, _, option = parameter.partition("_")
     stage: type[StageConfig] = STAGES[prefix]
-    assert option in stage.__dataclass_fields__, name
-    given = parameters()[name]
-    if given.get("isOptional"):
+    assert option in stage.__dataclass_fields__, parameter
+    given = parameters(name)[parameter]
+    if given.is_optional:
         default = stage.__dataclass_fields__[option].default
-        assert given["defaultValue"] == (default if default is not None else ""), name
+        value = json_format.MessageToDict(given.default_value)
+        assert value == (default if isinstance(default, int | float | str) else ""), parameter
 
 
-def test_steps_with_effects_outside_are_never_cached() -> None:
-    (document,) = yaml.safe_load_all((COMPILED / "train_captioner.yaml").read_text())
-    tasks = {}
-    for dag in [document["root"], *document["components"].values()]:
-        tasks.update(dag.get("dag", {}).get("tasks", {}))
-    for name in ("ingest", "judge", "register", "caption"):
-        assert not tasks[name]["cachingOptions"].get("enableCache"), name
-    for name in ("train", "evaluate"):
-        assert tasks[name]["cachingOptions"]["enableCache"], name
+@pytest.mark.parametrize("name", NAMES)
+def test_secrets_are_named_and_never_held(name: str, tmp_path: Path) -> None:
+    """No parameter asks for a secret's value, and none that lies about in the environment gets into the YAML."""
+    spec, configs = compiled(name)
+    keys = {pair.env_var for config in configs.values() for env in config.secret_as_env for pair in env.key_to_env}
+    assert {"MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "WEBHOOK_URL", "HF_TOKEN"} <= keys
+    secret = re.compile("password|token$|secret|credential|webhook|access_key|api_key", re.IGNORECASE)
+    assert {p for p in parameters(name) if secret.search(p)} == {"secret_name", "secret_keys"}
+    for config in configs.values():
+        for env in config.secret_as_env:
+            assert env.optional, "a missing key is for the preflight to say, not for a pod that never starts"
+            assert env.secret_name_parameter.component_input_parameter.endswith("secret_name")
+    assert not any("env" in container for container in containers(spec).values())
+
+    planted = {key: f"planted-{number}" for number, key in enumerate(sorted(keys))}
+    command = [sys.executable, "-m", "model_lib", "compile", "--output", str(tmp_path)]
+    subprocess.run(command, env={**os.environ, **planted}, cwd=ROOT, check=True, capture_output=True)
+    text = (tmp_path / f"{name}.yaml").read_text()
+    assert "planted-" not in text and text == (COMPILED / f"{name}.yaml").read_text()
 
 
-@pytest.mark.parametrize("stage", ["ingest", "train", "evaluate", "judge", "register", "caption"])
+@pytest.mark.parametrize("stage", sorted(STEPS["train_captioner"]))
 def test_components_hold_no_logic(stage: str) -> None:
-    """A component's body calls the library: no loop over data, no branch, no definition."""
+    """A component's body calls the library: no branch, no definition."""
     component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
     (function,) = ast.parse(inspect.getsource(component.python_func)).body
     nodes = list(ast.walk(function))
     assert any(isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model_lib") for node in nodes)
     assert not any(isinstance(node, ast.If | ast.While | ast.Try | ast.ClassDef | ast.Lambda) for node in nodes)
+
+
+def test_images_come_by_digest_from_the_lock(tmp_path: Path) -> None:
+    """What make push writes is what the compiled pipelines run."""
+    names = ("core", "model", "judge")
+    lock = {name: f"registry.example/captioner-{name}@sha256:{number:064x}" for number, name in enumerate(names)}
+    for package in ("components", "model_lib", "pipelines"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "images.lock").write_text("# made\n" + "".join(f"{k} {v}\n" for k, v in lock.items()))
+    code = "from pipelines.compile import *; compile_all(CompileConfig(output='out'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    spec, _ = parse_strictly((tmp_path / "out" / "train_captioner.yaml").read_text())
+    assert {container["image"] for container in containers(spec).values()} == set(lock.values())

@@ -1,0 +1,135 @@
+"""A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever happens."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from model_lib.closing import close_pipeline
+from model_lib.tracking import NO_TRACKING, MlflowTracking, require_mlflow, tracking_from_environment
+from tests.services import free_port, mlflow_server
+
+NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+@pytest.fixture()
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    mlflow.set_tracking_uri(None)
+
+
+def step(environment: pytest.MonkeyPatch, **variables: str) -> MlflowTracking:
+    """Return the tracking that a step with these environment variables finds."""
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    return require_mlflow(tracking_from_environment())
+
+
+@pytest.fixture()
+def webhook(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """A webhook on loopback, and what it was told."""
+    told: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listener = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    environment.setenv("WEBHOOK_URL", f"http://127.0.0.1:{listener.server_port}/s3cret")
+    yield told
+    listener.shutdown()
+    listener.server_close()
+
+
+def test_candidates_are_nested_under_the_pipelines_run(server: str, environment: pytest.MonkeyPatch) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-1")
+    tracking.open_pipeline("train-captioner 1")
+    tracking.open_pipeline("train-captioner 1")  # a retry
+    with tracking.start("one", None, params={"epochs": 3}, tags={"a": "b"}) as one:
+        one.log({"loss": 1.0}, 1)
+    left_open = tracking.start("two", None, params={}, tags={})
+
+    client = mlflow.MlflowClient(server)
+    parent = tracking.parent()
+    runs = {run.info.run_name: run for run in client.search_runs([tracking.experiment_id])}
+    assert set(runs) == {"train-captioner 1", "one", "two"} and runs["train-captioner 1"].info.run_id == parent
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("one", "two")} == {parent}
+
+    assert tracking.close_pipeline(succeeded=True) == f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
+    status = {run.info.run_name: run.info.status for run in client.search_runs([tracking.experiment_id])}
+    assert status == {"train-captioner 1": "FINISHED", "one": "FINISHED", "two": "FAILED"}
+    assert left_open.run_id is not None
+
+
+def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    """Kubeflow Pipelines 2.17 with its MLflow plugin: parent and nested run are there before the step starts."""
+    client = mlflow.MlflowClient(server)
+    experiment = client.create_experiment("theirs")
+    parent = client.create_run(experiment, run_name="run of captioner", tags={"kfp.pipeline_run_id": "kfp-2"}).info
+    own = client.create_run(experiment, run_name="train", tags={"mlflow.parentRunId": parent.run_id}).info
+    given = {"MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": own.run_id, "KFP_RUN_ID": "kfp-2"}
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, **given)
+    tracking.open_pipeline("ours")
+    assert tracking.parent() == parent.run_id, "no second parent"
+    with tracking.start("five-captions", None, params={"epochs": 3}, tags={"a": "b"}) as run:
+        run.log({"loss": 1.0}, 1)
+    assert run.run_id == own.run_id
+    found = client.get_run(own.run_id)
+    assert found.info.run_name == "five-captions" and found.info.status == "FINISHED"
+    assert found.data.params == {"epochs": "3"} and found.data.tags["a"] == "b" and found.data.metrics == {"loss": 1.0}
+    assert len(client.search_runs([experiment])) == 2
+
+
+def test_links_lead_where_people_see_mlflow(server: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, MLFLOW_UI_URL="https://mlflow.example.com/")
+    assert tracking.run_url("r") == f"https://mlflow.example.com/#/experiments/{tracking.experiment_id}/runs/r"
+    environment.delenv("MLFLOW_UI_URL")
+    environment.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+    assert step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r") is None
+
+
+def test_the_outcome_is_posted_to_the_webhook(
+    server: str, environment: pytest.MonkeyPatch, webhook: list[dict], caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-3")
+    tracking.open_pipeline("nightly")
+    close_pipeline("nightly", "FAILED", "step train failed", tracking)
+    (told,) = webhook
+    assert told["state"] == "FAILED" and told["run"] == "nightly" and told["error"] == "step train failed"
+    assert told["text"].startswith("captioner: nightly failed: step train failed (http")
+    assert mlflow.MlflowClient(server).get_run(tracking.parent()).info.status == "FAILED"
+    close_pipeline("nightly", "SUCCEEDED", "", NO_TRACKING)
+    assert webhook[1]["text"] == "captioner: nightly succeeded" and "s3cret" not in caplog.text
+
+
+def test_neither_mlflow_nor_the_webhook_being_away_fails_the_run(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_lib.closing.time.sleep", lambda seconds: None)
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    environment.setenv("WEBHOOK_URL", f"{nowhere}/s3cret")
+    told = close_pipeline("nightly", "SUCCEEDED", "", MlflowTracking(nowhere, "0", "kfp-4"))
+    assert told["text"] == "captioner: nightly succeeded"
+    assert "MLflow's runs were not closed" in caplog.text and "attempt 3" in caplog.text
+    assert "s3cret" not in caplog.text

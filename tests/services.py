@@ -1,0 +1,75 @@
+"""Real servers on loopback for the tests: MLflow over SQLite, and an emulator of Google Cloud Storage."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+PATIENCE = 120.0
+"""Seconds in which a server must answer."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _running(command: list[str], address: str, log: Path) -> Iterator[None]:
+    """Run a server until the body ends; its output is in `log`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "STORAGE_"))}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not _answers(address):
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, 15)
+            server.wait(20)
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[str]:
+    """Yield the address of an MLflow server that keeps everything in `folder`."""
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "art")]
+    with _running(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def gcs_emulator(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the environment in which gs://`bucket` is one that an emulator on loopback holds in memory."""
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    program = str(Path(sys.executable).parent / "gcp-storage-emulator")
+    command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", bucket]
+    with _running(command, f"http://127.0.0.1:{port}/", folder / "gcs.log"):
+        # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30 seconds for an answer.
+        yield {
+            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
