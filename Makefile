@@ -70,8 +70,10 @@ push: $(INSTALLED)  ## push the images, write their digests to images/images.loc
 	$(BIN)/captioner compile
 
 test-containers: $(INSTALLED)  ## build the images and run both pipelines in them
+	@command -v docker-registry >/dev/null || $(call apt,docker-registry) || \
+		echo "no docker-registry: make push is not tested (apt-get install docker-registry)" >&2
 	tests/containers/engine $(MAKE) images
-	$(BIN)/pytest -m containers
+	$(BIN)/pytest -m containers tests/containers
 
 compile: $(INSTALLED)  ## compile the pipelines to pipelines/compiled
 	$(BIN)/captioner compile

@@ -39,6 +39,7 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
     from kfp import local
 
     root, log_file = work / "pipeline", work / "pipeline.log"
+    root.mkdir(exist_ok=True)
     how = local.SubprocessRunner(use_venv=False) if runner == "subprocess" else _docker_runner(arguments, work)
     with warnings.catch_warnings(), log_file.open("w") as log, _followed(log):
         warnings.simplefilter("ignore")

@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _running(command: list[str], address: str, log: Path) -> Iterator[None]:
+def running(command: list[str], address: str, log: Path) -> Iterator[None]:
     """Run a server until the body ends; its output is in `log`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "STORAGE_"))}
     with log.open("w") as output:
@@ -56,7 +56,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "art")]
-    with _running(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
+    with running(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -67,7 +67,7 @@ def gcs_emulator(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     program = str(Path(sys.executable).parent / "gcp-storage-emulator")
     command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", bucket]
-    with _running(command, f"http://127.0.0.1:{port}/", folder / "gcs.log"):
+    with running(command, f"http://127.0.0.1:{port}/", folder / "gcs.log"):
         # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30 seconds for an answer.
         yield {
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",

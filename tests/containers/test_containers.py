@@ -1,0 +1,230 @@
+"""Both pipelines in their real images, as a cluster runs them: not as root, on a read-only root, with a bucket, MLflow
+and a webhook elsewhere. `make test-containers` builds the images first.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from components import CORE, JUDGE, MODEL
+from model_lib import __version__
+from model_lib.errors import UserError
+from pipelines import caption_bucket, train_captioner
+from pipelines.local import run_locally
+from tests.services import free_port, gcs_emulator, mlflow_server, running
+
+docker = pytest.importorskip("docker")
+pytestmark = pytest.mark.containers
+ROOT = Path(__file__).parents[2]
+IMAGES = (CORE, MODEL, JUDGE)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    client = docker.from_env()
+    for image in IMAGES:
+        client.images.get(image)
+    return client
+
+
+def inside(image: str, *command: str) -> str:
+    """Run a command as the pipelines' steps run, and return what it printed."""
+    options = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", image]
+    return subprocess.run(["docker", "run", *options, *command], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> None:
+    config = engine.images.get(image).attrs["Config"]
+    assert config["User"] == "1000:1000" and inside(image, "id", "-u").strip() == "1000"
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
+    assert re.fullmatch("[0-9a-f]{40}", config["Labels"]["org.opencontainers.image.revision"])
+    check = config["Healthcheck"]["Test"]
+    assert check == ["CMD", "captioner", "info"] and f"captioner            {__version__}" in inside(image, *check[1:])
+    with pytest.raises(subprocess.CalledProcessError):
+        inside(image, "touch", "/opt/code/x")
+
+
+def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
+    has = {
+        image: (
+            {line.split("==")[0].lower() for line in inside(image, "pip", "freeze").splitlines()},
+            inside(image, "sh", "-c", "command -v java || true").strip() != "",
+        )
+        for image in IMAGES
+    }
+    for image, torch, java in ((CORE, False, False), (MODEL, True, False), (JUDGE, True, True)):
+        packages, has_java = has[image]
+        assert ("torch" in packages, "transformers" in packages, has_java) == (torch, torch, java), image
+        assert ("pycocoevalcap" in packages) == java and {"kfp", "mlflow", "gcsfs", "s3fs", "pyarrow"} <= packages
+    assert not {name for name in has[CORE][0] if name.startswith(("nvidia", "cuda", "triton"))}
+
+
+def test_the_packages_are_those_of_the_constraints() -> None:
+    wanted = dict(
+        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    installed = dict(line.lower().split("==") for line in inside(JUDGE, "pip", "freeze").splitlines() if "==" in line)
+    known = {name: version.split("+")[0] for name, version in installed.items() if name in wanted}
+    assert len(known) > 100 and known == {name: wanted[name] for name in known}
+
+
+@pytest.fixture()
+def webhook() -> Iterator[tuple[str, list[dict]]]:
+    told: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listener = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.server_port}/", told
+    listener.shutdown()
+
+
+class Watched:
+    """How each container that starts while it watches was started."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.seen = engine, []
+        self.events = engine.events(decode=True, filters={"event": "start"})
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        for event in self.events:
+            started = self.engine.api.inspect_container(event["id"])
+            how = (started["Config"]["Image"], started["Config"]["User"], started["HostConfig"]["ReadonlyRootfs"])
+            self.seen.append(how)
+
+
+def test_both_pipelines_in_containers(
+    engine: Any,
+    scenes: Path,
+    tmp_path: Path,
+    webhook: tuple[str, list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    address, told = webhook
+    with mlflow_server(tmp_path / "mlflow") as server, gcs_emulator("b", tmp_path / "gcs") as bucket:
+        environment = {**bucket, "MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+        monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+        fs = fsspec.filesystem("gs", skip_instance_cache=True)
+        for file in sorted(scenes.rglob("*")):
+            if file.is_file():
+                fs.pipe_file(f"b/scenes/{file.relative_to(scenes)}", file.read_bytes())
+        fs.pipe_file("b/scenes/val2017/broken.jpg", b"no picture")
+
+        watched = Watched(engine)
+        monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
+        arguments = {
+            "data_dataset": "gs://b/scenes",
+            "data_output": "gs://b/data",
+            "train_checkpoint_uri": "gs://b/candidates",
+            "train_candidates": [{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}],
+            "train_preset": "tiny",
+            "train_epochs": 2,
+            "eval_num_beams": 1,
+        }
+        run_locally(train_captioner.define(parallel=1), arguments, folder(tmp_path / "train"), "docker")
+
+        client = mlflow.MlflowClient(server)
+        champion = client.get_model_version_by_alias("captioner", "champion")
+        runs = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
+        nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+        (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        assert {run.info.run_name for run in nested} == {"slow", "fast"} and parent.info.status == "FINISHED"
+        assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in nested)
+        assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), "the image's Java computed it"
+        assert champion.tags["name"] in ("slow", "fast")
+
+        monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
+        arguments = {
+            "caption_images": "gs://b/scenes/val2017",
+            "caption_output": "gs://b/captions",
+            "caption_shard_pictures": 5,
+        }
+        run_locally(caption_bucket.define(parallel_shards=1), arguments, folder(tmp_path / "caption"), "docker")
+        parts = sorted(fs.ls("b/captions/captions", detail=False))
+        rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
+        assert len(parts) == 3 and len({row["uri"] for row in rows}) == len(rows) == 13
+        assert {row["model"] for row in rows} == {"models:/captioner/1"}
+        assert sorted(row["status"] for row in rows) == ["error"] + ["ok"] * 12
+
+        # Once more: everything is there, and nothing is done again.
+        before = [fs.info(part)["generation"] for part in parts]
+        run_locally(caption_bucket.define(parallel_shards=1), arguments, folder(tmp_path / "again"), "docker")
+        assert [fs.info(part)["generation"] for part in parts] == before
+
+        # And with what is not there: the first step says so, the last still tells.
+        arguments["caption_images"] = "gs://b/nowhere"
+        with pytest.raises(UserError, match="gs://b/nowhere: not there"):
+            run_locally(caption_bucket.define(parallel_shards=1), arguments, folder(tmp_path / "no"), "docker")
+
+    watched.events.close()
+    assert [post["state"] for post in told] == ["SUCCEEDED", "SUCCEEDED", "SUCCEEDED", "FAILED"]
+    images = {image for image, *_ in watched.seen}
+    users = {(user.split(":")[0] != "0", read_only) for _, user, read_only in watched.seen}
+    assert images == set(IMAGES) and users == {(True, True)} and len(watched.seen) >= 23
+    out = capfd.readouterr().err
+    for step in ("preflight", "ingest", "judge", "train", "evaluate", "register", "plan", "caption", "merge", "close"):
+        assert f"step {step}" in out, step
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> None:
+    """`make push` to a registry on loopback, from a copy of this tree."""
+    program = shutil.which("docker-registry")
+    if program is None:
+        pytest.skip("docker-registry is not installed (Debian's package of that name)")
+    port = free_port()
+    config = tmp_path / "registry.yml"
+    storage = f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}"
+    config.write_text(f"version: 0.1\n{storage}\nhttp: {{addr: '127.0.0.1:{port}'}}\n")
+    copy = tmp_path / "tree"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+    (copy / ".venv").symlink_to(Path(sys.executable).parents[1])
+    name = f"localhost:{port}/captions"
+    with running([program, "serve", str(config)], f"http://127.0.0.1:{port}/v2/", tmp_path / "registry.log"):
+        for image in IMAGES:
+            pushed = image.replace("captioner-", f"{name}/captioner-")
+            subprocess.run(["docker", "tag", image, pushed], check=True)
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        subprocess.run(["make", "push", f"REGISTRY={name}"], cwd=copy, env=environment, check=True)
+        lock = (copy / "images" / "images.lock").read_text()
+        digests = re.findall(
+            rf"^(core|model|judge) ({re.escape(name)}/captioner-\1@sha256:[0-9a-f]{{64}})$", lock, re.M
+        )
+        assert [image for image, _ in digests] == ["core", "model", "judge"]
+        for pipeline in ("train_captioner", "caption_bucket"):
+            compiled = (copy / "pipelines" / "compiled" / f"{pipeline}.yaml").read_text()
+            used = set(re.findall(r"^ *image: (.*)$", compiled, re.MULTILINE))
+            assert used <= {digest for _, digest in digests} and len(used) > 1
+        assert f"captioner            {__version__}" in inside(digests[0][1], "captioner", "info")
