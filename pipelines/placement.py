@@ -82,14 +82,16 @@ def place(
         cpu: cores requested; twice as many are the limit.
         memory: GiB, requested and limit.
         hours: after which the pod is stopped.
-        retries: after a failure, a minute later, then two, up to ten.
+        retries: after a failure, a minute later, then two, then four, and so on.
         cached: whether the same inputs in the same image make a rerun skip the task.
     """
     task.set_display_name(name).set_caching_options(cached)
     task.set_cpu_request(str(cpu)).set_cpu_limit(str(2 * cpu))
     task.set_memory_request(f"{memory}Gi").set_memory_limit(f"{memory}Gi")
     if retries:
-        task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="600s")
+        # Argo counts this from the first attempt's start, ends all attempts at it, and takes whole factors only.
+        longest = int(3600 * hours * (retries + 1)) + 60 * 2**retries
+        task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=f"{longest}s")
     kubernetes.set_timeout(task, int(hours * 3600))
     kubernetes.set_image_pull_policy(task, "IfNotPresent")  # images are named by digest
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)

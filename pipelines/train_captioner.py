@@ -133,7 +133,7 @@ def define(parallel: int) -> Any:
                 learning_rate=train_learning_rate,
                 precision=train_precision,
             )
-            place(configured, "Candidates", secret=secret_name, keys=BUCKET)
+            place(configured, "Candidates", secret=secret_name)
 
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
             with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:
@@ -146,7 +146,7 @@ def define(parallel: int) -> Any:
                     cpu=4,
                     memory=24,
                     hours=72,
-                    retries=10,  # each goes on from the last checkpoint
+                    retries=6,  # each goes on from the last checkpoint
                     cached=True,
                 )
                 on_gpu(trained, gpu)

@@ -70,7 +70,7 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
     for image, torch, java in ((CORE, False, False), (MODEL, True, False), (JUDGE, True, True)):
         packages, has_java = has[image]
         assert ("torch" in packages, "transformers" in packages, has_java) == (torch, torch, java), image
-        assert ("pycocoevalcap" in packages) == java and {"kfp", "mlflow", "gcsfs", "s3fs", "pyarrow"} <= packages
+        assert ("pycocoevalcap" in packages) == java and {"kfp", "mlflow-skinny", "gcsfs", "s3fs", "pyarrow"} <= packages
     assert not {name for name in has[CORE][0] if name.startswith(("nvidia", "cuda", "triton"))}
 
 

@@ -146,6 +146,11 @@ def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) ->
         assert {mount.mount_path for mount in config.empty_dir_mounts} >= {"/tmp"}
         retries = task.retry_policy
         assert (retries.max_retry_count > 0 and retries.backoff_factor == 2) == (task_name != "preflight")
+        # Argo gives up, and stops what runs, so long after the first attempt began.
+        attempts = retries.max_retry_count + 1
+        assert (
+            task_name == "preflight" or retries.backoff_max_duration.seconds > attempts * config.active_deadline_seconds
+        )
         assert task.caching_options.enable_cache == (task_name in CACHED), task_name
         gpu = resources.get("accelerator")
         assert (gpu is not None) == (task_name in ON_GPU), task_name

@@ -1,0 +1,198 @@
+"""The cluster's manifests are valid and modest, and docs/cluster.md names only what there is."""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from pipelines.placement import BUCKET, GPU_NODES, GPU_RESOURCE, GPU_TOLERATIONS, HUB, MLFLOW, WEBHOOK
+from pipelines.submit import ScheduleConfig, SubmitConfig, pipeline_inputs
+
+Run = Callable[..., subprocess.CompletedProcess]
+ROOT = Path(__file__).parents[1]
+MANIFESTS = sorted((ROOT / "deploy").glob("*.yaml"))
+DOCUMENTS = [(file.name, document) for file in MANIFESTS for document in yaml.safe_load_all(file.read_text())]
+WORKLOADS = [document for _, document in DOCUMENTS if "template" in document.get("spec", {})]
+PIPELINES = {"train_captioner", "caption_bucket"}
+PAGE = (ROOT / "docs" / "cluster.md").read_text()
+
+
+def named(documents: list[dict[str, Any]]) -> list[Any]:
+    return [pytest.param(document, id=f"{document['kind']}-{document['metadata']['name']}") for document in documents]
+
+
+def validate(document: dict[str, Any]) -> None:
+    kubernetes_validate.validate(document, "1.32", strict=True)
+
+
+@pytest.mark.parametrize("document", named([document for _, document in DOCUMENTS]))
+def test_manifests_are_what_kubernetes_takes(document: dict[str, Any]) -> None:
+    validate(document)
+
+
+def test_a_manifest_with_a_misspelt_key_is_not() -> None:
+    (service, *_) = (document for _, document in DOCUMENTS if document["kind"] == "Service")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate({**service, "spec": {**service["spec"], "selectors": {}}})
+
+
+@pytest.mark.parametrize("workload", named(WORKLOADS))
+def test_pods_are_modest_and_watched(workload: dict[str, Any]) -> None:
+    pod = workload["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    volumes = {volume["name"] for volume in pod.get("volumes", [])}
+    volumes |= {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])}
+    for container in [*pod["containers"], *pod.get("initContainers", [])]:
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False and security["capabilities"]["drop"] == ["ALL"]
+        assert security["readOnlyRootFilesystem"]
+        assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+        assert container["resources"]["limits"]["memory"]
+        assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
+        assert re.search(r":[^:/]*\d", container["image"]), "an image has a version"
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+
+
+@pytest.mark.parametrize("workload", named(WORKLOADS))
+def test_pods_fit_their_selectors_and_services(workload: dict[str, Any]) -> None:
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    services = [d for _, d in DOCUMENTS if d["kind"] == "Service" and d["spec"]["selector"].items() <= labels.items()]
+    (container,) = workload["spec"]["template"]["spec"]["containers"]
+    open_ports = {key for port in container["ports"] for key in (port["name"], port["containerPort"])}
+    (service,) = services
+    for port in service["spec"]["ports"]:
+        assert port.get("targetPort", port["port"]) in open_ports
+
+
+def variables() -> list[dict[str, Any]]:
+    """Return the environment variables of all containers."""
+    pods = [workload["spec"]["template"]["spec"] for workload in WORKLOADS]
+    return [variable for pod in pods for container in pod["containers"] for variable in container.get("env", [])]
+
+
+def test_passwords_come_from_a_secret_that_the_page_makes() -> None:
+    assert not [name for name, document in DOCUMENTS if document["kind"] == "Secret"]
+    assert not re.search(r"://[^\s/$]*:[^\s/$]*@", "".join(file.read_text() for file in MANIFESTS))
+    secret = [v for v in variables() if re.search("PASSWORD|TOKEN|SECRET|KEY", v["name"])]
+    assert secret
+    for variable in secret:
+        reference = variable["valueFrom"]["secretKeyRef"]
+        made = f"create secret generic {reference['name']} --namespace mlflow --from-literal={reference['key']}="
+        assert f'{made}"$(openssl rand -hex 24)"' in PAGE
+
+
+def test_config_maps_that_pods_read_are_made_by_the_page() -> None:
+    text = "".join(file.read_text() for file in MANIFESTS)
+    references = re.findall(r"configMapKeyRef:\n\s+name: (\S+)\n\s+key: (\S+)", text)
+    assert references
+    for name, key in references:
+        assert re.search(rf"kubectl create configmap {name} .*--from-literal={key}=", PAGE)
+
+
+def blocks() -> list[str]:
+    """Return the page's shell blocks: those that are indented by four spaces, each without its indentation."""
+    found = re.findall(r"(?:^|\n\n)((?: {4}.*\n(?:\n(?= {4}))?)+)", PAGE)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
+
+
+def commands(word: str) -> list[list[str]]:
+    """Return the words of each command of the page that starts with `word`, or with it in `.venv/bin`."""
+    lines = [line.strip() for block in blocks() for line in block.replace("\\\n", " ").splitlines()]
+    split = [shlex.split(line) for line in lines if line.startswith((f"{word} ", f".venv/bin/{word} "))]
+    assert split, f"the page has no {word} command"
+    return split
+
+
+@pytest.mark.parametrize("block", blocks())
+def test_shell_blocks_are_shell(block: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_variables_are_set_before_they_are_used() -> None:
+    known = {"PWD"}
+    for block in blocks():
+        for line in block.splitlines():
+            # What a line sets may be used further right on it.
+            for match in re.finditer(r"\$\{?([A-Za-z_]+)|(?:export |\s)([A-Z]+)=|for (\w+) in", line):
+                used, *made = match.groups()
+                assert used is None or used in known, f"{used} in: {line}"
+                known |= {name for name in made if name}
+
+
+def test_manifests_named_are_there_and_all_are_named() -> None:
+    there = {f"deploy/{file.name}" for file in MANIFESTS}
+    asked = {word for line in commands("kubectl") for word in line if word.startswith("deploy/")}
+    assert asked == there
+
+
+def test_make_targets_named_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    asked = {line[1] for line in commands("make")} | set(re.findall(r"`make ([a-z-]+)", PAGE))
+    assert asked <= targets
+
+
+def options(captioner: Run, command: str) -> set[str]:
+    done = captioner(command, "--help")
+    assert done.returncode == 0, done.stderr
+    return {option.replace("-", "_") for option in re.findall(r"--([a-z][\w-]*)", done.stdout)}
+
+
+@pytest.mark.parametrize("command", sorted({line[1] for line in commands("captioner")}))
+def test_options_of_captioner_in_commands_are_there(captioner: Run, command: str) -> None:
+    lines = [line for line in commands("captioner") if line[1] == command]
+    asked = {word[2:].partition("=")[0].replace("-", "_") for line in lines for word in line if word.startswith("--")}
+    assert asked <= options(captioner, command)
+
+
+def test_options_of_captioner_in_the_text_are_there(captioner: Run) -> None:
+    start = PAGE.index("## 9.")
+    spans = re.findall(r"`([^`\n]+)`", PAGE[start : PAGE.index("\n## 10.", start)])
+    asked = {option for span in spans for option in re.findall(r"--([a-z_]+)", span)}
+    assert {"auth", "client_id"} <= asked <= options(captioner, "submit") | options(captioner, "schedule")
+
+
+RUNS = [line for line in commands("captioner") if "--pipeline" in line]
+
+
+@pytest.mark.parametrize("number", range(len(RUNS)))
+def test_runs_are_given_parameters_that_their_pipeline_takes(number: int) -> None:
+    """They are the pipeline's, of the right type, and none that it needs is missing."""
+    line = RUNS[number]
+    given = {word[2:]: line[at + 1] for at, word in enumerate(line[:-1]) if word.startswith("--")}
+    params = tuple(line[at + 1] for at, word in enumerate(line) if word == "--param")
+    common = {"host": given["host"], "pipeline": given["pipeline"], "param": params}
+    if line[1] == "schedule":
+        config: Any = ScheduleConfig(**common, name=given["name"], cron=given["cron"])
+    else:
+        config = SubmitConfig(**common)
+    assert len(config.arguments()) == len(params)
+
+
+def test_parameters_in_the_text_are_there() -> None:
+    known = {name for pipeline in PIPELINES for name in pipeline_inputs(pipeline)}
+    asked = set(re.findall(r"`((?:data|train|eval|register|caption|gpu|secret)_[a-z_]+)[`=]", PAGE)) - PIPELINES
+    assert asked and asked <= known
+
+
+def test_secret_keys_in_the_text_are_those_of_the_steps() -> None:
+    start = PAGE.index("| key | for |")
+    table = PAGE[start : PAGE.index("\n\n", start)]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    assert set(re.findall(r"`([A-Z_]+)`", " ".join(cells))) == {*MLFLOW, *BUCKET, *HUB, *WEBHOOK}
+
+
+def test_nodes_are_those_that_the_pipelines_ask_for() -> None:
+    (pool,) = (line for line in commands("gcloud") if "--spot" in line)
+    assert f"type={GPU_NODES['cloud.google.com/gke-accelerator']},count=1,gpu-driver-version=default" in pool
+    tainted = pool[pool.index("--node-taints") + 1]
+    assert tainted in {f"{t['key']}={t.get('value')}:{t['effect']}" for t in GPU_TOLERATIONS}
+    assert GPU_RESOURCE in {t["key"] for t in GPU_TOLERATIONS}, "GKE taints GPU nodes with the resource's name"
