@@ -11,7 +11,20 @@ import pytest
 from model_lib import Captioner
 
 Run = Callable[..., CompletedProcess]
-EVERY = ["run", "scenes", "ingest", "train", "evaluate", "register", "caption", "batch", "compile", "info"]
+EVERY = [
+    "run",
+    "scenes",
+    "ingest",
+    "train",
+    "evaluate",
+    "register",
+    "caption",
+    "batch",
+    "compile",
+    "submit",
+    "schedule",
+    "info",
+]
 
 
 def refused(done: CompletedProcess, *words: str) -> None:

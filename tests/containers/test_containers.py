@@ -55,6 +55,7 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
     assert re.fullmatch("[0-9a-f]{40}", config["Labels"]["org.opencontainers.image.revision"])
     check = config["Healthcheck"]["Test"]
     assert check == ["CMD", "captioner", "info"] and f"captioner            {__version__}" in inside(image, *check[1:])
+    assert "captioner COMMAND --help" in inside(image, *config["Cmd"]), "the library alone is there, no pipelines"
     with pytest.raises(subprocess.CalledProcessError):
         inside(image, "touch", "/opt/code/x")
 
@@ -70,7 +71,13 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
     for image, torch, java in ((CORE, False, False), (MODEL, True, False), (JUDGE, True, True)):
         packages, has_java = has[image]
         assert ("torch" in packages, "transformers" in packages, has_java) == (torch, torch, java), image
-        assert ("pycocoevalcap" in packages) == java and {"kfp", "mlflow-skinny", "gcsfs", "s3fs", "pyarrow"} <= packages
+        assert ("pycocoevalcap" in packages) == java and {
+            "kfp",
+            "mlflow-skinny",
+            "gcsfs",
+            "s3fs",
+            "pyarrow",
+        } <= packages
     assert not {name for name in has[CORE][0] if name.startswith(("nvidia", "cuda", "triton"))}
 
 

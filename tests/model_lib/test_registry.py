@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from model_lib import Captioner, UserError
-from model_lib.candidates import judge_champion, judge_model
+from model_lib.candidates import candidate_config, configure_candidates, decision_markdown, judge_champion, judge_model
 from model_lib.config import EvaluateConfig, RegisterConfig, TrainConfig
 from model_lib.evaluation import Evaluation, evaluate
 from model_lib.registry import champion_version, register
@@ -53,6 +53,14 @@ def test_a_champion_reigns_until_a_better_one_comes(
 
     made = register(RegisterConfig(evaluations=(first, second)), tracking)
     assert (made.winner, made.version, made.promoted, made.champion_version) == ("first", "1", True, "1")
+
+    shown = decision_markdown(made, tracking)
+    assert "## Version 1 (first) is the new champion" in shown and "| second | " in shown and "](" not in shown
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_UI_URL", "https://mlflow.example.com")
+        run_id = Evaluation.read(second).mlflow_run_id
+        address = f"https://mlflow.example.com/#/experiments/{tracking.experiment_id}/runs/{run_id}"
+        assert f"| [second]({address}) | " in decision_markdown(made, tracking)
 
     with pytest.raises(UserError, match="there is a champion, version 1, to be judged on the same data first"):
         register(RegisterConfig(evaluations=(second,)), tracking)
@@ -120,3 +128,18 @@ def test_a_champion_that_is_not_there_is_refused_in_one_line(tracking: MlflowTra
     with pytest.raises(UserError, match="not in the model registry") as refused:
         Captioner.from_pretrained("models:/captioner@champion")
     assert "\n" not in str(refused.value)
+
+
+def test_candidates_have_places_of_their_own_and_notice_other_data(data: Path, tmp_path: Path) -> None:
+    from model_lib.shards import read_manifest
+
+    fingerprint = read_manifest(str(data)).fingerprint
+    options = {"preset": "tiny", "vision": "", "epochs": 0}
+    documents = configure_candidates(str(data), fingerprint, "gs://b/c", [{"name": "a"}, {"name": "b"}], **options)
+    again = configure_candidates(str(data), fingerprint, "gs://b/c", [{"name": "a", "seed": 1}], **options)
+    outputs = [candidate_config(document).output for document in (*documents, *again)]
+    assert len(set(outputs)) == 3 and outputs[0].startswith("gs://b/c/a-")
+    through_json = json.loads(json.dumps(documents[0]), parse_int=float)  # a pipeline knows no whole numbers
+    assert candidate_config(through_json) == candidate_config(documents[0])
+    with pytest.raises(UserError, match="another run wrote there since"):
+        candidate_config({**documents[0], "fingerprint": "0" * 64})
