@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from model_lib import UserError
-from model_lib.candidates import candidate_config
 from model_lib.config import EvaluateConfig, IngestConfig, StageConfig, TrainConfig
 
 BASE = {"data": "d", "output": "o", "preset": "tiny"}
@@ -72,15 +71,6 @@ def test_two_ways_to_say_the_input_are_not_mixed(cls: type[StageConfig]) -> None
 def test_a_model_and_a_results_file_are_not_judged_together() -> None:
     with pytest.raises(UserError, match="give either"):
         EvaluateConfig(output="o", model="m", data="d", results="r", annotations="a")
-
-
-def test_candidates_have_their_own_keyed_places(data: object) -> None:
-    common = {"preset": "tiny", "epochs": 2, "vision": ""}
-    made = [candidate_config(str(data), "root", {"name": "a", "seed": seed}, **common) for seed in (0, 1.0)]
-    assert made[0].output.startswith("root/a-") and made[0].output != made[1].output
-    assert made[1].seed == 1 and made[0].vision is None
-    with pytest.raises(UserError, match="set by the pipeline"):
-        candidate_config(str(data), "root", {"output": "elsewhere"}, **common)
 
 
 def test_every_option_is_explained() -> None:
