@@ -65,7 +65,8 @@ push: $(INSTALLED)  ## push the images, write their digests to images/images.loc
 	@sed -n '/^#/p' images/images.lock > images/images.lock.new
 	@for image in core model judge; do \
 		docker inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' $(NAME)-$$image:$(TAG) \
-			| grep -m1 "^$(NAME)-$$image@" | sed "s|^|$$image |" >> images/images.lock.new || exit 1; done
+			| grep -m1 "^$(NAME)-$$image@" | sed "s|^|$$image |" >> images/images.lock.new; done
+	@test "$$(grep -c @sha256: images/images.lock.new)" = 3 || { echo "push: the registry gave no digests" >&2; exit 1; }
 	@mv images/images.lock.new images/images.lock && cat images/images.lock
 	$(BIN)/captioner compile
 

@@ -97,7 +97,7 @@ def plan(config: BatchConfig) -> Plan:
         for name, info in sorted(fs.find(path, detail=True).items())
         if PurePosixPath(name).suffix.lower() in EXTENSIONS
     ]
-    listing = [(uri, info["size"], str(info.get("mtime") or info.get("etag"))) for uri, info in found]
+    listing = [(uri, info["size"], storage.version(info)) for uri, info in found]
     listing = [entry for entry in listing if not entry[0].startswith(inside + "/")]
     if not listing:
         raise UserError(f"{config.images}: no pictures in it ({', '.join(sorted(EXTENSIONS))})")

@@ -16,6 +16,7 @@ from model_lib import storage
 from model_lib.config import TrainConfig
 from model_lib.errors import UserError, first_line
 from model_lib.presets import PRESETS
+from model_lib.tracking import adopt_secret
 
 PATIENCE = 40.0
 """Seconds after which a check that has no answer counts as failed."""
@@ -25,12 +26,16 @@ PATIENCE = 40.0
 class Needs:
     """What must be there before a pipeline starts; empty strings are left out."""
 
+    dataset: str = ""
+    """Folder or URI in COCO's layout that is read."""
     folders: Sequence[str] = ()
     """Folders or URIs that are read."""
     outputs: Sequence[str] = ()
     """Folders or URIs that are written."""
     weights: Sequence[str] = ()
-    """Hub names, folders, URIs or `models:/…`."""
+    """Models: hub names, folders, URIs or `models:/…`."""
+    tokenizers: Sequence[str] = ()
+    """Tokenizers that lie apart from their models: hub names, folders or URIs."""
     pairs: Mapping[str, str] = field(default_factory=dict)
     """Parameters by name, of which all or none are to be given."""
     secret: str = "captioner"
@@ -40,23 +45,24 @@ class Needs:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
-def training_weights(
+def training_sources(
     candidates: list[dict[str, Any]], preset: str, vision: str, decoder: str, tokenizer: str
-) -> list[str]:
-    """Return the sources of the weights that the candidates start from; of no candidates, none.
+) -> tuple[list[str], list[str]]:
+    """Return the sources of the weights and of the tokenizers apart that the candidates start from.
 
     Raises:
         UserError: a candidate has an unknown option or one out of range, or no name of its own.
     """
+    weights: set[str] = set()
+    tokenizers: set[str] = set()
     if not candidates:
-        return []
-    sources: set[str] = set()
+        return [], []
     for config in check_candidates(candidates, preset=preset, vision=vision, decoder=decoder, tokenizer=tokenizer):
         parts = PRESETS[config.preset]
         if parts.vision is not None and parts.decoder is not None:
-            language = config.decoder or parts.decoder
-            sources |= {config.vision or parts.vision, language, config.tokenizer or language}
-    return sorted(sources)
+            weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
+            tokenizers |= {config.tokenizer} if config.tokenizer else set()
+    return sorted(weights), sorted(tokenizers)
 
 
 def check_candidates(candidates: Any, **common: Any) -> list[TrainConfig]:
@@ -86,16 +92,20 @@ def preflight(needs: Needs) -> None:
     Raises:
         UserError: something is missing; the message names all of it.
     """
+    environment = dict(needs.environment)
+    adopt_secret(environment)
     checks: list[tuple[str, Callable[[], str | None]]] = [
-        ("MLflow", partial(_tracking, needs)),
+        ("MLflow", partial(_tracking, environment.get("MLFLOW_TRACKING_URI"))),
+        *([(f"reading {needs.dataset}", partial(_annotations, needs.dataset))] if needs.dataset else []),
         *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
         *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
         *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
+        *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
     ]
     problems = [
-        f"secret {needs.secret}: has no key {key}, or there is no such secret in the pipeline's namespace"
+        f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"
         for key in needs.keys
-        if not needs.environment.get(key)
+        if not environment.get(key)
     ]
     if any(needs.pairs.values()):
         problems += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
@@ -129,15 +139,17 @@ def _readable(folder: str) -> str | None:
     return None if storage.exists(folder) else f"{folder}: not there, or these credentials may not see it"
 
 
-def _tracking(needs: Needs) -> str | None:
-    """Ask MLflow for its experiments, with the patience of a check rather than of a client."""
+def _annotations(dataset: str) -> str | None:
+    return _readable(storage.join(dataset, "annotations", "captions_train2017.json"))
+
+
+def _tracking(uri: str | None) -> str | None:
+    """Ask MLflow for its experiments."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    uri = needs.environment.get("MLFLOW_TRACKING_URI")
     if not uri:
         return None  # the embedded store
-    os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
@@ -147,22 +159,35 @@ def _tracking(needs: Needs) -> str | None:
 
 def _weights(source: str) -> str | None:
     if source.startswith("models:/"):
-        from model_lib.registry import pin_version
+        from model_lib.registry import require_version
 
-        pin_version(source)
-    elif "://" in source or storage.exists(source):
-        if not storage.exists(storage.join(source, "config.json")):
-            return f"{source}: holds no model (config.json)"
-    else:
-        from huggingface_hub import file_exists
-        from huggingface_hub.errors import RepositoryNotFoundError
+        require_version(source)
+        return None
+    if "://" not in source and not storage.exists(source):
+        return _on_hub(source)
+    names = storage.list_names(source)
+    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    return None if whole else f"{source}: holds no model (config.json and safetensors weights)"
 
-        remedy = "mirror the weights into the bucket and name that URI, or let the cluster reach the hub"
-        try:
-            if not file_exists(source, "config.json"):
-                return f"{source}: that hub repository holds no model"
-        except RepositoryNotFoundError:
-            return f"{source}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); {remedy}"
-        except Exception as error:
-            return f"{source}: the hub cannot be reached ({type(error).__name__}); {remedy}"
-    return None
+
+def _tokenizer(source: str) -> str | None:
+    if "://" not in source and not storage.exists(source):
+        return _on_hub(source)
+    names = set(storage.list_names(source))
+    whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
+    return None if whole else f"{source}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+
+
+def _on_hub(name: str) -> str | None:
+    """Ask the hub for a repository's configuration."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    remedy = "mirror it into the bucket and name that URI, or let the cluster reach the hub"
+    try:
+        found = file_exists(name, "config.json")
+    except RepositoryNotFoundError:
+        return f"{name}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); {remedy}"
+    except Exception as error:
+        return f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}"
+    return None if found else f"{name}: that hub repository holds no model"

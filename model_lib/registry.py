@@ -70,6 +70,18 @@ def pin_version(source: str) -> str:
         raise _unknown(source) from error
 
 
+def require_version(source: str) -> None:
+    """Raise `UserError` unless the registry has the model of a `models:/…` URI."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    name, _, version = pin_version(source).removeprefix("models:/").partition("/")
+    try:
+        mlflow.MlflowClient().get_model_version(name, version)
+    except MlflowException as error:
+        raise _unknown(source) from error
+
+
 def _unknown(source: str) -> UserError:
     import mlflow
 

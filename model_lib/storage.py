@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ def upload_folder(local: str, uri: str) -> None:
                 shutil.copyfile(file, part)
 
 
+def version(info: Mapping[str, Any]) -> list[str]:
+    """Return what tells two contents of one file apart, from its `info`: each kind of store names it otherwise."""
+    return [str(info[key]) for key in ("etag", "ETag", "generation", "mtime", "LastModified") if key in info]
+
+
 def local_folder(uri: str) -> str:
     """Return a local folder with the content of the folder `uri`, fetched into the cache unless it is local.
 
@@ -152,8 +158,7 @@ def local_folder(uri: str) -> str:
     files = sorted(fs.find(path, detail=True).items())
     if not files:
         raise UserError(f"{uri}: no such folder, or nothing in it")
-    version = ("etag", "generation", "mtime", "LastModified", "created")
-    listing = [[name, info.get("size"), [str(info.get(key)) for key in version]] for name, info in files]
+    listing = [[name, info.get("size"), version(info)] for name, info in files]
     key = hashlib.sha256(json.dumps([uri, listing]).encode()).hexdigest()[:32]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
     target = cache / key

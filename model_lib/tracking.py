@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,10 @@ from model_lib.errors import UserError
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
 PIPELINE_RUN_TAG = "kfp.pipeline_run_id"
+DONE_TAG = "captioner.done."
+FROM_SECRET = "CAPTIONER_"
+"""Before the names of MLflow's variables that a step's secret gives: a Kubeflow Pipelines server with its MLflow plugin
+sets some of the plain names itself, and Kubernetes refuses a pod that has one twice."""
 
 
 class Run:
@@ -56,6 +60,17 @@ class Tracking:
     def close_pipeline(self, succeeded: bool) -> str | None:
         """End the pipeline run's own run, and as failed those that its steps left open; return where to see it."""
         return None
+
+    def parent(self) -> str | None:
+        """Return the pipeline run's own run, or None if there is none."""
+        return None
+
+    def mark(self, step: str) -> None:
+        """Leave a mark in the pipeline run's own run that the step is done."""
+
+    def marks(self) -> set[str]:
+        """Return the steps that are marked as done."""
+        return set()
 
     def run_url(self, run_id: str) -> str | None:
         """Return the address at which people see a run, or None if there is none."""
@@ -129,8 +144,21 @@ class MlflowTracking(Tracking):
         )
         return _MlflowRun(client, run_id)
 
+    def mark(self, step: str) -> None:
+        import mlflow
+
+        parent = self.parent()
+        if parent is not None:
+            mlflow.MlflowClient(self.uri).set_tag(parent, DONE_TAG + step, "true")
+
+    def marks(self) -> set[str]:
+        import mlflow
+
+        parent = self.parent()
+        tags = mlflow.MlflowClient(self.uri).get_run(parent).data.tags if parent else {}
+        return {name.removeprefix(DONE_TAG) for name in tags if name.startswith(DONE_TAG)}
+
     def parent(self) -> str | None:
-        """Return the pipeline run's MLflow run, or None if there is none."""
         import mlflow
 
         if self.pipeline_run_id is None:
@@ -207,6 +235,18 @@ def embedded_uri(workdir: str) -> str:
     return f"sqlite:///{storage.absolute(workdir)}/mlflow.db"
 
 
+def do_not_wait_long() -> None:
+    """Let this process's calls to MLflow fail within half a minute. For steps that only ask or tell, at their start."""
+    os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
+
+
+def adopt_secret(environment: MutableMapping[str, str]) -> None:
+    """Give MLflow's variables from a step's secret their plain names, unless the server set those."""
+    for name, value in list(environment.items()):
+        if name.startswith(f"{FROM_SECRET}MLFLOW_"):
+            environment.setdefault(name.removeprefix(FROM_SECRET), value)
+
+
 def tracking_from_environment(workdir: str = "runs") -> Tracking:
     """Return the tracking that the environment names, or the embedded one in `workdir`; none without mlflow.
 
@@ -218,6 +258,7 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
         return NO_TRACKING
     import mlflow
 
+    adopt_secret(os.environ)
     for chatty in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the command's own

@@ -33,8 +33,9 @@ PARALLEL = 4
 CHAMPION = "models:/captioner@champion"
 
 DESCRIPTION = f"""\
-Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again, it
-does the shards that are missing.
+Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again with
+the same pictures, model and options, it does the shards that are missing; if any of these changed, it removes the old
+captions and does all anew.
 
 | parameter | meaning |
 |---|---|
@@ -79,7 +80,7 @@ def define(parallel_shards: int) -> Any:
         secret_keys: list = SECRET_KEYS,
     ) -> None:
         run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        closed = close(run_name=run_name)
+        closed = close(run_name=run_name, registers=False, images=caption_images)
         place(closed, "Close", secret=secret_name, keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Caption a bucket"):
             checked = preflight(
@@ -98,7 +99,7 @@ def define(parallel_shards: int) -> Any:
                 secret_name=secret_name,
                 secret_keys=secret_keys,
             )
-            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB), hours=0.1, retries=0)
+            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
             gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
             caption_pictures(
                 caption_images,

@@ -1,13 +1,15 @@
 """Where and with what a task runs on a cluster: resources, retries, time limit, user, secrets, GPU nodes.
 
-`kfp.local` ignores all of it. Secrets are named, never held: each key becomes an environment variable of that name, and
-a key that is missing leaves the variable unset, so that the pipeline's preflight can say so.
+`kfp.local` ignores all of it. Secrets are named, never held: each key becomes an environment variable, and a key
+that is missing leaves it unset, so that the pipeline's preflight can say so.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl, kubernetes
+
+from model_lib.tracking import FROM_SECRET
 
 USER = 1000
 """The images' user and group."""
@@ -93,12 +95,13 @@ def place(
         longest = int(3600 * hours * (retries + 1)) + 60 * 2**retries
         task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=f"{longest}s")
     kubernetes.set_timeout(task, int(hours * 3600))
-    kubernetes.set_image_pull_policy(task, "IfNotPresent")  # images are named by digest
+    kubernetes.set_image_pull_policy(task, "IfNotPresent")  # what make push pinned are digests
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")
     # The pod's label, and not a parameter: that would be another input for each run, and nothing would be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-    kubernetes.use_secret_as_env(task, secret, {key: key for key in (*MLFLOW, *keys)}, optional=True)
+    variables = {key: FROM_SECRET + key if key in MLFLOW else key for key in (*MLFLOW, *keys)}
+    kubernetes.use_secret_as_env(task, secret, variables, optional=True)
     return task
 
 

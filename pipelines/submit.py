@@ -7,12 +7,13 @@ server has it already; then a run of that version is started, or one is schedule
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from model_lib.config import StageConfig, option
 from model_lib.errors import UserError, WorkError
 from pipelines.local import say
 
+log = logging.getLogger(__name__)
 COMPILED = Path(__file__).parent / "compiled"
 POLL = 2.0
 """Seconds between two looks at a run."""
@@ -116,10 +118,32 @@ class ScheduleConfig(_ServerConfig):
 
 def pipeline_inputs(pipeline: str) -> dict[str, dict[str, Any]]:
     """Return the compiled pipeline's parameters, each with its type and whether it is optional."""
+    return dict(_spec(pipeline)["root"]["inputDefinitions"]["parameters"])
+
+
+def _spec(pipeline: str) -> dict[str, Any]:
     import yaml
 
-    spec = next(yaml.safe_load_all((COMPILED / f"{pipeline}.yaml").read_text()))
-    return dict(spec["root"]["inputDefinitions"]["parameters"])
+    return dict(next(yaml.safe_load_all((COMPILED / f"{pipeline}.yaml").read_text())))
+
+
+def step_names(pipeline: str) -> dict[str, str]:
+    """Return the compiled pipeline's steps: each task that runs a container, with its display name."""
+    spec = _spec(pipeline)
+    dags = [spec["root"]["dag"], *(c["dag"] for c in spec["components"].values() if "dag" in c)]
+    tasks = {name: task for dag in dags for name, task in dag["tasks"].items()}
+    return {
+        name: task["taskInfo"]["name"]
+        for name, task in tasks.items()
+        if "executorLabel" in spec["components"][task["componentRef"]["name"]]
+    }
+
+
+def _warn_of_local_images(pipeline: str) -> None:
+    images = {executor["container"]["image"] for executor in _spec(pipeline)["deploymentSpec"]["executors"].values()}
+    local = sorted(image for image in images if "@sha256:" not in image)
+    if local:
+        log.warning("%s names images of this machine, %s for one; make push first", pipeline, local[0])
 
 
 def _parameter(name: str, text: str, kind: str) -> Any:
@@ -159,7 +183,7 @@ def submit(config: SubmitConfig) -> Output:
         return Output(document, [f"{name}, {config.pipeline} {version}: {link}"])
     say(f"{name}, {config.pipeline} {version}: {link}")
     with _server(config) as client:
-        state, reason = _follow(client, run.run_id)
+        state, reason = _follow(client, run.run_id, step_names(config.pipeline))
     document.update(state=state, error=reason)
     lines = [f"{state.lower()}: {link}" + (f": {reason}" if reason else "")]
     return Output(document, lines, exit_code=0 if state == "SUCCEEDED" else 1)
@@ -264,12 +288,16 @@ def _prepare(client: Any, config: _ServerConfig) -> tuple[str, str, str, str]:
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline).pipeline_id
     wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": version}]}
     there = client.list_pipeline_versions(pipeline_id, filter=json.dumps(wanted)).pipeline_versions
+    _warn_of_local_images(config.pipeline)
     made = there[0] if there else client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
     return experiment.experiment_id, pipeline_id, made.pipeline_version_id, version
 
 
-def _follow(client: Any, run_id: str) -> tuple[str, str]:
-    """Say what becomes of the run's steps until it ends; return its state, and why it failed."""
+def _follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """Say what becomes of the run's steps until it ends; return its state, and why it failed.
+
+    The server lists every node of its workflow; only those that `names` knows as steps are shown.
+    """
     import kfp_server_api
     import urllib3
 
@@ -285,19 +313,14 @@ def _follow(client: Any, run_id: str) -> tuple[str, str]:
                 raise
             time.sleep(POLL)
             continue
-        tasks = _steps(run)
-        for task in tasks:
-            if task.state and seen.get(task.task_id) != task.state:
+        tasks = (run.run_details.task_details if run.run_details else None) or []
+        steps = [(names[task.display_name], task) for task in tasks if task.display_name in names and task.state]
+        for name, task in steps:
+            if seen.get(task.task_id) != task.state:
                 seen[task.task_id] = task.state
-                say(f"  {task.display_name} {task.state.lower()}")
+                say(f"  {name} {task.state.lower()}")
         if run.state in ENDS:
-            failed = [task.display_name for task in tasks if task.state == "FAILED"]
+            failed = [name for name, task in steps if task.state == "FAILED"]
             reason = run.error.message if run.error and run.error.message else ""
             return run.state, reason or (f"failed: {', '.join(failed)}" if failed else "")
         time.sleep(POLL)
-
-
-def _steps(run: Any) -> Sequence[Any]:
-    """Return the run's steps, without the drivers that the server starts beside them."""
-    details = (run.run_details.task_details if run.run_details else None) or []
-    return [task for task in details if task.display_name and not task.display_name.endswith("driver")]

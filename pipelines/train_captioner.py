@@ -89,7 +89,7 @@ def define(parallel: int) -> Any:
     ) -> None:
         gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
         run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        closed = close(run_name=run_name)
+        closed = close(run_name=run_name, registers=True, images=caption_images)
         place(closed, "Close", secret=secret_name, keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Train a captioner"):
             checked = preflight(
@@ -108,7 +108,7 @@ def define(parallel: int) -> Any:
                 secret_name=secret_name,
                 secret_keys=secret_keys,
             )
-            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB), hours=0.1, retries=0)
+            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
 
             ingested = ingest(dataset=data_dataset, output=data_output, shortest_side=data_shortest_side)
             # What lies at a URI is not among the inputs, nor who is champion: cached answers could be old ones.
@@ -162,7 +162,8 @@ def define(parallel: int) -> Any:
                 metric=register_metric,
                 min_gain=register_min_gain,
             )
-            place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8)
+            # No retries: a second attempt would register a second version.
+            place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8, retries=0)
 
             with dsl.If(caption_images != "", name="Pictures to caption"):
                 caption_pictures(

@@ -54,8 +54,10 @@ def test_the_whole_way_in_a_bucket(captioner: Run, bucket: fsspec.AbstractFileSy
         f"{BUCKET}/captions",
         "--model",
         f"{BUCKET}/run/best",
+        "--shard_pictures",
+        "5",
     )
-    summary = run("batch", *options, "--shard_pictures", "5")
+    summary = run("batch", *options)
     assert (summary["pictures"], summary["ok"], summary["errors"]) == (13, 12, {"unreadable": 1})
     parts = sorted(bucket.ls("pictures/captions/captions", detail=False))
     rows = [row for part in parts for row in pq.ParquetFile(bucket.open(part)).read().to_pylist()]

@@ -6,9 +6,10 @@ from components import CORE
 
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
-def close(status: dsl.PipelineTaskFinalStatus, run_name: str) -> None:
-    """End the pipeline's run in MLflow; if the secret names a webhook, post the outcome there."""
-    from model_lib.closing import close_pipeline
-    from model_lib.tracking import tracking_from_environment
+def close(status: dsl.PipelineTaskFinalStatus, run_name: str, registers: bool, images: str) -> None:
+    """End the pipeline's run in MLflow, succeeded if it got to its last steps; tell the secret's webhook, if any."""
+    from model_lib.closing import close_pipeline, last_steps
+    from model_lib.tracking import do_not_wait_long, tracking_from_environment
 
-    close_pipeline(run_name, status.state, status.error_message or "", tracking_from_environment())
+    do_not_wait_long()
+    close_pipeline(run_name, last_steps(registers, images), tracking_from_environment)

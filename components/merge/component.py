@@ -13,8 +13,10 @@ def merge(output: str, shards: list, captions: dsl.Output[dsl.Artifact], summary
     from model_lib.batch import merge as run
     from model_lib.batch import read_plan, summary_markdown
     from model_lib.storage import write_bytes, write_json
+    from model_lib.tracking import tracking_from_environment
 
     merged = run(read_plan(output))
     write_json(captions.path, asdict(merged))
     captions.metadata.update(asdict(merged))
     write_bytes(summary.path, summary_markdown(merged).encode())
+    tracking_from_environment().mark("merge")

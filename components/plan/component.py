@@ -7,7 +7,7 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int) -> list[int]:
-    """Write the plan to `output`; return the shards still to be captioned, or the first, as a loop needs one."""
+    """Write the plan to `output`; return the shards still to be captioned, or the first: kfp.local needs one."""
     from model_lib.batch import begin
     from model_lib.batch import plan as run
     from model_lib.config import BatchConfig

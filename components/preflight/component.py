@@ -23,14 +23,18 @@ def preflight(
     secret_keys: list,
 ) -> None:
     """Check places, weights, MLflow and secrets (empty: not needed), then open the pipeline's run in MLflow."""
-    from model_lib.preflight import Needs, preflight, training_weights
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.preflight import Needs, preflight, training_sources
+    from model_lib.tracking import do_not_wait_long, tracking_from_environment
 
+    do_not_wait_long()
+    weights, tokenizers = training_sources(candidates, preset, vision, decoder, tokenizer)
     preflight(
         Needs(
-            folders=[dataset, images],
+            dataset=dataset,
+            folders=[images],
             outputs=[data_output, checkpoint_uri, caption_output],
-            weights=[model, *training_weights(candidates, preset, vision, decoder, tokenizer)],
+            weights=[model, *weights],
+            tokenizers=tokenizers,
             pairs={"caption_images": images, "caption_output": caption_output},
             secret=secret_name,
             keys=secret_keys,

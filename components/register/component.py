@@ -33,4 +33,5 @@ def register(
     write_bytes(decision.path, decision_markdown(registered, tracking).encode())
     decision.metadata.update(registered.to_dict())
     model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
+    tracking.mark("register")
     return version_uri(registered.champion_version)

@@ -86,8 +86,11 @@ def test_the_packages_are_those_of_the_constraints() -> None:
         line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
     )
     installed = dict(line.lower().split("==") for line in inside(JUDGE, "pip", "freeze").splitlines() if "==" in line)
-    known = {name: version.split("+")[0] for name, version in installed.items() if name in wanted}
-    assert len(known) > 100 and known == {name: wanted[name] for name in known}
+    installed = {name: version.split("+")[0] for name, version in installed.items()}
+    accelerators = ("nvidia-", "cuda-", "triton")  # torch itself pins what its CUDA builds need
+    free = {name for name in installed if name not in wanted and not name.startswith(accelerators)}
+    assert len(installed) > 100 and free <= {"captioner", "pip", "setuptools"}
+    assert {name: at for name, at in installed.items() if name in wanted and at != wanted[name]} == {}
 
 
 @pytest.fixture()

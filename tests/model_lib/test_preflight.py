@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from model_lib import UserError, preflight
-from model_lib.preflight import Needs, check_candidates, training_weights
+from model_lib.preflight import Needs, check_candidates, training_sources
+from model_lib.tracking import do_not_wait_long
 from tests.services import free_port, mlflow_server
 
 
@@ -17,46 +18,61 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-def test_what_is_there_is_accepted(server: str, scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_accepted(
+    server: str, scenes: Path, saved_model: Path, gpt2_tokenizer: Path, tmp_path: Path
+) -> None:
     preflight.preflight(
         Needs(
+            dataset=str(scenes),
             folders=[str(scenes), ""],
             outputs=[str(tmp_path / "out"), str(scenes / "captions")],
             weights=[str(saved_model)],
+            tokenizers=[str(gpt2_tokenizer)],
             pairs={"images": "", "output": ""},
             keys=["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"],
-            environment={"MLFLOW_TRACKING_URI": server, "MLFLOW_TRACKING_PASSWORD": "x"},
+            environment={"CAPTIONER_MLFLOW_TRACKING_URI": server, "MLFLOW_TRACKING_PASSWORD": "x"},
         )
     )
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_everything_that_is_missing_is_named_at_once(server: str, scenes: Path, tmp_path: Path) -> None:
+def test_everything_that_is_missing_is_named_at_once(
+    server: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
     needs = Needs(
         folders=[str(tmp_path / "gone"), str(scenes)],
         outputs=["/proc/x"],
-        weights=[str(tmp_path / "empty"), "models:/captioner@champion"],
+        dataset=str(tmp_path / "empty"),
+        weights=[str(tmp_path / "empty"), "models:/captioner@champion", "models:/captioner/99"],
+        tokenizers=[str(tmp_path / "empty")],
         pairs={"caption_images": "x", "caption_output": ""},
         secret="mine",
         keys=["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"],
         environment={"MLFLOW_TRACKING_URI": server},
     )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     with pytest.raises(UserError) as refused:
         preflight.preflight(needs)
     for words in (
         f"{tmp_path}/gone: not there",
         "/proc/x: cannot be written to",
         f"{tmp_path}/empty: holds no model",
+        f"{tmp_path}/empty: holds no tokenizer",
+        f"{tmp_path}/empty/annotations/captions_train2017.json: not there",
+        "models:/captioner/99: not in the model registry",
         "models:/captioner@champion: not in the model registry",
         "caption_output: is empty",
-        "secret mine: has no key MLFLOW_TRACKING_PASSWORD",
+        "secret mine: no key MLFLOW_TRACKING_PASSWORD",
     ):
         assert words in str(refused.value), str(refused.value)
     assert "MLFLOW_TRACKING_URI" not in str(refused.value) and str(scenes) not in str(refused.value)
 
 
-def test_a_tracking_server_that_is_not_there_is_named_within_a_minute() -> None:
+def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # so that they are put back as they were
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    do_not_wait_long()
     started = time.monotonic()
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=f"MLflow at {address}: "):
@@ -73,16 +89,18 @@ def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_hubs_absence_is_said_with_the_remedy() -> None:
-    with pytest.raises(UserError, match=r"openai/clip-vit-large-patch14: .*mirror the weights into the bucket"):
+    with pytest.raises(UserError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"):
         preflight.preflight(Needs(weights=["openai/clip-vit-large-patch14"], environment={}))
 
 
 def test_the_weights_that_candidates_start_from() -> None:
     common = {"vision": "", "decoder": "", "tokenizer": ""}
-    assert training_weights([], "clip-l-gpt2-medium", **common) == []
-    assert training_weights([{"name": "a"}], "tiny", **common) == []
-    wanted = training_weights([{"name": "a"}, {"name": "b", "decoder": "gs://b/gpt2"}], "clip-l-gpt2-medium", **common)
-    assert wanted == ["gs://b/gpt2", "openai-community/gpt2-medium", "openai/clip-vit-large-patch14"]
+    assert training_sources([], "clip-l-gpt2-medium", **common) == ([], [])
+    assert training_sources([{"name": "a"}], "tiny", **common) == ([], [])
+    two = [{"name": "a"}, {"name": "b", "decoder": "gs://b/gpt2", "tokenizer": "gs://b/bpe"}]
+    weights, tokenizers = training_sources(two, "clip-l-gpt2-medium", **common)
+    assert weights == ["gs://b/gpt2", "openai-community/gpt2-medium", "openai/clip-vit-large-patch14"]
+    assert tokenizers == ["gs://b/bpe"]
 
 
 @pytest.mark.parametrize(

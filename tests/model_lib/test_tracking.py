@@ -9,8 +9,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from model_lib.closing import close_pipeline
-from model_lib.tracking import NO_TRACKING, MlflowTracking, require_mlflow, tracking_from_environment
+from model_lib.closing import close_pipeline, last_steps
+from model_lib.tracking import NO_TRACKING, MlflowTracking, adopt_secret, require_mlflow, tracking_from_environment
 from tests.services import free_port, mlflow_server
 
 NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
@@ -108,28 +108,67 @@ def test_links_lead_where_people_see_mlflow(server: str, environment: pytest.Mon
     assert step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r") is None
 
 
-def test_the_outcome_is_posted_to_the_webhook(
-    server: str, environment: pytest.MonkeyPatch, webhook: list[dict], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("marks", "images", "state", "status"),
+    [
+        ([], "", "FAILED", "FAILED"),
+        (["register"], "", "SUCCEEDED", "FINISHED"),
+        (["register"], "gs://b/in", "FAILED", "FAILED"),
+        (["register", "merge"], "gs://b/in", "SUCCEEDED", "FINISHED"),
+    ],
+)
+def test_the_outcome_is_read_from_the_last_steps_marks_and_posted(
+    server: str,
+    environment: pytest.MonkeyPatch,
+    webhook: list[dict],
+    caplog: pytest.LogCaptureFixture,
+    marks: list[str],
+    images: str,
+    state: str,
+    status: str,
 ) -> None:
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-3")
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID=f"kfp-3-{len(marks)}-{len(images)}")
     tracking.open_pipeline("nightly")
-    close_pipeline("nightly", "FAILED", "step train failed", tracking)
+    for name in marks:
+        tracking.mark(name)
+    close_pipeline("nightly", last_steps(True, images), tracking_from_environment)
     (told,) = webhook
-    assert told["state"] == "FAILED" and told["run"] == "nightly" and told["error"] == "step train failed"
-    assert told["text"].startswith("captioner: nightly failed: step train failed (http")
-    assert mlflow.MlflowClient(server).get_run(tracking.parent()).info.status == "FAILED"
-    close_pipeline("nightly", "SUCCEEDED", "", NO_TRACKING)
-    assert webhook[1]["text"] == "captioner: nightly succeeded" and "s3cret" not in caplog.text
-
-
-def test_neither_mlflow_nor_the_webhook_being_away_fails_the_run(
-    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("model_lib.closing.time.sleep", lambda seconds: None)
-    nowhere = f"http://127.0.0.1:{free_port()}"
-    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    environment.setenv("WEBHOOK_URL", f"{nowhere}/s3cret")
-    told = close_pipeline("nightly", "SUCCEEDED", "", MlflowTracking(nowhere, "0", "kfp-4"))
-    assert told["text"] == "captioner: nightly succeeded"
-    assert "MLflow's runs were not closed" in caplog.text and "attempt 3" in caplog.text
+    assert (told["state"], told["run"]) == (state, "nightly")
+    assert told["text"].startswith(f"captioner: nightly {state.lower()} (http") and told["mlflow"] in told["text"]
+    assert mlflow.MlflowClient(server).get_run(tracking.parent()).info.status == status
     assert "s3cret" not in caplog.text
+
+
+def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, webhook: list[dict]) -> None:
+    step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
+    close_pipeline("nightly", ["merge"], tracking_from_environment)
+    assert webhook[0]["text"] == "captioner: nightly failed"
+
+
+def test_with_mlflow_away_the_webhook_is_told_what_is_known(
+    environment: pytest.MonkeyPatch, webhook: list[dict], caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    close_pipeline("nightly", ["merge"], tracking_from_environment)
+    assert webhook[0]["state"] == "UNKNOWN" and "MLflow does not say how" in webhook[0]["text"]
+    assert "MLflow's runs were not closed" in caplog.text
+
+
+def test_a_webhook_that_is_away_is_tried_again_and_never_shown(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setattr("model_lib.closing.time.sleep", lambda seconds: None)
+    environment.setenv("WEBHOOK_URL", f"http://127.0.0.1:{free_port()}/s3cret")
+    close_pipeline("nightly", ["merge"], lambda: NO_TRACKING)
+    assert "attempt 3" in caplog.text and "s3cret" not in caplog.text
+
+
+def test_the_secrets_variables_give_way_to_the_servers() -> None:
+    variables = {
+        "CAPTIONER_MLFLOW_TRACKING_URI": "http://ours",
+        "CAPTIONER_MLFLOW_UI_URL": "http://people",
+        "MLFLOW_TRACKING_URI": "http://theirs",
+    }
+    adopt_secret(variables)
+    assert (variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_UI_URL"]) == ("http://theirs", "http://people")
