@@ -148,8 +148,12 @@ def test_both_pipelines_in_containers(
                 fs.pipe_file(f"b/scenes/{file.relative_to(scenes)}", file.read_bytes())
         fs.pipe_file("b/scenes/val2017/broken.jpg", b"no picture")
 
+        def run(pipeline: Any, arguments: dict[str, Any], name: str) -> None:
+            monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
+            (tmp_path / name).mkdir()
+            run_locally(pipeline, arguments, tmp_path / name, "docker")
+
         watched = Watched(engine)
-        monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
         arguments = {
             "data_dataset": "gs://b/scenes",
             "data_output": "gs://b/data",
@@ -159,7 +163,7 @@ def test_both_pipelines_in_containers(
             "train_epochs": 2,
             "eval_num_beams": 1,
         }
-        run_locally(train_captioner.define(parallel=1), arguments, folder(tmp_path / "train"), "docker")
+        run(train_captioner.define(parallel=1), arguments, "train")
 
         client = mlflow.MlflowClient(server)
         champion = client.get_model_version_by_alias("captioner", "champion")
@@ -171,13 +175,12 @@ def test_both_pipelines_in_containers(
         assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), "the image's Java computed it"
         assert champion.tags["name"] in ("slow", "fast")
 
-        monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
         arguments = {
             "caption_images": "gs://b/scenes/val2017",
             "caption_output": "gs://b/captions",
             "caption_shard_pictures": 5,
         }
-        run_locally(caption_bucket.define(parallel_shards=1), arguments, folder(tmp_path / "caption"), "docker")
+        run(caption_bucket.define(parallel_shards=1), arguments, "caption")
         parts = sorted(fs.ls("b/captions/captions", detail=False))
         rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
         assert len(parts) == 3 and len({row["uri"] for row in rows}) == len(rows) == 13
@@ -186,13 +189,13 @@ def test_both_pipelines_in_containers(
 
         # Once more: everything is there, and nothing is done again.
         before = [fs.info(part)["generation"] for part in parts]
-        run_locally(caption_bucket.define(parallel_shards=1), arguments, folder(tmp_path / "again"), "docker")
+        run(caption_bucket.define(parallel_shards=1), arguments, "again")
         assert [fs.info(part)["generation"] for part in parts] == before
 
         # And with what is not there: the first step says so, the last still tells.
         arguments["caption_images"] = "gs://b/nowhere"
         with pytest.raises(UserError, match="gs://b/nowhere: not there"):
-            run_locally(caption_bucket.define(parallel_shards=1), arguments, folder(tmp_path / "no"), "docker")
+            run(caption_bucket.define(parallel_shards=1), arguments, "no")
 
     watched.events.close()
     assert [post["state"] for post in told] == ["SUCCEEDED", "SUCCEEDED", "SUCCEEDED", "FAILED"]
@@ -202,11 +205,6 @@ def test_both_pipelines_in_containers(
     out = capfd.readouterr().err
     for step in ("preflight", "ingest", "judge", "train", "evaluate", "register", "plan", "caption", "merge", "close"):
         assert f"step {step}" in out, step
-
-
-def folder(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> None:
