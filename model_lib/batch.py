@@ -27,13 +27,12 @@ import pyarrow.parquet as pq
 from model_lib import storage
 from model_lib.config import BatchConfig
 from model_lib.errors import UserError
-from model_lib.pictures import PictureError, open_picture, to_pixels
+from model_lib.pictures import EXTENSIONS, PictureError, open_picture, to_pixels
 from model_lib.progress import Progress
 
 if TYPE_CHECKING:
     from model_lib.model import Captioner
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jfif"}
 SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
@@ -170,7 +169,7 @@ def _captioned(uris: list[str], model: "Captioner", config: BatchConfig) -> Iter
             now = datetime.now(UTC)
             for row, pixels in loaded:
                 if pixels is not None:
-                    caption = next(captions)
+                    (caption,) = next(captions)
                     row.update(status="ok", caption=caption.text, score=caption.score)
                 yield {**row, "model": config.model, "captioned_at": now}
 
@@ -246,7 +245,7 @@ def load_model(made: Plan) -> "Captioner":
     """Return the plan's model on the plan's device."""
     from model_lib.model import Captioner
 
-    return Captioner.from_pretrained(made.config.model, device=made.config.device)
+    return Captioner.from_pretrained(made.config.model, device=made.config.device, precision=made.config.precision)
 
 
 def _read_shard(uri: str, columns: list[str]) -> pa.Table:

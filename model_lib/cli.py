@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -18,15 +19,17 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import tyro
 
+from model_lib import storage
 from model_lib.config import (
     BatchConfig,
     DecodeConfig,
     EvaluateConfig,
     IngestConfig,
+    Precision,
     RegisterConfig,
     ScenesConfig,
     StageConfig,
@@ -35,6 +38,9 @@ from model_lib.config import (
 )
 from model_lib.errors import UserError, WorkError
 from model_lib.presets import PRESETS
+
+if TYPE_CHECKING:
+    from model_lib.captioning import Caption
 
 CHAMPION_URI = "models:/captioner@champion"
 
@@ -68,13 +74,17 @@ class CaptionConfig(DecodeConfig):
     """Caption pictures, one line each as it is ready."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-f"])]
-    """Paths or URIs of pictures."""
+    """Pictures: paths, URIs, http(s) addresses, folders, patterns such as "photos/*.jpg"; - takes a list from stdin."""
     model: str = CHAMPION_URI
     """A folder, hub name, URI or model of the MLflow registry."""
+    explain: str | None = None
+    """HTML file that shows where the model looked for each word."""
     batch_size: int = option(16, minimum=1)
     """Pictures decoded together."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    precision: Precision = "auto"
+    """Number format of the weights; auto: 16 bits where that is fast."""
 
 
 def info(config: InfoConfig) -> Output:
@@ -165,28 +175,39 @@ def register(config: RegisterConfig) -> Output:
 
 
 def caption(config: CaptionConfig) -> Output:
-    from model_lib.captioning import Caption, caption_each
+    from model_lib.captioning import caption_each, find_pictures
     from model_lib.model import Captioner
 
     _find_registry(config.model)
-    model = Captioner.from_pretrained(config.model, device=config.device)
+    if config.explain is not None:
+        storage.require_writable(config.explain.rpartition("/")[0] or ".")
+    model = Captioner.from_pretrained(config.model, device=config.device, precision=config.precision)
     output = Output([], [])
 
     def lines() -> Iterator[str]:
-        results = caption_each(model, config.files, config, config.batch_size)
-        failed = 0
-        for file, result in zip(config.files, results, strict=True):
-            if isinstance(result, Caption):
-                output.document.append({"uri": file, "caption": result.text, "score": result.score})
-                yield f"{file}: {result.text}"
+        explained: list[tuple[str, Caption]] = []
+        named, captioned = itertools.tee(find_pictures(config.files, sys.stdin))
+        results = caption_each(model, captioned, config, config.batch_size)
+        failed = count = 0
+        for file, result in zip(named, results, strict=True):
+            count += 1
+            if isinstance(result, list):
+                for one in result:
+                    output.document.append({"uri": file, "caption": one.text, "score": one.score})
+                    yield f"{file}: {one.text}"
+                explained.append((file, result[0]))
                 continue
             problem = str(result) if isinstance(result, UserError) else f"{file}: {result}"
             output.document.append({"uri": file, "error": problem})
             output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
             failed += 1
             print(f"captioner: error: {problem}", file=sys.stderr)
-        if failed and len(config.files) > 1:
-            print(f"captioner: {failed} of {len(config.files)} pictures without a caption", file=sys.stderr)
+        if failed and count > 1:
+            print(f"captioner: {failed} of {count} pictures without a caption", file=sys.stderr)
+        if config.explain is not None:
+            from model_lib.explain import render_explanation
+
+            storage.write_bytes(config.explain, render_explanation(model, explained).encode())
 
     output.lines = lines()
     return output
@@ -226,6 +247,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what bucket drivers leave unfinished at exit
     try:
         sys.exit(_run(argv))
     except UserError as error:

@@ -211,6 +211,12 @@ class DecodeConfig(StageConfig):
     """Exponent of the length by which a beam's score is divided."""
     max_new_tokens: int = option(30, minimum=1)
     """Longest caption in tokens."""
+    min_new_tokens: int = option(0, minimum=0)
+    """Shortest caption in tokens."""
+    no_repeat_ngram_size: int = option(0, minimum=0)
+    """No so many tokens in a row occur twice in a caption; 0: they may."""
+    num_captions: int = option(1, minimum=1)
+    """Captions of each picture: several draws, or the best of the beams."""
     seed: int = option(0, minimum=0)
     """The same seed draws the same captions."""
 
@@ -226,6 +232,15 @@ class DecodeConfig(StageConfig):
         _require(
             not (self.samples and self.num_beams > 1),
             "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or the other",
+        )
+        _require(
+            self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens, {self.max_new_tokens}",
+        )
+        _require(
+            self.samples or self.num_captions <= self.num_beams,
+            f"num_captions: {self.num_captions} is more than num_beams, {self.num_beams}; search with more beams, or "
+            "draw at random with top_p, top_k or temperature",
         )
 
 
@@ -253,9 +268,12 @@ class EvaluateConfig(DecodeConfig):
     """Pictures decoded together; it changes which captions a seed draws."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
+    precision: Precision = "auto"
+    """Number format of the weights; auto: 16 bits where that is fast."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self.num_captions == 1, "num_captions: a picture is judged by one caption")
         of_model, of_results = (self.model, self.data), (self.results, self.annotations)
         judged = None not in (*of_model, self.output) and of_results == (None, None)
         scored = None not in of_results and of_model == (None, None)
@@ -299,5 +317,11 @@ class BatchConfig(DecodeConfig):
     """Pictures decoded together; it changes which captions a seed draws."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
+    precision: Precision = "auto"
+    """Number format of the weights; auto: 16 bits where that is fast."""
     workers: int = option(0, minimum=0, shapes=False)
     """Threads that read and decode pictures; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_captions == 1, "num_captions: a picture has one row, and one caption")

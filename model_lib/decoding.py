@@ -1,11 +1,11 @@
-"""From visual tokens to captions: greedy, nucleus sampling and beam search, with key/value caches.
+"""From visual tokens to captions: greedy, sampling and beam search, with key/value caches.
 
-A step feeds one new token a row. Self-attention's keys and values are cached; cross-attention's are computed once a
-picture and shared by all its beams. Beam search follows transformers' `generate` (`early_stopping=False`): twice as
-many candidates as beams are looked at, those that end enter a pool by their length-normalised score, and a picture is
-done when no running beam can beat its pool.
+A step feeds one new token a row. Self-attention's keys and values are cached and never moved; cross-attention's are
+computed once a picture and shared by all its rows. Greedy and beam search follow transformers' `generate`
+(`early_stopping=False`): twice as many candidates as beams are looked at, those that end enter a pool by their
+length-normalised score, and a picture is done when no running beam can beat its pool.
 
-Shapes: B pictures, N beams or samples a picture, V vocabulary.
+Shapes: B pictures, N rows (beams or samples) a picture, V vocabulary, T tokens so far.
 """
 
 from dataclasses import dataclass
@@ -28,29 +28,8 @@ class Decoded:
     """Mean log-probability of the tokens under the model, in nats."""
 
 
-class _Stepper:
-    """Feeds tokens to the decoder one at a time and returns float32 log-probabilities of the next."""
-
-    def __init__(self, model: Captioner, visual: CrossCache, rows: int, max_tokens: int) -> None:
-        self.model, self.visual = model, visual
-        self.batch, self.rows = visual[0][0].shape[0], rows
-        config = model.config.decoder_config
-        self.end = model.tokenizer.eos_token_id if model.tokenizer is not None else config.eos_token_id
-        if max_tokens >= config.n_positions:
-            raise UserError(f"max_new_tokens: {max_tokens} is more than the model's {config.n_positions - 1} positions")
-        self.cache = SelfAttentionCache(config, self.batch * rows, max_tokens, like=visual[0][0])
-
-    def start(self) -> Tensor:
-        return torch.full((self.batch, self.rows), self.end, device=self.visual[0][0].device)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Take the newest token of each row, int64 [B, N]; return float32 [B, N, V]."""
-        hidden = self.model.hidden(tokens.unsqueeze(-1), self.visual, self.cache)
-        return self.model.head(hidden[:, :, 0]).float().log_softmax(-1)
-
-
 @torch.inference_mode()
-def decode(model: Captioner, features: Tensor, config: DecodeConfig) -> list[Decoded]:
+def decode(model: Captioner, features: Tensor, config: DecodeConfig) -> list[list[Decoded]]:
     """Caption each picture of a batch.
 
     Args:
@@ -58,110 +37,168 @@ def decode(model: Captioner, features: Tensor, config: DecodeConfig) -> list[Dec
         features: visual tokens [B, S, E] from `Captioner.encode`.
         config: how to decode.
 
+    Returns:
+        For each picture its `num_captions` captions, of a beam search the best first.
+
     Raises:
         UserError: more tokens are asked for than the model has positions.
     """
     visual = model.cross_cache(features)
     if config.num_beams > 1:
-        return _beam_search(model, visual, config)
-    return _one_by_one(model, visual, config)
+        return _beam_search(_Rows(model, visual, config.num_beams, config), config)
+    return _one_by_one(_Rows(model, visual, config.num_captions, config), config)
 
 
-def _one_by_one(model: Captioner, visual: CrossCache, config: DecodeConfig) -> list[Decoded]:
+class _Rows:
+    """The rows being decoded: feeds their newest tokens to the decoder, and knows what may not come next."""
+
+    def __init__(self, model: Captioner, visual: CrossCache, rows: int, config: DecodeConfig) -> None:
+        decoder = model.config.decoder_config
+        if config.max_new_tokens >= decoder.n_positions:
+            raise UserError(
+                f"max_new_tokens: {config.max_new_tokens} is more than the model's {decoder.n_positions - 1} positions"
+            )
+        self.model, self.visual, self.config = model, visual, config
+        self.end = model.tokenizer.eos_token_id if model.tokenizer is not None else decoder.eos_token_id
+        batch, self.device = visual[0][0].shape[0], visual[0][0].device
+        self.cache = SelfAttentionCache(decoder, batch, rows, config.max_new_tokens, like=visual[0][0])
+        self.history = torch.full((batch, rows, 1), self.end, device=self.device)
+        """Tokens so far with the start before them, int64 [B, N, 1 + T]."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, without the start."""
+        return self.history.shape[2] - 1
+
+    def logits(self) -> Tensor:
+        """Feed the newest token of each row; return what the model says of the next, float32 [B, N, V]."""
+        hidden = self.model.hidden(self.history[:, :, -1:], self.visual, self.cache)
+        return self.model.head(hidden[:, :, 0]).float()
+
+    def forbid(self, logits: Tensor) -> Tensor:
+        """Return the logits with those at -inf that the options rule out."""
+        size = self.config.no_repeat_ngram_size
+        if 0 < size <= self.history.shape[2]:
+            # A token may not end an n-gram that is there already: each window that begins as the last n - 1 tokens.
+            windows = self.history.unfold(2, size, 1)
+            last = self.history[:, :, self.history.shape[2] - size + 1 :]
+            same = (windows[..., :-1] == last.unsqueeze(2)).all(-1)
+            counts = torch.zeros_like(logits).scatter_add(2, windows[..., -1], same.to(logits.dtype))
+            logits = logits.masked_fill(counts > 0, -torch.inf)
+        if self.length < self.config.min_new_tokens:
+            logits = logits.index_fill(2, torch.tensor([self.end], device=self.device), -torch.inf)
+        return logits
+
+    def append(self, tokens: Tensor, parents: Tensor | None = None) -> None:
+        """Add a token to each row, int64 [B, N]; with `parents`, to the row of its picture that it names."""
+        if parents is not None:
+            self.history = self.history.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.history.shape[2]))
+            self.cache.select(parents)
+        self.history = torch.cat([self.history, tokens.unsqueeze(-1)], 2)
+
+
+def _one_by_one(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
     """Take the most likely token at each step, or draw one."""
-    stepper = _Stepper(model, visual, 1, config.max_new_tokens)
-    generator = torch.Generator(visual[0][0].device).manual_seed(config.seed)
-    tokens = stepper.start()
-    taken: list[Tensor] = []
+    generator = torch.Generator(rows.device).manual_seed(config.seed)
     scores: list[Tensor] = []
-    ended = torch.zeros_like(tokens, dtype=torch.bool)
-    for _ in range(config.max_new_tokens):
-        log_probs = stepper.step(tokens)
-        if config.samples:
-            choice = torch.multinomial(_filtered(log_probs[:, 0], config), 1, generator=generator)
-        else:
-            choice = log_probs[:, 0].argmax(-1, keepdim=True)
-        tokens = choice.masked_fill(ended, stepper.end)
-        taken.append(tokens)
-        scores.append(log_probs.gather(-1, tokens.unsqueeze(-1))[:, :, 0])
-        ended = ended | (tokens == stepper.end)
-        if ended.all():
-            break
+    ended = torch.zeros(rows.history.shape[:2], dtype=torch.bool, device=rows.device)
+    while rows.length < config.max_new_tokens and not ended.all():
+        logits = rows.logits()
+        allowed = rows.forbid(logits)
+        choice = draw(allowed.flatten(0, 1), config, generator).view_as(ended) if config.samples else allowed.argmax(-1)
+        choice = choice.masked_fill(ended, rows.end)
+        scores.append(logits.gather(2, choice.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
+        ended = ended | (choice == rows.end)
+        rows.append(choice)
     decoded = []
-    for row, values in zip(torch.cat(taken, 1).tolist(), torch.cat(scores, 1).tolist(), strict=True):
-        length = row.index(stepper.end) + 1 if stepper.end in row else len(row)
-        decoded.append(Decoded(row[:length], sum(values[:length]) / length))
+    for picture, values in zip(rows.history[:, :, 1:].tolist(), torch.stack(scores, -1).tolist(), strict=True):
+        decoded.append([_until_end(*pair, rows.end) for pair in zip(picture, values, strict=True)])
     return decoded
 
 
-def _filtered(log_probs: Tensor, config: DecodeConfig) -> Tensor:
-    """Return the probabilities to draw from, [B, V]: tempered, then the top k, then the nucleus.
+def _until_end(tokens: list[int], scores: list[float], end: int) -> Decoded:
+    length = tokens.index(end) + 1 if end in tokens else len(tokens)
+    return Decoded(tokens[:length], sum(scores[:length]) / length)
+
+
+def draw(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> Tensor:
+    """Draw a token from each row of logits, float32 [R, V]: tempered, from the top k, from the nucleus; int64 [R].
 
     The nucleus is the smallest set of most likely tokens whose probabilities reach `top_p` (Holtzman et al., 2020,
-    "The Curious Case of Neural Text Degeneration").
+    "The Curious Case of Neural Text Degeneration"). Instead of sorting the vocabulary, a token is drawn from all and
+    drawn again until it lies in the nucleus, which it does if those before it do not reach `top_p` without it.
     """
-    logits = log_probs / (config.temperature or 1.0)
+    logits = logits / (config.temperature or 1.0)
     if config.top_k is not None:
         least = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probs = logits.softmax(-1)
-    if config.top_p is not None:
-        ordered, order = probs.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= config.top_p  # what stands before a token already suffices
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(beyond, 0))
-    return probs
+    cumulative = probs.cumsum(-1)
+    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)
+    while len(left):
+        chance = torch.rand((len(left), 1), device=logits.device, generator=generator)
+        # In (0, total]: a place before the first or between two equal sums would be a token of probability zero.
+        target = (1 - chance) * cumulative[left, -1:]
+        token = torch.searchsorted(cumulative[left], target)
+        drawn[left] = token[:, 0]
+        if config.top_p is None:
+            break
+        left = left[~_in_nucleus(probs[left], token, config.top_p)]
+    return drawn
 
 
-def _beam_search(model: Captioner, visual: CrossCache, config: DecodeConfig) -> list[Decoded]:
-    N, longest = config.num_beams, config.max_new_tokens
-    stepper = _Stepper(model, visual, N, longest)
-    tokens = stepper.start()
-    B, device = tokens.shape[0], tokens.device
-    first_row = torch.arange(B, device=device).unsqueeze(1) * N  # [B, 1]: where a picture's rows begin in the cache
+def _in_nucleus(probs: Tensor, token: Tensor, top_p: float) -> Tensor:
+    """Return for each row of probabilities [R, V] whether `token`, [R, 1], lies in its nucleus; bool [R]."""
+    own = probs.gather(1, token)
+    earlier = torch.arange(probs.shape[1], device=probs.device) < token  # among equals the first comes first
+    before = (probs > own) | ((probs == own) & earlier)
+    return (probs * before).sum(-1) < top_p
 
+
+def _beam_search(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
+    N, longest, end = config.num_beams, config.max_new_tokens, rows.end
+    B, device = rows.history.shape[0], rows.device
     running = torch.full((B, N), -1e9, device=device)
     running[:, 0] = 0  # all beams start alike, so only the first may branch
-    history = torch.empty((B, N, 0), dtype=torch.int64, device=device)
     pool_scores = torch.full((B, N), -1e9, device=device)
-    pool_tokens = torch.full((B, N, longest), stepper.end, device=device)
+    pool_tokens = torch.full((B, N, longest), end, device=device)
     pool_lengths = torch.zeros((B, N), dtype=torch.int64, device=device)
     open_ = torch.ones(B, dtype=torch.bool, device=device)
 
     for length in range(1, longest + 1):
-        totals = stepper.step(tokens) + running.unsqueeze(-1)
-        V = totals.shape[-1]
-        scores, flat = totals.view(B, N * V).topk(2 * N)
-        parents, choices = flat // V, flat % V
-        paths = torch.cat([history.gather(1, parents.unsqueeze(-1).expand(-1, -1, length - 1)), choices[..., None]], 2)
-        ends = choices == stepper.end
+        # The best 2N of all N * V continuations are among the best 2N of each beam.
+        logits = rows.logits()
+        beam_scores, tokens = rows.forbid(logits).topk(min(2 * N, logits.shape[-1]))
+        totals = beam_scores - logits.logsumexp(-1, keepdim=True) + running.unsqueeze(-1)
+        scores, flat = totals.flatten(1).topk(2 * N)
+        parents, choices = flat // tokens.shape[2], tokens.flatten(1).gather(1, flat)
+        past = rows.history[:, :, 1:].gather(1, parents.unsqueeze(-1).expand(-1, -1, length - 1))
+        ends = choices == end
         last = length == longest
 
         # Those that end (or run out of length) enter the pool, if they are among the first N and the picture is open.
         among_first = torch.arange(2 * N, device=device) < N
         enters = (ends | last) & among_first & open_.unsqueeze(1)
         normalised = (scores / length**config.length_penalty).masked_fill(~enters, -1e9)
-        padded = torch.full((B, 2 * N, longest), stepper.end, device=device)
-        padded[:, :, :length] = paths
-        merged = torch.cat([pool_scores, normalised], 1)
-        pool_scores, kept = merged.topk(N)
+        padded = torch.full((B, 2 * N, longest), end, device=device)
+        padded[:, :, : length - 1], padded[:, :, length - 1] = past, choices
+        pool_scores, kept = torch.cat([pool_scores, normalised], 1).topk(N)
         pool_tokens = torch.cat([pool_tokens, padded], 1).gather(1, kept.unsqueeze(-1).expand(-1, -1, longest))
-        lengths = torch.cat([pool_lengths, torch.full_like(flat, length)], 1)
-        pool_lengths = lengths.gather(1, kept)
+        pool_lengths = torch.cat([pool_lengths, torch.full_like(flat, length)], 1).gather(1, kept)
         if last:
             break
 
         # The best N that go on become the running beams.
         running, kept = scores.masked_fill(ends, -1e9).topk(N)
-        history = paths.gather(1, kept.unsqueeze(-1).expand(-1, -1, length))
-        tokens = choices.gather(1, kept)
-        stepper.cache.select((first_row + parents.gather(1, kept)).view(-1))
+        rows.append(choices.gather(1, kept), parents.gather(1, kept))
         reachable = running[:, 0] / length**config.length_penalty
         open_ = open_ & ~((pool_scores[:, -1] > -1e8) & (reachable <= pool_scores[:, -1]))
         if not open_.any():
             break
 
-    best = (pool_tokens[:, 0].tolist(), pool_lengths[:, 0].tolist(), pool_scores[:, 0].tolist())
-    return [
-        Decoded(row[:length], score * length**config.length_penalty / length)
-        for row, length, score in zip(*best, strict=True)
-    ]
+    decoded = []
+    for picture in zip(pool_tokens.tolist(), pool_lengths.tolist(), pool_scores.tolist(), strict=True):
+        best = list(zip(*picture, strict=True))[: config.num_captions]
+        decoded.append([Decoded(t[:n], score * n**config.length_penalty / n) for t, n, score in best])
+    return decoded

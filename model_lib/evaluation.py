@@ -129,7 +129,7 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     assert config.model is not None and config.data is not None
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
-    model = Captioner.from_pretrained(source, device=config.device)
+    model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
     reader = SplitReader(
         manifest, config.split, batch_size=config.batch_size, size=model.image_size, limit=config.limit
     )
@@ -137,7 +137,7 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     captions, references, gallery = {}, {}, []
     with Progress(f"evaluate on {config.split}", reader.rows, "pictures") as progress:
         for batch in reader.batches():
-            for position, caption in enumerate(caption_pixels(model, batch.pixels, decoding)):
+            for position, (caption,) in enumerate(caption_pixels(model, batch.pixels, decoding)):
                 image_id = batch.image_ids[position]
                 captions[image_id], references[image_id] = caption.text, batch.captions[position]
                 shown = {"image_id": image_id, "file_name": batch.file_names[position], "caption": caption.text}

@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jfif"}
+"""Endings of the files that count as pictures when a folder is searched."""
 MAX_PIXELS = 128 * 1024 * 1024
 """Pictures with more pixels are refused: decoding one would need more than half a gigabyte."""
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from transformers import GPT2Tokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from model_lib import storage
 from model_lib.errors import UserError, first_line
 from model_lib.sources import folder_or_hub_name
 
@@ -66,3 +68,12 @@ def load_tokenizer(source: str) -> Any:
         raise UserError(
             f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {first_line(error)}"
         ) from error
+
+
+def load_trained(file: str) -> dict[str, torch.Tensor]:
+    """Return the model's weights in a training checkpoint's safetensors file; `UserError` if it is none."""
+    try:
+        tensors = load_safetensors(storage.read_bytes(file))
+    except SafetensorError as error:
+        raise UserError(f"{file}: is no safetensors file: {first_line(error)}") from error
+    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}

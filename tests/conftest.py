@@ -103,12 +103,13 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def captioner(tmp_path: Path):
     """Return a function that runs the command line in a fresh process, in an empty folder."""
 
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         return subprocess.run(
             [sys.executable, "-m", "model_lib", *map(str, arguments)],
             cwd=tmp_path,
             env={**kept, "COLUMNS": "200", **environment},
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=600,

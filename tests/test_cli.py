@@ -94,6 +94,39 @@ def test_a_broken_picture_does_not_keep_the_others_from_their_captions(
     assert done.returncode == 2 and len(done.stdout.splitlines()) == 1 and "gone.jpg: no such file" in done.stderr
 
 
+def test_folders_patterns_lists_and_several_captions(captioner: Run, saved_model: Path, scenes: Path) -> None:
+    folder = scenes / "val2017"
+    options = ("--model", saved_model, "--max_new_tokens", "4")
+    whole = captioner("caption", "-f", folder, *options)
+    assert whole.returncode == 0 and whole.stderr == "" and len(whole.stdout.splitlines()) == 12
+    some = captioner("caption", "-f", folder / "00000000000[1-3].jpg", folder / "*01?.jpg", *options)
+    assert some.returncode == 2 and "no such file" in some.stderr, "brackets are no pattern: they occur in names"
+    some = captioner("caption", "-f", folder / "*01?.jpg", *options, "--num_captions", "3", "--temperature", "1")
+    assert some.returncode == 0 and len(some.stdout.splitlines()) == 3 * len(list(folder.glob("*01?.jpg")))
+    listed = "\n".join(str(file) for file in sorted(folder.iterdir())[:2])
+    piped = captioner("caption", "-f", "-", *options, "--json", stdin=listed)
+    assert [row["uri"] for row in json.loads(piped.stdout)] == listed.splitlines()
+
+
+def test_every_odd_picture_gets_a_caption_or_one_clear_error(
+    captioner: Run, saved_model: Path, odd_images: Path
+) -> None:
+    done = captioner("caption", "-f", odd_images, "--model", saved_model, "--max_new_tokens", "4")
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 19
+    errors = [line for line in done.stderr.splitlines() if line.startswith("captioner: error: ")]
+    assert len(errors) == 7 and "captioner: 7 of 26 pictures without a caption" in done.stderr
+    assert len(done.stderr.splitlines()) == 8
+
+
+def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path, scenes: Path, tmp_path: Path) -> None:
+    picture = scenes / "val2017" / "000000000001.jpg"
+    done = captioner("caption", "-f", picture, "--model", saved_model, "--explain", "out.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out.html").read_text()
+    assert page.count("<figure>") >= 1 and str(picture) in page
+    refused(captioner("caption", "-f", picture, "--model", saved_model, "--explain", "/proc/x/out.html"), "/proc/x")
+
+
 def test_anyones_results_are_scored_without_a_model(captioner: Run, coco_eval: Path) -> None:
     expected = json.loads((coco_eval / "expected_scores.json").read_text())
     files = [coco_eval / expected[name] for name in ("results", "annotations")]

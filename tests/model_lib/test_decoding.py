@@ -1,5 +1,7 @@
 """Decoding against transformers' `generate` on the same weights, and sampling against the exact probabilities."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,14 +51,93 @@ def test_token_ids_are_those_of_transformers_generate(
         eos_token_id=0,
         pad_token_id=96,
     )[:, 1:]
-    for ours, theirs in zip(decoded, expected.tolist(), strict=True):
+    for (ours,), theirs in zip(decoded, expected.tolist(), strict=True):
         assert ours.tokens == [token for token in theirs if token != 96]
+
+
+@pytest.mark.parametrize("options", [{"no_repeat_ngram_size": n} for n in (1, 2, 3)] + [{"min_new_tokens": 9}])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_may_not_come_next_is_what_transformers_rules_out(num_beams: int, options: dict[str, int]) -> None:
+    model, features = ending_model()
+    config = {"num_beams": num_beams, "max_new_tokens": 14, **options}
+    start = torch.zeros(PICTURES, 1, dtype=torch.int64)
+    given = {"attention_mask": torch.ones_like(start), "encoder_hidden_states": features, "do_sample": False}
+    expected = reference_decoder(model).generate(start, eos_token_id=0, pad_token_id=96, **given, **config)[:, 1:]
+    free = decode(model, features, DecodeConfig(num_beams=num_beams, max_new_tokens=14))
+    decoded = decode(model, features, DecodeConfig(**config))
+    for (ours,), theirs in zip(decoded, expected.tolist(), strict=True):
+        assert ours.tokens == [token for token in theirs if token != 96]
+    assert free != decoded, "otherwise the options did nothing here"
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_the_best_beams_are_those_of_transformers(length_penalty: float) -> None:
+    model, features = ending_model()
+    options = {"num_beams": 5, "max_new_tokens": 8, "length_penalty": length_penalty}
+    reference = reference_decoder(model)
+    decoded = decode(model, features, DecodeConfig(num_captions=3, **options))
+    start = torch.zeros(PICTURES, 1, dtype=torch.int64)
+    expected = reference.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        encoder_hidden_states=features,
+        num_return_sequences=3,
+        eos_token_id=0,
+        pad_token_id=96,
+        do_sample=False,
+        **options,
+    )[:, 1:]
+    flat = [row.tokens for rows in decoded for row in rows]
+    assert flat == [[token for token in row if token != 96] for row in expected.tolist()]
+
+
+def test_several_samples_of_a_picture_differ_and_have_their_own_pasts(model: Captioner) -> None:
+    features = model.encode(pixels(model, 2))
+    config = DecodeConfig(temperature=1.0, num_captions=4, max_new_tokens=10, seed=3)
+    decoded = decode(model, features, config)
+    assert [len(rows) for rows in decoded] == [4, 4]
+    assert len({tuple(row.tokens) for row in decoded[0]}) == 4
+    for picture, rows in enumerate(decoded):  # each score is that of its own tokens, fed again without a cache
+        visual = model.cross_cache(features[picture : picture + 1])
+        for row in rows:
+            with torch.no_grad():
+                logits = model.head(model.hidden(torch.tensor([[[0, *row.tokens[:-1]]]]), visual))[0, 0]
+            exact = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens).unsqueeze(1)).mean()
+            assert row.score == pytest.approx(float(exact), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 4, "length_penalty": 0.5}])
+def test_with_and_without_caches_the_same(options: dict[str, float]) -> None:
+    """Greedy and beams again, the plain way: every prefix through the decoder whole."""
+    model, features = ending_model()
+    config = DecodeConfig(max_new_tokens=7, **options)
+    uncached = _Uncached(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model_lib.decoding._Rows.logits", uncached.logits)
+        plain = decode(model, features, config)
+    assert uncached.calls > 1
+    for (ours,), (theirs,) in zip(decode(model, features, config), plain, strict=True):
+        assert ours.tokens == theirs.tokens and ours.score == pytest.approx(theirs.score, abs=1e-5)
+
+
+class _Uncached:
+    """Computes the next token's logits from the whole history, without keys and values from before."""
+
+    def __init__(self, model: Captioner) -> None:
+        self.model, self.calls = model, 0
+        outer = self
+
+        def logits(rows: Any) -> torch.Tensor:
+            outer.calls += 1
+            return outer.model.head(outer.model.hidden(rows.history, rows.visual)[:, :, -1]).float()
+
+        self.logits = logits
 
 
 def test_some_captions_of_the_reference_end_by_themselves() -> None:
     """Otherwise the test above would say nothing about endings."""
     model, features = ending_model()
-    lengths = [len(row.tokens) for row in decode(model, features, DecodeConfig(num_beams=5, max_new_tokens=20))]
+    lengths = [len(row.tokens) for (row,) in decode(model, features, DecodeConfig(num_beams=5, max_new_tokens=20))]
     assert min(lengths) < 20 and len(set(lengths)) > 1
 
 
@@ -64,14 +145,14 @@ def test_some_captions_of_the_reference_end_by_themselves() -> None:
 def test_batched_and_one_by_one_agree(num_beams: int) -> None:
     model, features = ending_model()
     config = DecodeConfig(num_beams=num_beams, max_new_tokens=12)
-    alone = [decode(model, features[n : n + 1], config)[0].tokens for n in range(PICTURES)]
-    assert [row.tokens for row in decode(model, features, config)] == alone
+    alone = [decode(model, features[n : n + 1], config)[0][0].tokens for n in range(PICTURES)]
+    assert [row.tokens for (row,) in decode(model, features, config)] == alone
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "length_penalty": 0.0}, {"top_p": 0.9}])
 def test_the_score_is_the_mean_log_probability_of_the_tokens(model: Captioner, options: dict) -> None:
     features = model.encode(pixels(model, 2))
-    for picture, row in enumerate(decode(model, features, DecodeConfig(max_new_tokens=10, **options))):
+    for picture, (row,) in enumerate(decode(model, features, DecodeConfig(max_new_tokens=10, **options))):
         tokens = torch.tensor([[[0, *row.tokens[:-1]]]])
         with torch.no_grad():
             hidden = model.hidden(tokens, model.cross_cache(features[picture : picture + 1]))
@@ -83,7 +164,7 @@ def test_the_score_is_the_mean_log_probability_of_the_tokens(model: Captioner, o
 def draw_first_tokens(model: Captioner, count: int, **options: float) -> torch.Tensor:
     features = model.encode(pixels(model, 1)).expand(count, -1, -1)
     config = DecodeConfig(max_new_tokens=1, **options)
-    return torch.tensor([row.tokens[0] for row in decode(model, features, config)])
+    return torch.tensor([row.tokens[0] for (row,) in decode(model, features, config)])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +195,7 @@ def test_samples_follow_the_distribution(options: dict) -> None:
 def test_a_seed_reproduces_and_another_differs(model: Captioner) -> None:
     features = model.encode(pixels(model, 3))
 
-    def draw(seed: int) -> list[Decoded]:
+    def draw(seed: int) -> list[list[Decoded]]:
         return decode(model, features, DecodeConfig(temperature=1.0, max_new_tokens=10, seed=seed))
 
     assert draw(1) == draw(1)
@@ -127,7 +208,17 @@ def test_more_tokens_than_positions_is_refused(model: Captioner) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_p": 0.0}, {"top_p": 1.1}, {"temperature": 0.0}, {"num_beams": 0}, {"num_beams": 2, "top_k": 3}]
+    "options",
+    [
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"temperature": 0.0},
+        {"num_beams": 0},
+        {"num_beams": 2, "top_k": 3},
+        {"num_captions": 2},
+        {"num_captions": 4, "num_beams": 3},
+        {"min_new_tokens": 31},
+    ],
 )
 def test_options_without_a_meaning_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match=next(iter(options))):

@@ -3,15 +3,32 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from model_lib import Captioner, UserError
+from model_lib.config import TrainConfig
 from model_lib.loss import caption_loss
+from model_lib.model import CaptionerConfig
+from model_lib.pictures import to_pixels
 from model_lib.presets import PRESETS
+from model_lib.training import train
+from tests.conftest import small_model
 
 TRAINED = re.compile(
     r"decoder\.h\.\d+\.(crossattention|ln_cross_attn|ln_visual|ln_2|mlp)\..+|decoder\.ln_f\..+|head\..+"
@@ -67,15 +84,98 @@ def test_untrained_full_depth_decoder_is_gpt2_for_any_picture() -> None:
     assert torch.equal(ours, model(pixels(model, 2, seed=1), tokens))
 
 
-def test_cross_attention_decoder_equals_transformers() -> None:
-    model = small_model_with_equal_widths()  # transformers' GPT-2 knows visual tokens of its own width only
-    reference = reference_decoder(model)
-    features = torch.randn(3, 5, 32)
-    tokens = torch.randint(0, model.config.decoder_config.vocab_size, (3, 2, 9))
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+
+
+def full_size_model() -> Captioner:
+    """Return the full-size captioner of random weights, its cross-attention switched on."""
+    torch.manual_seed(0)
+    model = Captioner(PRESETS["clip-l-gpt2-medium"].config()).eval()
     with torch.no_grad():
-        ours = model.head(model.hidden(tokens, model.cross_cache(features)))
-        theirs = torch.stack([reference(tokens[:, n], encoder_hidden_states=features).logits for n in range(2)], 1)
-    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+        for block in model.decoder.h:
+            block.crossattention.c_proj.weight.normal_(std=0.02)
+    return model
+
+
+def parity(model: Captioner, dtype: torch.dtype, rows: int) -> tuple[float, dict[str, float]]:
+    """Return the relative error of the logits, and of each trained weight's gradient, against transformers."""
+    reference = reference_decoder(model).to(dtype)
+    model = model.to(dtype)
+    config = model.config.decoder_config
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(2, 7, config.n_embd, generator=generator).to(dtype)
+    tokens = torch.randint(0, config.vocab_size, (2, rows, 9), generator=generator)
+    weights = torch.randn(*tokens.shape, config.vocab_size, generator=generator)  # a loss that weighs every logit
+    ours = model.head(model.hidden(tokens, model.cross_cache(features)))
+    (ours.float() * weights).sum().backward()
+    theirs = torch.stack([reference(tokens[:, n], encoder_hidden_states=features).logits for n in range(rows)], 1)
+    (theirs.float() * weights).sum().backward()
+    names = dict(reference.named_parameters())
+    errors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "ln_visual" not in name:
+            other = names[name.replace("decoder.", "transformer.", 1).replace("head.", "lm_head.", 1)]
+            errors[name] = relative(parameter.grad, other.grad)
+    assert len(errors) > 10
+    return relative(ours, theirs), errors
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_decoder_logits_and_gradients_are_those_of_transformers(size: str) -> None:
+    model = small_model_with_equal_widths() if size == "small" else full_size_model()
+    logits, gradients = parity(model, torch.float32, rows=2)
+    assert logits < 1e-5 and max(gradients.values()) < 1e-5, (logits, max(gradients.values()))
+
+
+def test_decoder_in_bfloat16_is_transformers_in_bfloat16() -> None:
+    # One row a picture: with two, ours are summed in one product, and theirs in bfloat16 from two passes.
+    logits, gradients = parity(full_size_model(), torch.bfloat16, rows=1)
+    assert logits < 1e-2 and max(gradients.values()) < 1e-2, (logits, max(gradients.values()))
+
+
+@pytest.mark.parametrize("size", ["small", "full"])
+def test_pictures_are_encoded_as_clip_encodes_what_its_processor_makes(size: str) -> None:
+    model = small_model() if size == "small" else full_size_model()
+    side = model.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    reference = CLIPVisionModel(model.config.vision_config).eval()
+    reference.load_state_dict(model.vision.state_dict())
+    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))]
+    with torch.no_grad():
+        theirs = reference(processor(images=images, return_tensors="pt")["pixel_values"]).last_hidden_state
+        ours = model.encode(torch.from_numpy(np.stack([to_pixels(image, side) for image in images])))
+    assert relative(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_says_nearly_the_same(model: Captioner, dtype: torch.dtype) -> None:
+    tokens = torch.randint(0, 200, (2, 2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = model(pixels(model, 2), tokens)
+        assert relative(model.to(dtype)(pixels(model, 2), tokens), exact) < 5e-2
+
+
+def test_attention_says_where_each_token_looked(model: Captioner) -> None:
+    features = model.encode(pixels(model, 2))
+    tokens = torch.randint(0, 200, (2, 3, 5))
+    maps = model.attention(features, tokens)
+    assert maps.shape == (2, 3, 5, features.shape[1]) and torch.allclose(maps.sum(-1), torch.ones(2, 3, 5))
+    # By hand, for the first layer: what attends to a place gives that place's value its weight.
+    block = model.decoder.h[0]
+    seen = []
+    hook = block.crossattention.register_forward_hook(lambda m, inputs, output: seen.append((*inputs, output)))
+    with torch.no_grad():
+        model.hidden(tokens, model.cross_cache(features))
+        hook.remove()
+        x, (key, value), output = seen[0]
+        q = block.crossattention.q_attn(x).view(2, 15, 4, -1).transpose(1, 2)
+        weights = (q @ key.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+        expected = block.crossattention.c_proj((weights @ value).transpose(1, 2).reshape(2, 3, 5, -1))
+        assert torch.allclose(expected, output, atol=1e-5)
+        assert torch.allclose(
+            block.crossattention.weights(x, (key, value)), weights.mean(1).view(2, 3, 5, -1), atol=1e-6
+        )
 
 
 def small_model_with_equal_widths() -> Captioner:
@@ -139,6 +239,31 @@ def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
     for file in gpt2_tokenizer.iterdir():
         (tmp_path / "gpt2" / file.name).write_bytes(file.read_bytes())
     return tmp_path / "clip", tmp_path / "gpt2"
+
+
+def test_transformers_auto_classes_know_the_model(model: Captioner, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), CaptionerConfig)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, Captioner) and loaded.tokenizer is not None
+
+
+def test_trained_weights_alone_load_over_their_frozen_parts(
+    parts: tuple[Path, Path], data: Path, tmp_path: Path
+) -> None:
+    clip, gpt2 = map(str, parts)
+    options = {"vision": clip, "decoder": gpt2, "precision": "float32", "batch_size": 32, "max_tokens": 8}
+    config = TrainConfig(data=str(data), output=str(tmp_path / "run"), epochs=1, **options)
+    trained = Captioner.from_pretrained(train(config).model, device="cpu", precision="float32")
+    (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
+    alone = Captioner.from_trained_weights(str(newest / "state.safetensors"), clip, gpt2)
+    for name, parameter in trained.named_parameters():
+        assert torch.equal(parameter, dict(alone.named_parameters())[name]), name
+    with pytest.raises(UserError, match="is not what training these parts leaves"):
+        Captioner.from_trained_weights(str(Path(gpt2) / "model.safetensors"), clip, gpt2)
+    (tmp_path / "odd.safetensors").write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        Captioner.from_trained_weights(str(tmp_path / "odd.safetensors"), clip, gpt2)
 
 
 def test_parts_of_any_size_load_unchanged(parts: tuple[Path, Path]) -> None:

@@ -1,0 +1,182 @@
+"""Captions a second, from pixels to token ids, against transformers' `generate` on the same weights.
+
+    python -m benchmarks.decode [--preset clip-l-gpt2-medium] [--device cpu] [--batches 1 8 32] [--rounds 3]
+
+Greedy, five beams and five nucleus samples a picture, 20 tokens each, with random weights, in one process and taking
+turns with two baselines:
+
+- generate: transformers' `GPT2LMHeadModel(add_cross_attention=True)`, the same weights (without our visual norm, which
+  it does not have), number format and batch, its caches on; the vision tower is the same module in both.
+- plain: one picture at a time, float32, the whole prefix through the decoder again for each token.
+
+The vision tower's part is also timed alone, so that the table shows what decoding itself gains. It prints a table and
+ends with one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from model_lib import Captioner, DecodeConfig
+from model_lib.decoding import decode
+from model_lib.precision import inference_dtype
+from model_lib.presets import PRESETS
+
+TOKENS, ROWS, TOP_P = 20, 5, 0.9
+CASES = {
+    "greedy": DecodeConfig(max_new_tokens=TOKENS, min_new_tokens=TOKENS),
+    f"beam {ROWS}": DecodeConfig(max_new_tokens=TOKENS, min_new_tokens=TOKENS, num_beams=ROWS),
+    f"{ROWS} samples": DecodeConfig(max_new_tokens=TOKENS, min_new_tokens=TOKENS, top_p=TOP_P, num_captions=ROWS),
+}
+
+
+def build(preset: str) -> tuple[Captioner, GPT2LMHeadModel]:
+    """Return a captioner of random weights and transformers' decoder with the same, both without the visual norm."""
+    torch.manual_seed(0)
+    config = PRESETS[preset].config()
+    model = Captioner(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if "crossattention.c_proj.weight" in name:
+                parameter.normal_(std=0.02)  # it starts at zero, and the picture would not matter
+    for block in model.decoder.blocks:
+        block.ln_visual = nn.Identity()  # type: ignore[assignment]
+    theirs = GPT2Config(**{**config.decoder_config.to_dict(), "add_cross_attention": True})
+    theirs.tie_word_embeddings = False
+    reference = GPT2LMHeadModel(theirs).eval()
+    reference.transformer.load_state_dict(model.decoder.state_dict())
+    reference.lm_head.weight.data.copy_(model.head.weight)
+    return model, reference
+
+
+def ours(model: Captioner, pixels: Tensor, config: DecodeConfig) -> list[list[int]]:
+    return [row.tokens for rows in decode(model, model.encode(pixels), config) for row in rows]
+
+
+@torch.inference_mode()
+def generate(model: Captioner, reference: GPT2LMHeadModel, pixels: Tensor, config: DecodeConfig) -> list[list[int]]:
+    features = model.encode(pixels)
+    start = torch.full((len(pixels), 1), model.config.decoder_config.eos_token_id, device=pixels.device)
+    drawn = {"do_sample": True, "top_p": config.top_p, "top_k": 0} if config.samples else {"do_sample": False}
+    out = reference.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        encoder_hidden_states=features,
+        num_beams=config.num_beams,
+        num_return_sequences=config.num_captions,
+        min_new_tokens=TOKENS,
+        max_new_tokens=TOKENS,
+        pad_token_id=0,
+        **drawn,
+    )
+    return out[:, 1:].tolist()
+
+
+@torch.inference_mode()
+def plain(model: Captioner, pixels: Tensor) -> None:
+    """Caption one picture greedily, without any cache."""
+    visual = model.encode(pixels)
+    tokens = torch.full((1, 1, 1), model.config.decoder_config.eos_token_id, device=pixels.device)
+    for _ in range(TOKENS):
+        hidden = model.hidden(tokens, model.cross_cache(visual))
+        tokens = torch.cat([tokens, model.head(hidden[:, :, -1:]).argmax(-1)], 2)
+
+
+def seconds(cases: list[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
+    """Return each case's median time, the cases taking turns so that drift hits all alike."""
+
+    def once(case: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        case()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    for case in cases:
+        once(case)
+    times = [[once(case) for case in cases] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def peak_gb(case: Callable[[], object], device: torch.device) -> float:
+    """Return the most memory in use while `case` runs, weights included, in GB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        case()
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    Path("/proc/self/clear_refs").write_text("5")
+    case()
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1e6, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each case")
+    parser.add_argument("--skip_plain", action="store_true", help="leave out the slow baseline")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    model, reference = build(options.preset)
+    dtype = inference_dtype("auto", device, model.config.decoder_config.n_embd)
+    slow = None
+    generator = torch.Generator().manual_seed(0)
+    size = (max(options.batches), 3, model.image_size, model.image_size)
+    pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+    if not options.skip_plain:
+        model.to(device)
+        (slow,) = seconds([lambda: plain(model, pixels[:1])], 1, device)
+    model, reference = model.for_inference(device, dtype), reference.to(device, dtype)
+
+    results = []
+    print(f"\n{name}, torch {torch.__version__}, {dtype}, {TOKENS} tokens; pictures a second\n")
+    print(
+        f"{'case':<22}{'baseline':<12}{'ours':>9}{'theirs':>9}{'ratio':>7}{'without vision':>16}{'GB':>7}{'theirs':>8}"
+    )
+
+    def report(case: str, baseline: str, mine: float, other: float, **more: float | None) -> None:
+        row = {"case": case, "baseline": baseline, "unit": "pictures/s", "ours": round(mine, 3)}
+        row |= {"theirs": round(other, 3), "ratio": round(mine / other, 2), **more}
+        results.append(row)
+        alone, memory, their_memory = (
+            row.get(key) for key in ("ratio_without_vision", "peak_memory_gb", "their_peak_memory_gb")
+        )
+        shown = "".join(f"{'' if v is None else v:>{w}}" for v, w in ((alone, 16), (memory, 7), (their_memory, 8)))
+        print(f"{case:<22}{baseline:<12}{mine:>9.2f}{other:>9.2f}{mine / other:>7.2f}{shown}", flush=True)
+
+    for batch in options.batches:
+        some = pixels[:batch]
+        for label, config in CASES.items():
+            mine = lambda config=config, some=some: ours(model, some, config)  # noqa: E731
+            other = lambda config=config, some=some: generate(model, reference, some, config)  # noqa: E731
+            vision = lambda some=some: model.encode(some)  # noqa: E731
+            with torch.inference_mode():
+                t_mine, t_other, t_vision = seconds([mine, other, vision], options.rounds, device)
+                report(
+                    f"{label}, batch {batch}",
+                    "generate",
+                    batch / t_mine,
+                    batch / t_other,
+                    ratio_without_vision=round((t_other - t_vision) / (t_mine - t_vision), 2),
+                    peak_memory_gb=peak_gb(mine, device),
+                    their_peak_memory_gb=peak_gb(other, device),
+                )
+                if label == "greedy" and slow is not None:
+                    report(f"{label}, batch {batch}", "plain", batch / t_mine, 1 / slow, peak_memory_gb=None)
+    first = next(row for row in results if row["case"].endswith(f"batch {min(options.batches)}"))
+    print(f"\nfirst caption, model loaded: {min(options.batches) / first['ours']:.2f} s")
+    print(json.dumps({"benchmark": "decode", "device": name, "torch": torch.__version__, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

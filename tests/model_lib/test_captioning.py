@@ -1,0 +1,118 @@
+"""Calling the model with pictures in every form, and finding them under every name."""
+
+import functools
+import io
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_lib import Caption, Captioner, UserError, generate_caption
+from model_lib.captioning import caption_each, find_pictures
+from model_lib.config import DecodeConfig
+from model_lib.explain import render_explanation, word_attention
+
+
+@pytest.fixture()
+def web(scenes: Path) -> Iterator[str]:
+    """The scenes' address on a web server."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(scenes)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_picture_in_every_form_gets_the_same_caption(model: Captioner, scenes: Path, web: str) -> None:
+    file = scenes / "val2017" / "000000000001.jpg"
+    fsspec.filesystem("memory").pipe_file("/pictures/a.jpg", file.read_bytes())
+    image = Image.open(file).convert("RGB")
+    array = np.asarray(image)
+    forms = [file, str(file), file.as_uri(), "memory://pictures/a.jpg", f"{web}/val2017/000000000001.jpg"]
+    forms += [file.read_bytes(), image, array, array.transpose(2, 0, 1), torch.from_numpy(array.copy())]
+    captions = model.caption(forms, max_new_tokens=8)
+    assert len({(caption.text, tuple(caption.tokens)) for caption in captions}) == 1
+    assert isinstance(captions[0], Caption) and captions[0].score < 0
+    assert generate_caption(model, image, max_new_tokens=8) == captions[0].text
+
+
+def test_grey_arrays_are_grey_pictures(model: Captioner) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    assert model.caption([grey]) == model.caption([np.stack([grey] * 3, -1)])
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)])
+def test_an_array_that_is_no_picture_is_refused(model: Captioner, array: np.ndarray) -> None:
+    with pytest.raises(UserError, match="expected uint8"):
+        model.caption([array])
+
+
+def test_several_captions_of_a_picture_lie_side_by_side(model: Captioner, scenes: Path) -> None:
+    files = sorted((scenes / "val2017").iterdir())[:3]
+    options = {"top_p": 0.9, "temperature": 1.2, "max_new_tokens": 6, "seed": 5}
+    captions = model.caption(files, num_captions=2, **options)
+    assert len(captions) == 6 and captions == model.caption(files, num_captions=2, **options)
+    beams = model.caption(files, num_beams=4, num_captions=4, max_new_tokens=6)
+    assert [beams[0], beams[4], beams[8]] == model.caption(files, num_beams=4, max_new_tokens=6)
+
+
+def test_captions_come_as_they_are_ready(model: Captioner, scenes: Path) -> None:
+    """A list without an end: only what is needed is taken from it."""
+    taken = []
+
+    def names() -> Iterator[str]:
+        while True:
+            taken.append(str(scenes / "val2017" / "000000000001.jpg"))
+            yield taken[-1]
+
+    ready = caption_each(model, names(), DecodeConfig(max_new_tokens=2), batch_size=2)
+    assert isinstance(next(ready), list) and len(taken) <= 6
+
+
+def test_names_stand_for_pictures(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jpg", "b.PNG", "notes.txt", "sub/c.webp", "odd[1].jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert list(find_pictures(["set"], [])) == ["set/a.jpg", "set/b.PNG", "set/odd[1].jpg", "set/sub/c.webp"]
+    assert next(find_pictures([str(tmp_path / "set" / "*.jpg")], [])) == str(tmp_path / "set" / "a.jpg")
+    assert list(find_pictures(["set/*/*"], [])) == ["set/sub/c.webp"]
+    assert list(find_pictures(["gone.jpg", "set/odd[1].jpg"], [])) == ["gone.jpg", "set/odd[1].jpg"]
+    listed = io.StringIO("x.jpg\n\ngs://b/y.jpg\n")
+    assert list(find_pictures(["http://a/b?c=*", "-", "z.jpg"], listed)) == [
+        "http://a/b?c=*",
+        "x.jpg",
+        "gs://b/y.jpg",
+        "z.jpg",
+    ]
+    fsspec.filesystem("memory").pipe_file("/found/a.jpg", b"")
+    assert list(find_pictures(["memory://found"], [])) == ["memory:///found/a.jpg"]
+    for nothing in ("set/*.gif", "sub"):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"matches nothing|has no pictures"):
+            list(find_pictures([nothing], []))
+
+
+def test_each_word_has_its_attention_over_the_patches(model: Captioner, scenes: Path) -> None:
+    file = scenes / "val2017" / "000000000001.jpg"
+    tokens = model.tokenizer("a red circle")["input_ids"]
+    caption = Caption("a red circle", -1.0, [*tokens, model.tokenizer.eos_token_id])
+    words = word_attention(model, file, caption)
+    assert [text for text, _ in words] == ["a", "red", "circle"]
+    side = model.image_size // model.config.vision_config.patch_size
+    assert all(weights.shape == (side, side) and 0 < weights.sum() < 1 for _, weights in words)
+
+    page = render_explanation(model, [(str(file), Caption("<script>x", -1.0, caption.tokens))])
+    assert page.count("<figure>") == 3 and "data:image/jpeg;base64," in page
+    assert "http" not in page and "<script>" not in page and "&lt;script&gt;x" in page
