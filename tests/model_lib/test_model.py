@@ -20,6 +20,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
 )
+from transformers.activations import ACT2FN
 
 from model_lib import Captioner, UserError
 from model_lib.config import TrainConfig
@@ -101,6 +102,11 @@ def full_size_model() -> Captioner:
 def parity(model: Captioner, dtype: torch.dtype, rows: int) -> tuple[float, dict[str, float]]:
     """Return the relative error of the logits, and of each trained weight's gradient, against transformers."""
     reference = reference_decoder(model).to(dtype)
+    if dtype == torch.bfloat16:
+        # Ours is one kernel, rounded once. As transformers computes GPT-2's gelu_new, each of its steps is rounded,
+        # which alone is more than a hundredth off; its gelu_pytorch_tanh is the same function in the same one kernel.
+        for block in reference.transformer.h:
+            block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
     model = model.to(dtype)
     config = model.config.decoder_config
     generator = torch.Generator().manual_seed(2)
