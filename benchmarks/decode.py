@@ -15,15 +15,12 @@ ends with one line of JSON.
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, DecodeConfig
 from model_lib.decoding import decode
 from model_lib.precision import inference_dtype
@@ -89,34 +86,6 @@ def plain(model: Captioner, pixels: Tensor) -> None:
         tokens = torch.cat([tokens, model.head(hidden[:, :, -1:]).argmax(-1)], 2)
 
 
-def seconds(cases: list[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
-    """Return each case's median time, the cases taking turns so that drift hits all alike."""
-
-    def once(case: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        case()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    for case in cases:
-        once(case)
-    times = [[once(case) for case in cases] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def peak_gb(case: Callable[[], object], device: torch.device) -> float:
-    """Return the most memory in use while `case` runs, weights included, in GB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        case()
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    Path("/proc/self/clear_refs").write_text("5")
-    case()
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1e6, 2)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
@@ -135,7 +104,7 @@ def main() -> None:
     pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
     if not options.skip_plain:
         model.to(device)
-        (slow,) = seconds([lambda: plain(model, pixels[:1])], 1, device)
+        (slow,) = median_seconds([lambda: plain(model, pixels[:1])], 1, device)
     model, reference = model.for_inference(device, dtype), reference.to(device, dtype)
 
     results = []
@@ -161,7 +130,7 @@ def main() -> None:
             other = lambda config=config, some=some: generate(model, reference, some, config)  # noqa: E731
             vision = lambda some=some: model.encode(some)  # noqa: E731
             with torch.inference_mode():
-                t_mine, t_other, t_vision = seconds([mine, other, vision], options.rounds, device)
+                t_mine, t_other, t_vision = median_seconds([mine, other, vision], options.rounds, device)
                 report(
                     f"{label}, batch {batch}",
                     "generate",

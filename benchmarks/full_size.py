@@ -15,7 +15,6 @@ It prints a table and ends with one line of JSON.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel, GPT2Model
 
+from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, DecodeConfig
 from model_lib.config import IngestConfig, ScenesConfig, TrainConfig
 from model_lib.decoding import decode
@@ -49,31 +49,6 @@ def random_parts(folder: Path, captions: list[str]) -> dict[str, str]:
     GPT2Model(config.decoder_config).save_pretrained(folder / "decoder")
     train_tokenizer(captions, 512).save_pretrained(folder / "tokenizer")
     return {name: str(folder / name) for name in ("vision", "decoder", "tokenizer")}
-
-
-def median_seconds(cases: list[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
-    """Return each case's median time, the cases taking turns so that drift hits all alike."""
-
-    def once(case: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        case()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    for case in cases:
-        once(case)
-    times = [[once(case) for case in cases] for _ in range(rounds)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def peak_gb(case: Callable[[], object], device: torch.device) -> float | None:
-    """Return the most memory that `case` holds at once on a GPU, in GB."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    case()
-    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def train_for_real(parts: dict[str, str], data: str, work: Path, device: str, precision: str, batch: int) -> None:
@@ -179,7 +154,7 @@ def main() -> None:
     for row in results:
         print(
             f"{row['case']:<48} {row['baseline']:<22} {row['ours']:>9.1f} {row['theirs']:>9.1f} {row['ratio']:>6.2f}  "
-            f"{row['unit']:<11} {row['peak_memory_gb'] or float('nan'):>6.1f}"
+            f"{row['unit']:<11} {row['peak_memory_gb']:>6.1f}"
         )
     print(json.dumps({"benchmark": "full_size", "device": name, "torch": torch.__version__, "results": results}))
 

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from model_lib import storage
 from model_lib.config import BatchConfig
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.pictures import EXTENSIONS, PictureError, open_picture, to_pixels
 from model_lib.progress import Progress
 
@@ -187,7 +187,7 @@ def _load(uri: str, size: int) -> tuple[dict[str, Any], np.ndarray | None]:
         row["error"] = str(error)
     except UserError as error:
         row["error"] = f"missing: {error}"
-    except OSError as error:
+    except WorkError as error:
         row["error"] = f"unreachable: {error}"
     return row, None
 

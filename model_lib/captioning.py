@@ -16,7 +16,7 @@ from PIL import Image
 from model_lib import storage
 from model_lib.config import DecodeConfig
 from model_lib.decoding import decode
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError, first_line
 from model_lib.model import Captioner
 from model_lib.pictures import EXTENSIONS, PictureError, open_picture, to_pixels
 from model_lib.tokens import decode_tokens
@@ -31,6 +31,10 @@ class Caption:
     """Mean log-probability of its tokens, in nats."""
     tokens: list[int]
     """Token ids; the last is end-of-text if the caption ended by itself."""
+
+
+Problem = UserError | WorkError | PictureError
+"""Why a picture has no caption."""
 
 
 def caption_pixels(model: Captioner, pixels: np.ndarray | torch.Tensor, config: DecodeConfig) -> list[list[Caption]]:
@@ -59,6 +63,7 @@ def load_pixels(image: Any, size: int) -> np.ndarray:
 
     Raises:
         UserError: the file is missing, or an array has another type or shape.
+        WorkError: its store or server failed.
         PictureError: it is no picture that can be shown.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
@@ -82,16 +87,20 @@ def _from_array(values: np.ndarray) -> Image.Image:
 
 def caption_each(
     model: Captioner, images: Iterable[Any], config: DecodeConfig, batch_size: int = 16
-) -> Iterator[list[Caption] | UserError | PictureError]:
+) -> Iterator[list[Caption] | Problem]:
     """Yield for each picture, in order, its captions or the error that it raised; the others get theirs.
+
+    A `Problem` among the pictures stands for one that was not found, and is yielded in its place.
 
     Pictures are taken from `images` as they are needed, and read and decoded while the model is at work.
     """
 
-    def attempt(image: Any) -> np.ndarray | UserError | PictureError:
+    def attempt(image: Any) -> np.ndarray | Problem:
+        if isinstance(image, Problem):
+            return image
         try:
             return load_pixels(image, model.image_size)
-        except (UserError, PictureError) as error:
+        except (UserError, WorkError, PictureError) as error:
             return error
 
     source = iter(images)
@@ -106,16 +115,13 @@ def caption_each(
                 yield next(captions) if isinstance(result, np.ndarray) else result
 
 
-def find_pictures(names: Iterable[str], listed: Iterable[str]) -> Iterator[str]:
-    """Yield the pictures that names stand for, in order, as they are needed.
+def find_pictures(names: Iterable[str], listed: Iterable[str]) -> Iterator[str | Problem]:
+    """Yield the pictures that names stand for, in order, as they are needed; for one that stands for none, why.
 
     Args:
         names: paths, URIs and addresses, which stand for themselves; folders, for the pictures in and below them;
             patterns with * or ?, for what they match; "-", for the lines of `listed`.
         listed: more paths, URIs and addresses, one a line.
-
-    Raises:
-        UserError: a folder or pattern has no pictures.
     """
     for name in names:
         if name == "-":
@@ -124,21 +130,27 @@ def find_pictures(names: Iterable[str], listed: Iterable[str]) -> Iterator[str]:
         if name.startswith(("http://", "https://")):
             yield name
             continue
-        fs, path = storage.filesystem(name)
-        is_pattern = any(sign in name for sign in "*?") and not fs.exists(path)
-        if not is_pattern and not fs.isdir(path):
-            yield name
-            continue
-        found = sorted(fs.glob(path) if is_pattern else fs.find(path))
-        pictures = [file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS]
-        if not pictures:
-            raise UserError(f"{name}: {'matches nothing' if is_pattern else 'has no pictures in it'}")
-        for file in pictures:
-            yield os.path.relpath(file) if storage.is_local(name) and not os.path.isabs(name) else _full(fs, name, file)
+        try:
+            yield from _below(name)
+        except UserError as error:
+            yield error
+        except Exception as error:  # each store has exceptions of its own
+            yield WorkError(f"{name}: cannot be listed: {type(error).__name__}: {first_line(error)}")
 
 
-def _full(fs: Any, name: str, file: str) -> str:
-    return file if storage.is_local(name) else str(fs.unstrip_protocol(file))
+def _below(name: str) -> list[str]:
+    """Return the pictures of a folder or pattern, or the name itself; `UserError` if there are none."""
+    fs, path = storage.filesystem(name)
+    is_pattern = any(sign in name for sign in "*?") and not fs.exists(path)
+    if not is_pattern and not fs.isdir(path):
+        return [name]
+    found = sorted(fs.glob(path) if is_pattern else fs.find(path))
+    pictures = [file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS]
+    if not pictures:
+        raise UserError(f"{name}: {'matches nothing' if is_pattern else 'has no pictures in it'}")
+    if not storage.is_local(name):
+        return [str(fs.unstrip_protocol(file)) for file in pictures]
+    return pictures if os.path.isabs(name) else [os.path.relpath(file) for file in pictures]
 
 
 def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> list[Caption]:
@@ -151,12 +163,13 @@ def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> l
 
     Raises:
         UserError: a picture is missing or broken, or an option makes no sense.
+        WorkError: a picture's store or server failed.
     """
     captions: list[Caption] = []
     config = DecodeConfig.from_options(**options)
     for image, result in zip(images := list(images), caption_each(model, images, config), strict=True):
         if not isinstance(result, list):
-            raise UserError(str(result) if isinstance(result, UserError) else f"{_name(image)}: {result}")
+            raise UserError(f"{_name(image)}: {result}") if isinstance(result, PictureError) else result
         captions += result
     return captions
 

@@ -177,6 +177,7 @@ def register(config: RegisterConfig) -> Output:
 def caption(config: CaptionConfig) -> Output:
     from model_lib.captioning import caption_each, find_pictures
     from model_lib.model import Captioner
+    from model_lib.pictures import PictureError
 
     _find_registry(config.model)
     if config.explain is not None:
@@ -195,10 +196,10 @@ def caption(config: CaptionConfig) -> Output:
                 for one in result:
                     output.document.append({"uri": file, "caption": one.text, "score": one.score})
                     yield f"{file}: {one.text}"
-                explained.append((file, result[0]))
+                explained.append((str(file), result[0]))
                 continue
-            problem = str(result) if isinstance(result, UserError) else f"{file}: {result}"
-            output.document.append({"uri": file, "error": problem})
+            problem = f"{file}: {result}" if isinstance(result, PictureError) else str(result)
+            output.document.append({"uri": str(file), "error": problem})
             output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
             failed += 1
             print(f"captioner: error: {problem}", file=sys.stderr)

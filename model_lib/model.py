@@ -406,7 +406,7 @@ class Captioner(PreTrainedModel):
             source: a folder, a hub name, a URI (`gs://…`) or an MLflow model (`models:/captioner@champion`).
             device: "auto" takes CUDA, then Apple's MPS, then the CPU.
             precision: of the weights: "bfloat16", "float16", "float32"; "auto" takes 16 bits where that is fast.
-            kwargs: further options of transformers' `from_pretrained`.
+            kwargs: further options of transformers' `from_pretrained`; its `dtype` goes before `precision`.
 
         Raises:
             UserError: there is no captioner at `source`.
@@ -423,7 +423,9 @@ class Captioner(PreTrainedModel):
         model.tokenizer, model.training_record = weights.load_tokenizer(folder), read_training(folder)
         model.freeze()
         place = choose_device(device)
-        return model.for_inference(place, inference_dtype(precision, place, model.config.decoder_config.n_embd))
+        asked = kwargs.get("dtype", "auto") != "auto"  # then transformers has seen to it
+        dtype = model.dtype if asked else inference_dtype(precision, place, model.config.decoder_config.n_embd)
+        return model.for_inference(place, dtype)
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move the weights to a device and number format, laid out as a few tokens at a time read them fastest.

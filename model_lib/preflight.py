@@ -16,7 +16,6 @@ from model_lib import storage
 from model_lib.config import TrainConfig
 from model_lib.errors import UserError, first_line
 from model_lib.presets import PRESETS
-from model_lib.tracking import adopt_secret
 
 PATIENCE = 40.0
 """Seconds after which a check that has no answer counts as failed."""
@@ -92,10 +91,8 @@ def preflight(needs: Needs) -> None:
     Raises:
         UserError: something is missing; the message names all of it.
     """
-    environment = dict(needs.environment)
-    adopt_secret(environment)
     checks: list[tuple[str, Callable[[], str | None]]] = [
-        ("MLflow", partial(_tracking, environment.get("MLFLOW_TRACKING_URI"))),
+        ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
         *([(f"reading {needs.dataset}", partial(_annotations, needs.dataset))] if needs.dataset else []),
         *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
         *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
@@ -105,7 +102,7 @@ def preflight(needs: Needs) -> None:
     problems = [
         f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"
         for key in needs.keys
-        if not environment.get(key)
+        if not needs.environment.get(key)
     ]
     if any(needs.pairs.values()):
         problems += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]

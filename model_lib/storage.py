@@ -16,7 +16,7 @@ from typing import Any
 
 import fsspec
 
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError, first_line
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -56,7 +56,12 @@ def is_folder(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the content of `uri`; `UserError` if it is missing, a folder or not readable."""
+    """Return the content of `uri`.
+
+    Raises:
+        UserError: it is missing, a folder or not readable.
+        WorkError: its store or server failed.
+    """
     fs, path = filesystem(uri)
     try:
         return bytes(fs.cat_file(path))
@@ -64,6 +69,8 @@ def read_bytes(uri: str) -> bytes:
         raise UserError(f"{uri}: no such file") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{uri}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # each driver has exceptions of its own
+        raise WorkError(f"{uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
 def read_json(uri: str) -> Any:

@@ -240,7 +240,7 @@ def do_not_wait_long() -> None:
     os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
 
 
-def adopt_secret(environment: MutableMapping[str, str]) -> None:
+def adopt_secret(environment: MutableMapping[str, str] = os.environ) -> None:
     """Give MLflow's variables from a step's secret their plain names, unless the server set those."""
     for name, value in list(environment.items()):
         if name.startswith(f"{FROM_SECRET}MLFLOW_"):
@@ -258,7 +258,7 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
         return NO_TRACKING
     import mlflow
 
-    adopt_secret(os.environ)
+    adopt_secret()
     for chatty in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the command's own

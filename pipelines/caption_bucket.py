@@ -13,20 +13,8 @@ from components.merge.component import merge
 from components.plan.component import plan
 from components.preflight.component import preflight
 from model_lib.config import BatchConfig
-from pipelines.placement import (
-    BUCKET,
-    GPU_NODES,
-    GPU_RESOURCE,
-    GPU_TOLERATIONS,
-    HUB,
-    PARAMETERS,
-    SECRET,
-    SECRET_KEYS,
-    WEBHOOK,
-    Gpu,
-    on_gpu,
-    place,
-)
+from pipelines import placement
+from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
 
 PARALLEL = 4
 """Shards captioned at the same time on a cluster."""
@@ -44,7 +32,7 @@ captions and does all anew.
 | `caption_model` | folder, URI, hub name, or model of the registry; an alias is pinned to its version |
 | `caption_num_beams` | beams in decoding; 1: greedy |
 | `caption_shard_pictures` | pictures a shard; each shard is a step on a GPU |
-{PARAMETERS}"""
+{placement.PARAMETERS}"""
 
 
 def caption_pictures(
@@ -72,12 +60,12 @@ def define(parallel_shards: int) -> Any:
         caption_model: str = CHAMPION,
         caption_num_beams: int = BatchConfig.num_beams,
         caption_shard_pictures: int = BatchConfig.shard_pictures,
-        gpu_resource: str = GPU_RESOURCE,
+        gpu_resource: str = placement.GPU_RESOURCE,
         gpu_count: str = "1",
-        gpu_node_selector: dict = GPU_NODES,
-        gpu_tolerations: list = GPU_TOLERATIONS,
-        secret_name: str = SECRET,
-        secret_keys: list = SECRET_KEYS,
+        gpu_node_selector: dict = placement.GPU_NODES,
+        gpu_tolerations: list = placement.GPU_TOLERATIONS,
+        secret_name: str = placement.SECRET,
+        secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
         run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         closed = close(run_name=run_name, registers=False, images=caption_images)

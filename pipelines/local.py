@@ -19,7 +19,17 @@ from model_lib import storage
 from model_lib.errors import UserError, WorkError
 from pipelines.placement import USER
 
-PASSED = ("AWS_", "GCSFS_", "GOOGLE_", "HF_", "KFP_RUN_ID", "MLFLOW_", "STORAGE_EMULATOR_HOST", "WEBHOOK_URL")
+PASSED = (
+    "AWS_",
+    "CAPTIONER_",
+    "GCSFS_",
+    "GOOGLE_",
+    "HF_",
+    "KFP_RUN_ID",
+    "MLFLOW_",
+    "STORAGE_EMULATOR_HOST",
+    "WEBHOOK_URL",
+)
 """Beginnings of the environment variables that containers see; on a cluster most come from the secret."""
 
 

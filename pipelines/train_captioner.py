@@ -17,21 +17,9 @@ from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
 from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from pipelines import placement
 from pipelines.caption_bucket import PARALLEL, caption_pictures
-from pipelines.placement import (
-    BUCKET,
-    GPU_NODES,
-    GPU_RESOURCE,
-    GPU_TOLERATIONS,
-    HUB,
-    PARAMETERS,
-    SECRET,
-    SECRET_KEYS,
-    WEBHOOK,
-    Gpu,
-    on_gpu,
-    place,
-)
+from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
 
 CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
 """By default: learning all captions of a picture in each step, or its first alone."""
@@ -53,7 +41,7 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
 | `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
 | `caption_images`, `caption_output` | pictures that the champion captions at the end, and where to; empty: none |
-{PARAMETERS}"""
+{placement.PARAMETERS}"""
 
 
 def define(parallel: int) -> Any:
@@ -80,12 +68,12 @@ def define(parallel: int) -> Any:
         register_min_gain: float = RegisterConfig.min_gain,
         caption_images: str = "",
         caption_output: str = "",
-        gpu_resource: str = GPU_RESOURCE,
+        gpu_resource: str = placement.GPU_RESOURCE,
         gpu_count: str = "1",
-        gpu_node_selector: dict = GPU_NODES,
-        gpu_tolerations: list = GPU_TOLERATIONS,
-        secret_name: str = SECRET,
-        secret_keys: list = SECRET_KEYS,
+        gpu_node_selector: dict = placement.GPU_NODES,
+        gpu_tolerations: list = placement.GPU_TOLERATIONS,
+        secret_name: str = placement.SECRET,
+        secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
         gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
         run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER

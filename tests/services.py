@@ -1,14 +1,17 @@
-"""Real servers on loopback for the tests: MLflow over SQLite, and an emulator of Google Cloud Storage."""
+"""Real servers on loopback for the tests: MLflow over SQLite, an emulator of Google Cloud Storage, a webhook."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PATIENCE = 120.0
@@ -73,3 +76,26 @@ def gcs_emulator(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
+
+
+@contextlib.contextmanager
+def webhook() -> Iterator[tuple[str, list[dict]]]:
+    """Yield the address of a webhook, and what it has been told."""
+    told: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_port}/s3cret", told
+    finally:
+        listener.shutdown()
+        listener.server_close()

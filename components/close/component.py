@@ -7,7 +7,10 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def close(status: dsl.PipelineTaskFinalStatus, run_name: str, registers: bool, images: str) -> None:
-    """End the pipeline's run in MLflow, succeeded if it got to its last steps; tell the secret's webhook, if any."""
+    """End the pipeline's run in MLflow, succeeded if it got to its last steps; tell the secret's webhook, if any.
+
+    By `status` a step is known as one that ends a run; what it says is not used, see `close_pipeline`.
+    """
     from model_lib.closing import close_pipeline, last_steps
     from model_lib.tracking import do_not_wait_long, tracking_from_environment
 

@@ -2,7 +2,6 @@
 and a webhook elsewhere. `make test-containers` builds the images first.
 """
 
-import json
 import os
 import re
 import shutil
@@ -10,8 +9,6 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from model_lib import __version__
 from model_lib.errors import UserError
 from pipelines import caption_bucket, train_captioner
 from pipelines.local import run_locally
-from tests.services import free_port, gcs_emulator, mlflow_server, running
+from tests.services import free_port, gcs_emulator, mlflow_server, running, webhook
 
 docker = pytest.importorskip("docker")
 pytestmark = pytest.mark.containers
@@ -93,25 +90,6 @@ def test_the_packages_are_those_of_the_constraints() -> None:
     assert {name: at for name, at in installed.items() if name in wanted and at != wanted[name]} == {}
 
 
-@pytest.fixture()
-def webhook() -> Iterator[tuple[str, list[dict]]]:
-    told: list[dict] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listener.server_port}/", told
-    listener.shutdown()
-
-
 class Watched:
     """How each container that starts while it watches was started."""
 
@@ -131,13 +109,17 @@ def test_both_pipelines_in_containers(
     engine: Any,
     scenes: Path,
     tmp_path: Path,
-    webhook: tuple[str, list[dict]],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
 ) -> None:
-    address, told = webhook
-    with mlflow_server(tmp_path / "mlflow") as server, gcs_emulator("b", tmp_path / "gcs") as bucket:
-        environment = {**bucket, "MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address}
+    with (
+        mlflow_server(tmp_path / "mlflow") as server,
+        gcs_emulator("b", tmp_path / "gcs") as bucket,
+        webhook() as (address, told),
+    ):
+        # MLflow under the name that the secret's key has in a pod, and no other.
+        environment = {**bucket, "CAPTIONER_MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address}
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)

@@ -16,6 +16,7 @@ from PIL import Image
 from model_lib import Caption, Captioner, UserError, generate_caption
 from model_lib.captioning import caption_each, find_pictures
 from model_lib.config import DecodeConfig
+from model_lib.errors import WorkError
 from model_lib.explain import render_explanation, word_attention
 
 
@@ -26,6 +27,12 @@ def web(scenes: Path) -> Iterator[str]:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
+
+        def do_GET(self) -> None:
+            if self.path == "/fails.jpg":
+                self.send_error(500)
+            else:
+                super().do_GET()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(scenes)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -98,10 +105,20 @@ def test_names_stand_for_pictures(scenes: Path, tmp_path: Path, monkeypatch: pyt
     ]
     fsspec.filesystem("memory").pipe_file("/found/a.jpg", b"")
     assert list(find_pictures(["memory://found"], [])) == ["memory:///found/a.jpg"]
-    for nothing in ("set/*.gif", "sub"):
-        (tmp_path / "sub").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=r"matches nothing|has no pictures"):
-            list(find_pictures([nothing], []))
+    (tmp_path / "sub").mkdir()
+    found = [str(name) for name in find_pictures(["set/*.gif", "a.jpg", "sub", "nowhere://x", "b.jpg"], [])]
+    assert found[:3] == ["set/*.gif: matches nothing", "a.jpg", "sub: has no pictures in it"]
+    assert found[3].startswith("nowhere://x: ") and found[4] == "b.jpg"
+
+
+def test_what_cannot_be_had_costs_the_others_nothing(model: Captioner, scenes: Path, web: str) -> None:
+    good = f"{web}/val2017/000000000001.jpg"
+    names = [good, f"{web}/gone.jpg", f"{web}/fails.jpg", "http://127.0.0.1:9/a.jpg", "nowhere://x", good]
+    results = list(caption_each(model, find_pictures(names, []), DecodeConfig(max_new_tokens=2)))
+    assert isinstance(results[0], list) and results[0] == results[5]
+    kinds = [UserError, WorkError, WorkError, UserError]
+    for name, result, kind in zip(names[1:5], results[1:5], kinds, strict=True):
+        assert type(result) is kind and str(result).startswith(f"{name}: "), result
 
 
 def test_each_word_has_its_attention_over_the_patches(model: Captioner, scenes: Path) -> None:

@@ -252,6 +252,8 @@ def test_transformers_auto_classes_know_the_model(model: Captioner, tmp_path: Pa
     assert isinstance(AutoConfig.from_pretrained(tmp_path), CaptionerConfig)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, Captioner) and loaded.tokenizer is not None
+    for options in ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"precision": "bfloat16"}):
+        assert Captioner.from_pretrained(str(tmp_path), **options).dtype == torch.bfloat16, options
 
 
 def test_trained_weights_alone_load_over_their_frozen_parts(

@@ -30,7 +30,7 @@ def test_what_is_there_is_accepted(
             tokenizers=[str(gpt2_tokenizer)],
             pairs={"images": "", "output": ""},
             keys=["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"],
-            environment={"CAPTIONER_MLFLOW_TRACKING_URI": server, "MLFLOW_TRACKING_PASSWORD": "x"},
+            environment={"MLFLOW_TRACKING_URI": server, "MLFLOW_TRACKING_PASSWORD": "x"},
         )
     )
     assert not list((tmp_path / "out").iterdir())

@@ -1,9 +1,6 @@
 """A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever happens."""
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import mlflow
@@ -11,7 +8,7 @@ import pytest
 
 from model_lib.closing import close_pipeline, last_steps
 from model_lib.tracking import NO_TRACKING, MlflowTracking, adopt_secret, require_mlflow, tracking_from_environment
-from tests.services import free_port, mlflow_server
+from tests.services import free_port, mlflow_server, webhook
 
 NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
 
@@ -38,25 +35,11 @@ def step(environment: pytest.MonkeyPatch, **variables: str) -> MlflowTracking:
 
 
 @pytest.fixture()
-def webhook(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
-    """A webhook on loopback, and what it was told."""
-    told: list[dict] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    environment.setenv("WEBHOOK_URL", f"http://127.0.0.1:{listener.server_port}/s3cret")
-    yield told
-    listener.shutdown()
-    listener.server_close()
+def told(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """What the webhook in the environment has been told."""
+    with webhook() as (address, told):
+        environment.setenv("WEBHOOK_URL", address)
+        yield told
 
 
 def test_candidates_are_nested_under_the_pipelines_run(server: str, environment: pytest.MonkeyPatch) -> None:
@@ -120,7 +103,7 @@ def test_links_lead_where_people_see_mlflow(server: str, environment: pytest.Mon
 def test_the_outcome_is_read_from_the_last_steps_marks_and_posted(
     server: str,
     environment: pytest.MonkeyPatch,
-    webhook: list[dict],
+    told: list[dict],
     caplog: pytest.LogCaptureFixture,
     marks: list[str],
     images: str,
@@ -132,26 +115,26 @@ def test_the_outcome_is_read_from_the_last_steps_marks_and_posted(
     for name in marks:
         tracking.mark(name)
     close_pipeline("nightly", last_steps(True, images), tracking_from_environment)
-    (told,) = webhook
-    assert (told["state"], told["run"]) == (state, "nightly")
-    assert told["text"].startswith(f"captioner: nightly {state.lower()} (http") and told["mlflow"] in told["text"]
+    (post,) = told
+    assert (post["state"], post["run"]) == (state, "nightly")
+    assert post["text"].startswith(f"captioner: nightly {state.lower()} (http") and post["mlflow"] in post["text"]
     assert mlflow.MlflowClient(server).get_run(tracking.parent()).info.status == status
     assert "s3cret" not in caplog.text
 
 
-def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, webhook: list[dict]) -> None:
+def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, told: list[dict]) -> None:
     step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
     close_pipeline("nightly", ["merge"], tracking_from_environment)
-    assert webhook[0]["text"] == "captioner: nightly failed"
+    assert told[0]["text"] == "captioner: nightly failed"
 
 
 def test_with_mlflow_away_the_webhook_is_told_what_is_known(
-    environment: pytest.MonkeyPatch, webhook: list[dict], caplog: pytest.LogCaptureFixture
+    environment: pytest.MonkeyPatch, told: list[dict], caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     close_pipeline("nightly", ["merge"], tracking_from_environment)
-    assert webhook[0]["state"] == "UNKNOWN" and "MLflow does not say how" in webhook[0]["text"]
+    assert told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
     assert "MLflow's runs were not closed" in caplog.text
 
 
