@@ -41,9 +41,10 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.pytorch_utils import Conv1D
 
-from model_lib import weights
+from model_lib import packing, weights
 from model_lib.errors import UserError, first_line
 from model_lib.precision import choose_device, inference_dtype
 from model_lib.sources import read_training, resolve_captioner
@@ -210,6 +211,15 @@ class CrossAttention(nn.Module):
         return scores.softmax(-1).mean(1).view(B, N, T, -1)
 
 
+class QuickGELU(nn.Module):
+    """CLIP's x * sigmoid(1.702 x), by torch's one kernel for x * sigmoid(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.silu(1.702 * x) / 1.702
+        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)  # x is the product before it, and not used again
+
+
 class MLP(nn.Module):
     """GPT-2's feed-forward block."""
 
@@ -290,6 +300,10 @@ class Captioner(PreTrainedModel):
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
         self.vision = CLIPVisionModel._from_config(config.vision_config)
+        if config.vision_config.hidden_act == "quick_gelu":
+            for module in self.vision.modules():
+                if isinstance(module, CLIPMLP):
+                    module.activation_fn = QuickGELU()
         self.decoder = Decoder(config.decoder_config, config.vision_config.hidden_size)
         self.head = nn.Linear(config.decoder_config.n_embd, config.decoder_config.vocab_size, bias=False)
         self.tokenizer: Any = None
@@ -329,9 +343,11 @@ class Captioner(PreTrainedModel):
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the visual tokens [B, S, E] of RGB pixels, uint8 [B, 3, image_size, image_size]."""
         like = self.vision.embeddings.patch_embedding.weight
-        normalised = normalise(pixels, self.config.image_mean, self.config.image_std)
+        # On a CPU a few at a time: the layers' results then stay in memory that is there already.
+        parts = pixels.split(8) if pixels.device.type == "cpu" else [pixels]
         with torch.set_grad_enabled(like.requires_grad and torch.is_grad_enabled()):
-            return self.vision(normalised.to(like.dtype)).last_hidden_state
+            normalised = [normalise(part, self.config.image_mean, self.config.image_std) for part in parts]
+            return torch.cat([self.vision(part.to(like.dtype)).last_hidden_state for part in normalised])
 
     def cross_cache(self, features: Tensor) -> CrossCache:
         """Return each layer's cross-attention keys and values of the visual tokens [B, S, E]."""
@@ -428,16 +444,27 @@ class Captioner(PreTrainedModel):
         return model.for_inference(place, dtype)
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move the weights to a device and number format, laid out as a few tokens at a time read them fastest.
+        """Move the weights to a device and number format, on a CPU packed as it reads them fastest.
 
-        GPT-2 keeps its matrices [in, out]; stored by output behind the same shape, bfloat16 products of one row take
-        0.6 of the time on a CPU, and those of several rows 0.9.
+        Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()` unpack them.
         """
         self.to(device, dtype).eval()
-        for module in self.decoder.modules():
-            if isinstance(module, Conv1D):
-                module.weight.data = module.weight.data.t().contiguous().t()
+        if packing.can_pack(device, dtype):
+            packing.pack(self)
         return self
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            packing.unpack(self)
+        return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        packing.unpack(self)
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        packing.unpack(self)  # this is what moves and converts tensors, and packed ones cannot be
+        return super()._apply(fn, recurse)
 
     @classmethod
     def from_trained_weights(cls, file: str, vision: str, decoder: str, tokenizer: str | None = None) -> Self:
