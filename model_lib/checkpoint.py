@@ -1,6 +1,6 @@
 """Training checkpoints at any fsspec URI: found whole, or not found at all.
 
-    <output>/checkpoints/step-00000120/state.safetensors   trained weights, AdamW's moments, random state
+    <output>/checkpoints/step-00000120/state.safetensors   weights, their average, AdamW's moments, random state
                                        state.json          the position in the run and what it was made from
                                        manifest.json       sizes and sha256 of both, written last
 
@@ -12,12 +12,13 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from model_lib import storage
 from model_lib.errors import UserError
@@ -31,14 +32,24 @@ def _folder(output: str) -> str:
     return storage.join(output, "checkpoints")
 
 
-def save(output: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    output: str,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, Tensor],
+    state: dict[str, Any],
+) -> None:
     """Write the checkpoint of `step` and remove the oldest ones."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
     for name, parameter in trained.items():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value.detach()
+    tensors |= {f"average.{name}": average for name, average in averages.items()}
     tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random_cuda"] = torch.cuda.get_rng_state()
     target = storage.join(_folder(output), f"step-{step:08d}")
     with tempfile.TemporaryDirectory() as scratch:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, f"{scratch}/state.safetensors")
@@ -83,8 +94,8 @@ def read_state(folder: str) -> dict[str, Any]:
     return dict(json.loads(Path(folder, "state.json").read_text()))
 
 
-def restore(folder: str, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """Put trained weights, the optimiser's moments and the random state back."""
+def restore(folder: str, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Put trained weights, the optimiser's moments and the random state back; return the averages."""
     tensors = load_file(f"{folder}/state.safetensors")
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
@@ -96,3 +107,7 @@ def restore(folder: str, model: nn.Module, optimizer: torch.optim.AdamW) -> None
             beside = kind != "step" or optimizer.defaults["fused"]
             optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device if beside else "cpu")
     torch.set_rng_state(tensors["random"])
+    if "random_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random_cuda"])
+    averages = {name: tensor for name, tensor in tensors.items() if name.startswith("average.")}
+    return {name.removeprefix("average."): tensor for name, tensor in averages.items()}

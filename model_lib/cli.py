@@ -149,7 +149,8 @@ def train(config: TrainConfig) -> Output:
     from model_lib.training import train as run
 
     trained = run(config, tracking_from_environment())
-    return Output(asdict(trained), [f"{trained.model}: validation loss {trained.validation_loss:.4f}"])
+    scores = f"validation CIDEr {trained.validation_cider:.3f}, loss {trained.validation_loss:.4f}"
+    return Output(asdict(trained), [f"{trained.model}: {scores}"])
 
 
 def evaluate(config: EvaluateConfig) -> Output:

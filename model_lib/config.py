@@ -17,6 +17,8 @@ from model_lib.presets import PRESETS
 
 LARGEST = 2**63 - 1
 """Largest whole number: that of a seed."""
+SELF_CRITICAL_SLOWDOWN = 10
+"""By how much the second stage's learning rate is lower, unless one is given."""
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -166,10 +168,38 @@ class TrainConfig(StageConfig):
     """Captions of a picture learned in one step; those beyond are left out."""
     max_tokens: int = option(40, minimum=4)
     """Longer captions are cut to this many tokens."""
+    label_smoothing: float | None = option(None, minimum=0)
+    """Share of the target spread over the vocabulary; by default the preset's."""
+    dropout: float | None = option(None, minimum=0)
+    """Dropout of the cross-attention and feed-forward blocks' results; by default the preset's."""
+    ema: float | None = option(None, minimum=0)
+    """Decay of the moving average of the weights that is judged and kept; 0: none; by default the preset's."""
+    augment: bool | None = None
+    """Learn random crops, mirrored if no caption says left or right; by default the preset's."""
+    objective: Literal["cross-entropy", "self-critical"] = "cross-entropy"
+    """Learn the captions, or, as a second stage, raise the CIDEr-D of captions that the model draws."""
+    start: str | None = None
+    """A trained captioner to go on from: a folder, hub name, URI or models:/captioner@champion."""
+    samples: int = option(5, minimum=2)
+    """Captions drawn for a picture in self-critical training; the others' mean is each one's baseline."""
+    validate_every: int = option(0, minimum=0)
+    """Steps between two validations; 0: one at each epoch's end."""
+    validation_pictures: int = option(1000, minimum=0)
+    """First so many validation pictures to validate on, and as many of the training pictures; 0: all."""
+    patience: int = option(0, minimum=0)
+    """Stop after so many validations in a row without a better CIDEr; 0: never."""
+    micro_batch_size: int = option(0, minimum=0, shapes=False)
+    """Pictures that go through the model at once, their gradients added up to a step's; 0: the whole batch."""
+    recompute: bool = option(False, shapes=False)
+    """Compute each layer again in the backward pass (gradient checkpointing): less memory, more time."""
+    compile: bool = option(False, shapes=False)
+    """Compile the decoder's layers with torch.compile."""
+    feature_cache: str | None = option(None, shapes=False)
+    """Local folder to keep the vision tower's results in, for several epochs without augmentation."""
     precision: Precision = "auto"
     """auto: the preset's; for full-size models bfloat16 where the device has it, else float16 on a GPU, or float32."""
     seed: int = option(0, minimum=0)
-    """Seed of the new weights and of the order of the pictures."""
+    """Seed of the new weights, the order of the pictures, their views and drawn captions."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
     workers: int = option(0, minimum=0, shapes=False)
@@ -190,9 +220,20 @@ class TrainConfig(StageConfig):
                 self.vision is None and self.decoder is None and self.tokenizer is None,
                 f"preset {self.preset}: is trained from scratch and takes no vision, decoder or tokenizer",
             )
+        self_critical = self.objective == "self-critical"
+        _require(not self_critical or self.start is not None, "objective self-critical: needs a trained start to go on")
+        if self_critical and not self.learning_rate:
+            object.__setattr__(self, "learning_rate", preset.learning_rate / SELF_CRITICAL_SLOWDOWN)
         for name in ("epochs", "batch_size", "learning_rate", "precision"):
             if getattr(self, name) in (0, "auto"):
                 object.__setattr__(self, name, getattr(preset, name))
+        for name in ("label_smoothing", "dropout", "ema", "augment"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(preset, name))
+            _require(getattr(self, name) in (True, False) or getattr(self, name) < 1, f"{name}: is not less than 1")
+        if self.feature_cache is not None:
+            _require(preset.vision is not None, f"feature_cache: preset {self.preset} trains its vision tower")
+            _require(not self.augment, "feature_cache: keeps one view of each picture; give --augment false too")
 
 
 @dataclass(frozen=True, kw_only=True)

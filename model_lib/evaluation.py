@@ -130,13 +130,11 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
-    reader = SplitReader(
-        manifest, config.split, batch_size=config.batch_size, size=model.image_size, limit=config.limit
-    )
+    reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
     decoding = DecodeConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(DecodeConfig)})
     captions, references, gallery = {}, {}, []
     with Progress(f"evaluate on {config.split}", reader.rows, "pictures") as progress:
-        for batch in reader.batches():
+        for batch in reader.batches(reader.in_order(config.batch_size)):
             for position, (caption,) in enumerate(caption_pixels(model, batch.pixels, decoding)):
                 image_id = batch.image_ids[position]
                 captions[image_id], references[image_id] = caption.text, batch.captions[position]

@@ -1,27 +1,100 @@
-"""The training loss: next-token cross-entropy over a picture's captions."""
+"""The training loss: next-token cross-entropy over all captions of a batch, without the logits ever lying in memory.
 
+Logits of a batch at full size would take gigabytes: tokens × 50,257 floats. The head's product, the softmax and both
+gradients are therefore computed a slice of tokens at a time, in the forward pass, and only the gradients are kept.
+"""
+
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_lib.model import Captioner
-from model_lib.tokens import IGNORED
+from model_lib.model import Captioner, SideBySide
+from model_lib.tokens import IGNORED, Rows
+
+SLICE = 1024
+"""Tokens whose logits exist at the same time."""
 
 
-def caption_loss(model: Captioner, pixels: Tensor, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy of all captions' tokens and how many tokens those are.
+def caption_loss(
+    model: Captioner, features: Tensor, rows: Rows, label_smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
+    """Return the summed cross-entropy of all tokens that have a target.
 
-    Each picture is encoded once for all its captions, and the head runs on positions with a target only.
+    Each picture's keys and values are computed once for all its captions, and the head runs on tokens with a target
+    only. Divide by `rows.count` for the mean a token.
 
     Args:
         model: the captioner.
-        pixels: RGB, uint8 [B, 3, size, size].
-        tokens: decoder input, int64 [B, N, T].
-        targets: next tokens, int64 [B, N, T], `IGNORED` where there is none.
+        features: visual tokens [B, S, E] from `Captioner.encode`.
+        rows: each picture's captions side by side.
+        label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al., 2016).
+        weights: of each token's loss, float32 [B, T]; None: all 1.
 
     Returns:
-        Sum in nats, float32 scalar; count, int64 scalar.
+        Sum in nats, float32 scalar.
     """
-    hidden = model.hidden(tokens, model.cross_cache(model.encode(pixels)))
-    wanted = targets != IGNORED
-    logits = model.head(hidden[wanted]).float()
-    return F.cross_entropy(logits, targets[wanted], reduction="sum"), wanted.sum()
+    layout = SideBySide(rows.positions, rows.mask())
+    hidden = model.hidden(rows.tokens.unsqueeze(1), model.cross_cache(features), layout=layout).squeeze(1)
+    wanted = rows.targets != IGNORED
+    chosen = torch.ones_like(rows.targets, dtype=torch.float32) if weights is None else weights
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+    weight = model.head.weight
+    return _HeadLoss.apply(hidden[wanted], weight, rows.targets[wanted], chosen[wanted], label_smoothing, dtype)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted sum of the cross-entropies of `hidden @ weight.T`, its gradients computed with it.
+
+    With p the softmax of a token's logits and q its smoothed target, (1 - s) at the target plus s / V everywhere, the
+    loss is -sum(q log p), and its gradient by the logits is p - q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chosen: Tensor,
+        smoothing: float,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            kind = dtype or weight.dtype
+            matrix, inputs = weight.to(kind), hidden.to(kind)
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            need_hidden, need_weight = ctx.needs_input_grad[:2]
+            by_hidden = torch.empty_like(inputs) if need_hidden else None
+            by_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+            for start in range(0, len(inputs), SLICE):
+                part = slice(start, start + SLICE)
+                target, share = targets[part].unsqueeze(1), chosen[part].unsqueeze(1)
+                logits = F.linear(inputs[part], matrix).float()
+                log_total = logits.logsumexp(1, keepdim=True)
+                loss = log_total - (1 - smoothing) * logits.gather(1, target)
+                if smoothing:
+                    loss = loss - smoothing * logits.mean(1, keepdim=True)
+                total += (loss * share).sum()
+                if by_hidden is None and by_weight is None:
+                    continue
+                by_logits = logits.sub_(log_total).exp_().sub_(smoothing / logits.shape[1])
+                by_logits.scatter_add_(1, target, torch.full_like(log_total, smoothing - 1))
+                by_logits = by_logits.mul_(share).to(kind)
+                if by_hidden is not None:
+                    torch.mm(by_logits, matrix, out=by_hidden[part])
+                if by_weight is not None:
+                    by_weight += by_logits.t() @ inputs[part]
+        ctx.save_for_backward(by_hidden, by_weight)
+        ctx.kinds = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        by_hidden, by_weight = (
+            None if saved is None else (saved * gradient).to(kind)
+            for saved, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
+        )
+        return by_hidden, by_weight, None, None, None, None

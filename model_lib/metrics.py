@@ -9,7 +9,6 @@ import importlib.util
 import io
 import itertools
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model_lib.cider import words
 from model_lib.errors import UserError, WorkError
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
@@ -92,10 +92,7 @@ def _tokenize(captions: dict[int, list[str]], java: bool) -> dict[int, list[str]
     if java:
         lines = iter(_penn_treebank([text for texts in captions.values() for text in texts]))
         return {i: [next(lines) for _ in texts] for i, texts in captions.items()}
-    return {
-        i: [" ".join(re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", text.lower())) for text in texts]
-        for i, texts in captions.items()
-    }
+    return {i: [" ".join(words(text)) for text in texts] for i, texts in captions.items()}
 
 
 def _penn_treebank(texts: Sequence[str]) -> list[str]:

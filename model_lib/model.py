@@ -19,6 +19,7 @@ K head width, V vocabulary, L layers.
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -108,6 +110,16 @@ class CaptionerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+@dataclass(frozen=True)
+class SideBySide:
+    """Several sequences in one row of tokens: each starts at position 0 and sees itself alone."""
+
+    positions: Tensor
+    """Place of each token in its own sequence, int64 [B, T]."""
+    mask: Tensor
+    """What each token sees, bool [B, 1, T, T]."""
+
+
 class SelfAttentionCache:
     """Keys and values of the tokens so far, one [2, B, H, max_tokens * N, K] buffer a layer.
 
@@ -163,13 +175,13 @@ class SelfAttention(nn.Module):
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = residual_projection(config, config.n_embd)
 
-    def forward(self, x: Tensor, cache: SelfAttentionCache | None) -> Tensor:
-        """Attend within each row: [B, N, T, D] to [B, N, T, D]; with a cache T is 1."""
+    def forward(self, x: Tensor, cache: SelfAttentionCache | None, mask: Tensor | None) -> Tensor:
+        """Attend within each row: [B, N, T, D] to [B, N, T, D]; with a cache T is 1, with a mask N is 1."""
         B, N, T, D = x.shape
         sequences, length = (B * N, T) if cache is None else (B, N)
         q, k, v = self.c_attn(x).view(sequences, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if cache is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.scale)
         else:
             k, v = cache.append(self.layer, k, v)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=self.scale)
@@ -249,11 +261,14 @@ class Block(nn.Module):
         self.crossattention = CrossAttention(config, visual_width)
         self.ln_2 = norm(config.n_embd)
         self.mlp = MLP(config)
+        self.dropout = nn.Dropout(0.0)  # of the trained branches; training sets it
 
-    def forward(self, h: Tensor, visual: tuple[Tensor, Tensor], cache: SelfAttentionCache | None) -> Tensor:
-        h = h + self.attn(self.ln_1(h), cache)
-        h = h + self.crossattention(self.ln_cross_attn(h), visual)
-        return h + self.mlp(self.ln_2(h))
+    def forward(
+        self, h: Tensor, visual: tuple[Tensor, Tensor], cache: SelfAttentionCache | None, mask: Tensor | None
+    ) -> Tensor:
+        h = h + self.attn(self.ln_1(h), cache, mask)
+        h = h + self.dropout(self.crossattention(self.ln_cross_attn(h), visual))
+        return h + self.dropout(self.mlp(self.ln_2(h)))
 
 
 class Decoder(nn.Module):
@@ -265,21 +280,31 @@ class Decoder(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer, visual_width) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.recompute = False
+        """Compute each layer again in the backward pass instead of keeping what it computed."""
 
     @property
     def blocks(self) -> Iterable[Block]:
         """The layers, in order."""
         return cast(Iterable[Block], self.h)
 
-    def forward(self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None) -> Tensor:
-        start = 0
-        if cache is not None:
-            start = cache.length
-            cache.extend()
-        positions = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
+    def forward(
+        self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None, layout: SideBySide | None
+    ) -> Tensor:
+        if layout is not None:
+            positions, mask = layout.positions.unsqueeze(1), layout.mask
+        else:
+            start = 0
+            if cache is not None:
+                start = cache.length
+                cache.extend()
+            positions, mask = torch.arange(start, start + tokens.shape[-1], device=tokens.device), None
         h = self.wte(tokens) + self.wpe(positions)
         for block, keys_values in zip(self.blocks, visual, strict=True):
-            h = block(h, keys_values, cache)
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, keys_values, cache, mask, use_reentrant=False)
+            else:
+                h = block(h, keys_values, cache, mask)
         return self.ln_f(h)
 
 
@@ -333,6 +358,18 @@ class Captioner(PreTrainedModel):
         for module in trained:
             module.requires_grad_(True)
 
+    def freeze_into(self, dtype: torch.dtype) -> None:
+        """Put the frozen matrices into `dtype`: what takes no gradient needs no float32 copy."""
+        modules: list[nn.Module] = [self.vision, *(block.attn for block in self.decoder.blocks)]
+        for module in modules:
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the trained weights; in training the frozen ones may have another."""
+        return self.decoder.ln_f.weight.dtype
+
     # ---- computing -------------------------------------------------------------------------------------------
 
     @property
@@ -353,9 +390,15 @@ class Captioner(PreTrainedModel):
         """Return each layer's cross-attention keys and values of the visual tokens [B, S, E]."""
         return [block.crossattention.keys_values(block.ln_visual(features)) for block in self.decoder.blocks]
 
-    def hidden(self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None = None) -> Tensor:
-        """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]."""
-        return self.decoder(tokens, visual, cache)
+    def hidden(
+        self,
+        tokens: Tensor,
+        visual: CrossCache,
+        cache: SelfAttentionCache | None = None,
+        layout: SideBySide | None = None,
+    ) -> Tensor:
+        """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]; with a layout N is 1."""
+        return self.decoder(tokens, visual, cache, layout)
 
     @torch.inference_mode()
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:

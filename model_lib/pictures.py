@@ -5,7 +5,9 @@ counted and reported while the others go on.
 """
 
 import io
+import re
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,6 +16,10 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 """Endings of the files that count as pictures when a folder is searched."""
 MAX_PIXELS = 128 * 1024 * 1024
 """Pictures with more pixels are refused: decoding one would need more than half a gigabyte."""
+
+
+SMALLEST_CROP = 0.85
+"""Side of the smallest crop in training, as a share of the shorter side: what a caption names stays in sight."""
 
 
 class PictureError(Exception):
@@ -104,3 +110,30 @@ def to_pixels(image: Image.Image, size: int) -> np.ndarray:
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+"""Words that are wrong of a mirrored picture."""
+
+
+def augmented(image: Image.Image, size: int, captions: Iterable[str], rng: np.random.Generator) -> np.ndarray:
+    """Return a view of a picture that its captions stay true of: a large crop, mirrored half of the time.
+
+    A picture is not mirrored if a caption says left or right. Colours stay as they are, since captions name them.
+
+    Args:
+        image: RGB, any size.
+        size: side of the result in pixels.
+        captions: of the picture.
+        rng: decides; the same state gives the same view.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    side = min(image.size) * rng.uniform(SMALLEST_CROP, 1)
+    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    pixels = np.asarray(view).transpose(2, 0, 1)
+    if rng.random() < 0.5 and not any(SIDED.search(caption) for caption in captions):
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -58,7 +58,9 @@ def training_sources(
         return [], []
     for config in check_candidates(candidates, preset=preset, vision=vision, decoder=decoder, tokenizer=tokenizer):
         parts = PRESETS[config.preset]
-        if parts.vision is not None and parts.decoder is not None:
+        if config.start is not None:
+            weights.add(config.start)
+        elif parts.vision is not None and parts.decoder is not None:
             weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
             tokenizers |= {config.tokenizer} if config.tokenizer else set()
     return sorted(weights), sorted(tokenizers)

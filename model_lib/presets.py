@@ -25,6 +25,12 @@ class Preset:
     learning_rate: float
     precision: str
     """Of training; "auto" unless another was measured faster."""
+    label_smoothing: float
+    dropout: float
+    """Of the cross-attention and feed-forward blocks' results."""
+    ema: float
+    """Decay of the weights' moving average; 0: none."""
+    augment: bool
 
     def config(self, **decoder_options: int) -> "CaptionerConfig":
         """Return the model's configuration, without loading weights."""
@@ -54,6 +60,10 @@ PRESETS = {
         batch_size=64,
         learning_rate=1e-4,
         precision="auto",
+        label_smoothing=0.1,
+        dropout=0.1,
+        ema=0.999,
+        augment=True,
     ),
     "tiny": Preset(
         vision=None,
@@ -79,5 +89,9 @@ PRESETS = {
         batch_size=32,
         learning_rate=2e-3,
         precision="float32",  # its matrices are too small to gain from bfloat16: docs/benchmarks.md
+        label_smoothing=0.0,
+        dropout=0.0,
+        ema=0.0,
+        augment=False,
     ),
 }

@@ -1,13 +1,13 @@
-"""The data set that ingest made: its manifest, and batches read from its Parquet shards.
+"""The data set that ingest made: its manifest, and batches of pictures read from its Parquet shards.
 
-Batches come in an order that depends on the seed and the epoch alone, so that a training run can go on at any step:
-row groups are shuffled, and rows within a window of several groups.
+A split's pictures are numbered in the order of its shards, and an epoch is a plan: a list of batches of those numbers
+that depends on the seed and the epoch alone. So a training run goes on at any step by leaving out the start of a plan.
 """
 
 import io
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 WINDOW = 4096
 """Rows held in memory and shuffled together: about 100 MB of pictures at 256 pixels."""
 COLUMNS = ["image_id", "file_name", "image", "captions"]
+AHEAD = 4
+"""Batches that are read and decoded before they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def read_manifest(uri: str) -> Manifest:
 class Batch:
     """Some pictures with their captions."""
 
+    numbers: list[int]
+    """Places of the pictures in the split."""
     image_ids: list[int]
     file_names: list[str]
     pixels: np.ndarray
@@ -100,95 +104,124 @@ class Batch:
     jpegs: list[bytes]
 
 
+Plan = Sequence[np.ndarray]
+"""For each batch the numbers of its pictures."""
+
+
 class SplitReader:
     """Reads the pictures of one split of a data set, in batches.
 
     Args:
         manifest: the data set.
         split: "train", "val" or another that it has.
-        batch_size: pictures a batch; the last of an epoch may be smaller.
         size: side of the pixels in each batch.
         workers: threads that decode; 0: one a core.
-        limit: read the first so many pictures only; 0: all.
+        limit: know the first so many pictures only; 0: all.
     """
 
-    def __init__(
-        self, manifest: Manifest, split: str, *, batch_size: int, size: int, workers: int = 0, limit: int = 0
-    ) -> None:
+    def __init__(self, manifest: Manifest, split: str, *, size: int, workers: int = 0, limit: int = 0) -> None:
         manifest.require_split(split)
-        self.batch_size, self.size, self.workers = batch_size, size, workers or os.cpu_count() or 1
+        self.size, self.workers = size, workers or os.cpu_count() or 1
         self.files = [_open_shard(shard) for shard in manifest.shards if shard.split == split]
-        self.groups = [
-            (file, group, file.metadata.row_group(group).num_rows)
-            for file in self.files
-            for group in range(file.metadata.num_row_groups)
-        ]
-        rows = sum(count for *_, count in self.groups)
+        self.groups = [(file, group) for file in self.files for group in range(file.metadata.num_row_groups)]
+        counts = [file.metadata.row_group(group).num_rows for file, group in self.groups]
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        """Number of the first picture of each row group, and their count."""
+        rows = int(self.starts[-1])
         self.rows = min(rows, limit) if limit else rows
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return -(-self.rows // self.batch_size)
+    def captions(self) -> list[list[str]]:
+        """Return each picture's captions, without reading pictures."""
+        columns = (file.read(columns=["captions"])["captions"].to_pylist() for file in self.files)
+        return [captions for column in columns for captions in column][: self.rows]
 
-    def captions(self) -> Iterator[str]:
-        """Yield every caption of the split, without reading pictures."""
-        for file in self.files:
-            for captions in file.read(columns=["captions"])["captions"].to_pylist():
-                yield from captions
+    def in_order(self, batch_size: int) -> Plan:
+        """Return the plan that keeps the order of the shards."""
+        return _cut(np.arange(self.rows), batch_size)
 
-    def batches(self, *, seed: int | None = None, epoch: int = 0, skip: int = 0) -> Iterator[Batch]:
-        """Yield one epoch's batches, decoded ahead by threads.
+    def shuffled(self, batch_size: int, seed: int, epoch: int, lengths: np.ndarray) -> Plan:
+        """Return the plan of an epoch in which pictures of similar length come together.
+
+        Row groups are shuffled, and pictures within a window of several groups, so that reading stays near in the
+        files; then, a window at a time, batches are made of neighbours in length and shuffled again.
 
         Args:
-            seed: shuffle by it and by `epoch`; None keeps the order of the shards.
-            skip: leave out so many batches at the start, without reading them.
+            batch_size: pictures a batch; one of the last is smaller if they do not divide.
+            seed: with the epoch, what the order depends on.
+            epoch: from 0.
+            lengths: of each picture, for example its captions' tokens, int [rows].
         """
-        ahead = 3
-        with ThreadPoolExecutor(self.workers) as pool:
-            pending: deque[tuple[list[dict], list]] = deque()
-            for rows in self._grouped(self._rows(seed, epoch, skip * self.batch_size)):
-                pending.append((rows, [pool.submit(_decode, row["image"], self.size) for row in rows]))
-                if len(pending) > ahead:
-                    yield _assemble(*pending.popleft())
-            while pending:
-                yield _assemble(*pending.popleft())
+        rng = np.random.default_rng([seed, epoch])
+        order = np.concatenate([rng.permutation(window) for window in self._windows(rng)])
+        order = order[order < self.rows]
+        batches: list[np.ndarray] = []
+        for window in _cut(order, max(1, WINDOW // batch_size) * batch_size):
+            near = _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
+            batches += [near[place] for place in rng.permutation(len(near))]
+        return batches
 
-    def _grouped(self, rows: Iterator[dict]) -> Iterator[list[dict]]:
-        group: list[dict] = []
-        for row in rows:
-            group.append(row)
-            if len(group) == self.batch_size:
-                yield group
-                group = []
-        if group:
-            yield group
-
-    def _rows(self, seed: int | None, epoch: int, skip: int) -> Iterator[dict]:
-        rng = None if seed is None else np.random.default_rng([seed, epoch])
-        left = self.rows
-        for window in self._windows(rng):
-            places = [(index, row) for index, (*_, count) in enumerate(window) for row in range(count)]
-            if rng is not None:
-                rng.shuffle(places)
-            places = places[:left]
-            left -= len(places)
-            wanted, skip = places[skip:], max(0, skip - len(places))
-            if wanted:
-                tables = [file.read_row_group(group, columns=COLUMNS) for file, group, _ in window]
-                for index, row in wanted:
-                    yield {name: tables[index][name][int(row)].as_py() for name in COLUMNS}
-
-    def _windows(self, rng: np.random.Generator | None) -> Iterator[list]:
-        order = range(len(self.groups)) if rng is None else rng.permutation(len(self.groups))
-        window, rows = [], 0
-        for index in order:
-            window.append(self.groups[index])
-            rows += self.groups[index][2]
-            if rows >= WINDOW:
-                yield window
-                window, rows = [], 0
+    def _windows(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        window: list[np.ndarray] = []
+        for group in rng.permutation(len(self.groups)):
+            window.append(np.arange(self.starts[group], self.starts[group + 1]))
+            if sum(map(len, window)) >= WINDOW:
+                yield np.concatenate(window)
+                window = []
         if window:
-            yield window
+            yield np.concatenate(window)
+
+    def batches(self, plan: Plan, view: Callable[[Image.Image, int], np.ndarray] | None = None) -> Iterator[Batch]:
+        """Yield the batches of a plan, read and decoded ahead by threads.
+
+        Args:
+            plan: whose pictures, and in which order.
+            view: takes a picture and its number to pixels, uint8 [3, size, size]; by default CLIP's view of it.
+        """
+        view = view or (lambda image, number: to_pixels(image, self.size))
+        tables: OrderedDict[int, Any] = OrderedDict()  # row groups in use; a plan stays within a few windows
+        kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
+
+        def row(number: int) -> dict[str, Any]:
+            place = int(np.searchsorted(self.starts, number, "right")) - 1
+            if place not in tables:
+                file, group = self.groups[place]
+                tables[place] = file.read_row_group(group, columns=COLUMNS)
+                if len(tables) > kept:
+                    tables.popitem(last=False)
+            tables.move_to_end(place)
+            inside = int(number - self.starts[place])
+            return {name: tables[place][name][inside].as_py() for name in COLUMNS}
+
+        def read() -> Iterator[Batch]:
+            with ThreadPoolExecutor(self.workers) as pool:
+                for numbers in plan:
+                    rows = [row(number) for number in numbers.tolist()]
+                    pictures = (Image.open(io.BytesIO(one["image"])) for one in rows)
+                    pixels = list(pool.map(view, pictures, numbers.tolist()))
+                    yield Batch(
+                        numbers=numbers.tolist(),
+                        image_ids=[one["image_id"] for one in rows],
+                        file_names=[one["file_name"] for one in rows],
+                        pixels=np.stack(pixels),
+                        captions=[one["captions"] for one in rows],
+                        jpegs=[one["image"] for one in rows],
+                    )
+
+        return ahead(read(), AHEAD)
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """Yield what `source` yields, computed by a thread up to `depth` items before it is asked for."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, source, end) for _ in range(depth))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, source, end))
+            yield item
 
 
 def _open_shard(shard: Shard) -> pq.ParquetFile:
@@ -198,17 +231,3 @@ def _open_shard(shard: Shard) -> pq.ParquetFile:
     if fs.size(path) != shard.bytes:
         raise UserError(f"{shard.uri}: has {fs.size(path)} bytes, not the manifest's {shard.bytes}; ingest anew")
     return pq.ParquetFile(fs.open(path, "rb"))
-
-
-def _decode(jpeg: bytes, size: int) -> np.ndarray:
-    return to_pixels(Image.open(io.BytesIO(jpeg)), size)
-
-
-def _assemble(rows: list[dict], pixels: list) -> Batch:
-    return Batch(
-        image_ids=[row["image_id"] for row in rows],
-        file_names=[row["file_name"] for row in rows],
-        pixels=np.stack([future.result() for future in pixels]),
-        captions=[row["captions"] for row in rows],
-        jpegs=[row["image"] for row in rows],
-    )

@@ -4,8 +4,9 @@ A row of ids is end-of-text, the caption, end-of-text: the first starts the deco
 captions stop by themselves.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -37,34 +38,77 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
     return GPT2Tokenizer(tokenizer_object=bpe)
 
 
-def encode_captions(tokenizer: Any, captions: list[list[str]], per_picture: int, max_tokens: int) -> Tensor:
-    """Return padded token rows and their targets.
+def encode_captions(
+    tokenizer: Any, captions: Sequence[Sequence[str]], per_picture: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Return each picture's captions as ids to learn: at most `per_picture`, each with end-of-text at its end.
 
     Args:
         tokenizer: the model's.
         captions: each picture's captions.
         per_picture: captions of a picture to use at most.
-        max_tokens: tokens of a caption to keep at most; a cut caption has no end-of-text target.
-
-    Returns:
-        int64 [2, B, N, T]: the decoder's input and, at each position, the next token or `IGNORED`.
+        max_tokens: tokens of a caption to keep at most; a cut caption has no end-of-text.
     """
     end = tokenizer.eos_token_id
-    encoded = iter(tokenizer([text for texts in captions for text in texts[:per_picture]])["input_ids"])
-    rows = [[_ended(next(encoded), end, max_tokens) for _ in texts[:per_picture]] for texts in captions]
-    N = max(len(picture) for picture in rows)
-    T = max(len(ids) for picture in rows for ids in picture)
-    out = np.full((2, len(rows), N, T), end)
-    out[1] = IGNORED
-    for b, picture in enumerate(rows):
-        for n, ids in enumerate(picture):
-            out[0, b, n, 1 : len(ids)] = ids[:-1]
-            out[1, b, n, : len(ids)] = ids
-    return torch.from_numpy(out)
+    chosen = [texts[:per_picture] for texts in captions]
+    flat = [text for texts in chosen for text in texts]
+    encoded = iter(tokenizer(flat)["input_ids"] if flat else [])
+    return [[_ended(next(encoded), end, max_tokens) for _ in texts] for texts in chosen]
 
 
 def _ended(ids: list[int], end: int, max_tokens: int) -> list[int]:
     return ids[:max_tokens] if len(ids) > max_tokens else [*ids, end]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch for the decoder: the captions of each picture side by side in one row, padded to the longest row."""
+
+    tokens: Tensor
+    """The decoder's input, int64 [B, T]; each caption starts with end-of-text."""
+    targets: Tensor
+    """The next tokens, int64 [B, T]; `IGNORED` in the padding."""
+    positions: Tensor
+    """Place of each token in its caption, int64 [B, T]."""
+    caption: Tensor
+    """Which of the row's captions a token belongs to, int64 [B, T]; -1 in the padding."""
+    count: int
+    """Tokens with a target."""
+
+    def mask(self) -> Tensor:
+        """Return what each token sees, the earlier tokens of its own caption and itself: bool [B, 1, T, T]."""
+        same = self.caption.unsqueeze(2) == self.caption.unsqueeze(1)
+        return same.tril().unsqueeze(1)
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "count"}
+        return replace(self, **moved)
+
+
+def side_by_side(captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8) -> Rows:
+    """Lay each picture's captions, ids as `encode_captions` returns them, into one row.
+
+    Args:
+        captions: for each picture its captions' ids.
+        end: the end-of-text token.
+        multiple: rows are padded to a multiple of so many tokens, as matrix units like them.
+    """
+    length = max(sum(len(ids) for ids in picture) for picture in captions)
+    length = -(-length // multiple) * multiple
+    values = np.zeros((4, len(captions), length), np.int64)
+    values[0], values[1], values[3] = end, IGNORED, -1
+    for row, picture in enumerate(captions):
+        start = 0
+        for number, ids in enumerate(picture):
+            part = slice(start, start + len(ids))
+            values[0, row, part] = [end, *ids[:-1]]
+            values[1, row, part] = ids
+            values[2, row, part] = range(len(ids))
+            values[3, row, part] = number
+            start += len(ids)
+    tokens, targets, positions, caption = torch.from_numpy(values)
+    return Rows(tokens, targets, positions, caption, sum(len(ids) for picture in captions for ids in picture))
 
 
 def decode_tokens(tokenizer: Any, ids: list[int]) -> str:

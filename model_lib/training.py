@@ -1,30 +1,41 @@
 """Training one candidate, from the data set's manifest to the best model.
 
 The story of a run: build the model and its tokenizer, resume from the newest whole checkpoint if there is one, pass
-over the pictures, and after each epoch measure the validation loss, keep the model if it is the best so far, and
-write a checkpoint. Where it stands is a count of steps, from which the order of the data and the learning rate follow.
+over the pictures, and at each validation measure loss and CIDEr, keep the model if it is the best so far, and write a
+checkpoint. Where it stands is a count of steps, from which the order of the data, the views of the pictures and the
+learning rate follow.
 """
 
 import logging
 import math
 import tempfile
 import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from model_lib import checkpoint, storage
-from model_lib.config import TrainConfig
+from model_lib.averaging import MovingAverage
+from model_lib.cider import corpus_cider
+from model_lib.config import DecodeConfig, TrainConfig
+from model_lib.decoding import decode
 from model_lib.errors import UserError, WorkError
+from model_lib.features import FeatureCache
 from model_lib.loss import caption_loss
 from model_lib.model import Captioner
+from model_lib.objectives import Objective, SelfCritical, captions_of, loss_of
+from model_lib.pictures import augmented
 from model_lib.precision import autocast, autocast_dtype, choose_device, loss_scaler
 from model_lib.presets import PRESETS
 from model_lib.progress import Progress
-from model_lib.shards import Batch, Manifest, SplitReader, read_manifest
-from model_lib.tokens import encode_captions, train_tokenizer
+from model_lib.shards import Manifest, Plan, SplitReader, read_manifest
+from model_lib.tokens import decode_tokens, encode_captions, side_by_side, train_tokenizer
 from model_lib.tracking import NO_TRACKING, Tracking
 
 log = logging.getLogger(__name__)
@@ -38,9 +49,19 @@ class Trained:
     """Folder or URI of the best model, self-contained."""
     validation_loss: float
     """Its mean cross-entropy in nats a token, on as many captions a validation picture as it learns from."""
+    validation_cider: float
+    """Its CIDEr on the validation pictures, greedy and plainly split: what the best model is chosen by."""
     steps: int
     run_id: str | None
     """The MLflow run."""
+
+
+@dataclass(frozen=True, order=True)
+class Standing:
+    """How good a model is: by CIDEr, and among equals by loss."""
+
+    cider: float
+    negative_loss: float
 
 
 def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
@@ -60,12 +81,14 @@ def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> Captioner:
-    """Return the untrained captioner of the preset: from pretrained parts, or from scratch with its own tokenizer."""
+    """Return the captioner to train: a trained one, the preset's parts, or one from scratch with its own tokenizer."""
+    if config.start is not None:
+        return Captioner.from_pretrained(config.start, device="cpu", dtype=torch.float32).train()
     preset = PRESETS[config.preset]
     if preset.vision is not None and preset.decoder is not None:
         return Captioner.from_parts(config.vision or preset.vision, config.decoder or preset.decoder, config.tokenizer)
-    captions = SplitReader(manifest, "train", batch_size=1, size=1).captions()
-    tokenizer = train_tokenizer(captions, preset.decoder_shape["vocab_size"])
+    captions = SplitReader(manifest, "train", size=1).captions()
+    tokenizer = train_tokenizer((text for texts in captions for text in texts), preset.decoder_shape["vocab_size"])
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = Captioner(preset.config(vocab_size=len(tokenizer), **ends))
     model.tokenizer = tokenizer
@@ -100,129 +123,259 @@ class _Run:
         positions = model.config.decoder_config.n_positions
         if config.max_tokens > positions:
             raise UserError(f"max_tokens: {config.max_tokens} is more than the model's {positions} positions")
-        reading = {"batch_size": config.batch_size, "size": model.image_size, "workers": config.workers}
+        reading = {"size": model.image_size, "workers": config.workers}
         self.train_data = SplitReader(manifest, "train", **reading)
-        self.val_data = SplitReader(manifest, "val", **reading)
-        self.optimizer = make_optimizer(model, config, device)
+        self.slices = {
+            split: SplitReader(manifest, split, limit=config.validation_pictures, **reading)
+            for split in ("val", "train")
+        }
+        self.texts = self.train_data.captions()
+        ids = encode_captions(model.tokenizer, self.texts, config.captions_per_picture, config.max_tokens)
+        self.lengths = np.array([sum(map(len, picture)) for picture in ids])
+        self.objective: Objective = captions_of(ids, model.tokenizer.eos_token_id)
+        self.critic = SelfCritical(self.texts, config) if config.objective == "self-critical" else None
+        if self.critic is not None:
+            self.objective = self.critic.draw
+            log.warning("reward: %s", ", ".join(f"{name} {value}" for name, value in self.critic.describe().items()))
+
         self.dtype = autocast_dtype(config.precision, device)
         self.scaler = loss_scaler(self.dtype, device)
-        self.steps = len(self.train_data) * config.epochs
-        self.step, self.validated, self.best = 0, 0, math.inf
+        self._prepare_model()
+        self.optimizer = make_optimizer(model, config, device)
+        self.average = MovingAverage(model, config.ema or 0.0)
+        self.cache: FeatureCache | None = None
+        if config.feature_cache is not None:
+            self.cache = FeatureCache(
+                config.feature_cache, model, self.train_data, manifest.fingerprint, config.batch_size
+            )
+
+        self.epoch_steps = -(-self.train_data.rows // config.batch_size)
+        self.steps = self.epoch_steps * config.epochs
+        self.step, self.validated, self.stale = 0, 0, 0
+        self.best: Standing | None = None
         self.origin = config.key(manifest.fingerprint)
         self.tracking = tracking
         self.run_id: str | None = None
+
+    def _prepare_model(self) -> None:
+        model, config = self.model, self.config
+        if self.dtype != torch.float32:
+            model.freeze_into(self.dtype)
+        for block in model.decoder.blocks:
+            block.dropout.p = config.dropout or 0.0
+            if config.compile:
+                block.compile(dynamic=True)
+        model.decoder.recompute = config.recompute
 
     @property
     def best_uri(self) -> str:
         return storage.join(self.config.output, "best")
 
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        stopped = self.config.patience > 0 and self.stale >= self.config.patience
+        return (self.step == self.steps or stopped) and not self._due
+
+    @property
+    def _due(self) -> bool:
+        """Whether a validation is due: at a kill before it, it is left to the resumed run."""
+        every = self.config.validate_every or self.epoch_steps
+        return self.step > self.validated and (self.step % every == 0 or self.step == self.steps)
+
     def to_the_end(self) -> Trained:
         self._resume()
-        run = self.tracking.start(self.config.name, self.run_id, params=self.config.to_dict(), tags=self._tags())
+        params = self.config.to_dict()
+        if self.critic is not None:
+            params |= {f"reward_{name}": value for name, value in self.critic.describe().items()}
+        run = self.tracking.start(self.config.name, self.run_id, params=params, tags=self._tags())
         self.run_id = run.run_id
         with run, Progress(f"train {self.config.name}", self.steps, "steps") as progress:
             progress.done = self.step
             progress.resumed = self.step
-            while self.validated < self.config.epochs:
-                if self.step < (self.validated + 1) * len(self.train_data):  # else a kill fell before the validation
+            while not self.finished:
+                if self._due:
+                    self._validate(run)
+                else:
                     self._epoch(run, progress)
-                loss = self._validate()
-                run.log({"val_loss": loss}, self.step)
-                if not math.isfinite(loss):
-                    raise WorkError(
-                        f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so "
-                        f"far is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
-                    )
-                if loss < self.best:
-                    self.best = loss
-                    self._save_best()
-                self.validated += 1
-                self._checkpoint()
-        return Trained(self.best_uri, self.best, self.step, self.run_id)
+        assert self.best is not None
+        return Trained(self.best_uri, -self.best.negative_loss, self.best.cider, self.step, self.run_id)
 
     def _tags(self) -> dict[str, str]:
         counts = ", ".join(f"{split} {count}" for split, count in self.manifest.counts.items())
         return {"captioner.data_fingerprint": self.manifest.fingerprint, "captioner.data_counts": counts}
 
+    # ---- learning --------------------------------------------------------------------------------------------
+
     def _epoch(self, run: Any, progress: Progress) -> None:
-        """Train to the end of the current epoch, from wherever in it the run stands."""
-        epoch, skip = divmod(self.step, len(self.train_data))
+        """Train to the next validation or the epoch's end, from wherever in it the run stands."""
+        epoch, skip = divmod(self.step, self.epoch_steps)
         self.model.train()
         saved, spoken, pictures = time.monotonic(), time.monotonic(), 0
-        for batch in self.train_data.batches(seed=self.config.seed, epoch=epoch, skip=skip):
-            loss, rate = self._train_step(batch)
-            self.step += 1
-            pictures += len(batch.image_ids)
-            if self.step % 10 == 0 or self.step == self.steps:
-                value, now = float(loss), time.monotonic()
-                speed = pictures / max(now - spoken, 1e-9)
-                run.log({"train_loss": value, "learning_rate": rate, "pictures_per_second": speed}, self.step)
-                spoken, pictures = now, 0
-                progress.advance(0, f"loss {value:.3f}")
-            progress.advance()
-            if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
-                self._checkpoint()
-                saved = time.monotonic()
+        plan = self.train_data.shuffled(self.config.batch_size, self.config.seed, epoch, self.lengths)[skip:]
+        with closing(self._pictures(plan, epoch)) as batches:
+            for numbers, pixels in batches:
+                measured = self._train_step(numbers, pixels)
+                self.step += 1
+                pictures += len(numbers)
+                if self.step % 10 == 0 or self.step == self.steps:
+                    values, now = {name: float(value) for name, value in measured.items()}, time.monotonic()
+                    speed = pictures / max(now - spoken, 1e-9)
+                    run.log({**values, "pictures_per_second": speed}, self.step)
+                    spoken, pictures = now, 0
+                    progress.advance(0, f"loss {values['train_loss']:.3f}, {speed:,.0f} pictures a second")
+                progress.advance()
+                if self._due:
+                    return
+                if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                    self._checkpoint()
+                    saved = time.monotonic()
 
-    def _train_step(self, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Learn one batch; return the mean loss a token (on the device) and the learning rate."""
+    def _pictures(self, plan: Plan, epoch: int) -> Generator[tuple[Sequence[int], Tensor]]:
+        """Yield the numbers of each batch's pictures, with their pixels, or with their features from the cache."""
+        if self.cache is not None:
+            for numbers in plan:
+                yield numbers.tolist(), self.cache.read(numbers)
+            return
+
+        def view(image: Image.Image, number: int) -> np.ndarray:
+            rng = np.random.default_rng([self.config.seed, epoch, number])
+            return augmented(image, self.model.image_size, self.texts[number], rng)
+
+        for batch in self.train_data.batches(plan, view if self.config.augment else None):
+            pixels = torch.from_numpy(batch.pixels)
+            yield batch.numbers, pixels.pin_memory() if self.device.type == "cuda" else pixels
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Return the visual tokens of pixels or cached features, on the device."""
+        pixels = pixels.to(self.device, non_blocking=True)
+        if self.cache is not None and pixels.dtype != torch.uint8:
+            return pixels
+        if self.model.config.train_everything:
+            with autocast(self.dtype, self.device):
+                return self.model.encode(pixels)
+        return self.model.encode(pixels)  # its weights are in the right format already
+
+    def _train_step(self, numbers: Sequence[int], pixels: Tensor) -> dict[str, Tensor | float]:
+        """Learn one batch; return what to log, on the device still."""
         rate = learning_rate(self.step, self.steps, self.config.learning_rate, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, count = self._loss(batch)
-        loss = total / count
-        self.scaler.scale(loss).backward()
+        size = self.config.micro_batch_size or len(numbers)
+        parts = [slice(start, start + size) for start in range(0, len(numbers), size)]
+        losses, amount, rewards, expected = torch.zeros((), device=self.device), 0, [], 0
+        for part in parts:
+            features = self._encode(pixels[part])
+            with autocast(self.dtype, self.device):
+                learned = self.objective(self.model, features, numbers[part], self.step)
+            with autocast(self.dtype, self.device):  # anew: what it cast while drawing cannot take gradients
+                loss = loss_of(self.model, features, learned, self._smoothing)
+            expected = expected or learned.amount * len(parts)
+            self.scaler.scale(loss / expected).backward()
+            losses, amount = losses + loss.detach(), amount + learned.amount
+            rewards.append(learned.reward or 0.0)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        if amount != expected:  # the mean, whatever the parts
+            torch._foreach_mul_([p.grad for p in trained], expected / amount)
+        norm = nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), rate
+        self.average.update()
+        measured: dict[str, Tensor | float] = {
+            "train_loss": losses / amount,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+        }
+        if self.critic is not None:
+            measured["reward"] = sum(rewards) / len(rewards)
+        return measured
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = encode_captions(
-            self.model.tokenizer, batch.captions, self.config.captions_per_picture, self.config.max_tokens
-        )
-        pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
-        tokens, targets = ids.to(self.device, non_blocking=True)
-        with autocast(self.dtype, self.device):
-            return caption_loss(self.model, pixels, tokens, targets)
+    @property
+    def _smoothing(self) -> float:
+        return 0.0 if self.critic is not None else self.config.label_smoothing or 0.0
+
+    # ---- judging ---------------------------------------------------------------------------------------------
+
+    def _validate(self, run: Any) -> None:
+        """Judge the model, keep it if it is the best so far, and write a checkpoint."""
+        with self.average.applied():
+            scores = self._measure()
+            run.log(scores, self.step)
+            loss = scores["val_loss"]
+            if not math.isfinite(loss):
+                raise WorkError(
+                    f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so far "
+                    f"is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
+                )
+            standing = Standing(scores["val_CIDEr"], -loss)
+            self.stale += 1
+            if self.best is None or standing > self.best:
+                self.best, self.stale = standing, 0
+                self._save_best(scores)
+        self.validated = self.step
+        self._checkpoint()
+
+    def _measure(self) -> dict[str, float]:
+        """Return loss and CIDEr on the first pictures of both splits: far apart, much was learned by heart."""
+        scores: dict[str, float] = {}
+        self.model.eval()
+        for split, reader in self.slices.items():
+            loss, cider = self._measure_on(reader)
+            scores |= {f"{split}_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
+        return scores
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """Return the mean cross-entropy a token over the validation captions."""
-        self.model.eval()
-        losses, tokens = 0.0, 0
-        for batch in self.val_data.batches():
-            total, count = self._loss(batch)
-            losses, tokens = losses + float(total), tokens + int(count)
-        return losses / tokens
+    def _measure_on(self, reader: SplitReader) -> tuple[float, float]:
+        """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
+        model, config = self.model, self.config
+        losses, count = 0.0, 0
+        captions, references = {}, {}
+        decoding = DecodeConfig(max_new_tokens=config.max_tokens)
+        for batch in reader.batches(reader.in_order(config.micro_batch_size or config.batch_size)):
+            features = self._encode(torch.from_numpy(batch.pixels))
+            ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
+            rows = side_by_side(ids, model.tokenizer.eos_token_id)
+            with autocast(self.dtype, self.device):
+                losses += float(caption_loss(model, features, rows.to(self.device)))
+                decoded = decode(model, features, decoding)
+            count += rows.count
+            for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
+                captions[number], references[number] = decode_tokens(model.tokenizer, one.tokens), texts
+        return losses / count, corpus_cider(captions, references)
 
-    def _save_best(self) -> None:
+    def _save_best(self, scores: dict[str, float]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            self.model.save_pretrained(scratch)
+            state = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in self.model.state_dict().items()}
+            self.model.save_pretrained(scratch, state_dict=state)
             storage.upload_folder(scratch, self.best_uri)
         about = {
             "name": self.config.name,
             "step": self.step,
-            "validation_loss": self.best,
+            "validation_loss": scores["val_loss"],
+            "validation_cider": scores["val_CIDEr"],
             "mlflow_run_id": self.run_id,
             "data_fingerprint": self.manifest.fingerprint,
             "configuration": self.config.to_dict(),
         }
         storage.write_json(storage.join(self.best_uri, "training.json"), about)
 
+    # ---- surviving -------------------------------------------------------------------------------------------
+
     def _checkpoint(self) -> None:
         state = {
             "step": self.step,
             "validated": self.validated,
-            "best": self.best if math.isfinite(self.best) else None,
+            "stale": self.stale,
+            "best": None if self.best is None else [self.best.cider, self.best.negative_loss],
+            "averaged": self.average.updates,
             "origin": self.origin,
             "run_id": self.run_id,
             "scaler": self.scaler.state_dict(),
             "configuration": self.config.to_dict(),
         }
-        checkpoint.save(self.config.output, self.step, self.model, self.optimizer, state)
+        checkpoint.save(self.config.output, self.step, self.model, self.optimizer, self.average.state(), state)
 
     def _resume(self) -> None:
         folder = checkpoint.newest(self.config.output)
@@ -233,8 +386,10 @@ class _Run:
             raise UserError(
                 f"{self.config.output}: holds a run with other options or data; choose another output or delete it"
             )
-        checkpoint.restore(folder, self.model, self.optimizer)
+        averages = checkpoint.restore(folder, self.model, self.optimizer)
+        self.average.restore(averages, state["averaged"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.validated, self.run_id = state["step"], state["validated"], state["run_id"]
-        self.best = math.inf if state["best"] is None else state["best"]
+        self.step, self.validated, self.stale = state["step"], state["validated"], state["stale"]
+        self.run_id = state["run_id"]
+        self.best = None if state["best"] is None else Standing(*state["best"])
         log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -86,8 +87,9 @@ def test_large_data_is_cut_into_shards(scenes: Path, tmp_path: Path, monkeypatch
     object.__setattr__(config, "shard_mb", 0.02)  # 64 small pictures do not fill a whole MB
     manifest = ingest(config)
     assert len([shard for shard in manifest.shards if shard.split == "train"]) > 2
-    reader = SplitReader(read_manifest(str(tmp_path)), "train", batch_size=7, size=16)
-    assert sorted(i for batch in reader.batches(seed=0) for i in batch.image_ids) == list(range(1, 65))
+    reader = SplitReader(read_manifest(str(tmp_path)), "train", size=16)
+    plan = reader.shuffled(7, seed=0, epoch=0, lengths=np.zeros(64))
+    assert sorted(i for batch in reader.batches(plan) for i in batch.image_ids) == list(range(1, 65))
 
 
 def test_lone_annotations_keep_some_pictures_for_validation(scenes: Path, tmp_path: Path) -> None:
@@ -152,5 +154,5 @@ def test_pictures_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
     upload_folder(str(scenes), "memory://bucket/scenes")
     manifest = ingest(IngestConfig(dataset="memory://bucket/scenes", output="memory://bucket/data"))
     assert manifest.counts == {"train": 64, "val": 12}
-    reader = SplitReader(read_manifest("memory://bucket/data"), "val", batch_size=5, size=16)
-    assert sum(len(batch.image_ids) for batch in reader.batches()) == 12
+    reader = SplitReader(read_manifest("memory://bucket/data"), "val", size=16)
+    assert sum(len(batch.image_ids) for batch in reader.batches(reader.in_order(5))) == 12

@@ -28,6 +28,7 @@ from model_lib.loss import caption_loss
 from model_lib.model import CaptionerConfig
 from model_lib.pictures import to_pixels
 from model_lib.presets import PRESETS
+from model_lib.tokens import side_by_side
 from model_lib.training import train
 from tests.conftest import small_model
 
@@ -199,9 +200,8 @@ def small_model_with_equal_widths() -> Captioner:
 def test_a_training_step_moves_every_trained_weight_and_no_frozen_one(model: Captioner) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tokens = torch.randint(0, 200, (2, 3, 8))
-    loss, count = caption_loss(model, pixels(model, 2), tokens, tokens)
-    (loss / count).backward()
+    rows = side_by_side(torch.randint(0, 200, (2, 3, 8)).tolist(), 0)
+    (caption_loss(model, model.encode(pixels(model, 2)), rows) / rows.count).backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != bool(TRAINED.fullmatch(name)), name

@@ -1,0 +1,106 @@
+"""What training learns from a batch: its captions, or which of the captions it draws itself people would agree with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_lib.cider import END, CiderD, Vector, words
+from model_lib.config import DecodeConfig, TrainConfig
+from model_lib.decoding import Decoded, decode
+from model_lib.loss import caption_loss
+from model_lib.model import Captioner
+from model_lib.tokens import IGNORED, Rows, decode_tokens, side_by_side
+
+LARGEST_SEED = 2**63
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is to be minimised of some pictures: `caption_loss` of `rows`, with `weights`."""
+
+    rows: Rows
+    weights: Tensor | None
+    """Of each token, float32 [B, T]; None: all 1."""
+    amount: int
+    """By which the loss of a whole batch is divided: tokens, or captions."""
+    reward: float | None = None
+    """Mean reward of the drawn captions."""
+
+
+def loss_of(model: Captioner, features: Tensor, learned: Learned, label_smoothing: float) -> Tensor:
+    """Return the summed loss on the features' device, float32 scalar."""
+    weights = None if learned.weights is None else learned.weights.to(features.device)
+    return caption_loss(model, features, learned.rows.to(features.device), label_smoothing, weights)
+
+
+class SelfCritical:
+    """Self-critical sequence training: captions drawn from the model are made likelier if better than their siblings.
+
+    Rennie et al., 2017, "Self-critical Sequence Training for Image Captioning", with the mean reward of a picture's
+    other samples as the baseline (Luo, 2020, "A Better Variant of Self-Critical Sequence Training"). The reward is
+    CIDEr-D with document frequencies from the training captions, and end-of-text as a word of captions and references
+    alike, without which captions that break off are rewarded.
+
+    Args:
+        captions: each training picture's.
+        config: of training.
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]], config: TrainConfig) -> None:
+        self.config = config
+        self.references = [[[*words(text), END] for text in texts] for texts in captions]
+        self.scorer = CiderD(self.references)
+        self.vectors: dict[int, list[Vector]] = {}
+
+    def describe(self) -> dict[str, float | int | str]:
+        """Return the scorer's configuration, for people and MLflow."""
+        return {**self.scorer.describe(), "end_of_text": END, "samples": self.config.samples}
+
+    def draw(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+        """Draw captions and weigh their tokens by how much better they are than the others of their picture.
+
+        Args:
+            model: the captioner, which draws without dropout.
+            features: visual tokens [B, S, E].
+            numbers: of the pictures in the training split.
+            step: of training; with the seed, what the draw depends on.
+        """
+        samples = self.config.samples
+        seed = (self.config.seed * 1_000_003 + step) % LARGEST_SEED
+        drawing = DecodeConfig(temperature=1.0, num_captions=samples, max_new_tokens=self.config.max_tokens, seed=seed)
+        was_training = model.training
+        model.eval()
+        drawn = decode(model, features.detach(), drawing)
+        model.train(was_training)
+        rewards = torch.tensor([self.rewards(model, *pair) for pair in zip(numbers, drawn, strict=True)])
+        others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
+        advantages = rewards - others
+        rows = side_by_side([[one.tokens for one in captions] for captions in drawn], model.tokenizer.eos_token_id)
+        weights = advantages.gather(1, rows.caption.clamp(min=0)) * (rows.targets != IGNORED)
+        return Learned(rows, weights, rewards.numel(), float(rewards.mean()))
+
+    def rewards(self, model: Captioner, number: int, drawn: Sequence[Decoded]) -> list[float]:
+        """Return the reward of each caption drawn for a training picture."""
+        if number not in self.vectors:
+            self.vectors[number] = [self.scorer.vector(text) for text in self.references[number]]
+        end = model.tokenizer.eos_token_id
+        texts = (
+            [*words(decode_tokens(model.tokenizer, one.tokens)), *([END] * (one.tokens[-1] == end))] for one in drawn
+        )
+        return [self.scorer.score(self.scorer.vector(text), self.vectors[number]) for text in texts]
+
+
+Objective = Callable[[Captioner, Tensor, Sequence[int], int], Learned]
+"""From the model, visual tokens, the pictures' numbers and the step, what to learn."""
+
+
+def captions_of(ids: Sequence[Sequence[Sequence[int]]], end: int) -> Objective:
+    """Return the objective of learning each picture's captions, ids as `encode_captions` returns them."""
+
+    def learn(model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+        rows = side_by_side([ids[number] for number in numbers], end)
+        return Learned(rows, None, rows.count)
+
+    return learn
