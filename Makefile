@@ -48,12 +48,12 @@ TAG ?= $(VERSION)
 NAME = $(if $(REGISTRY),$(REGISTRY)/)captioner
 BUILD = docker build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" $(DOCKER_OPTIONS) \
 	--build-arg CORE=$(NAME)-core:$(TAG) --build-arg MODEL=$(NAME)-model:$(TAG)
-LABELS = --label org.opencontainers.image.version=$(VERSION) \
-	--label org.opencontainers.image.revision=$(shell git rev-parse HEAD 2>/dev/null)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
+LABELS = --label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(REVISION)
 
 images:  ## build the container images of the pipelines' steps: REGISTRY=… TAG=…
 	$(BUILD) --file images/core/Dockerfile --target packages --tag $(NAME)-core:$(TAG)-packages .
-	$(BUILD) --file images/core/Dockerfile $(LABELS) --tag $(NAME)-core:$(TAG) .
+	$(BUILD) --build-arg REVISION=$(REVISION) --file images/core/Dockerfile $(LABELS) --tag $(NAME)-core:$(TAG) .
 	$(BUILD) --file images/model/Dockerfile --target packages --tag $(NAME)-model:$(TAG)-packages .
 	$(BUILD) --file images/model/Dockerfile $(LABELS) --tag $(NAME)-model:$(TAG) .
 	$(BUILD) --file images/judge/Dockerfile $(LABELS) --tag $(NAME)-judge:$(TAG) .

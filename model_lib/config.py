@@ -17,7 +17,7 @@ from model_lib.presets import PRESETS
 
 LARGEST = 2**63 - 1
 """Largest whole number: that of a seed."""
-SELF_CRITICAL_SLOWDOWN = 10
+SELF_CRITICAL_SLOWDOWN = 20
 """By how much the second stage's learning rate is lower, unless one is given."""
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 

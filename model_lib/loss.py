@@ -67,7 +67,7 @@ class _HeadLoss(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             need_hidden, need_weight = ctx.needs_input_grad[:2]
             by_hidden = torch.empty_like(inputs) if need_hidden else None
-            by_weight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+            by_weight = None
             for start in range(0, len(inputs), SLICE):
                 part = slice(start, start + SLICE)
                 target, share = targets[part].unsqueeze(1), chosen[part].unsqueeze(1)
@@ -77,24 +77,25 @@ class _HeadLoss(torch.autograd.Function):
                 if smoothing:
                     loss = loss - smoothing * logits.mean(1, keepdim=True)
                 total += (loss * share).sum()
-                if by_hidden is None and by_weight is None:
+                if not (need_hidden or need_weight):
                     continue
                 by_logits = logits.sub_(log_total).exp_().sub_(smoothing / logits.shape[1])
                 by_logits.scatter_add_(1, target, torch.full_like(log_total, smoothing - 1))
                 by_logits = by_logits.mul_(share).to(kind)
                 if by_hidden is not None:
                     torch.mm(by_logits, matrix, out=by_hidden[part])
-                if by_weight is not None:
-                    by_weight += by_logits.t() @ inputs[part]
-        ctx.save_for_backward(by_hidden, by_weight)
-        ctx.kinds = hidden.dtype, weight.dtype
+                if need_weight:
+                    product = by_logits.t() @ inputs[part]
+                    by_weight = product.float() if by_weight is None else by_weight.add_(product)
+        ctx.gradients = by_hidden, by_weight
+        ctx.kind = hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        by_hidden, by_weight = (
-            None if saved is None else (saved * gradient).to(kind)
-            for saved, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
-        )
+        by_hidden, by_weight = ctx.gradients
+        ctx.gradients = None  # used up: scaled in place
+        by_hidden = None if by_hidden is None else by_hidden.to(ctx.kind).mul_(gradient)
+        by_weight = None if by_weight is None else by_weight.mul_(gradient)
         return by_hidden, by_weight, None, None, None, None

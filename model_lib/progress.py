@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Self
 
 from tqdm import tqdm
@@ -46,9 +47,11 @@ class Progress:
             self.say()
 
     def say(self) -> None:
-        """Write one line: name, count, rate, note."""
+        """Write one line: name, count, rate, time left, note."""
         self.spoken = time.monotonic()
         rate = (self.done - self.resumed) / max(self.spoken - self.started, 1e-9)
+        seconds = int((self.total - self.done) / max(rate, 1e-9))
+        left = f", {timedelta(seconds=seconds)} left" if 0 < seconds < 10**8 else ""
         note = f", {self.note}" if self.note else ""
-        line = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} a second{note}"
+        line = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} a second{left}{note}"
         print(line, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ otherwise the pipeline's first step makes the parent and each training its own.
 import importlib.util
 import logging
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, MutableMapping
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from model_lib import storage
+from model_lib import __version__, storage
 from model_lib.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,17 @@ NO_TRACKING = Tracking()
 
 class _MlflowRun(Run):
     def __init__(self, client: Any, run_id: str) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         self.client, self.run_id = client, run_id
         self.waiting: list = []
         self.sent = time.monotonic()
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else it warns that there is no GPU
+        self.monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
+
+    def __enter__(self) -> Self:
+        self.monitor.start()
+        return self
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -101,6 +110,7 @@ class _MlflowRun(Run):
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self._send()
+        self.monitor.finish()
         self.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
 
 
@@ -140,7 +150,7 @@ class MlflowTracking(Tracking):
         client.log_batch(
             run_id,
             params=[mlflow.entities.Param(k, str(v)[:6000]) for k, v in params.items()],
-            tags=[mlflow.entities.RunTag(k, v) for k, v in tags.items()],
+            tags=[mlflow.entities.RunTag(k, v) for k, v in {**code_version(), **tags}.items()],
         )
         return _MlflowRun(client, run_id)
 
@@ -221,6 +231,24 @@ class MlflowTracking(Tracking):
                 file = Path(scratch, Path(path).name)
                 file.write_bytes(content)
                 client.log_artifact(run_id, str(file), str(Path(path).parent))
+
+
+def code_version() -> dict[str, str]:
+    """Return the tags that say which code runs: captioner's version, and its git commit where that is known.
+
+    An image knows the commit that it was built from, a working copy its own, marked if files were changed.
+    """
+    tags = {"captioner.version": __version__}
+    package = Path(__file__).parent
+    if (package / "REVISION").exists():
+        revision = (package / "REVISION").read_text().strip()
+    else:
+        command = ["git", "-C", str(package), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        try:
+            revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            revision = ""
+    return tags | ({"mlflow.source.git.commit": revision} if revision else {})
 
 
 def require_mlflow(tracking: Tracking) -> MlflowTracking:

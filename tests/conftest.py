@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 
 from model_lib.config import IngestConfig, ScenesConfig
 from model_lib.ingest import ingest
@@ -89,6 +90,20 @@ def small_model(seed: int = 0, **decoder: int) -> Captioner:
 @pytest.fixture()
 def model() -> Captioner:
     return small_model()
+
+
+@pytest.fixture()
+def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
+    """A whole CLIP (text tower too) and a GPT-2 of another width, saved as their hubs do."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, text_config=text)
+    CLIPModel(clip).save_pretrained(tmp_path / "clip")
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "gpt2")
+    for file in gpt2_tokenizer.iterdir():
+        (tmp_path / "gpt2" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "clip", tmp_path / "gpt2"
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    CLIPConfig,
     CLIPImageProcessorPil,
-    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     GPT2Config,
@@ -231,20 +229,6 @@ def test_saved_and_loaded_again_it_is_the_same(model: Captioner, tmp_path: Path)
     assert loaded.tokenizer("a red circle")["input_ids"] == model.tokenizer("a red circle")["input_ids"]
     trained = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (loaded, model)]
     assert trained[0] == trained[1]
-
-
-@pytest.fixture()
-def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
-    """A whole CLIP (text tower too) and a GPT-2 of another width, saved as their hubs do."""
-    torch.manual_seed(0)
-    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, text_config=text)
-    CLIPModel(clip).save_pretrained(tmp_path / "clip")
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "gpt2")
-    for file in gpt2_tokenizer.iterdir():
-        (tmp_path / "gpt2" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "clip", tmp_path / "gpt2"
 
 
 def test_transformers_auto_classes_know_the_model(model: Captioner, tmp_path: Path) -> None:

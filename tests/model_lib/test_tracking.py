@@ -1,11 +1,14 @@
 """A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever happens."""
 
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
 
+from model_lib import __version__
 from model_lib.closing import close_pipeline, last_steps
 from model_lib.tracking import NO_TRACKING, MlflowTracking, adopt_secret, require_mlflow, tracking_from_environment
 from tests.services import free_port, mlflow_server, webhook
@@ -155,3 +158,17 @@ def test_the_secrets_variables_give_way_to_the_servers() -> None:
     }
     adopt_secret(variables)
     assert (variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_UI_URL"]) == ("http://theirs", "http://people")
+
+
+def test_a_run_knows_its_code_and_its_machine(server: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    with tracking.start("alone", None, params={}, tags={"data": "d"}) as run:
+        time.sleep(3)
+    found = mlflow.MlflowClient(server).get_run(str(run.run_id))
+    assert found.data.metrics["system/cpu_utilization_percentage"] >= 0
+    assert found.data.tags["captioner.version"] == __version__ and found.data.tags["data"] == "d"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    if head.returncode == 0:
+        commit = found.data.tags["mlflow.source.git.commit"]
+        assert commit.removesuffix("-dirty") == head.stdout.strip()

@@ -1,0 +1,190 @@
+"""Captions a second in training, a whole step from pixels to new weights, against transformers' modules used plainly.
+
+    python -m benchmarks.train [--preset clip-l-gpt2-medium] [--device cpu] [--pictures 64] [--rounds 5] [--compile]
+
+Five captions a picture, of lengths like COCO's, random weights and pixels; the same weights are trained on both sides,
+in the same number format, by AdamW in one kernel. In one process, taking turns:
+
+- ours: the product's own loss and step.
+- a pair a row: transformers' `CLIPVisionModel` and `GPT2LMHeadModel(add_cross_attention=True)`, whose own loss it is,
+  under autocast; each picture-caption pair is a row with its own pass of the vision tower, padded to the longest
+  caption. Frozen weights take no gradients, and the tower runs without recording any.
+- shared encoder: the same, but the tower runs once a picture and its result is repeated for the captions.
+
+FLOPs are those of the tokens that have a target, of one vision pass a picture and of the keys and values of its visual
+tokens; the forward pass counts once, gradients by inputs once for all that lies behind trained weights, gradients by
+weights once for trained matrices. The share is of the speed that a large matrix product reaches in the same run. It
+prints a table, a projected epoch of COCO 2017, and ends with one line of JSON.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+
+from benchmarks.timing import median_seconds, peak_gb
+from model_lib import Captioner
+from model_lib.loss import caption_loss
+from model_lib.precision import autocast, autocast_dtype
+from model_lib.presets import PRESETS
+from model_lib.tokens import IGNORED, side_by_side
+
+CAPTIONS = 5
+COCO_PICTURES = 118_287
+"""Of train2017."""
+
+
+def coco_like_captions(pictures: int, vocabulary: int) -> list[list[list[int]]]:
+    """Return random ids in the lengths of COCO's captions: mean 13, 9 at least, hardly any above 23, end included.
+
+    Pictures are sorted by length, as the product's batches are from windows of thousands.
+    """
+    rng = np.random.default_rng(0)
+    lengths = (9 + rng.gamma(1.7, 2.4, (50 * pictures, CAPTIONS))).astype(int)
+    window = lengths[np.argsort(lengths.sum(1), kind="stable")]
+    batch = window[25 * pictures : 26 * pictures]
+    return [[rng.integers(1, vocabulary, n).tolist() for n in picture] for picture in batch]
+
+
+class Plain(nn.Module):
+    """The same architecture from transformers' modules."""
+
+    def __init__(self, model: Captioner) -> None:
+        super().__init__()
+        config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
+        config.tie_word_embeddings = False
+        for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
+            setattr(config, name, 0.0)
+        self.decoder = GPT2LMHeadModel(config)
+        self.decoder.requires_grad_(False)
+        trained: list[nn.Module] = [self.decoder.lm_head, self.decoder.transformer.ln_f]
+        for block in self.decoder.transformer.h:
+            trained += [block.ln_cross_attn, block.crossattention, block.ln_2, block.mlp]
+        for module in trained:
+            module.requires_grad_(True)
+
+    def loss(self, features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy; `labels` are the targets, moved here as transformers expects them."""
+        logits = self.decoder(ids, encoder_hidden_states=features, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def flops(model: Captioner, pictures: int, tokens: int) -> float:
+    """Return the useful floating-point operations of a training step."""
+    vision, decoder = model.config.vision_config, model.config.decoder_config
+    E, D, L, V = vision.hidden_size, decoder.n_embd, decoder.n_layer, decoder.vocab_size
+    S = (vision.image_size // vision.patch_size) ** 2 + 1
+    layer = S * (4 * E**2 + 2 * E * vision.intermediate_size) + 2 * S**2 * E
+    tower = 2 * (vision.num_hidden_layers * layer + S * 3 * vision.patch_size**2 * E)
+    frozen, trained = 4 * D**2, 2 * D**2 + 8 * D**2
+    a_token = L * (2 * 2 * frozen + 3 * 2 * trained + 3 * 4 * S * D) + 3 * 2 * D * V
+    a_picture = tower + 3 * 2 * L * S * 2 * E * D
+    return pictures * a_picture + tokens * a_token
+
+
+def matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large matrix product here."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = min(median_seconds([lambda: a @ b], 5, device))
+    return 2 * size**3 / seconds
+
+
+def cases(
+    model: Captioner, tower: nn.Module, plain: Plain, count: int, dtype: torch.dtype
+) -> tuple[dict[str, Callable[[], None]], int]:
+    """Return a training step of `count` pictures by each name, ours first, and the tokens that it learns."""
+    device, size, end = model.device, model.image_size, model.config.decoder_config.eos_token_id
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(device)
+    captions = coco_like_captions(count, model.config.decoder_config.vocab_size)
+    pairs = side_by_side([[ids] for picture in captions for ids in picture], end, multiple=1).to(device)
+
+    def stepping(module: nn.Module, loss_of_batch: Callable[[], Tensor]) -> Callable[[], None]:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+        def step() -> None:
+            loss_of_batch().backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def ours() -> Tensor:
+        rows = side_by_side(captions, end).to(device)
+        features = model.encode(pixels)
+        with autocast(dtype, device):
+            return caption_loss(model, features, rows) / rows.count
+
+    def baseline(passes: int) -> Tensor:
+        """Run the tower `passes` times a picture, the decoder once a pair."""
+        with autocast(dtype, device):
+            with torch.no_grad():
+                seen = pixels.repeat_interleave(passes, 0).float() / 127.5 - 1
+                features = tower(seen).last_hidden_state.repeat_interleave(CAPTIONS // passes, 0)
+            return plain.loss(features, pairs.tokens, pairs.targets)
+
+    steps = {
+        "ours": stepping(model, ours),
+        "a pair a row": stepping(plain, lambda: baseline(CAPTIONS)),
+        "shared encoder": stepping(plain, lambda: baseline(1)),
+    }
+    return steps, pairs.count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pictures", type=int, nargs="+", default=[64], help="pictures a step")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--compile", action="store_true", help="compile our decoder's layers, as train --compile does")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    dtype = autocast_dtype(options.precision, device)
+    torch.manual_seed(0)
+    config = PRESETS[options.preset].config()
+    config.train_everything = False  # a tower from scratch is trained too, here none is
+    model, tower = Captioner(config).to(device).train(), CLIPVisionModel(config.vision_config).to(device)
+    plain = Plain(model).to(device)
+    model.freeze_into(dtype)
+    for block in model.decoder.blocks if options.compile else []:
+        block.compile(dynamic=True)
+    speed = matrix_speed(device, dtype)
+
+    results = []
+    print(f"\n{name}, torch {torch.__version__}, {dtype}; captions a second\n")
+    print(f"{'case':<16}{'baseline':<16}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'theirs':>8}{'of peak':>9}")
+    for count in options.pictures:
+        steps, tokens = cases(model, tower, plain, count, dtype)
+        seconds = dict(zip(steps, median_seconds(list(steps.values()), options.rounds, device), strict=True))
+        memory = {label: peak_gb(step, device) for label, step in steps.items()}
+        work, ours = flops(model, count, tokens), seconds.pop("ours")
+        for label, theirs in seconds.items():
+            row: dict[str, Any] = {"case": f"{count} pictures", "baseline": label, "unit": "captions/s"}
+            row |= {"ours": round(CAPTIONS * count / ours, 2), "theirs": round(CAPTIONS * count / theirs, 2)}
+            row |= {"ratio": round(theirs / ours, 2), "peak_memory_gb": memory["ours"]}
+            row |= {"their_peak_memory_gb": memory[label], "share_of_peak": round(work / ours / speed, 3)}
+            results.append(row)
+            print(
+                f"{row['case']:<16}{label:<16}{row['ours']:>9.2f}{row['theirs']:>9.2f}{row['ratio']:>7.2f}"
+                f"{memory['ours']:>7.1f}{memory[label]:>8.1f}{row['share_of_peak']:>9.1%}",
+                flush=True,
+            )
+        print(
+            f"{work / count / 1e12:.2f} TFLOP a picture; {speed / 1e12:.1f} TFLOP/s in a matrix product; an epoch of "
+            f"COCO, reading apart: {COCO_PICTURES / count * ours / 60:,.1f} minutes"
+        )
+    print(json.dumps({"benchmark": "train", "device": name, "torch": torch.__version__, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
