@@ -15,24 +15,36 @@ FLOPs are those of the tokens that have a target, of one vision pass a picture a
 tokens; the forward pass counts once, gradients by inputs once for all that lies behind trained weights, gradients by
 weights once for trained matrices. The share is of the speed that a large matrix product reaches in the same run. It
 prints a table, a projected epoch of COCO 2017, and ends with one line of JSON.
+
+With `--from_parquet N` it then draws N scenes, ingests them, and trains two epochs on them by the product's own
+`train`, augmentation, moving average and all: the rate at which pictures come from Parquet and are learned.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner
+from model_lib.config import IngestConfig, ScenesConfig, TrainConfig
+from model_lib.ingest import ingest
 from model_lib.loss import caption_loss
 from model_lib.precision import autocast, autocast_dtype
 from model_lib.presets import PRESETS
-from model_lib.tokens import IGNORED, side_by_side
+from model_lib.scenes import make_scenes
+from model_lib.shards import SplitReader, read_manifest
+from model_lib.tokens import IGNORED, side_by_side, train_tokenizer
+from model_lib.tracking import Run, Tracking
+from model_lib.training import Trained, train
 
 CAPTIONS = 5
 COCO_PICTURES = 118_287
@@ -138,6 +150,46 @@ def cases(
     return steps, pairs.count
 
 
+class Rates(Tracking, Run):
+    """Notes how fast training says it is."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        return self
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        if "pictures_per_second" in metrics:
+            self.rates.append(metrics["pictures_per_second"])
+
+
+def train_from_parquet(preset: str, pictures: int, **options: Any) -> None:
+    """Train on generated scenes as a user does; print the median rate, and the validation loss as a sign of life."""
+    shapes = PRESETS[preset]
+    device = torch.device(options["device"])
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        make_scenes(ScenesConfig(output=str(work / "scenes"), train=pictures, val=32, size=256))
+        ingest(IngestConfig(dataset=str(work / "scenes"), output=str(work / "data")))
+        if shapes.vision is not None:
+            config, parts = shapes.config(), {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
+            CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
+            GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
+            captions = SplitReader(read_manifest(str(work / "data")), "train", size=1).captions()
+            train_tokenizer((text for texts in captions for text in texts), 512).save_pretrained(parts["tokenizer"])
+            options |= parts
+        rates = Rates()
+        run = TrainConfig(data=str(work / "data"), output=str(work / "out"), preset=preset, epochs=2, **options)
+        trained: list[Trained] = []
+        memory = peak_gb(lambda: trained.append(train(run, rates)), device)
+    rate, loss = median(rates.rates), trained[0].validation_loss
+    print(
+        f"\nfrom Parquet, {run.batch_size} pictures a step: {rate:.1f} pictures/s, an epoch of COCO in "
+        f"{COCO_PICTURES / rate / 60:,.1f} minutes, {memory} GB at most; validation loss {loss:.2f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
@@ -146,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case")
     parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     parser.add_argument("--compile", action="store_true", help="compile our decoder's layers, as train --compile does")
+    parser.add_argument("--from_parquet", type=int, default=0, help="also train on so many generated scenes")
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -183,6 +236,10 @@ def main() -> None:
             f"{work / count / 1e12:.2f} TFLOP a picture; {speed / 1e12:.1f} TFLOP/s in a matrix product; an epoch of "
             f"COCO, reading apart: {COCO_PICTURES / count * ours / 60:,.1f} minutes"
         )
+    if options.from_parquet:
+        del model, tower, plain, steps
+        common = {"batch_size": options.pictures[-1], "precision": options.precision, "compile": options.compile}
+        train_from_parquet(options.preset, options.from_parquet, device=options.device, **common)
     print(json.dumps({"benchmark": "train", "device": name, "torch": torch.__version__, "results": results}))
 
 

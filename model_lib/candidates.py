@@ -11,6 +11,7 @@ from model_lib.evaluation import Evaluation, evaluate
 from model_lib.preflight import check_candidates
 from model_lib.registry import Registered, champion_version, version_uri
 from model_lib.shards import read_manifest
+from model_lib.sources import lasting_source
 from model_lib.tracking import NO_TRACKING, Tracking, require_mlflow
 
 
@@ -44,6 +45,8 @@ def configure_candidates(
     """
     documents = []
     for config in check_candidates(candidates, **common):
+        if config.start is not None:
+            config = replace(config, start=lasting_source(config.start))
         output = storage.join(root, f"{config.name}-{config.key(fingerprint)}")
         options = replace(config, data=data, output=output).to_dict()
         documents.append({"fingerprint": fingerprint, "options": {k: v for k, v in options.items() if v is not None}})

@@ -48,8 +48,9 @@ def save(
             tensors[f"optimizer.{key}.{name}"] = value.detach()
     tensors |= {f"average.{name}": average for name, average in averages.items()}
     tensors["random"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random_cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["random_cuda"] = torch.cuda.get_rng_state(device)
     target = storage.join(_folder(output), f"step-{step:08d}")
     with tempfile.TemporaryDirectory() as scratch:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, f"{scratch}/state.safetensors")
@@ -107,7 +108,8 @@ def restore(folder: str, model: nn.Module, optimizer: torch.optim.AdamW) -> dict
             beside = kind != "step" or optimizer.defaults["fused"]
             optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device if beside else "cpu")
     torch.set_rng_state(tensors["random"])
-    if "random_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random_cuda"])
+    device = next(model.parameters()).device
+    if "random_cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random_cuda"], device)
     averages = {name: tensor for name, tensor in tensors.items() if name.startswith("average.")}
     return {name.removeprefix("average."): tensor for name, tensor in averages.items()}

@@ -174,8 +174,8 @@ class TrainConfig(StageConfig):
     """Dropout of the cross-attention and feed-forward blocks' results; by default the preset's."""
     ema: float | None = option(None, minimum=0)
     """Decay of the moving average of the weights that is judged and kept; 0: none; by default the preset's."""
-    augment: bool | None = None
-    """Learn random crops, mirrored if no caption says left or right; by default the preset's."""
+    augment: Literal["auto", "yes", "no"] = "auto"
+    """Learn random crops, mirrored if no caption says left or right; auto: the preset's."""
     objective: Literal["cross-entropy", "self-critical"] = "cross-entropy"
     """Learn the captions, or, as a second stage, raise the CIDEr-D of captions that the model draws."""
     start: str | None = None
@@ -189,7 +189,8 @@ class TrainConfig(StageConfig):
     patience: int = option(0, minimum=0)
     """Stop after so many validations in a row without a better CIDEr; 0: never."""
     micro_batch_size: int = option(0, minimum=0, shapes=False)
-    """Pictures that go through the model at once, their gradients added up to a step's; 0: the whole batch."""
+    """Pictures that go through the model at once, their gradients added up to a step's; 0: the whole batch. In
+    self-critical training it changes which captions are drawn."""
     recompute: bool = option(False, shapes=False)
     """Compute each layer again in the backward pass (gradient checkpointing): less memory, more time."""
     compile: bool = option(False, shapes=False)
@@ -220,20 +221,32 @@ class TrainConfig(StageConfig):
                 self.vision is None and self.decoder is None and self.tokenizer is None,
                 f"preset {self.preset}: is trained from scratch and takes no vision, decoder or tokenizer",
             )
-        self_critical = self.objective == "self-critical"
-        _require(not self_critical or self.start is not None, "objective self-critical: needs a trained start to go on")
-        if self_critical and not self.learning_rate:
-            object.__setattr__(self, "learning_rate", preset.learning_rate / SELF_CRITICAL_SLOWDOWN)
+        _require(
+            self.start is None or (self.vision is None and self.decoder is None and self.tokenizer is None),
+            "start: a trained captioner has its own vision, decoder and tokenizer; give either it or them",
+        )
+        if self.objective == "self-critical":
+            _require(self.start is not None, "objective self-critical: needs a trained start to go on")
+            _require(not self.label_smoothing, "label_smoothing: self-critical training has no labels to smooth")
+            for name, value in (
+                ("learning_rate", self.learning_rate or preset.learning_rate / SELF_CRITICAL_SLOWDOWN),
+                ("label_smoothing", 0.0),
+                ("dropout", self.dropout or 0.0),  # else another model would learn than the one that drew
+            ):
+                object.__setattr__(self, name, value)
         for name in ("epochs", "batch_size", "learning_rate", "precision"):
             if getattr(self, name) in (0, "auto"):
                 object.__setattr__(self, name, getattr(preset, name))
-        for name in ("label_smoothing", "dropout", "ema", "augment"):
+        for name in ("label_smoothing", "dropout", "ema"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(preset, name))
-            _require(getattr(self, name) in (True, False) or getattr(self, name) < 1, f"{name}: is not less than 1")
+            _require(getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not less than 1")
+        if self.augment == "auto":
+            object.__setattr__(self, "augment", "yes" if preset.augment else "no")
         if self.feature_cache is not None:
+            _require("://" not in self.feature_cache, f"feature_cache {self.feature_cache}: is not a local folder")
             _require(preset.vision is not None, f"feature_cache: preset {self.preset} trains its vision tower")
-            _require(not self.augment, "feature_cache: keeps one view of each picture; give --augment false too")
+            _require(self.augment == "no", "feature_cache: keeps one view of each picture; give --augment no too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_lib.model import Captioner, SideBySide
-from model_lib.tokens import IGNORED, Rows
+from model_lib.tokens import Rows
 
 SLICE = 1024
 """Tokens whose logits exist at the same time."""
@@ -37,11 +37,12 @@ def caption_loss(
     """
     layout = SideBySide(rows.positions, rows.mask())
     hidden = model.hidden(rows.tokens.unsqueeze(1), model.cross_cache(features), layout=layout).squeeze(1)
-    wanted = rows.targets != IGNORED
-    chosen = torch.ones_like(rows.targets, dtype=torch.float32) if weights is None else weights
+    if weights is None:
+        weights = torch.ones_like(rows.targets, dtype=torch.float32)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-    weight = model.head.weight
-    return _HeadLoss.apply(hidden[wanted], weight, rows.targets[wanted], chosen[wanted], label_smoothing, dtype)
+    chosen = (tensor.flatten(0, 1).index_select(0, rows.places) for tensor in (hidden, rows.targets, weights))
+    states, targets, shares = chosen
+    return _HeadLoss.apply(states, model.head.weight, targets, shares, label_smoothing, dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -85,7 +86,10 @@ class _HeadLoss(torch.autograd.Function):
                 if by_hidden is not None:
                     torch.mm(by_logits, matrix, out=by_hidden[part])
                 if need_weight:
-                    product = by_logits.t() @ inputs[part]
+                    if kind == torch.float16:  # the sum over a slice's tokens could leave its range
+                        product = by_logits.float().t() @ inputs[part].float()
+                    else:
+                        product = by_logits.t() @ inputs[part]
                     by_weight = product.float() if by_weight is None else by_weight.add_(product)
         ctx.gradients = by_hidden, by_weight
         ctx.kind = hidden.dtype

@@ -301,7 +301,9 @@ class Decoder(nn.Module):
             positions, mask = torch.arange(start, start + tokens.shape[-1], device=tokens.device), None
         h = self.wte(tokens) + self.wpe(positions)
         for block, keys_values in zip(self.blocks, visual, strict=True):
-            if self.recompute and torch.is_grad_enabled():
+            if cache is not None:
+                h = block.forward(h, keys_values, cache, mask)  # not compiled: its shapes are others at each token
+            elif self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, keys_values, cache, mask, use_reentrant=False)
             else:
                 h = block(h, keys_values, cache, mask)

@@ -3,17 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model_lib.cider import END, CiderD, Vector, words
+from model_lib.cider import END, CiderD, words
 from model_lib.config import DecodeConfig, TrainConfig
 from model_lib.decoding import Decoded, decode
 from model_lib.loss import caption_loss
 from model_lib.model import Captioner
 from model_lib.tokens import IGNORED, Rows, decode_tokens, side_by_side
 
-LARGEST_SEED = 2**63
+LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class SelfCritical:
         self.config = config
         self.references = [[[*words(text), END] for text in texts] for texts in captions]
         self.scorer = CiderD(self.references)
-        self.vectors: dict[int, list[Vector]] = {}
 
     def describe(self) -> dict[str, float | int | str]:
         """Return the scorer's configuration, for people and MLflow."""
@@ -68,7 +68,8 @@ class SelfCritical:
             step: of training; with the seed, what the draw depends on.
         """
         samples = self.config.samples
-        seed = (self.config.seed * 1_000_003 + step) % LARGEST_SEED
+        # The first number too: a batch may come in parts.
+        seed = int(np.random.default_rng([self.config.seed, step, numbers[0]]).integers(LARGEST_SEED))
         drawing = DecodeConfig(temperature=1.0, num_captions=samples, max_new_tokens=self.config.max_tokens, seed=seed)
         was_training = model.training
         model.eval()
@@ -83,13 +84,12 @@ class SelfCritical:
 
     def rewards(self, model: Captioner, number: int, drawn: Sequence[Decoded]) -> list[float]:
         """Return the reward of each caption drawn for a training picture."""
-        if number not in self.vectors:
-            self.vectors[number] = [self.scorer.vector(text) for text in self.references[number]]
+        references = [self.scorer.vector(text) for text in self.references[number]]
         end = model.tokenizer.eos_token_id
         texts = (
             [*words(decode_tokens(model.tokenizer, one.tokens)), *([END] * (one.tokens[-1] == end))] for one in drawn
         )
-        return [self.scorer.score(self.scorer.vector(text), self.vectors[number]) for text in texts]
+        return [self.scorer.score(self.scorer.vector(text), references) for text in texts]
 
 
 Objective = Callable[[Captioner, Tensor, Sequence[int], int], Learned]

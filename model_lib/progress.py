@@ -18,14 +18,19 @@ class Progress:
         name: what is being done.
         total: how many items there are.
         unit: what an item is.
+        resumed: items that were done before.
     """
 
-    def __init__(self, name: str, total: int, unit: str) -> None:
+    def __init__(self, name: str, total: int, unit: str, resumed: int = 0) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done, self.resumed, self.started = 0, 0, time.monotonic()
+        self.done, self.resumed, self.started = resumed, resumed, time.monotonic()
         self.spoken, self.note = self.started, ""
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=name, unit=f" {unit}", leave=False, dynamic_ncols=True) if terminal else None
+        self.bar = (
+            tqdm(total=total, desc=name, unit=f" {unit}", leave=False, dynamic_ncols=True, initial=resumed)
+            if terminal
+            else None
+        )
 
     def __enter__(self) -> Self:
         return self

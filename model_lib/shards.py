@@ -7,10 +7,10 @@ that depends on the seed and the epoch alone. So a training run goes on at any s
 import io
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 WINDOW = 4096
 """Rows held in memory and shuffled together: about 100 MB of pictures at 256 pixels."""
 COLUMNS = ["image_id", "file_name", "image", "captions"]
+Item = TypeVar("Item")
 AHEAD = 4
 """Batches that are read and decoded before they are asked for."""
 
@@ -181,21 +182,25 @@ class SplitReader:
         tables: OrderedDict[int, Any] = OrderedDict()  # row groups in use; a plan stays within a few windows
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
 
-        def row(number: int) -> dict[str, Any]:
-            place = int(np.searchsorted(self.starts, number, "right")) - 1
-            if place not in tables:
-                file, group = self.groups[place]
-                tables[place] = file.read_row_group(group, columns=COLUMNS)
-                if len(tables) > kept:
-                    tables.popitem(last=False)
-            tables.move_to_end(place)
+        def row(number: int, place: int) -> dict[str, Any]:
             inside = int(number - self.starts[place])
             return {name: tables[place][name][inside].as_py() for name in COLUMNS}
+
+        def load(places: list[int]) -> None:
+            for place in dict.fromkeys(places):
+                if place not in tables:
+                    file, group = self.groups[place]
+                    tables[place] = file.read_row_group(group, columns=COLUMNS)
+                tables.move_to_end(place)
+            while len(tables) > max(kept, len(set(places))):
+                tables.popitem(last=False)
 
         def read() -> Iterator[Batch]:
             with ThreadPoolExecutor(self.workers) as pool:
                 for numbers in plan:
-                    rows = [row(number) for number in numbers.tolist()]
+                    places = (np.searchsorted(self.starts, numbers, "right") - 1).tolist()
+                    load(places)
+                    rows = [row(*pair) for pair in zip(numbers.tolist(), places, strict=True)]
                     pictures = (Image.open(io.BytesIO(one["image"])) for one in rows)
                     pixels = list(pool.map(view, pictures, numbers.tolist()))
                     yield Batch(
@@ -214,7 +219,7 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def ahead(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def ahead(source: Iterator[Item], depth: int) -> Generator[Item, None, None]:
     """Yield what `source` yields, computed by a thread up to `depth` items before it is asked for."""
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:

@@ -72,6 +72,8 @@ class Rows:
     """Place of each token in its caption, int64 [B, T]."""
     caption: Tensor
     """Which of the row's captions a token belongs to, int64 [B, T]; -1 in the padding."""
+    places: Tensor
+    """Of the tokens with a target in the flattened batch, int64 [count]."""
     count: int
     """Tokens with a target."""
 
@@ -108,7 +110,8 @@ def side_by_side(captions: Sequence[Sequence[Sequence[int]]], end: int, multiple
             values[3, row, part] = number
             start += len(ids)
     tokens, targets, positions, caption = torch.from_numpy(values)
-    return Rows(tokens, targets, positions, caption, sum(len(ids) for picture in captions for ids in picture))
+    places = torch.from_numpy(np.flatnonzero(values[1] != IGNORED))
+    return Rows(tokens, targets, positions, caption, places, len(places))
 
 
 def decode_tokens(tokenizer: Any, ids: list[int]) -> str:

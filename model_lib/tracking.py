@@ -83,15 +83,19 @@ NO_TRACKING = Tracking()
 
 class _MlflowRun(Run):
     def __init__(self, client: Any, run_id: str) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
         self.client, self.run_id = client, run_id
         self.waiting: list = []
         self.sent = time.monotonic()
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else it warns that there is no GPU
-        self.monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=client.tracking_uri)
+        self.monitor: Any = None
 
     def __enter__(self) -> Self:
+        if importlib.util.find_spec("psutil") is None:
+            log.warning("the machine's load is not logged: pip install psutil")
+            return self
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else it warns that there is no GPU
+        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
         self.monitor.start()
         return self
 
@@ -109,8 +113,11 @@ class _MlflowRun(Run):
         self.waiting, self.sent = [], time.monotonic()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self._send()
-        self.monitor.finish()
+        try:
+            self._send()
+        finally:
+            if self.monitor is not None:
+                self.monitor.finish()
         self.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
 
 
@@ -139,6 +146,8 @@ class MlflowTracking(Tracking):
             run_id = None
         if run_id is not None:
             client.update_run(run_id, status="RUNNING")
+            for name, value in code_version().items():
+                client.set_tag(run_id, name, value)
             return _MlflowRun(client, run_id)
         if self.own_run_id is not None:
             run_id = self.own_run_id
@@ -233,6 +242,11 @@ class MlflowTracking(Tracking):
                 client.log_artifact(run_id, str(file), str(Path(path).parent))
 
 
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
 def code_version() -> dict[str, str]:
     """Return the tags that say which code runs: captioner's version, and its git commit where that is known.
 
@@ -243,9 +257,9 @@ def code_version() -> dict[str, str]:
     if (package / "REVISION").exists():
         revision = (package / "REVISION").read_text().strip()
     else:
-        command = ["git", "-C", str(package), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
         try:
-            revision = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            _git(package, "ls-files", "--error-unmatch", "__init__.py")  # else the repository around is another's
+            revision = _git(package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
         except (OSError, subprocess.SubprocessError):
             revision = ""
     return tags | ({"mlflow.source.git.commit": revision} if revision else {})

@@ -6,13 +6,15 @@ checkpoint. Where it stands is a count of steps, from which the order of the dat
 learning rate follow.
 """
 
+import hashlib
 import logging
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,9 @@ from model_lib.objectives import Objective, SelfCritical, captions_of, loss_of
 from model_lib.pictures import augmented
 from model_lib.precision import autocast, autocast_dtype, choose_device, loss_scaler
 from model_lib.presets import PRESETS
-from model_lib.progress import Progress
-from model_lib.shards import Manifest, Plan, SplitReader, read_manifest
+from model_lib.progress import INTERVAL, Progress
+from model_lib.shards import AHEAD, Manifest, Plan, SplitReader, ahead, read_manifest
+from model_lib.sources import lasting_source
 from model_lib.tokens import decode_tokens, encode_captions, side_by_side, train_tokenizer
 from model_lib.tracking import NO_TRACKING, Tracking
 
@@ -74,6 +77,8 @@ def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
     for split in ("train", "val"):
         manifest.require_split(split)
     storage.require_writable(config.output)
+    if config.start is not None:
+        config = replace(config, start=lasting_source(config.start))
     torch.manual_seed(config.seed)
     device = choose_device(config.device)
     model = build_model(config, manifest).to(device)
@@ -82,9 +87,13 @@ def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
 
 def build_model(config: TrainConfig, manifest: Manifest) -> Captioner:
     """Return the captioner to train: a trained one, the preset's parts, or one from scratch with its own tokenizer."""
-    if config.start is not None:
-        return Captioner.from_pretrained(config.start, device="cpu", dtype=torch.float32).train()
     preset = PRESETS[config.preset]
+    if config.start is not None:
+        model = Captioner.from_pretrained(config.start, device="cpu", dtype=torch.float32).train()
+        if model.config.train_everything != (preset.vision is None):
+            kind = "from scratch, as by preset tiny" if model.config.train_everything else "over frozen parts"
+            raise UserError(f"{config.start}: was trained {kind}, which preset {config.preset} does not do")
+        return model
     if preset.vision is not None and preset.decoder is not None:
         return Captioner.from_parts(config.vision or preset.vision, config.decoder or preset.decoder, config.tokenizer)
     captions = SplitReader(manifest, "train", size=1).captions()
@@ -93,6 +102,11 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Captioner:
     model = Captioner(preset.config(vocab_size=len(tokenizer), **ends))
     model.tokenizer = tokenizer
     return model
+
+
+def _identity(model: Captioner) -> str:
+    """Return what tells a trained captioner from others, whatever its folder is called."""
+    return hashlib.sha256(model.head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -121,8 +135,8 @@ class _Run:
     ) -> None:
         self.config, self.manifest, self.model, self.device = config, manifest, model, device
         positions = model.config.decoder_config.n_positions
-        if config.max_tokens > positions:
-            raise UserError(f"max_tokens: {config.max_tokens} is more than the model's {positions} positions")
+        if config.max_tokens >= positions:
+            raise UserError(f"max_tokens: {config.max_tokens} leaves no place for the end in {positions} positions")
         reading = {"size": model.image_size, "workers": config.workers}
         self.train_data = SplitReader(manifest, "train", **reading)
         self.slices = {
@@ -144,16 +158,11 @@ class _Run:
         self.optimizer = make_optimizer(model, config, device)
         self.average = MovingAverage(model, config.ema or 0.0)
         self.cache: FeatureCache | None = None
-        if config.feature_cache is not None:
-            self.cache = FeatureCache(
-                config.feature_cache, model, self.train_data, manifest.fingerprint, config.batch_size
-            )
-
         self.epoch_steps = -(-self.train_data.rows // config.batch_size)
         self.steps = self.epoch_steps * config.epochs
         self.step, self.validated, self.stale = 0, 0, 0
         self.best: Standing | None = None
-        self.origin = config.key(manifest.fingerprint)
+        self.origin = config.key(manifest.fingerprint, *([] if config.start is None else [_identity(model)]))
         self.tracking = tracking
         self.run_id: str | None = None
 
@@ -161,6 +170,9 @@ class _Run:
         model, config = self.model, self.config
         if self.dtype != torch.float32:
             model.freeze_into(self.dtype)
+        compiler = "g++" if self.device.type == "cpu" else "gcc"
+        if config.compile and shutil.which(compiler) is None:
+            raise UserError(f"compile: torch.compile needs {compiler} here (apt-get install {compiler})")
         for block in model.decoder.blocks:
             block.dropout.p = config.dropout or 0.0
             if config.compile:
@@ -179,7 +191,7 @@ class _Run:
 
     @property
     def _due(self) -> bool:
-        """Whether a validation is due: at a kill before it, it is left to the resumed run."""
+        """Whether a validation is due; it is left to the resumed run if a kill comes between."""
         every = self.config.validate_every or self.epoch_steps
         return self.step > self.validated and (self.step % every == 0 or self.step == self.steps)
 
@@ -190,9 +202,15 @@ class _Run:
             params |= {f"reward_{name}": value for name, value in self.critic.describe().items()}
         run = self.tracking.start(self.config.name, self.run_id, params=params, tags=self._tags())
         self.run_id = run.run_id
-        with run, Progress(f"train {self.config.name}", self.steps, "steps") as progress:
-            progress.done = self.step
-            progress.resumed = self.step
+        if self.config.feature_cache is not None and not self.finished:
+            self.cache = FeatureCache(
+                self.config.feature_cache,
+                self.model,
+                self.train_data,
+                self.manifest.fingerprint,
+                self.config.batch_size,
+            )
+        with run, Progress(f"train {self.config.name}", self.steps, "steps", resumed=self.step) as progress:
             while not self.finished:
                 if self._due:
                     self._validate(run)
@@ -213,38 +231,42 @@ class _Run:
         self.model.train()
         saved, spoken, pictures = time.monotonic(), time.monotonic(), 0
         plan = self.train_data.shuffled(self.config.batch_size, self.config.seed, epoch, self.lengths)[skip:]
-        with closing(self._pictures(plan, epoch)) as batches:
+        with closing(ahead(self._pictures(plan, epoch), AHEAD)) as batches:
             for numbers, pixels in batches:
                 measured = self._train_step(numbers, pixels)
                 self.step += 1
                 pictures += len(numbers)
-                if self.step % 10 == 0 or self.step == self.steps:
+                if self.step % 10 == 0 or self.step == self.steps or time.monotonic() - spoken > INTERVAL:
                     values, now = {name: float(value) for name, value in measured.items()}, time.monotonic()
                     speed = pictures / max(now - spoken, 1e-9)
                     run.log({**values, "pictures_per_second": speed}, self.step)
                     spoken, pictures = now, 0
-                    progress.advance(0, f"loss {values['train_loss']:.3f}, {speed:,.0f} pictures a second")
+                    shown = "train_loss" if self.critic is None else "reward"
+                    progress.advance(0, f"{shown} {values[shown]:.3f}, {speed:,.1f} pictures a second")
                 progress.advance()
-                if self._due:
-                    return
                 if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
                     self._checkpoint()
                     saved = time.monotonic()
+                if self._due:
+                    return
 
     def _pictures(self, plan: Plan, epoch: int) -> Generator[tuple[Sequence[int], Tensor]]:
         """Yield the numbers of each batch's pictures, with their pixels, or with their features from the cache."""
+
+        def pinned(values: Tensor) -> Tensor:
+            return values.pin_memory() if self.device.type == "cuda" else values
+
         if self.cache is not None:
             for numbers in plan:
-                yield numbers.tolist(), self.cache.read(numbers)
+                yield numbers.tolist(), pinned(self.cache.read(numbers))
             return
 
         def view(image: Image.Image, number: int) -> np.ndarray:
             rng = np.random.default_rng([self.config.seed, epoch, number])
             return augmented(image, self.model.image_size, self.texts[number], rng)
 
-        for batch in self.train_data.batches(plan, view if self.config.augment else None):
-            pixels = torch.from_numpy(batch.pixels)
-            yield batch.numbers, pixels.pin_memory() if self.device.type == "cuda" else pixels
+        for batch in self.train_data.batches(plan, view if self.config.augment == "yes" else None):
+            yield batch.numbers, pinned(torch.from_numpy(batch.pixels))
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Return the visual tokens of pixels or cached features, on the device."""
@@ -321,13 +343,15 @@ class _Run:
         """Return loss and CIDEr on the first pictures of both splits: far apart, much was learned by heart."""
         scores: dict[str, float] = {}
         self.model.eval()
-        for split, reader in self.slices.items():
-            loss, cider = self._measure_on(reader)
-            scores |= {f"{split}_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
+        pictures = sum(reader.rows for reader in self.slices.values())
+        with Progress(f"validate {self.config.name}", pictures, "pictures") as progress:
+            for split, reader in self.slices.items():
+                loss, cider = self._measure_on(reader, progress)
+                scores |= {f"{split}_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
         return scores
 
     @torch.no_grad()
-    def _measure_on(self, reader: SplitReader) -> tuple[float, float]:
+    def _measure_on(self, reader: SplitReader, progress: Progress) -> tuple[float, float]:
         """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
         model, config = self.model, self.config
         losses, count = 0.0, 0
@@ -343,6 +367,7 @@ class _Run:
             count += rows.count
             for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
                 captions[number], references[number] = decode_tokens(model.tokenizer, one.tokens), texts
+            progress.advance(len(batch.numbers))
         return losses / count, corpus_cider(captions, references)
 
     def _save_best(self, scores: dict[str, float]) -> None:

@@ -61,14 +61,16 @@ def test_its_need_is_said_and_refused_where_there_is_no_room(
 
 def test_training_from_it_is_training_from_the_pictures(data: Path, tmp_path: Path, parts: tuple[Path, Path]) -> None:
     common = {"data": str(data), "vision": str(parts[0]), "decoder": str(parts[1]), "precision": "float32"}
-    common |= {"epochs": 1, "batch_size": 16, "augment": False, "dropout": 0.0, "ema": 0.0, "max_tokens": 20}
+    common |= {"epochs": 1, "batch_size": 16, "augment": "no", "dropout": 0.0, "ema": 0.0, "max_tokens": 20}
     plain = train(TrainConfig(output=str(tmp_path / "plain"), **common))
     cached = train(TrainConfig(output=str(tmp_path / "cached"), feature_cache=str(tmp_path / "cache"), **common))
     assert cached.validation_loss == pytest.approx(plain.validation_loss, rel=1e-5)
 
 
 def test_it_is_refused_where_views_change_or_the_tower_is_trained() -> None:
-    with pytest.raises(UserError, match="feature_cache: keeps one view of each picture; give --augment false too"):
+    with pytest.raises(UserError, match="feature_cache: keeps one view of each picture; give --augment no too"):
         TrainConfig(data="data", output="out", feature_cache="cache")
+    with pytest.raises(UserError, match=r"feature_cache gs://bucket: is not a local folder"):
+        TrainConfig(data="data", output="out", augment="no", feature_cache="gs://bucket")
     with pytest.raises(UserError, match="feature_cache: preset tiny trains its vision tower"):
         TrainConfig(data="data", output="out", preset="tiny", feature_cache="cache")

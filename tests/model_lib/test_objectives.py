@@ -66,6 +66,10 @@ def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(critic: Sel
 def test_it_needs_a_trained_start() -> None:
     with pytest.raises(UserError, match="objective self-critical: needs a trained start"):
         TrainConfig(data="data", output="out", preset="tiny", objective="self-critical")
+    with pytest.raises(UserError, match="label_smoothing: self-critical training has no labels to smooth"):
+        TrainConfig(
+            data="data", output="out", preset="tiny", objective="self-critical", start="best", label_smoothing=0.1
+        )
     stage = TrainConfig(data="data", output="out", preset="tiny", objective="self-critical", start="best")
     assert math.isclose(stage.learning_rate, 1e-4)
 
@@ -79,7 +83,6 @@ def test_it_raises_the_cider_of_held_out_scenes(tmp_path: Path) -> None:
         TrainConfig(
             output=str(tmp_path / "second"),
             epochs=1,
-            validate_every=13,
             objective="self-critical",
             start=first.model,
             **common,

@@ -117,15 +117,19 @@ def test_killed_in_the_validation_it_ends_the_same(
         patched.setattr("model_lib.training._Run._measure", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config(data, tmp_path, epochs=3, checkpoint_minutes=0))
+    assert checkpoint.read_state(checkpoint.newest(str(tmp_path)) or "")["step"] == 2
     train(config(data, tmp_path, epochs=3))
     ours, theirs = weights(tmp_path), weights(finished)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.3, "ema": 0.9, "augment": True, "label_smoothing": 0.1}])
+@pytest.mark.parametrize("objective", ["cross-entropy", "self-critical"])
+@pytest.mark.parametrize("options", [{"dropout": 0.3, "ema": 0.9, "augment": "yes", "label_smoothing": 0.1}])
 def test_resumed_with_every_option_it_ends_the_same(
-    data: Path, tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+    finished: Path, data: Path, tmp_path: Path, options: dict, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if objective == "self-critical":
+        options = {**options, "objective": objective, "start": str(finished / "best"), "label_smoothing": None}
     train(config(data, tmp_path / "whole", **options))
     with monkeypatch.context() as patched:
         step = training._Run._train_step
@@ -141,9 +145,38 @@ def test_resumed_with_every_option_it_ends_the_same(
     train(config(data, tmp_path / "cut", **options))
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    plain = tmp_path / "plain"
-    train(config(data, plain))
-    assert not torch.equal(weights(plain)["head.weight"], theirs["head.weight"])
+    assert not torch.equal(weights(finished)["head.weight"], theirs["head.weight"])
+
+
+def test_early_stopping_counts_on_after_a_kill(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"epochs": 4, "validate_every": 1, "patience": 3}
+    with monkeypatch.context() as patched:
+        judged(patched, (3.0, 0.5), (2.0, 0.2), (2.0, 0.2))
+        with pytest.raises(StopIteration):
+            train(config(data, tmp_path, **options))
+    judged(monkeypatch, (2.0, 0.2), (2.0, 0.9))
+    assert train(config(data, tmp_path, **options)).steps == 4
+    assert kept(tmp_path) == 1
+
+
+def test_a_start_of_another_kind_or_with_parts_besides_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
+    start = str(finished / "best")
+    with pytest.raises(UserError, match=r"best: was trained from scratch, .* preset clip-l-gpt2-medium does not do"):
+        train(TrainConfig(data=str(data), output=str(tmp_path), start=start))
+    with pytest.raises(UserError, match="start: a trained captioner has its own vision, decoder and tokenizer"):
+        TrainConfig(data=str(data), output=str(tmp_path), start=start, vision="clip")
+    with pytest.raises(UserError, match=r"dropout: 1\.0 is not less than 1"):
+        config(data, tmp_path, dropout=1.0)
+
+
+def test_another_start_in_the_same_place_is_another_run(data: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "best", tmp_path / "start")
+    go_on = config(data, tmp_path / "run", epochs=1, start=str(tmp_path / "start"))
+    train(go_on)
+    shutil.rmtree(tmp_path / "start")
+    shutil.copytree(tmp_path / "run" / "best", tmp_path / "start")
+    with pytest.raises(UserError, match="holds a run with other options or data"):
+        train(go_on)
 
 
 @pytest.mark.parametrize("options", [{"micro_batch_size": 5}, {"recompute": True}])
@@ -272,8 +305,9 @@ def test_bfloat16_is_near_float32(data: Path, tmp_path: Path) -> None:
 
 
 def test_captions_longer_than_the_model_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="max_tokens: 65 is more than the model's 64 positions"):
-        train(config(data, tmp_path, max_tokens=65))
+    with pytest.raises(UserError, match="max_tokens: 64 leaves no place for the end in 64 positions"):
+        train(config(data, tmp_path, max_tokens=64))
+    assert train(config(data, tmp_path, epochs=1, max_tokens=63)).steps == 2
 
 
 def test_float16_on_a_cpu_is_refused() -> None:
