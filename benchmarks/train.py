@@ -5,7 +5,7 @@
 Five captions a picture, of lengths like COCO's, random weights and pixels; the same weights are trained on both sides,
 in the same number format, by AdamW in one kernel. In one process, taking turns:
 
-- ours: the product's own loss and step.
+- ours: the product's own loss, the tower in the step's number format; no moving average and no dropout, as in theirs.
 - a pair a row: transformers' `CLIPVisionModel` and `GPT2LMHeadModel(add_cross_attention=True)`, whose own loss it is,
   under autocast; each picture-caption pair is a row with its own pass of the vision tower, padded to the longest
   caption. Frozen weights take no gradients, and the tower runs without recording any.
@@ -13,8 +13,9 @@ in the same number format, by AdamW in one kernel. In one process, taking turns:
 
 FLOPs are those of the tokens that have a target, of one vision pass a picture and of the keys and values of its visual
 tokens; the forward pass counts once, gradients by inputs once for all that lies behind trained weights, gradients by
-weights once for trained matrices. The share is of the speed that a large matrix product reaches in the same run. It
-prints a table, a projected epoch of COCO 2017, and ends with one line of JSON.
+weights once for trained matrices. Shares are of the speed that a large matrix product reaches in the same run, and of
+the data sheet's where that is known. It prints a table with our peak memory, a projected epoch of COCO 2017, and ends
+with one line of JSON.
 
 With `--from_parquet N` it then draws N scenes, ingests them, and trains two epochs on them by the product's own
 `train`, augmentation, moving average and all: the rate at which pictures come from Parquet and are learned.
@@ -24,8 +25,9 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,8 @@ from model_lib.training import Trained, train
 CAPTIONS = 5
 COCO_PICTURES = 118_287
 """Of train2017."""
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""FLOP/s of dense 16-bit matrix products, by the makers' data sheets."""
 
 
 def coco_like_captions(pictures: int, vocabulary: int) -> list[list[list[int]]]:
@@ -107,47 +111,44 @@ def matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds
 
 
-def cases(
-    model: Captioner, tower: nn.Module, plain: Plain, count: int, dtype: torch.dtype
-) -> tuple[dict[str, Callable[[], None]], int]:
-    """Return a training step of `count` pictures by each name, ours first, and the tokens that it learns."""
-    device, size, end = model.device, model.image_size, model.config.decoder_config.eos_token_id
-    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(device)
-    captions = coco_like_captions(count, model.config.decoder_config.vocab_size)
-    pairs = side_by_side([[ids] for picture in captions for ids in picture], end, multiple=1).to(device)
+class Work:
+    """A batch on the device, and training steps over it."""
 
-    def stepping(module: nn.Module, loss_of_batch: Callable[[], Tensor]) -> Callable[[], None]:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    def __init__(self, model: Captioner, count: int, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        size, self.end = model.image_size, model.config.decoder_config.eos_token_id
+        self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(model.device)
+        self.captions = coco_like_captions(count, model.config.decoder_config.vocab_size)
+        pairs = [[ids] for picture in self.captions for ids in picture]
+        self.pairs = side_by_side(pairs, self.end, multiple=1).to(model.device)
 
-        def step() -> None:
-            loss_of_batch().backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def ours(self) -> Tensor:
+        rows = side_by_side(self.captions, self.end).to(self.model.device)
+        features = self.model.encode(self.pixels)
+        with autocast(self.dtype, self.model.device):
+            return caption_loss(self.model, features, rows) / rows.count
 
-        return step
-
-    def ours() -> Tensor:
-        rows = side_by_side(captions, end).to(device)
-        features = model.encode(pixels)
-        with autocast(dtype, device):
-            return caption_loss(model, features, rows) / rows.count
-
-    def baseline(passes: int) -> Tensor:
+    def plain(self, tower: nn.Module, plain: Plain, passes: int) -> Tensor:
         """Run the tower `passes` times a picture, the decoder once a pair."""
-        with autocast(dtype, device):
+        with autocast(self.dtype, self.model.device):
             with torch.no_grad():
-                seen = pixels.repeat_interleave(passes, 0).float() / 127.5 - 1
+                seen = self.pixels.repeat_interleave(passes, 0).float() / 127.5 - 1
                 features = tower(seen).last_hidden_state.repeat_interleave(CAPTIONS // passes, 0)
-            return plain.loss(features, pairs.tokens, pairs.targets)
+            return plain.loss(features, self.pairs.tokens, self.pairs.targets)
 
-    steps = {
-        "ours": stepping(model, ours),
-        "a pair a row": stepping(plain, lambda: baseline(CAPTIONS)),
-        "shared encoder": stepping(plain, lambda: baseline(1)),
-    }
-    return steps, pairs.count
+
+def stepping(module: nn.Module, *losses: Callable[[], Tensor]) -> list[Callable[[], None]]:
+    """Return for each loss a training step of `module`."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+
+    def step(loss: Callable[[], Tensor]) -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return [partial(step, loss) for loss in losses]
 
 
 class Rates(Tracking, Run):
@@ -164,8 +165,8 @@ class Rates(Tracking, Run):
             self.rates.append(metrics["pictures_per_second"])
 
 
-def train_from_parquet(preset: str, pictures: int, **options: Any) -> None:
-    """Train on generated scenes as a user does; print the median rate, and the validation loss as a sign of life."""
+def train_from_parquet(preset: str, pictures: int, **options: Any) -> float:
+    """Train on generated scenes as a user does; print and return pictures a second between the validations."""
     shapes = PRESETS[preset]
     device = torch.device(options["device"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -183,11 +184,12 @@ def train_from_parquet(preset: str, pictures: int, **options: Any) -> None:
         run = TrainConfig(data=str(work / "data"), output=str(work / "out"), preset=preset, epochs=2, **options)
         trained: list[Trained] = []
         memory = peak_gb(lambda: trained.append(train(run, rates)), device)
-    rate, loss = median(rates.rates), trained[0].validation_loss
+    rate, loss = harmonic_mean(rates.rates), trained[0].validation_loss
     print(
         f"\nfrom Parquet, {run.batch_size} pictures a step: {rate:.1f} pictures/s, an epoch of COCO in "
         f"{COCO_PICTURES / rate / 60:,.1f} minutes, {memory} GB at most; validation loss {loss:.2f}"
     )
+    return rate
 
 
 def main() -> None:
@@ -206,41 +208,51 @@ def main() -> None:
     torch.manual_seed(0)
     config = PRESETS[options.preset].config()
     config.train_everything = False  # a tower from scratch is trained too, here none is
-    model, tower = Captioner(config).to(device).train(), CLIPVisionModel(config.vision_config).to(device)
-    plain = Plain(model).to(device)
+    model = Captioner(config).to(device).train()
     model.freeze_into(dtype)
     for block in model.decoder.blocks if options.compile else []:
         block.compile(dynamic=True)
-    speed = matrix_speed(device, dtype)
+    speed, peak = matrix_speed(device, dtype), next((v for k, v in PEAKS.items() if k in name), None)
+
+    works = [Work(model, count, dtype) for count in options.pictures]
+    mine = stepping(model, *(work.ours for work in works))
+    memory = [peak_gb(step, device) for step in mine]  # before the other side is there
+    tower, plain = CLIPVisionModel(config.vision_config).to(device), Plain(model).to(device)
+    for block in plain.decoder.transformer.h if options.compile else []:
+        block.compile(dynamic=True)
 
     results = []
     print(f"\n{name}, torch {torch.__version__}, {dtype}; captions a second\n")
-    print(f"{'case':<16}{'baseline':<16}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'theirs':>8}{'of peak':>9}")
-    for count in options.pictures:
-        steps, tokens = cases(model, tower, plain, count, dtype)
-        seconds = dict(zip(steps, median_seconds(list(steps.values()), options.rounds, device), strict=True))
-        memory = {label: peak_gb(step, device) for label, step in steps.items()}
-        work, ours = flops(model, count, tokens), seconds.pop("ours")
-        for label, theirs in seconds.items():
+    print(f"{'case':<16}{'baseline':<16}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'of matmul':>11}{'of peak':>9}")
+    for count, work, my_step, gigabytes in zip(options.pictures, works, mine, memory, strict=True):
+        losses = [partial(work.plain, tower, plain, passes) for passes in (CAPTIONS, 1)]
+        ours, *theirs = median_seconds([my_step, *stepping(plain, *losses)], options.rounds, device)
+        useful = flops(model, count, work.pairs.count)
+        for label, seconds in zip(("a pair a row", "shared encoder"), theirs, strict=True):
             row: dict[str, Any] = {"case": f"{count} pictures", "baseline": label, "unit": "captions/s"}
-            row |= {"ours": round(CAPTIONS * count / ours, 2), "theirs": round(CAPTIONS * count / theirs, 2)}
-            row |= {"ratio": round(theirs / ours, 2), "peak_memory_gb": memory["ours"]}
-            row |= {"their_peak_memory_gb": memory[label], "share_of_peak": round(work / ours / speed, 3)}
+            row |= {"ours": round(CAPTIONS * count / ours, 2), "theirs": round(CAPTIONS * count / seconds, 2)}
+            row |= {"ratio": round(seconds / ours, 2), "peak_memory_gb": gigabytes}
+            row |= {"share_of_matmul": round(useful / ours / speed, 3)}
+            row |= {"share_of_peak": None if peak is None else round(useful / ours / peak, 3)}
             results.append(row)
+            of_peak = "" if peak is None else f"{row['share_of_peak']:.1%}"
             print(
                 f"{row['case']:<16}{label:<16}{row['ours']:>9.2f}{row['theirs']:>9.2f}{row['ratio']:>7.2f}"
-                f"{memory['ours']:>7.1f}{memory[label]:>8.1f}{row['share_of_peak']:>9.1%}",
+                f"{gigabytes:>7.1f}{row['share_of_matmul']:>11.1%}{of_peak:>9}",
                 flush=True,
             )
         print(
-            f"{work / count / 1e12:.2f} TFLOP a picture; {speed / 1e12:.1f} TFLOP/s in a matrix product; an epoch of "
+            f"{useful / count / 1e12:.2f} TFLOP a picture; {speed / 1e12:.1f} TFLOP/s in a matrix product; an epoch of "
             f"COCO, reading apart: {COCO_PICTURES / count * ours / 60:,.1f} minutes"
         )
+    document = {"benchmark": "train", "device": name, "torch": torch.__version__, "results": results}
     if options.from_parquet:
-        del model, tower, plain, steps
+        del model, tower, plain, works, mine, losses, work, my_step
         common = {"batch_size": options.pictures[-1], "precision": options.precision, "compile": options.compile}
-        train_from_parquet(options.preset, options.from_parquet, device=options.device, **common)
-    print(json.dumps({"benchmark": "train", "device": name, "torch": torch.__version__, "results": results}))
+        document["from_parquet_pictures_per_second"] = train_from_parquet(
+            options.preset, options.from_parquet, device=options.device, **common
+        )
+    print(json.dumps(document))
 
 
 if __name__ == "__main__":

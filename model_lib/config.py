@@ -176,6 +176,8 @@ class TrainConfig(StageConfig):
     """Decay of the moving average of the weights that is judged and kept; 0: none; by default the preset's."""
     augment: Literal["auto", "yes", "no"] = "auto"
     """Learn random crops, mirrored if no caption says left or right; auto: the preset's."""
+    sort_batches: int = option(0, minimum=0)
+    """Batches' worth of pictures sorted by the length of their captions, to save padding; 1: none; 0: the preset's."""
     objective: Literal["cross-entropy", "self-critical"] = "cross-entropy"
     """Learn the captions, or, as a second stage, raise the CIDEr-D of captions that the model draws."""
     start: str | None = None
@@ -234,7 +236,7 @@ class TrainConfig(StageConfig):
                 ("dropout", self.dropout or 0.0),  # else another model would learn than the one that drew
             ):
                 object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "learning_rate", "precision"):
+        for name in ("epochs", "batch_size", "learning_rate", "precision", "sort_batches"):
             if getattr(self, name) in (0, "auto"):
                 object.__setattr__(self, name, getattr(preset, name))
         for name in ("label_smoothing", "dropout", "ema"):

@@ -31,6 +31,8 @@ class Preset:
     ema: float
     """Decay of the weights' moving average; 0: none."""
     augment: bool
+    sort_batches: int
+    """Batches' worth of pictures that are sorted by length together."""
 
     def config(self, **decoder_options: int) -> "CaptionerConfig":
         """Return the model's configuration, without loading weights."""
@@ -64,6 +66,7 @@ PRESETS = {
         dropout=0.1,
         ema=0.999,
         augment=True,
+        sort_batches=8,
     ),
     "tiny": Preset(
         vision=None,
@@ -93,5 +96,6 @@ PRESETS = {
         dropout=0.0,
         ema=0.0,
         augment=False,
+        sort_batches=1,  # in the scenes length tells of content, and batches alike teach less: docs/benchmarks.md
     ),
 }

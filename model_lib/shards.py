@@ -140,24 +140,25 @@ class SplitReader:
         """Return the plan that keeps the order of the shards."""
         return _cut(np.arange(self.rows), batch_size)
 
-    def shuffled(self, batch_size: int, seed: int, epoch: int, lengths: np.ndarray) -> Plan:
+    def shuffled(self, batch_size: int, seed: int, epoch: int, lengths: np.ndarray, sort_batches: int = 8) -> Plan:
         """Return the plan of an epoch in which pictures of similar length come together.
 
         Row groups are shuffled, and pictures within a window of several groups, so that reading stays near in the
-        files; then, a window at a time, batches are made of neighbours in length and shuffled again.
+        files; then, a few batches at a time, neighbours in length make a batch, and the batches are shuffled again.
 
         Args:
             batch_size: pictures a batch; one of the last is smaller if they do not divide.
             seed: with the epoch, what the order depends on.
             epoch: from 0.
             lengths: of each picture, for example its captions' tokens, int [rows].
+            sort_batches: how many batches' worth of pictures are sorted together; 1: no picture changes its batch.
         """
         rng = np.random.default_rng([seed, epoch])
         order = np.concatenate([rng.permutation(window) for window in self._windows(rng)])
         order = order[order < self.rows]
         batches: list[np.ndarray] = []
-        for window in _cut(order, max(1, WINDOW // batch_size) * batch_size):
-            near = _cut(window[np.argsort(lengths[window], kind="stable")], batch_size)
+        for some in _cut(order, sort_batches * batch_size):
+            near = _cut(some[np.argsort(lengths[some], kind="stable")], batch_size)
             batches += [near[place] for place in rng.permutation(len(near))]
         return batches
 

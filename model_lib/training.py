@@ -139,10 +139,9 @@ class _Run:
             raise UserError(f"max_tokens: {config.max_tokens} leaves no place for the end in {positions} positions")
         reading = {"size": model.image_size, "workers": config.workers}
         self.train_data = SplitReader(manifest, "train", **reading)
-        self.slices = {
-            split: SplitReader(manifest, split, limit=config.validation_pictures, **reading)
-            for split in ("val", "train")
-        }
+        known = manifest.counts["val"]
+        limit = min(config.validation_pictures or known, known)
+        self.slices = {split: SplitReader(manifest, split, limit=limit, **reading) for split in ("val", "train")}
         self.texts = self.train_data.captions()
         ids = encode_captions(model.tokenizer, self.texts, config.captions_per_picture, config.max_tokens)
         self.lengths = np.array([sum(map(len, picture)) for picture in ids])
@@ -230,7 +229,9 @@ class _Run:
         epoch, skip = divmod(self.step, self.epoch_steps)
         self.model.train()
         saved, spoken, pictures = time.monotonic(), time.monotonic(), 0
-        plan = self.train_data.shuffled(self.config.batch_size, self.config.seed, epoch, self.lengths)[skip:]
+        config = self.config
+        order = self.train_data.shuffled(config.batch_size, config.seed, epoch, self.lengths, config.sort_batches)
+        plan = order[skip:]
         with closing(ahead(self._pictures(plan, epoch), AHEAD)) as batches:
             for numbers, pixels in batches:
                 measured = self._train_step(numbers, pixels)

@@ -58,9 +58,11 @@ def test_every_command_explains_itself(captioner: Run, command: str) -> None:
 
 def test_stages_run_one_after_another(captioner: Run, scenes: Path, tmp_path: Path) -> None:
     picture = scenes / "val2017" / "000000000001.jpg"
+    second_stage = ("--objective", "self-critical", "--start", "out/best", "--augment", "no", "--recompute")
     steps = [
         ("ingest", "--dataset", scenes, "--output", "data"),
         ("train", "--data", "data", "--output", "out", "--preset", "tiny", "--epochs", "1", "--batch-size", "16"),
+        ("train", "--data", "data", "--output", "out2", "--preset", "tiny", "--epochs", "1", *second_stage),
         ("evaluate", "--model", "out/best", "--data", "data", "--output", "judged", "--num_beams", "1"),
         ("register", "--evaluations", "judged"),
         ("batch", "--images", scenes / "val2017", "--output", "captions", "--model", "models:/captioner@champion"),
@@ -141,6 +143,9 @@ def test_anyones_results_are_scored_without_a_model(captioner: Run, coco_eval: P
         (("train", "--data", "x"), ["--output"]),
         (("train", "--data", "x", "--output", "y", "--learning_rate", "fast"), ["learning-rate", "fast"]),
         (("train", "--data", "x", "--output", "y", "--colour", "red"), ["--colour"]),
+        (("train", "--data", "x", "--output", "y", "--feature_cache", "c"), ["feature_cache", "--augment no"]),
+        (("train", "--data", "x", "--output", "y", "--objective", "self-critical"), ["self-critical", "start"]),
+        (("train", "--data", "x", "--output", "y", "--dropout", "1"), ["dropout: 1.0 is not less than 1"]),
         (("train", "--data", "x", "--output", "y", "--preset", "huge"), ["huge", "tiny"]),
         (("train", "--data", "gone", "--output", "y", "--preset", "tiny"), ["gone", "captioner ingest"]),
         (("info", "--preset", "huge"), ["huge"]),
