@@ -1,9 +1,10 @@
 """From visual tokens to captions: greedy, sampling and beam search, with key/value caches.
 
-A step feeds one new token a row. Self-attention's keys and values are cached and never moved; cross-attention's are
-computed once a picture and shared by all its rows. Greedy and beam search follow transformers' `generate`
-(`early_stopping=False`): twice as many candidates as beams are looked at, those that end enter a pool by their
-length-normalised score, and a picture is done when no running beam can beat its pool.
+A step feeds one new token a row; once half of the pictures are finished, the others go on without them.
+Self-attention's keys and values are cached and never moved; cross-attention's are computed once a picture and shared by
+all its rows. Greedy and beam search follow transformers' `generate` (`early_stopping=False`): twice as many candidates
+as beams are looked at, those that end enter a pool by their length-normalised score, and a picture is done when no
+running beam can beat its pool.
 
 Shapes: B pictures, N rows (beams or samples) a picture, V vocabulary, T tokens so far.
 """
@@ -96,22 +97,42 @@ class _Rows:
             self.cache.select(parents)
         self.history = torch.cat([self.history, tokens.unsqueeze(-1)], 2)
 
+    def keep(self, pictures: Tensor) -> None:
+        """Go on with some of the pictures, int64 [B'], in this order."""
+        self.visual = [(keys[pictures], values[pictures]) for keys, values in self.visual]
+        self.history = self.history[pictures]
+        self.cache.keep(pictures)
+
+
+def _left(open_: Tensor) -> Tensor | None:
+    """Return the places of the open pictures, bool [B], if enough are finished to go on without; None: all go on."""
+    left = open_.nonzero()[:, 0]
+    return left if 0 < len(left) <= len(open_) // 2 else None
+
 
 def _one_by_one(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
     """Take the most likely token at each step, or draw one."""
     generator = torch.Generator(rows.device).manual_seed(config.seed)
-    scores: list[Tensor] = []
-    ended = torch.zeros(rows.history.shape[:2], dtype=torch.bool, device=rows.device)
+    B, N = rows.history.shape[:2]
+    tokens = torch.full((B, N, config.max_new_tokens), rows.end, device=rows.device)
+    scores = torch.zeros((B, N, config.max_new_tokens), device=rows.device)
+    pictures = torch.arange(B, device=rows.device)  # that are still being captioned
+    ended = torch.zeros((B, N), dtype=torch.bool, device=rows.device)
     while rows.length < config.max_new_tokens and not ended.all():
         logits = rows.logits()
         allowed = rows.forbid(logits)
         choice = draw(allowed.flatten(0, 1), config, generator).view_as(ended) if config.samples else allowed.argmax(-1)
         choice = choice.masked_fill(ended, rows.end)
-        scores.append(logits.gather(2, choice.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1))
+        tokens[pictures, :, rows.length] = choice
+        scores[pictures, :, rows.length] = logits.gather(2, choice.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         ended = ended | (choice == rows.end)
         rows.append(choice)
+        left = _left(~ended.all(1))
+        if left is not None:
+            rows.keep(left)
+            pictures, ended = pictures[left], ended[left]
     decoded = []
-    for picture, values in zip(rows.history[:, :, 1:].tolist(), torch.stack(scores, -1).tolist(), strict=True):
+    for picture, values in zip(tokens.tolist(), scores.tolist(), strict=True):
         decoded.append([_until_end(*pair, rows.end) for pair in zip(picture, values, strict=True)])
     return decoded
 
@@ -168,6 +189,15 @@ def _beam_search(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
     pool_tokens = torch.full((B, N, longest), end, device=device)
     pool_lengths = torch.zeros((B, N), dtype=torch.int64, device=device)
     open_ = torch.ones(B, dtype=torch.bool, device=device)
+    pictures = list(range(B))  # that are still being captioned
+    decoded: dict[int, list[Decoded]] = {}
+
+    def finish(places: list[int]) -> None:
+        """Take what the pool holds of these as their captions."""
+        for place in places:
+            pooled = (pool[place].tolist() for pool in (pool_tokens, pool_lengths, pool_scores))
+            best = list(zip(*pooled, strict=True))[: config.num_captions]
+            decoded[pictures[place]] = [Decoded(t[:n], score * n**config.length_penalty / n) for t, n, score in best]
 
     for length in range(1, longest + 1):
         # The best 2N of all N * V continuations are among the best 2N of each beam.
@@ -184,7 +214,7 @@ def _beam_search(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
         among_first = torch.arange(2 * N, device=device) < N
         enters = (ends | last) & among_first & open_.unsqueeze(1)
         normalised = (scores / length**config.length_penalty).masked_fill(~enters, -1e9)
-        padded = torch.full((B, 2 * N, longest), end, device=device)
+        padded = torch.full((len(pictures), 2 * N, longest), end, device=device)
         padded[:, :, : length - 1], padded[:, :, length - 1] = past, choices
         pool_scores, kept = torch.cat([pool_scores, normalised], 1).topk(N)
         pool_tokens = torch.cat([pool_tokens, padded], 1).gather(1, kept.unsqueeze(-1).expand(-1, -1, longest))
@@ -199,9 +229,13 @@ def _beam_search(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
         open_ = open_ & ~((pool_scores[:, -1] > -1e8) & (reachable <= pool_scores[:, -1]))
         if not open_.any():
             break
+        left = _left(open_)
+        if left is not None:
+            finish((~open_).nonzero()[:, 0].tolist())
+            rows.keep(left)
+            running, open_ = running[left], open_[left]
+            pool_scores, pool_tokens, pool_lengths = pool_scores[left], pool_tokens[left], pool_lengths[left]
+            pictures = [pictures[place] for place in left.tolist()]
 
-    decoded = []
-    for picture in zip(pool_tokens.tolist(), pool_lengths.tolist(), pool_scores.tolist(), strict=True):
-        best = list(zip(*picture, strict=True))[: config.num_captions]
-        decoded.append([Decoded(t[:n], score * n**config.length_penalty / n) for t, n, score in best])
-    return decoded
+    finish(list(range(len(pictures))))
+    return [decoded[picture] for picture in range(B)]

@@ -157,6 +157,11 @@ class SelfAttentionCache:
         """Let each row go on from the row `parents`, int64 [B, N], of its picture."""
         self.origin = self.origin.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.length))
 
+    def keep(self, pictures: Tensor) -> None:
+        """Go on with some of the pictures, int64 [B'], in this order."""
+        self.layers = [layer.index_select(1, pictures) for layer in self.layers]
+        self.own, self.origin = self.own[pictures], self.origin[pictures]
+
 
 def residual_projection(config: GPT2Config, width: int) -> Conv1D:
     """Return a projection into the residual stream, its spread scaled by depth (GPT-2 paper, section 2.3)."""

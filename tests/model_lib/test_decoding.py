@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model_lib import DecodeConfig, UserError
-from model_lib.decoding import Decoded, decode
+from model_lib.decoding import Decoded, _Rows, decode
 from model_lib.model import Captioner
 from tests.conftest import small_model
 from tests.model_lib.test_model import pixels, reference_decoder, small_model_with_equal_widths
@@ -53,6 +53,24 @@ def test_token_ids_are_those_of_transformers_generate(
     )[:, 1:]
     for (ours,), theirs in zip(decoded, expected.tolist(), strict=True):
         assert ours.tokens == [token for token in theirs if token != 96]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_captions": 2}])
+def test_finished_pictures_leave_and_the_others_go_on_the_same(
+    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = ending_model()
+    features = torch.randn(16, 5, 32, generator=torch.Generator().manual_seed(2))
+    sizes = []
+    keep = _Rows.keep
+    monkeypatch.setattr(_Rows, "keep", lambda rows, places: sizes.append(len(places)) or keep(rows, places))
+    config = DecodeConfig(max_new_tokens=20, **options)
+    together = decode(model, features, config)
+    assert sizes and sizes[0] <= 8 and sizes == sorted(sizes, reverse=True)
+    for picture, captions in enumerate(together):
+        (alone,) = decode(model, features[picture : picture + 1], config)
+        assert [one.tokens for one in captions] == [one.tokens for one in alone]
+        assert [one.score for one in captions] == pytest.approx([one.score for one in alone], rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{"no_repeat_ngram_size": n} for n in (1, 2, 3)] + [{"min_new_tokens": 9}])
