@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from model_lib.config import DecodeConfig
+from model_lib.decoder import CrossCache, SelfAttentionCache
 from model_lib.errors import UserError
-from model_lib.model import Captioner, CrossCache, SelfAttentionCache
+from model_lib.model import Captioner
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model_lib.model import Captioner, SideBySide
+from model_lib.decoder import SideBySide
+from model_lib.model import Captioner
 from model_lib.tokens import Rows
 
 SLICE = 1024

@@ -24,12 +24,9 @@ from torch import Tensor, nn
 
 from model_lib import checkpoint, storage
 from model_lib.averaging import MovingAverage
-from model_lib.cider import corpus_cider
-from model_lib.config import DecodeConfig, TrainConfig
-from model_lib.decoding import decode
+from model_lib.config import TrainConfig
 from model_lib.errors import UserError, WorkError
 from model_lib.features import FeatureCache
-from model_lib.loss import caption_loss
 from model_lib.model import Captioner
 from model_lib.objectives import Objective, SelfCritical, captions_of, loss_of
 from model_lib.pictures import augmented
@@ -38,8 +35,9 @@ from model_lib.presets import PRESETS
 from model_lib.progress import INTERVAL, Progress
 from model_lib.shards import AHEAD, Manifest, Plan, SplitReader, ahead, read_manifest
 from model_lib.sources import lasting_source
-from model_lib.tokens import decode_tokens, encode_captions, side_by_side, train_tokenizer
+from model_lib.tokens import encode_captions, train_tokenizer
 from model_lib.tracking import NO_TRACKING, Tracking
+from model_lib.validation import Standing, Validator
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +55,6 @@ class Trained:
     steps: int
     run_id: str | None
     """The MLflow run."""
-
-
-@dataclass(frozen=True, order=True)
-class Standing:
-    """How good a model is: by CIDEr, and among equals by loss."""
-
-    cider: float
-    negative_loss: float
 
 
 def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
@@ -139,9 +129,7 @@ class _Run:
             raise UserError(f"max_tokens: {config.max_tokens} leaves no place for the end in {positions} positions")
         reading = {"size": model.image_size, "workers": config.workers}
         self.train_data = SplitReader(manifest, "train", **reading)
-        known = manifest.counts["val"]
-        limit = min(config.validation_pictures or known, known)
-        self.slices = {split: SplitReader(manifest, split, limit=limit, **reading) for split in ("val", "train")}
+        self.validator = Validator(config, manifest, model.image_size)
         self.texts = self.train_data.captions()
         ids = encode_captions(model.tokenizer, self.texts, config.captions_per_picture, config.max_tokens)
         self.lengths = np.array([sum(map(len, picture)) for picture in ids])
@@ -324,7 +312,7 @@ class _Run:
     def _validate(self, run: Any) -> None:
         """Judge the model, keep it if it is the best so far, and write a checkpoint."""
         with self.average.applied():
-            scores = self._measure()
+            scores = self.validator.measure(self.model, self._encode, self.dtype)
             run.log(scores, self.step)
             loss = scores["val_loss"]
             if not math.isfinite(loss):
@@ -339,37 +327,6 @@ class _Run:
                 self._save_best(scores)
         self.validated = self.step
         self._checkpoint()
-
-    def _measure(self) -> dict[str, float]:
-        """Return loss and CIDEr on the first pictures of both splits: far apart, much was learned by heart."""
-        scores: dict[str, float] = {}
-        self.model.eval()
-        pictures = sum(reader.rows for reader in self.slices.values())
-        with Progress(f"validate {self.config.name}", pictures, "pictures") as progress:
-            for split, reader in self.slices.items():
-                loss, cider = self._measure_on(reader, progress)
-                scores |= {f"{split}_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
-        return scores
-
-    @torch.no_grad()
-    def _measure_on(self, reader: SplitReader, progress: Progress) -> tuple[float, float]:
-        """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
-        model, config = self.model, self.config
-        losses, count = 0.0, 0
-        captions, references = {}, {}
-        decoding = DecodeConfig(max_new_tokens=config.max_tokens)
-        for batch in reader.batches(reader.in_order(config.micro_batch_size or config.batch_size)):
-            features = self._encode(torch.from_numpy(batch.pixels))
-            ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
-            rows = side_by_side(ids, model.tokenizer.eos_token_id)
-            with autocast(self.dtype, self.device):
-                losses += float(caption_loss(model, features, rows.to(self.device)))
-                decoded = decode(model, features, decoding)
-            count += rows.count
-            for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
-                captions[number], references[number] = decode_tokens(model.tokenizer, one.tokens), texts
-            progress.advance(len(batch.numbers))
-        return losses / count, corpus_cider(captions, references)
 
     def _save_best(self, scores: dict[str, float]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

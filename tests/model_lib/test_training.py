@@ -56,11 +56,11 @@ def judged(monkeypatch: pytest.MonkeyPatch, *scores: tuple[float, float]) -> Non
     """Let validations find these losses and CIDErs, one after another."""
     found = iter(scores)
 
-    def measure(run: object) -> dict[str, float]:
+    def measure(*_: object) -> dict[str, float]:
         loss, cider = next(found)
         return {"val_loss": loss, "val_CIDEr": cider}
 
-    monkeypatch.setattr("model_lib.training._Run._measure", measure)
+    monkeypatch.setattr("model_lib.validation.Validator.measure", measure)
 
 
 def kept(folder: Path) -> int:
@@ -114,7 +114,7 @@ def test_killed_in_the_validation_it_ends_the_same(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.training._Run._measure", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("model_lib.validation.Validator.measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config(data, tmp_path, epochs=3, checkpoint_minutes=0))
     assert checkpoint.read_state(checkpoint.newest(str(tmp_path)) or "")["step"] == 2

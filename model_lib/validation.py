@@ -1,0 +1,87 @@
+"""How good a model is in the middle of its training: loss and CIDEr on the first pictures of both splits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_lib.cider import corpus_cider
+from model_lib.config import DecodeConfig, TrainConfig
+from model_lib.decoding import decode
+from model_lib.loss import caption_loss
+from model_lib.model import Captioner
+from model_lib.precision import autocast
+from model_lib.progress import Progress
+from model_lib.shards import Manifest, SplitReader
+from model_lib.tokens import decode_tokens, encode_captions, side_by_side
+
+
+@dataclass(frozen=True, order=True)
+class Standing:
+    """How good a model is: by CIDEr, and among equals by loss."""
+
+    cider: float
+    negative_loss: float
+
+
+class Validator:
+    """Measures a model on the first validation pictures, and on as many training pictures.
+
+    Args:
+        config: of training.
+        manifest: the data set.
+        size: side of the pictures in pixels.
+    """
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, size: int) -> None:
+        self.config = config
+        known = manifest.counts["val"]
+        limit = min(config.validation_pictures or known, known)
+        self.slices = {
+            split: SplitReader(manifest, split, size=size, workers=config.workers, limit=limit)
+            for split in ("val", "train")
+        }
+
+    def measure(self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype) -> dict[str, float]:
+        """Return loss and CIDEr on both slices: far apart, much was learned by heart.
+
+        Args:
+            model: the captioner.
+            encode: from pixels on the CPU, uint8 [B, 3, size, size], to visual tokens [B, S, E] on the model's device.
+            dtype: in which the model computes.
+        """
+        scores: dict[str, float] = {}
+        model.eval()
+        pictures = sum(reader.rows for reader in self.slices.values())
+        with Progress(f"validate {self.config.name}", pictures, "pictures") as progress:
+            for split, reader in self.slices.items():
+                loss, cider = self._measure_on(reader, model, encode, dtype, progress)
+                scores |= {f"{split}_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
+        return scores
+
+    @torch.no_grad()
+    def _measure_on(
+        self,
+        reader: SplitReader,
+        model: Captioner,
+        encode: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> tuple[float, float]:
+        """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
+        config, losses, count = self.config, 0.0, 0
+        captions, references = {}, {}
+        decoding = DecodeConfig(max_new_tokens=config.max_tokens)
+        for batch in reader.batches(reader.in_order(config.micro_batch_size or config.batch_size)):
+            features = encode(torch.from_numpy(batch.pixels))
+            ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
+            rows = side_by_side(ids, model.tokenizer.eos_token_id)
+            with autocast(dtype, features.device):
+                losses += float(caption_loss(model, features, rows.to(features.device)))
+                decoded = decode(model, features, decoding)
+            count += rows.count
+            for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
+                captions[number], references[number] = decode_tokens(model.tokenizer, one.tokens), texts
+            progress.advance(len(batch.numbers))
+        return losses / count, corpus_cider(captions, references)
