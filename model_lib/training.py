@@ -320,7 +320,7 @@ class _Run:
                     f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so far "
                     f"is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
                 )
-            standing = Standing(scores["val_CIDEr"], -loss)
+            standing = Standing(scores["val_slice_CIDEr"], -loss)
             self.stale += 1
             if self.best is None or standing > self.best:
                 self.best, self.stale = standing, 0
@@ -337,7 +337,7 @@ class _Run:
             "name": self.config.name,
             "step": self.step,
             "validation_loss": scores["val_loss"],
-            "validation_cider": scores["val_CIDEr"],
+            "validation_cider": scores["val_slice_CIDEr"],
             "mlflow_run_id": self.run_id,
             "data_fingerprint": self.manifest.fingerprint,
             "configuration": self.config.to_dict(),

@@ -57,7 +57,7 @@ class Validator:
         with Progress(f"validate {self.config.name}", pictures, "pictures") as progress:
             for split, reader in self.slices.items():
                 loss, cider = self._measure_on(reader, model, encode, dtype, progress)
-                scores |= {f"{split}_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
+                scores |= {f"{split}_slice_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
         return scores
 
     @torch.no_grad()

@@ -71,9 +71,14 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_trained(file: str) -> dict[str, torch.Tensor]:
-    """Return the model's weights in a training checkpoint's safetensors file; `UserError` if it is none."""
+    """Return the model's weights in a training checkpoint's safetensors file, their average if training kept one.
+
+    Raises:
+        UserError: the file is no safetensors file.
+    """
     try:
         tensors = load_safetensors(storage.read_bytes(file))
     except SafetensorError as error:
         raise UserError(f"{file}: is no safetensors file: {first_line(error)}") from error
-    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    kind = "average." if any(name.startswith("average.") for name in tensors) else "model."
+    return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}

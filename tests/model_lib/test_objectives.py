@@ -75,14 +75,14 @@ def test_it_needs_a_trained_start() -> None:
 
 
 def test_it_raises_the_cider_of_held_out_scenes(tmp_path: Path) -> None:
-    make_scenes(ScenesConfig(output=str(tmp_path / "scenes"), train=1200, val=100, size=64))
+    make_scenes(ScenesConfig(output=str(tmp_path / "scenes")))
     ingest(IngestConfig(dataset=str(tmp_path / "scenes"), output=str(tmp_path / "data")))
     common = {"data": str(tmp_path / "data"), "preset": "tiny"}
-    first = train(TrainConfig(output=str(tmp_path / "first"), epochs=8, **common))
+    first = train(TrainConfig(output=str(tmp_path / "first"), **common))
     second = train(
         TrainConfig(
             output=str(tmp_path / "second"),
-            epochs=1,
+            epochs=2,
             objective="self-critical",
             start=first.model,
             **common,

@@ -58,7 +58,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, *scores: tuple[float, float]) -> Non
 
     def measure(*_: object) -> dict[str, float]:
         loss, cider = next(found)
-        return {"val_loss": loss, "val_CIDEr": cider}
+        return {"val_loss": loss, "val_slice_CIDEr": cider}
 
     monkeypatch.setattr("model_lib.validation.Validator.measure", measure)
 
