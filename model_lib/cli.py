@@ -3,7 +3,7 @@
 A command is a function of one configuration, whose dataclass makes its options and help, that returns an `Output`.
 Other packages add commands through the entry-point group `captioner.commands`, as the pipelines do.
 
-Exit codes: 0 done; 1 the work failed; 2 bad input or usage, said in one line.
+Exit codes are those of `exits`.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from model_lib.config import (
     Precision,
     RegisterConfig,
     ScenesConfig,
-    StageConfig,
     TrainConfig,
-    option,
 )
-from model_lib.errors import UserError, WorkError
+from model_lib.errors import UserError
+from model_lib.exits import one_line
+from model_lib.options import StageConfig, option
 from model_lib.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -145,10 +145,10 @@ def ingest(config: IngestConfig) -> Output:
 
 
 def train(config: TrainConfig) -> Output:
+    from model_lib.launch import train_here
     from model_lib.tracking import tracking_from_environment
-    from model_lib.training import train as run
 
-    trained = run(config, tracking_from_environment())
+    trained = train_here(config, tracking_from_environment())
     scores = f"validation CIDEr {trained.validation_cider:.3f}, loss {trained.validation_loss:.4f}"
     return Output(asdict(trained), [f"{trained.model}: {scores}"])
 
@@ -250,21 +250,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what bucket drivers leave unfinished at exit
-    try:
+    with one_line():
         sys.exit(_run(argv))
-    except UserError as error:
-        print(f"captioner: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (WorkError, OSError) as error:
-        print(f"captioner: failed: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Exception as error:
-        if not type(error).__module__.startswith("mlflow."):
-            raise
-        print(f"captioner: failed: MLflow: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _run(argv: list[str]) -> int:

@@ -4,84 +4,16 @@ The command line, the pipelines' parameters, checkpoints and MLflow all take nam
 from here. Nothing heavy is imported, so that `captioner --help` and the compiler start at once.
 """
 
-import dataclasses
-import hashlib
-import json
-import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from model_lib.errors import UserError
+from model_lib.options import StageConfig, option, require
 from model_lib.presets import PRESETS
 
-LARGEST = 2**63 - 1
-"""Largest whole number: that of a seed."""
 SELF_CRITICAL_SLOWDOWN = 20
 """By how much the second stage's learning rate is lower, unless one is given."""
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as the option's type: JSON and pipelines know no difference between 5 and 5.0."""
-    kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
-        _require(value in kinds, f"{name}: {value!r} is not one of {', '.join(map(str, kinds))}")
-        return value
-    kinds = tuple(get_origin(k) or k for k in kinds) if get_origin(kind) is not tuple else (tuple,)
-    if isinstance(value, float) and value.is_integer() and int in kinds:
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        return float(value)
-    wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
-    _require(type(value) in kinds, f"{name}: {value!r} is not {wanted}")
-    return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """What all configurations share: numbers are checked by `minimum`, and each can be made from loose options."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, minimum = getattr(self, field.name), field.metadata.get("minimum")
-            _require(value != "", f"{field.name}: is empty")
-            if isinstance(value, float):
-                _require(math.isfinite(value), f"{field.name}: {value} is not a number to work with")
-            if minimum is not None and value is not None:
-                _require(value >= minimum, f"{field.name}: {value} is not at least {minimum}")
-            if isinstance(value, int):
-                _require(value <= LARGEST, f"{field.name}: {value} is not at most {LARGEST}")
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """Make a configuration from a mapping, a pipeline's candidate for example; `UserError` on unknown names."""
-        kinds = get_type_hints(cls)
-        for name, value in options.items():
-            _require(name in kinds, f"{cls.__name__}: unknown option {name!r}; one of {', '.join(sorted(kinds))}")
-            options[name] = _as_kind(name, value, kinds[name])
-        try:
-            return cls(**options)
-        except TypeError as error:
-            raise UserError(f"{cls.__name__}: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def key(self, *more: str) -> str:
-        """Return 16 hex digits that change when the options which shape the result, or `more`, change."""
-        shaping = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("shapes", True)}
-        return hashlib.sha256(json.dumps([shaping, *more], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def option(default: Any = dataclasses.MISSING, *, minimum: float | None = None, shapes: bool = True) -> Any:
-    """Declare a field with a lower bound; `shapes=False` for one that changes where or how fast, not what."""
-    return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +57,10 @@ class IngestConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.jpeg_quality <= 100, f"jpeg_quality: {self.jpeg_quality} is not at most 100")
+        require(self.jpeg_quality <= 100, f"jpeg_quality: {self.jpeg_quality} is not at most 100")
         pair = self.annotations is not None and self.images is not None
         lone = self.annotations is not None or self.images is not None
-        _require(
+        require(
             pair if self.dataset is None else not lone,
             "give either --dataset, or --annotations with --images",
         )
@@ -191,8 +123,8 @@ class TrainConfig(StageConfig):
     patience: int = option(0, minimum=0)
     """Stop after so many validations in a row without a better CIDEr; 0: never."""
     micro_batch_size: int = option(0, minimum=0, shapes=False)
-    """Pictures that go through the model at once, their gradients added up to a step's; 0: the whole batch. In
-    self-critical training it changes which captions are drawn."""
+    """Pictures that go through the model at once in each process, their gradients added up to a step's; 0: its whole
+    share. In self-critical training it changes which captions are drawn."""
     recompute: bool = option(False, shapes=False)
     """Compute each layer again in the backward pass (gradient checkpointing): less memory, more time."""
     compile: bool = option(False, shapes=False)
@@ -207,29 +139,37 @@ class TrainConfig(StageConfig):
     """auto, cpu, cuda or mps."""
     workers: int = option(0, minimum=0, shapes=False)
     """Threads that decode pictures; 0: one a core."""
+    processes: int = option(0, minimum=0, shapes=False)
+    """Processes of this machine that share each step's pictures; 0: one a GPU, or one."""
     checkpoint_minutes: float = option(10.0, minimum=0, shapes=False)
-    """Longest time between two checkpoints; one is written at each epoch's end besides."""
+    """Longest time between two checkpoints; each validation writes one too. Training goes on meanwhile."""
+    checkpoint_steps: int = option(0, minimum=0, shapes=False)
+    """Most steps between two checkpoints; 0: as many as the minutes allow."""
+    checkpoints_kept: int = option(2, minimum=1, shapes=False)
+    """Newest checkpoints to keep."""
+    log_steps: int = option(10, minimum=1, shapes=False)
+    """Steps between two points of MLflow's curves, unless they take more than a few seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}")
-        _require(
+        require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}")
+        require(
             re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"name {self.name!r}: use letters, digits, . - _ only"
         )
-        _require(self.warmup < 1, f"warmup: {self.warmup} is not less than 1, a share of the steps")
+        require(self.warmup < 1, f"warmup: {self.warmup} is not less than 1, a share of the steps")
         preset = PRESETS[self.preset]
         if preset.vision is None:
-            _require(
+            require(
                 self.vision is None and self.decoder is None and self.tokenizer is None,
                 f"preset {self.preset}: is trained from scratch and takes no vision, decoder or tokenizer",
             )
-        _require(
+        require(
             self.start is None or (self.vision is None and self.decoder is None and self.tokenizer is None),
             "start: a trained captioner has its own vision, decoder and tokenizer; give either it or them",
         )
         if self.objective == "self-critical":
-            _require(self.start is not None, "objective self-critical: needs a trained start to go on")
-            _require(not self.label_smoothing, "label_smoothing: self-critical training has no labels to smooth")
+            require(self.start is not None, "objective self-critical: needs a trained start to go on")
+            require(not self.label_smoothing, "label_smoothing: self-critical training has no labels to smooth")
             for name, value in (
                 ("learning_rate", self.learning_rate or preset.learning_rate / SELF_CRITICAL_SLOWDOWN),
                 ("label_smoothing", 0.0),
@@ -242,13 +182,13 @@ class TrainConfig(StageConfig):
         for name in ("label_smoothing", "dropout", "ema"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(preset, name))
-            _require(getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not less than 1")
+            require(getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not less than 1")
         if self.augment == "auto":
             object.__setattr__(self, "augment", "yes" if preset.augment else "no")
         if self.feature_cache is not None:
-            _require("://" not in self.feature_cache, f"feature_cache {self.feature_cache}: is not a local folder")
-            _require(preset.vision is not None, f"feature_cache: preset {self.preset} trains its vision tower")
-            _require(self.augment == "no", "feature_cache: keeps one view of each picture; give --augment no too")
+            require("://" not in self.feature_cache, f"feature_cache {self.feature_cache}: is not a local folder")
+            require(preset.vision is not None, f"feature_cache: preset {self.preset} trains its vision tower")
+            require(self.augment == "no", "feature_cache: keeps one view of each picture; give --augment no too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,17 +223,17 @@ class DecodeConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.top_p is None or 0 < self.top_p <= 1, f"top_p: {self.top_p} is not above 0 and at most 1")
-        _require(self.temperature is None or self.temperature > 0, f"temperature: {self.temperature} is not above 0")
-        _require(
+        require(self.top_p is None or 0 < self.top_p <= 1, f"top_p: {self.top_p} is not above 0 and at most 1")
+        require(self.temperature is None or self.temperature > 0, f"temperature: {self.temperature} is not above 0")
+        require(
             not (self.samples and self.num_beams > 1),
             "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or the other",
         )
-        _require(
+        require(
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens, {self.max_new_tokens}",
         )
-        _require(
+        require(
             self.samples or self.num_captions <= self.num_beams,
             f"num_captions: {self.num_captions} is more than num_beams, {self.num_beams}; search with more beams, or "
             "draw at random with top_p, top_k or temperature",
@@ -329,11 +269,11 @@ class EvaluateConfig(DecodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.num_captions == 1, "num_captions: a picture is judged by one caption")
+        require(self.num_captions == 1, "num_captions: a picture is judged by one caption")
         of_model, of_results = (self.model, self.data), (self.results, self.annotations)
         judged = None not in (*of_model, self.output) and of_results == (None, None)
         scored = None not in of_results and of_model == (None, None)
-        _require(
+        require(
             judged or scored,
             "give either --model, --data and --output, or --results and --annotations",
         )
@@ -354,7 +294,7 @@ class RegisterConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(len(self.evaluations) > 0, "evaluations: none given; name at least one folder that evaluate wrote")
+        require(len(self.evaluations) > 0, "evaluations: none given; name at least one folder that evaluate wrote")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,4 +320,4 @@ class BatchConfig(DecodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.num_captions == 1, "num_captions: a picture has one row, and one caption")
+        require(self.num_captions == 1, "num_captions: a picture has one row, and one caption")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model_lib import storage
 from model_lib.cli import Output
-from model_lib.config import StageConfig
+from model_lib.options import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)

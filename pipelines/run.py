@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from model_lib import storage
 from model_lib.cli import Output
-from model_lib.config import ScenesConfig, StageConfig, option
+from model_lib.config import ScenesConfig
 from model_lib.errors import UserError
+from model_lib.options import StageConfig, option
 from model_lib.preflight import check_candidates
 from model_lib.tracking import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say

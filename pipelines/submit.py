@@ -23,8 +23,8 @@ import tyro
 
 from model_lib import __version__
 from model_lib.cli import Output
-from model_lib.config import StageConfig, option
 from model_lib.errors import UserError, WorkError
+from model_lib.options import StageConfig, option
 from pipelines.local import say
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from model_lib import UserError
-from model_lib.config import EvaluateConfig, IngestConfig, StageConfig, TrainConfig
+from model_lib.config import EvaluateConfig, IngestConfig, TrainConfig
+from model_lib.options import StageConfig
 
 BASE = {"data": "d", "output": "o", "preset": "tiny"}
 

@@ -15,7 +15,8 @@ import pytest
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, StageConfig, TrainConfig
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from model_lib.options import StageConfig
 from pipelines import caption_bucket, train_captioner
 from pipelines.compile import CompileConfig, compile_all
 from tests.pipelines.kfp_server import parse_strictly
