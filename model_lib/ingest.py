@@ -213,7 +213,8 @@ class _ShardWriter:
             return
         name = f"{self.split}-{len(self.shards):05d}.parquet"
         with storage.whole_file(storage.join(self.config.output, name)) as part:
-            pq.write_table(pa.Table.from_pylist(self.rows, SCHEMA), part, row_group_size=ROW_GROUP, compression="zstd")
+            table = pa.Table.from_pylist(self.rows, SCHEMA)
+            pq.write_table(table, part, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True)
             with Path(part).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = os.path.getsize(part)

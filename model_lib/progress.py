@@ -19,13 +19,14 @@ class Progress:
         total: how many items there are.
         unit: what an item is.
         resumed: items that were done before.
+        shown: whether to show anything: of several processes that work together, one does.
     """
 
-    def __init__(self, name: str, total: int, unit: str, resumed: int = 0) -> None:
+    def __init__(self, name: str, total: int, unit: str, resumed: int = 0, shown: bool = True) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.resumed, self.started = resumed, resumed, time.monotonic()
-        self.spoken, self.note = self.started, ""
-        terminal = sys.stderr.isatty()
+        self.spoken, self.note, self.shown = self.started, "", shown
+        terminal = shown and sys.stderr.isatty()
         self.bar = (
             tqdm(total=total, desc=name, unit=f" {unit}", leave=False, dynamic_ncols=True, initial=resumed)
             if terminal
@@ -38,7 +39,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.done:
+        if self.done and self.shown:
             self.say()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -48,7 +49,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.spoken > INTERVAL:
+        elif self.shown and time.monotonic() - self.spoken > INTERVAL:
             self.say()
 
     def say(self) -> None:

@@ -4,6 +4,7 @@ A split's pictures are numbered in the order of its shards, and an epoch is a pl
 that depends on the seed and the epoch alone. So a training run goes on at any step by leaving out the start of a plan.
 """
 
+import hashlib
 import io
 import os
 from collections import OrderedDict, deque
@@ -13,12 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from model_lib import storage
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError, first_line
 from model_lib.pictures import to_pixels
+from model_lib.progress import Progress
 
 FORMAT_VERSION = 1
 WINDOW = 4096
@@ -27,6 +30,8 @@ COLUMNS = ["image_id", "file_name", "image", "captions"]
 Item = TypeVar("Item")
 AHEAD = 4
 """Batches that are read and decoded before they are asked for."""
+CHUNK = 8 * 2**20
+"""Bytes of a shard that are read and hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def read_manifest(uri: str) -> Manifest:
     file = uri if uri.endswith(".json") or not storage.is_folder(uri) else storage.join(uri, "manifest.json")
     if not storage.exists(file):
         raise UserError(f"{file}: no such data set; make one with captioner ingest")
-    document = storage.read_json(file)
+    document = storage.patiently(file, lambda: storage.read_json(file))
     try:
         if document["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file}: format version {document['format_version']} is not {FORMAT_VERSION}; ingest anew")
@@ -123,9 +128,9 @@ class SplitReader:
     def __init__(self, manifest: Manifest, split: str, *, size: int, workers: int = 0, limit: int = 0) -> None:
         manifest.require_split(split)
         self.size, self.workers = size, workers or os.cpu_count() or 1
-        self.files = [_open_shard(shard) for shard in manifest.shards if shard.split == split]
-        self.groups = [(file, group) for file in self.files for group in range(file.metadata.num_row_groups)]
-        counts = [file.metadata.row_group(group).num_rows for file, group in self.groups]
+        self.files = [_ShardFile(shard) for shard in manifest.shards if shard.split == split]
+        self.groups = [(file, group) for file in self.files for group in range(len(file.rows))]
+        counts = [file.rows[group] for file, group in self.groups]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         """Number of the first picture of each row group, and their count."""
         rows = int(self.starts[-1])
@@ -133,7 +138,7 @@ class SplitReader:
 
     def captions(self) -> list[list[str]]:
         """Return each picture's captions, without reading pictures."""
-        columns = (file.read(columns=["captions"])["captions"].to_pylist() for file in self.files)
+        columns = (file.read(group, ["captions"])["captions"].to_pylist() for file, group in self.groups)
         return [captions for column in columns for captions in column][: self.rows]
 
     def in_order(self, batch_size: int) -> Plan:
@@ -191,7 +196,7 @@ class SplitReader:
             for place in dict.fromkeys(places):
                 if place not in tables:
                     file, group = self.groups[place]
-                    tables[place] = file.read_row_group(group, columns=COLUMNS)
+                    tables[place] = file.read(group, COLUMNS)
                 tables.move_to_end(place)
             while len(tables) > max(kept, len(set(places))):
                 tables.popitem(last=False)
@@ -230,10 +235,80 @@ def ahead(source: Iterator[Item], depth: int) -> Generator[Item, None, None]:
             yield item
 
 
-def _open_shard(shard: Shard) -> pq.ParquetFile:
+class _ShardFile:
+    """One shard, read a row group at a time; each page is checked against its own checksum."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.uri = shard.uri
+        fs, path = storage.filesystem(shard.uri)
+        _require_whole(shard)
+        self.file = self._reading(
+            lambda: pq.ParquetFile(
+                fs.open(path, "rb", cache_type="none"),  # Parquet's reader knows what it needs, and asks for it at once
+                pre_buffer=True,
+                page_checksum_verification=True,
+            )
+        )
+        metadata = self.file.metadata
+        self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def read(self, group: int, columns: list[str]) -> pa.Table:
+        """Return some columns of a row group.
+
+        Raises:
+            UserError: the shard is gone, or its content is damaged.
+            WorkError: its store failed, and went on to for as long as it was asked again.
+        """
+        return self._reading(lambda: self.file.read_row_group(group, columns=columns))
+
+    def _reading(self, read: Callable[[], Any]) -> Any:
+        try:
+            return storage.patiently(self.uri, read)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.uri}: the manifest names this shard, but it is not there; ingest anew") from error
+        except Exception as error:
+            damaged = isinstance(error, pa.ArrowException) or "checksum" in str(error)
+            if damaged:  # parquet's reader says so in an OSError
+                raise UserError(f"{self.uri}: is damaged: {first_line(error)}; ingest anew") from error
+            raise WorkError(f"{self.uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _require_whole(shard: Shard) -> None:
     fs, path = storage.filesystem(shard.uri)
-    if not fs.exists(path):
+    if not storage.exists(shard.uri):
         raise UserError(f"{shard.uri}: the manifest names this shard, but it is not there; ingest anew")
-    if fs.size(path) != shard.bytes:
-        raise UserError(f"{shard.uri}: has {fs.size(path)} bytes, not the manifest's {shard.bytes}; ingest anew")
-    return pq.ParquetFile(fs.open(path, "rb"))
+    size = storage.patiently(shard.uri, lambda: fs.size(path))
+    if size != shard.bytes:
+        raise UserError(f"{shard.uri}: has {size} bytes, not the manifest's {shard.bytes}; ingest anew")
+
+
+def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = True) -> None:
+    """Read shards whole and compare them with the manifest, a progress line now and then.
+
+    Args:
+        shards: to be read.
+        name: of the work that needs them, for the progress line.
+        workers: threads that read; 0: one a core.
+        shown: whether to show progress.
+
+    Raises:
+        UserError: a shard is gone, or is not the one that ingest wrote.
+    """
+
+    def digest(shard: Shard) -> str:
+        fs, path = storage.filesystem(shard.uri)
+        with fs.open(path, "rb", block_size=CHUNK, cache_type="readahead") as content:
+            found = hashlib.sha256()
+            while chunk := content.read(CHUNK):
+                found.update(chunk)
+        return found.hexdigest()
+
+    def check(shard: Shard) -> None:
+        _require_whole(shard)
+        if storage.patiently(shard.uri, lambda: digest(shard)) != shard.sha256:
+            raise UserError(f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; ingest anew")
+
+    threads = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    with threads, Progress(f"check data for {name}", len(shards), "shards", shown=shown) as progress:
+        for _ in threads.map(check, shards):
+            progress.advance()

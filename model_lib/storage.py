@@ -5,18 +5,68 @@ whole or absent: a local file is written beside its place and renamed, object st
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
+import itertools
 import json
+import logging
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
 from model_lib.errors import UserError, WorkError, first_line
+
+log = logging.getLogger(__name__)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
+PATIENCE = 600.0
+"""Seconds for which a store that fails is asked again, unless CAPTIONER_PATIENCE says otherwise."""
+LONGEST_PAUSE = 60.0
+_ANSWER = TypeVar("_ANSWER")
+
+
+def patiently(uri: str, action: Callable[[], _ANSWER]) -> _ANSWER:
+    """Return what `action` does with the store of `uri`, asked again after growing pauses while the store fails.
+
+    Drivers ask again for some seconds by themselves; this outlasts a bucket that answers 429 or 503 for minutes. What
+    will not pass (a missing file, a full disk, a right that is not given) is raised at once, and so is what fails after
+    `PATIENCE`.
+    """
+    patience = float(os.environ.get("CAPTIONER_PATIENCE", PATIENCE))
+    started = time.monotonic()
+    for attempt in itertools.count():
+        try:
+            return action()
+        except Exception as error:
+            pause = min(LONGEST_PAUSE, 2.0**attempt) * random.uniform(0.5, 1)  # apart from others that failed with us
+            if is_local(uri) or not _passing(error) or time.monotonic() - started + pause > patience:
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            log.warning("%s: its store fails (%s); asking again in %.0f s", uri, reason, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _passing(error: Exception) -> bool:
+    """Return whether a remote store's failure may pass: too many requests, an error of its own, a lost connection."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return False
+    status = getattr(error, "code", None) or getattr(error, "status", None)
+    if isinstance(status, int):
+        return status in (408, 429) or status >= 500
+    if isinstance(error, OSError):
+        of_this_machine = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        return error.errno not in of_this_machine and not str(error).startswith("Forbidden")  # gcsfs's 403
+    if isinstance(error, WorkError):
+        return isinstance(error.__cause__, Exception) and _passing(error.__cause__)
+    return type(error).__module__.split(".")[0] in ("aiohttp", "asyncio", "botocore", "gcsfs", "requests", "urllib3")
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -47,12 +97,12 @@ def join(base: str, *parts: str) -> str:
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    return patiently(uri, lambda: bool(fs.exists(path)))
 
 
 def is_folder(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return bool(fs.isdir(path))
+    return patiently(uri, lambda: bool(fs.isdir(path)))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -98,7 +148,7 @@ def whole_file(uri: str) -> Any:
             os.chmod(part, 0o666 & ~umask)  # mkstemp makes files that nobody else can read
             os.replace(part, path)
         else:
-            fs.put_file(part, path)
+            patiently(uri, lambda: fs.put_file(part, path))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
@@ -124,19 +174,37 @@ def require_writable(folder: str) -> None:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
 
 
+def require_room(folder: str, need: int, what: str) -> None:
+    """Raise `UserError` if the local `folder` cannot grow to `need` bytes for `what`; other stores are not asked."""
+    path = Path(filesystem(folder)[1])
+    if not is_local(folder) or not path.is_dir():
+        return
+    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(path).free
+    if need > there + free:
+        raise UserError(
+            f"{folder}: needs {need / 1e9:.2f} GB for {what}, and {free / 1e9:.2f} GB are free besides the "
+            f"{there / 1e9:.2f} GB there; choose another output, or keep fewer"
+        )
+
+
 def remove(uri: str) -> None:
     """Delete the file or folder `uri` if it is there."""
     fs, path = filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+
+    def act() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
+
+    patiently(uri, act)
 
 
 def list_names(uri: str) -> list[str]:
     """Return the sorted names directly inside the folder `uri`, without hidden ones; empty if there is none."""
     fs, path = filesystem(uri)
-    if not fs.isdir(path):
+    if not is_folder(uri):
         return []
-    names = (Path(entry).name for entry in fs.ls(path, detail=False))
+    names = (Path(entry).name for entry in patiently(uri, lambda: fs.ls(path, detail=False)))
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -151,6 +219,27 @@ def upload_folder(local: str, uri: str) -> None:
 def version(info: Mapping[str, Any]) -> list[str]:
     """Return what tells two contents of one file apart, from its `info`: each kind of store names it otherwise."""
     return [str(info[key]) for key in ("etag", "ETag", "generation", "mtime", "LastModified") if key in info]
+
+
+def _fetch(uri: str, names: list[str], target: Path) -> None:
+    """Copy the files `names` of the remote folder `uri` into the local folder `target`."""
+    fs, path = filesystem(uri)
+    for name in names:
+        local = target / name.removeprefix(path).lstrip("/")
+        local.parent.mkdir(parents=True, exist_ok=True)
+        patiently(uri, functools.partial(fs.get_file, name, str(local)))
+
+
+@contextlib.contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """Yield a local folder with the content of the folder `uri`; a copy of a remote one is gone after the body."""
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _fetch(uri, patiently(uri, lambda: fs.find(path)), Path(scratch))
+        yield Path(scratch)
 
 
 def local_folder(uri: str) -> str:
@@ -172,10 +261,7 @@ def local_folder(uri: str) -> str:
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
-        for name, _ in files:
-            local = part / name.removeprefix(path).lstrip("/")
-            local.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(name, str(local))
+        _fetch(uri, [name for name, _ in files], part)
         with contextlib.suppress(OSError):  # another process may have finished the same folder first
             part.rename(target)
         shutil.rmtree(part, ignore_errors=True)
