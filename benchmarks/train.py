@@ -157,7 +157,7 @@ class Rates(Tracking, Run):
     def __init__(self) -> None:
         self.rates: list[float] = []
 
-    def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         return self
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

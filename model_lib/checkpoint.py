@@ -1,72 +1,126 @@
 """Training checkpoints at any fsspec URI: found whole, or not found at all.
 
-    <output>/checkpoints/step-00000120/state.safetensors   weights, their average, AdamW's moments, random state
+    <output>/checkpoints/step-00000120/state.safetensors   weights, their average, AdamW's moments
                                        state.json          the position in the run and what it was made from
                                        manifest.json       sizes and sha256 of both, written last
+                         step-00000120-validated/          the same after the validation of this step
 
-Resuming takes the newest checkpoint whose manifest holds, whatever half-written ones lie beside it. No pickle is
-read or written.
+Resuming takes the newest checkpoint whose manifest holds, whatever half-written ones lie beside it. There are no
+random states in it: all random numbers follow from the seed and the step. No pickle is read or written.
 """
 
+import errno
 import hashlib
 import json
 import logging
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model_lib import storage
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError, first_line
 
 log = logging.getLogger(__name__)
-KEPT = 2
-"""Checkpoints kept; the one before the newest is there should the newest prove broken."""
+FORMAT_VERSION = 2
+"""Of what is in a checkpoint; part of what a run was made from."""
 
 
-def _folder(output: str) -> str:
-    return storage.join(output, "checkpoints")
-
-
-def save(
-    output: str,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averages: Mapping[str, Tensor],
-    state: dict[str, Any],
-) -> None:
-    """Write the checkpoint of `step` and remove the oldest ones."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = {f"model.{name}": p.detach() for name, p in trained.items()}
-    for name, parameter in trained.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{key}.{name}"] = value.detach()
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the CPU of all tensors that a run goes on from."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"model.{name}"] = parameter
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
     tensors |= {f"average.{name}": average for name, average in averages.items()}
-    tensors["random"] = torch.get_rng_state()
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors["random_cuda"] = torch.cuda.get_rng_state(device)
-    target = storage.join(_folder(output), f"step-{step:08d}")
-    with tempfile.TemporaryDirectory() as scratch:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, f"{scratch}/state.safetensors")
-        Path(scratch, "state.json").write_text(json.dumps(state))
-        entries = {file.name: _entry(file) for file in sorted(Path(scratch).iterdir())}
-        storage.upload_folder(scratch, target)
-    storage.write_json(storage.join(target, "manifest.json"), entries)
-    names = _names(output)
-    whole = [name for name in names if storage.exists(storage.join(_folder(output), name, "manifest.json"))]
-    for name in names:  # older ones, and what a kill left half-written
-        if name not in whole[-KEPT:] and not target.endswith(name):
-            storage.remove(storage.join(_folder(output), name))
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _names(output: str) -> list[str]:
-    return [name for name in storage.list_names(_folder(output)) if name.startswith("step-")]
+def restore(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Put the weights and the optimiser's moments of a snapshot back; return the averages."""
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        if key.startswith("model."):
+            parameters[key.removeprefix("model.")].data.copy_(tensor)
+        elif key.startswith("optimizer."):
+            _, kind, name = key.split(".", 2)
+            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device, copy=True)
+    averages = {name: tensor for name, tensor in tensors.items() if name.startswith("average.")}
+    return {name.removeprefix("average."): tensor for name, tensor in averages.items()}
+
+
+class Checkpoints:
+    """The checkpoints under an output folder.
+
+    Args:
+        output: folder or URI of the run.
+        kept: newest ones to keep; the one before the newest is there should the newest prove broken.
+    """
+
+    def __init__(self, output: str, kept: int = 2) -> None:
+        self.folder, self.kept = storage.join(output, "checkpoints"), kept
+
+    def _uri(self, name: str, *file: str) -> str:
+        return storage.join(self.folder, name, *file)
+
+    def _names(self) -> list[str]:
+        return [name for name in storage.list_names(self.folder) if name.startswith("step-")]
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint, and then remove older ones and what kills left half-written.
+
+        Args:
+            name: "step-…"; names sort by age.
+            tensors: a `snapshot`.
+            state: the position in the run, as JSON.
+
+        Raises:
+            WorkError: it could not be written; those before it are untouched.
+        """
+        entries = {}
+        try:
+            with storage.whole_file(self._uri(name, "state.safetensors")) as part:
+                save_file(dict(tensors), part)
+                entries["state.safetensors"] = _entry(Path(part))
+            with storage.whole_file(self._uri(name, "state.json")) as part:
+                Path(part).write_text(json.dumps(state))
+                entries["state.json"] = _entry(Path(part))
+            storage.write_json(self._uri(name, "manifest.json"), entries)
+        except Exception as error:
+            self._remove_quietly(name)
+            raise unwritten(self._uri(name), error) from error
+        names = self._names()
+        whole = [other for other in names if storage.exists(self._uri(other, "manifest.json"))]
+        for other in names:
+            if other not in whole[-self.kept :] and other != name:
+                storage.remove(self._uri(other))
+
+    def _remove_quietly(self, name: str) -> None:
+        try:
+            storage.remove(self._uri(name))
+        except Exception as error:  # what is wrong with the store is told already
+            log.warning("%s: half-written, and not removed: %s", self._uri(name), first_line(error))
+
+    def newest(self) -> str | None:
+        """Return the URI of the newest whole checkpoint, or None if there is none."""
+        for name in reversed(self._names()):
+            try:
+                with storage.fetched(self._uri(name)) as folder:
+                    entries = json.loads((folder / "manifest.json").read_text())
+                    if all(_entry(folder / file) == entry for file, entry in entries.items()):
+                        return self._uri(name)
+            except (OSError, ValueError, AttributeError, UserError) as error:
+                log.warning("checkpoint %s is not whole (%s); trying the one before", self._uri(name), error)
+                continue
+            log.warning("checkpoint %s is damaged; trying the one before", self._uri(name))
+        return None
 
 
 def _entry(file: Path) -> dict[str, Any]:
@@ -74,42 +128,58 @@ def _entry(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def newest(output: str) -> str | None:
-    """Return a local folder with the newest whole checkpoint under `output`, or None if there is none."""
-    for name in reversed(_names(output)):
-        uri = storage.join(_folder(output), name)
+def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the state of a whole checkpoint."""
+    with storage.fetched(uri) as folder:
+        return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+
+
+def unwritten(uri: str, error: Exception) -> WorkError:
+    """Return what to tell the user when `uri` could not be written."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
+    remedy = "make room there" if full else "see to its store"
+    return WorkError(
+        f"{uri}: cannot be written: {'the disk is full' if full else first_line(error)}; {remedy} and start again: it "
+        "goes on from the checkpoint before, which is whole"
+    )
+
+
+class Background:
+    """Runs one piece of work at a time on a thread; what it raises is raised by the next call here.
+
+    As a context it ends when all work is done, also if the body raises.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._work: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether work is still going on."""
+        return self._work is not None and not self._work.done()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin some work, after the work before it."""
+        self.wait()
+        self._work = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Return when all work is done."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            folder = Path(storage.local_folder(uri))
-            entries = json.loads((folder / "manifest.json").read_text())
-            if all(_entry(folder / file) == entry for file, entry in entries.items()):
-                return str(folder)
-        except (OSError, ValueError, AttributeError, UserError) as error:
-            log.warning("checkpoint %s is not whole (%s); trying the one before", uri, error)
-            continue
-        log.warning("checkpoint %s is damaged; trying the one before", uri)
-    return None
-
-
-def read_state(folder: str) -> dict[str, Any]:
-    """Return the position and origin of the run that `save` was given."""
-    return dict(json.loads(Path(folder, "state.json").read_text()))
-
-
-def restore(folder: str, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Put trained weights, the optimiser's moments and the random state back; return the averages."""
-    tensors = load_file(f"{folder}/state.safetensors")
-    parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        if key.startswith("model."):
-            parameters[key.removeprefix("model.")].data.copy_(tensor)
-        elif key.startswith("optimizer."):
-            _, kind, name = key.split(".", 2)
-            # As torch keeps it: the fused AdamW reads its step count on the device, the plain one on the CPU.
-            beside = kind != "step" or optimizer.defaults["fused"]
-            optimizer.state[parameters[name]][kind] = tensor.to(parameters[name].device if beside else "cpu")
-    torch.set_rng_state(tensors["random"])
-    device = next(model.parameters()).device
-    if "random_cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random_cuda"], device)
-    averages = {name: tensor for name, tensor in tensors.items() if name.startswith("average.")}
-    return {name.removeprefix("average."): tensor for name, tensor in averages.items()}
+            self.wait()
+        except WorkError as error:
+            if kind is None:
+                raise
+            log.warning("%s", error)  # the body's reason is the one to raise
+        finally:
+            self._thread.shutdown()

@@ -144,6 +144,7 @@ class Captioner(PreTrainedModel):
     def freeze(self) -> None:
         """Set `requires_grad` as the design says: cross-attention, MLP, their norms, `ln_f` and the head train."""
         self.requires_grad_(self.config.train_everything)
+        self.vision.post_layernorm.requires_grad_(False)  # of the pooled output, which is not used
         trained: list[nn.Module] = [self.decoder.ln_f, self.head]
         for block in self.decoder.blocks:
             trained += [block.ln_cross_attn, block.ln_visual, block.crossattention, block.ln_2, block.mlp]

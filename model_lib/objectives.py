@@ -1,7 +1,8 @@
 """What training learns from a batch: its captions, or which of the captions it draws itself people would agree with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,10 +25,25 @@ class Learned:
     rows: Rows
     weights: Tensor | None
     """Of each token, float32 [B, T]; None: all 1."""
-    amount: int
-    """By which the loss of a whole batch is divided: tokens, or captions."""
-    reward: float | None = None
-    """Mean reward of the drawn captions."""
+    reward: float = 0.0
+    """Sum of the drawn captions' rewards."""
+
+
+class Objective(Protocol):
+    """What is learned from pictures, known by their numbers in the training split."""
+
+    def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+        """Return what to minimise.
+
+        Args:
+            model: the captioner.
+            features: visual tokens [B, S, E].
+            numbers: of the B pictures.
+            step: of training.
+        """
+
+    def amount(self, numbers: Sequence[int]) -> int:
+        """Return by what a batch's summed loss is divided."""
 
 
 def loss_of(model: Captioner, features: Tensor, learned: Learned, label_smoothing: float) -> Tensor:
@@ -58,14 +74,14 @@ class SelfCritical:
         """Return the scorer's configuration, for people and MLflow."""
         return {**self.scorer.describe(), "end_of_text": END, "samples": self.config.samples}
 
-    def draw(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+    def amount(self, numbers: Sequence[int]) -> int:
+        """Return the number of captions that are drawn."""
+        return len(numbers) * self.config.samples
+
+    def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
         """Draw captions and weigh their tokens by how much better they are than the others of their picture.
 
-        Args:
-            model: the captioner, which draws without dropout.
-            features: visual tokens [B, S, E].
-            numbers: of the pictures in the training split.
-            step: of training; with the seed, what the draw depends on.
+        The model draws without dropout. What it draws depends on the seed, the step and the pictures.
         """
         samples = self.config.samples
         # The first number too: a batch may come in parts.
@@ -80,7 +96,7 @@ class SelfCritical:
         advantages = rewards - others
         rows = side_by_side([[one.tokens for one in captions] for captions in drawn], model.tokenizer.eos_token_id)
         weights = advantages.gather(1, rows.caption.clamp(min=0)) * (rows.targets != IGNORED)
-        return Learned(rows, weights, rewards.numel(), float(rewards.mean()))
+        return Learned(rows, weights, float(rewards.sum()))
 
     def rewards(self, model: Captioner, number: int, drawn: Sequence[Decoded]) -> list[float]:
         """Return the reward of each caption drawn for a training picture."""
@@ -92,15 +108,20 @@ class SelfCritical:
         return [self.scorer.score(self.scorer.vector(text), references) for text in texts]
 
 
-Objective = Callable[[Captioner, Tensor, Sequence[int], int], Learned]
-"""From the model, visual tokens, the pictures' numbers and the step, what to learn."""
+class LearnCaptions:
+    """Each picture's captions are made likelier.
 
+    Args:
+        ids: the captions of each training picture, as `encode_captions` returns them.
+        end: the end-of-text token.
+    """
 
-def captions_of(ids: Sequence[Sequence[Sequence[int]]], end: int) -> Objective:
-    """Return the objective of learning each picture's captions, ids as `encode_captions` returns them."""
+    def __init__(self, ids: Sequence[Sequence[Sequence[int]]], end: int) -> None:
+        self.ids, self.end = ids, end
 
-    def learn(model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
-        rows = side_by_side([ids[number] for number in numbers], end)
-        return Learned(rows, None, rows.count)
+    def amount(self, numbers: Sequence[int]) -> int:
+        """Return the number of tokens that are learned."""
+        return sum(len(caption) for number in numbers for caption in self.ids[number])
 
-    return learn
+    def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+        return Learned(side_by_side([self.ids[number] for number in numbers], self.end), None)

@@ -24,6 +24,8 @@ from model_lib.errors import UserError
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
 PIPELINE_RUN_TAG = "kfp.pipeline_run_id"
+RUN_TAG = "captioner.run"
+"""Tag by which a training run is found again."""
 DONE_TAG = "captioner.done."
 FROM_SECRET = "CAPTIONER_"
 """Before the names of MLflow's variables that a step's secret gives: a Kubeflow Pipelines server with its MLflow plugin
@@ -36,20 +38,23 @@ class Run:
     run_id: str | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a point to each metric's curve."""
+        """Add a point to each metric's curve, at the latest when `flush` is called."""
+
+    def flush(self) -> None:
+        """Send all points, so that a kill from now on loses none of them."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Close the run: finished, or failed if the body raised."""
+        """Close the run: finished, killed if the body was stopped, or failed if it raised."""
 
 
 class Tracking:
     """Where runs are tracked; this one is nowhere."""
 
-    def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
-        """Start the run `name`, or go on with `run_id`."""
+    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        """Start the run `name`, or go on with the one that was started with the same `key`, if there is a key."""
         return Run()
 
     def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
@@ -105,20 +110,21 @@ class _MlflowRun(Run):
         now = int(time.time() * 1000)
         self.waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
         if time.monotonic() - self.sent > 5:
-            self._send()
+            self.flush()
 
-    def _send(self) -> None:
+    def flush(self) -> None:
         for start in range(0, len(self.waiting), 500):  # a server takes at most 1,000 a call
             self.client.log_batch(self.run_id, metrics=self.waiting[start : start + 500])
         self.waiting, self.sent = [], time.monotonic()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            self._send()
+            self.flush()
         finally:
             if self.monitor is not None:
                 self.monitor.finish()
-        self.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
+        stopped = kind is not None and not issubclass(kind, Exception)
+        self.client.set_terminated(self.run_id, "KILLED" if stopped else "FAILED" if kind else "FINISHED")
 
 
 @dataclass(frozen=True)
@@ -137,29 +143,30 @@ class MlflowTracking(Tracking):
     pipeline_run_id: str | None = None
     own_run_id: str | None = None
 
-    def start(self, name: str, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         import mlflow
 
         client = mlflow.MlflowClient(self.uri)
-        if run_id is not None and not self.knows(run_id):
-            log.warning("MLflow run %s is not at %s; going on in a new one", run_id, self.uri)
-            run_id = None
-        if run_id is not None:
+        wanted = f"tags.`{RUN_TAG}` = '{key}'"
+        found = client.search_runs([self.experiment_id], wanted, max_results=1) if key else []
+        if found:
+            run_id = str(found[0].info.run_id)
             client.update_run(run_id, status="RUNNING")
             for name, value in code_version().items():
                 client.set_tag(run_id, name, value)
             return _MlflowRun(client, run_id)
+        known = {RUN_TAG: key} if key else {}
         if self.own_run_id is not None:
             run_id = self.own_run_id
             client.update_run(run_id, name=name)
         else:
             parent = self.parent()
             nested = {"mlflow.parentRunId": parent} if parent else {}
-            run_id = client.create_run(self.experiment_id, run_name=name, tags=nested).info.run_id
+            run_id = client.create_run(self.experiment_id, run_name=name, tags={**nested, **known}).info.run_id
         client.log_batch(
             run_id,
             params=[mlflow.entities.Param(k, str(v)[:6000]) for k, v in params.items()],
-            tags=[mlflow.entities.RunTag(k, v) for k, v in {**code_version(), **tags}.items()],
+            tags=[mlflow.entities.RunTag(k, v) for k, v in {**known, **code_version(), **tags}.items()],
         )
         return _MlflowRun(client, run_id)
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from model_lib.cider import corpus_cider
 from model_lib.config import DecodeConfig, TrainConfig
 from model_lib.decoding import decode
+from model_lib.distributed import World, shared
 from model_lib.loss import caption_loss
 from model_lib.model import Captioner
 from model_lib.precision import autocast
 from model_lib.progress import Progress
-from model_lib.shards import Manifest, SplitReader
+from model_lib.shards import Manifest, Plan, SplitReader
 from model_lib.tokens import decode_tokens, encode_captions, side_by_side
 
 
@@ -32,10 +33,11 @@ class Validator:
         config: of training.
         manifest: the data set.
         size: side of the pictures in pixels.
+        world: the processes that share the pictures.
     """
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, size: int) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, manifest: Manifest, size: int, world: World) -> None:
+        self.config, self.world = config, world
         known = manifest.counts["val"]
         limit = min(config.validation_pictures or known, known)
         self.slices = {
@@ -44,7 +46,7 @@ class Validator:
         }
 
     def measure(self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype) -> dict[str, float]:
-        """Return loss and CIDEr on both slices: far apart, much was learned by heart.
+        """Return loss and CIDEr on both slices, the same in each process: far apart, much was learned by heart.
 
         Args:
             model: the captioner.
@@ -53,12 +55,17 @@ class Validator:
         """
         scores: dict[str, float] = {}
         model.eval()
-        pictures = sum(reader.rows for reader in self.slices.values())
-        with Progress(f"validate {self.config.name}", pictures, "pictures") as progress:
+        pictures = sum(len(numbers) for reader in self.slices.values() for numbers in self._share(reader))
+        with Progress(f"validate {self.config.name}", pictures, "pictures", shown=self.world.leads) as progress:
             for split, reader in self.slices.items():
                 loss, cider = self._measure_on(reader, model, encode, dtype, progress)
                 scores |= {f"{split}_slice_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
         return scores
+
+    def _share(self, reader: SplitReader) -> Plan:
+        """Return the batches that this process measures."""
+        size = self.config.micro_batch_size or -(-self.config.batch_size // self.world.size)
+        return shared(reader.in_order(size), self.world)
 
     @torch.no_grad()
     def _measure_on(
@@ -71,9 +78,10 @@ class Validator:
     ) -> tuple[float, float]:
         """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
         config, losses, count = self.config, 0.0, 0
-        captions, references = {}, {}
+        captions: dict[int, str] = {}
+        references: dict[int, list[str]] = {}
         decoding = DecodeConfig(max_new_tokens=config.max_tokens)
-        for batch in reader.batches(reader.in_order(config.micro_batch_size or config.batch_size)):
+        for batch in reader.batches(self._share(reader)):
             features = encode(torch.from_numpy(batch.pixels))
             ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
             rows = side_by_side(ids, model.tokenizer.eos_token_id)
@@ -84,4 +92,14 @@ class Validator:
             for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
                 captions[number], references[number] = decode_tokens(model.tokenizer, one.tokens), texts
             progress.advance(len(batch.numbers))
-        return losses / count, corpus_cider(captions, references)
+
+        def merge() -> tuple[float, float]:
+            for _, _, others, of_others in parts:
+                captions.update(others)
+                references.update(of_others)
+            total = sum(part[0] for part in parts) / sum(part[1] for part in parts)
+            in_order = sorted(captions)
+            return total, corpus_cider({n: captions[n] for n in in_order}, {n: references[n] for n in in_order})
+
+        parts = self.world.gather((losses, count, captions, references))
+        return self.world.lead(merge)

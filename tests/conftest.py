@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # a kind of bucket that the emulator lacks; read at import
+os.environ["NO_GCE_CHECK"] = "true"  # Google's drivers look for its metadata server, for a long time
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 
-from model_lib.config import IngestConfig, ScenesConfig
+from model_lib.config import IngestConfig, ScenesConfig, TrainConfig
 from model_lib.ingest import ingest
 from model_lib.model import Captioner, CaptionerConfig
 from model_lib.scenes import make_scenes
 from model_lib.tokens import train_tokenizer
+from model_lib.training import train
 
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -62,6 +65,14 @@ def data(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scenes, ingested."""
     folder = tmp_path_factory.mktemp("data")
     ingest(IngestConfig(dataset=str(scenes), output=str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run of three epochs, preset tiny, that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=3))
     return folder
 
 

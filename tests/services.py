@@ -1,8 +1,10 @@
-"""Real servers on loopback for the tests: MLflow over SQLite, an emulator of Google Cloud Storage, a webhook."""
+"""Real servers on loopback for the tests: MLflow, an emulator of Google Cloud Storage, faults before it, a webhook."""
 
 import contextlib
+import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -76,6 +78,88 @@ def gcs_emulator(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
+
+
+class Faults:
+    """What a proxy does to requests on their way.
+
+    Args:
+        share: of them that fail at random: answered 429 or 503, or not at all.
+        seed: of the chance.
+    """
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.share, self.rng = share, random.Random(seed)
+        self.down_until = 0.0
+        self.failed = self.asked = 0
+
+    def outage(self, seconds: float) -> None:
+        """Let everything fail with 503 for a while."""
+        self.down_until = time.monotonic() + seconds
+
+    def next(self) -> int | None:
+        """Return how the next request fails: a status, 0 for a broken connection, or None if it does not."""
+        self.asked += 1
+        down = time.monotonic() < self.down_until
+        if not down and self.rng.random() >= self.share:
+            return None
+        self.failed += 1
+        return 503 if down else self.rng.choice([429, 503, 0])
+
+
+@contextlib.contextmanager
+def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
+    """Yield the address of a proxy before the server at `target` that fails as `faults` say."""
+    host, port = target.removeprefix("http://").split(":")
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            fault = faults.next()
+            if fault == 0:
+                self.close_connection = True
+                self.connection.close()
+                return
+            if fault is not None:
+                self.answer(fault, [], b"out of order")
+                return
+            onward = http.client.HTTPConnection(host, int(port), timeout=60)
+            onward.request(self.command, self.path, body, dict(self.headers))
+            answer = onward.getresponse()
+            content = answer.read()
+            headers = [(name, value.replace(target, address)) for name, value in answer.getheaders()]
+            self.answer(answer.status, headers, content.replace(target.encode(), address.encode()))
+            onward.close()
+
+        do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward
+
+        def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError):
+                self.wfile.write(content)
+
+        def handle_one_request(self) -> None:
+            with contextlib.suppress(ConnectionError, ValueError):  # closed on purpose
+                super().handle_one_request()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    address = f"http://127.0.0.1:{proxy.server_port}"
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield address
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
 
 
 @contextlib.contextmanager

@@ -1,15 +1,24 @@
 """The stages against a bucket: Google Cloud Storage as gcsfs speaks it, from an emulator on loopback."""
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import fsspec
+import gcsfs
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from torch import Tensor
 
-from tests.services import gcs_emulator
+from model_lib import UserError
+from model_lib.config import TrainConfig
+from model_lib.learning import Learner
+from model_lib.training import train
+from tests.services import Faults, faulty_proxy, gcs_emulator
 
 Run = Callable[..., CompletedProcess]
 BUCKET = "gs://pictures"
@@ -40,7 +49,7 @@ def test_the_whole_way_in_a_bucket(captioner: Run, bucket: fsspec.AbstractFileSy
     trained = run("train", *options, "--epochs", "2")
     assert trained["model"] == f"{BUCKET}/run/best" and trained["steps"] == 4
     kept = {Path(name).name for name in bucket.ls("pictures/run/checkpoints", detail=False)}
-    assert kept == {"step-00000002", "step-00000004"}
+    assert kept == {"step-00000002-validated", "step-00000004-validated"}
     assert run("train", *options, "--epochs", "2") == trained, "the second call finds the first one's checkpoint"
 
     judged = run("evaluate", "--model", f"{BUCKET}/run/best", "--data", f"{BUCKET}/data", "--output", f"{BUCKET}/j")
@@ -77,3 +86,61 @@ def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: fsspec.A
     done = captioner("ingest", "--dataset", f"{BUCKET}/scenes", "--output", "gs://elsewhere/out")
     assert done.returncode == 2 and "gs://elsewhere/out: cannot be written to" in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture()
+def faults(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """A bucket with the data set in it, behind a proxy that lets a tenth of the requests fail."""
+    sleep = asyncio.sleep
+    quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
+    monkeypatch.setattr("gcsfs.retry.asyncio", quickly)  # its six attempts would take half a minute
+    faults = Faults(0.0, seed=0)
+    with (
+        gcs_emulator("pictures", tmp_path / "gcs") as environment,
+        faulty_proxy(environment["STORAGE_EMULATOR_HOST"], faults) as address,
+    ):
+        for name, value in (environment | {"STORAGE_EMULATOR_HOST": address}).items():
+            monkeypatch.setenv(name, value)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        fsspec.filesystem("gs").put(f"{data}/", "pictures/data/", recursive=True)
+        faults.share = 0.1
+        yield faults
+        faults.share = 0.0
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """Do something before each step of training."""
+    learn = Learner.learn
+
+    def acting(learner: Learner, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+        act(step)
+        return learn(learner, batch, pixels, step)
+
+    monkeypatch.setattr("model_lib.learning.Learner.learn", acting)
+
+
+def test_training_outlasts_a_bucket_that_fails(
+    faults: Faults, finished: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    each_step(monkeypatch, lambda step: faults.outage(4) if step == 3 else None)
+    options = {"preset": "tiny", "epochs": 3, "checkpoint_steps": 1}
+    train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/run", **options))
+    assert faults.failed > 20 and "its store fails (HttpError: out of order, 503); asking again" in caplog.text
+    ours = fsspec.filesystem("gs").cat_file("pictures/run/best/model.safetensors")
+    assert ours == (finished / "best" / "model.safetensors").read_bytes()
+
+
+def test_a_shard_that_disappears_is_one_line(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs = fsspec.filesystem("gs")
+
+    def remove(step: int) -> None:
+        if step == 2:
+            fs.rm_file("pictures/data/train-00000.parquet")
+
+    each_step(monkeypatch, remove)
+    with pytest.raises(
+        UserError, match=r"data/train-00000\.parquet: the manifest names this shard, but it is not there"
+    ):
+        train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/lost", preset="tiny", epochs=3))
+    assert fs.exists("pictures/lost/checkpoints/step-00000002-validated/manifest.json")

@@ -45,11 +45,11 @@ def test_what_people_say_is_rewarded_and_broken_off_it_is_not(critic: SelfCritic
 
 def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(critic: SelfCritical, model: Captioner) -> None:
     features = model.encode(pixels(model, 2))
-    learned = critic.draw(model, features, [1, 0], step=3)
-    again = critic.draw(model, features, [1, 0], step=3)
+    learned = critic.learned(model, features, [1, 0], step=3)
+    again = critic.learned(model, features, [1, 0], step=3)
     assert torch.equal(learned.rows.tokens, again.rows.tokens)
-    assert not torch.equal(learned.rows.tokens, critic.draw(model, features, [1, 0], step=4).rows.tokens[:, :24])
-    assert learned.amount == 8 and learned.weights is not None
+    assert not torch.equal(learned.rows.tokens, critic.learned(model, features, [1, 0], step=4).rows.tokens[:, :24])
+    assert critic.amount([1, 0]) == 8 and learned.weights is not None
     for row, number in enumerate([1, 0]):
         texts = []
         for caption in range(4):

@@ -1,12 +1,7 @@
-"""Training: what one step learns from, that a killed run goes on as if nothing had happened, and what is kept."""
+"""Training: what one step learns from, its options, and which model is kept."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from model_lib import Captioner, UserError, checkpoint, training
+from model_lib import Captioner, UserError
+from model_lib.build import build_model
 from model_lib.config import TrainConfig
-from model_lib.errors import WorkError
+from model_lib.learning import Learner, learning_rate, make_optimizer
 from model_lib.model import Captioner as Model
 from model_lib.precision import autocast_dtype
 from model_lib.shards import read_manifest
-from model_lib.training import build_model, learning_rate, make_optimizer, train
+from model_lib.training import train
 
 
 def config(data: Path, output: Path, **options: object) -> TrainConfig:
@@ -31,14 +27,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return Captioner.from_pretrained(str(folder / "best"), device="cpu").state_dict()
 
 
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three epochs that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("finished")
-    train(config(data, folder, epochs=3))
-    return folder
-
-
 def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
     rates = [learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
@@ -47,7 +35,7 @@ def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
 
 
 def test_norms_and_biases_do_not_decay(model: Model, data: Path, tmp_path: Path) -> None:
-    optimizer = make_optimizer(model, config(data, tmp_path, weight_decay=0.5), torch.device("cpu"))
+    optimizer = make_optimizer(model, config(data, tmp_path, weight_decay=0.5))
     for group in optimizer.param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] == 0.5) for p in group["params"])
 
@@ -101,64 +89,6 @@ def test_validations_come_each_so_many_steps_and_at_the_end(
     assert kept(tmp_path) == 10
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged(monkeypatch, (3.0, 0.1), (float("nan"), 0.0))
-    with pytest.raises(WorkError, match="validation loss is nan after step 4"):
-        train(config(data, tmp_path, epochs=3))
-    assert json.loads((tmp_path / "best" / "training.json").read_text())["validation_loss"] == 3.0
-
-
-def test_killed_in_the_validation_it_ends_the_same(
-    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr("model_lib.validation.Validator.measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path, epochs=3, checkpoint_minutes=0))
-    assert checkpoint.read_state(checkpoint.newest(str(tmp_path)) or "")["step"] == 2
-    train(config(data, tmp_path, epochs=3))
-    ours, theirs = weights(tmp_path), weights(finished)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.parametrize("objective", ["cross-entropy", "self-critical"])
-@pytest.mark.parametrize("options", [{"dropout": 0.3, "ema": 0.9, "augment": "yes", "label_smoothing": 0.1}])
-def test_resumed_with_every_option_it_ends_the_same(
-    finished: Path, data: Path, tmp_path: Path, options: dict, objective: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if objective == "self-critical":
-        options = {**options, "objective": objective, "start": str(finished / "best"), "label_smoothing": None}
-    train(config(data, tmp_path / "whole", **options))
-    with monkeypatch.context() as patched:
-        step = training._Run._train_step
-
-        def stop(run: training._Run, *batch: object) -> dict:
-            if run.step == 3:
-                raise KeyboardInterrupt
-            return step(run, *batch)
-
-        patched.setattr("model_lib.training._Run._train_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path / "cut", checkpoint_minutes=0, **options))
-    train(config(data, tmp_path / "cut", **options))
-    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not torch.equal(weights(finished)["head.weight"], theirs["head.weight"])
-
-
-def test_early_stopping_counts_on_after_a_kill(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"epochs": 4, "validate_every": 1, "patience": 3}
-    with monkeypatch.context() as patched:
-        judged(patched, (3.0, 0.5), (2.0, 0.2), (2.0, 0.2))
-        with pytest.raises(StopIteration):
-            train(config(data, tmp_path, **options))
-    judged(monkeypatch, (2.0, 0.2), (2.0, 0.9))
-    assert train(config(data, tmp_path, **options)).steps == 4
-    assert kept(tmp_path) == 1
-
-
 def test_a_start_of_another_kind_or_with_parts_besides_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
     start = str(finished / "best")
     with pytest.raises(UserError, match=r"best: was trained from scratch, .* preset clip-l-gpt2-medium does not do"):
@@ -200,14 +130,14 @@ GOLDEN = [6.01724, 5.58503, 5.19671, 5.16695, 4.92356, 4.75261, 4.60957, 4.52771
 
 def test_the_losses_are_the_golden_ones(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
-    step = training._Run._train_step
+    step = Learner.learn
 
-    def keep(run: training._Run, *batch: object) -> dict:
-        measured = step(run, *batch)
+    def keep(learner: Learner, *batch: object) -> dict:
+        measured = step(learner, *batch)
         losses.append(float(measured["train_loss"]))
         return measured
 
-    monkeypatch.setattr("model_lib.training._Run._train_step", keep)
+    monkeypatch.setattr("model_lib.learning.Learner.learn", keep)
     train(config(data, tmp_path, epochs=4))
     assert losses == pytest.approx(GOLDEN, rel=1e-3)
 
@@ -220,33 +150,6 @@ def test_clipping_bounds_the_gradient(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(weight, untrained[name]) for name, weight in weights(tmp_path).items())
 
 
-def test_half_written_checkpoints_never_push_out_whole_ones(finished: Path, data: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
-    for step in (7, 8, 9):
-        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir()
-        (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
-    newest = checkpoint.newest(str(tmp_path))
-    assert newest is not None and newest.endswith("step-00000006")
-    model = build_model(config(data, tmp_path), read_manifest(str(data)))
-    optimizer = make_optimizer(model, config(data, tmp_path), torch.device("cpu"))
-    checkpoint.save(str(tmp_path), 5, model, optimizer, {}, {"step": 5})
-    names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000005", "step-00000006"] and checkpoint.newest(str(tmp_path)) == newest
-
-
-@pytest.mark.gpu
-def test_resuming_on_a_gpu_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    for kind in ("bfloat16", "float16"):
-        options = {"device": "cuda", "precision": kind, "checkpoint_minutes": 0.0}
-        with monkeypatch.context() as patched:
-            patched.setattr("model_lib.training._Run._save_best", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                train(config(data, tmp_path / kind, **options))
-        assert train(config(data, tmp_path / kind, **options)).steps == 4
-
-
 def test_training_again_gives_the_same_weights(finished: Path, data: Path, tmp_path: Path) -> None:
     train(config(data, tmp_path, epochs=3, workers=1))
     ours, theirs = weights(tmp_path), weights(finished)
@@ -257,35 +160,6 @@ def test_a_finished_run_is_not_trained_again(finished: Path, data: Path) -> None
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
     assert train(config(data, finished, epochs=3)).steps == 6
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
-
-
-def test_killed_and_started_again_it_ends_the_same(finished: Path, data: Path, tmp_path: Path) -> None:
-    options = ["--data", data, "--output", tmp_path / "run", "--preset", "tiny", "--epochs", "3"]
-    command = [sys.executable, "-m", "model_lib", "train", *map(str, options), "--checkpoint_minutes", "0"]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    run = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/checkpoints/*/manifest.json")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    steps = [checkpoint.read_state(str(file.parent))["step"] for file in tmp_path.glob("run/checkpoints/*/state.json")]
-    assert steps and max(steps) < 6, "the run was over before it could be killed"
-    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "resuming candidate at step" in again.stderr
-    ours, theirs = weights(tmp_path / "run"), weights(finished)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_damaged_checkpoint_is_passed_over(finished: Path, data: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "run")
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    file = newest / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-7] + b"damaged")
-    assert checkpoint.newest(str(tmp_path / "run")) != str(newest)
-    train(config(data, tmp_path / "run", epochs=3))
-    ours, theirs = weights(tmp_path / "run"), weights(finished)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_an_output_with_other_options_is_refused(finished: Path, data: Path) -> None:

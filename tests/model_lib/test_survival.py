@@ -1,0 +1,477 @@
+"""That a training run always reaches its end, and always the same one: kills, signals, and faults of all kinds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from model_lib import UserError, storage
+from model_lib.build import build_model
+from model_lib.checkpoint import Checkpoints, load, snapshot
+from model_lib.config import TrainConfig
+from model_lib.errors import WorkError
+from model_lib.learning import MOST_SKIPPED, Learner, make_optimizer
+from model_lib.model import Captioner as Model
+from model_lib.objectives import LearnCaptions, Learned
+from model_lib.shards import Manifest, SplitReader, read_manifest, verify
+from model_lib.tracking import Run, Tracking
+from model_lib.training import train
+from model_lib.validation import Validator
+from tests.model_lib.test_training import config, judged, kept, weights
+
+RECIPE = {"dropout": 0.3, "ema": 0.9, "augment": "yes", "label_smoothing": 0.1}
+"""All that is random or goes on from step to step."""
+
+
+def same_best(ours: Path, theirs: Path) -> bool:
+    return (ours / "best" / "model.safetensors").read_bytes() == (theirs / "best" / "model.safetensors").read_bytes()
+
+
+def newest_step(folder: Path) -> int:
+    newest = Checkpoints(str(folder)).newest()
+    assert newest is not None
+    return int(load(newest)[1]["step"])
+
+
+def stop_at(step: int, patched: pytest.MonkeyPatch) -> None:
+    """Let training be interrupted before it takes a step."""
+    learn = Learner.learn
+
+    def stop(learner: Learner, batch: np.ndarray, pixels: Tensor, number: int) -> dict:
+        if number == step:
+            raise KeyboardInterrupt
+        return learn(learner, batch, pixels, number)
+
+    patched.setattr("model_lib.learning.Learner.learn", stop)
+
+
+# ---- killed and started again ------------------------------------------------------------------------------------
+
+
+def curves(database: Path) -> dict[str, dict[int, set[float]]]:
+    """Return each metric's values by step, of the only run in an MLflow store."""
+    client = mlflow.MlflowClient(f"sqlite:///{database}")
+    (run,) = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
+    assert run.info.status == "FINISHED"
+    found: dict[str, dict[int, set[float]]] = {}
+    for name in run.data.metrics:
+        if not name.startswith("system/") and name != "pictures_per_second":
+            for point in client.get_metric_history(run.info.run_id, name):
+                found.setdefault(name, {}).setdefault(point.step, set()).add(point.value)
+    return found
+
+
+def test_killed_at_random_moments_it_gives_the_same_curves_and_model_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    options = {"data": str(data), "preset": "tiny", "epochs": 6, "batch_size": 8, "validate_every": 5, **RECIPE}
+    options |= {"checkpoint_steps": 1, "log_steps": 1}
+    command = [sys.executable, "-m", "tests.killing", json.dumps(options), str(tmp_path), "0", "10"]
+    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    kills = json.loads(ran.stdout.splitlines()[-1])["kills"]
+    assert len(kills) >= 4 and any(kill["in_a_save"] for kill in kills)
+    ours, theirs = curves(tmp_path / "killed.db"), curves(tmp_path / "whole.db")
+    assert ours == theirs and set(theirs["train_loss"]) == set(range(1, 49))
+    assert all(len(values) == 1 for metric in ours.values() for values in metric.values())
+    assert same_best(tmp_path / "killed", tmp_path / "whole")
+    assert not list((tmp_path / "killed" / "checkpoints").rglob(".part-*"))
+
+
+def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(finished: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--data", data, "--output", tmp_path / "run", "--preset", "tiny", "--epochs", "3"]
+    command = [sys.executable, "-m", "model_lib", "train", *map(str, options), "--checkpoint_steps", "1"]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/checkpoints/*/manifest.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 143
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said and f"stopped by SIGTERM after step {newest_step(tmp_path / 'run')}" in said
+    assert newest_step(tmp_path / "run") < 6, "the run was over before it could be stopped"
+    client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    (stopped,) = client.search_runs(["1"])
+    assert stopped.info.status == "KILLED"
+    subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True)
+    assert same_best(tmp_path / "run", finished)
+    assert client.get_run(stopped.info.run_id).info.status == "FINISHED" and len(client.search_runs(["1"])) == 1
+
+
+def test_stopped_in_a_validation_it_keeps_the_weights_and_not_their_average(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(data, tmp_path / "whole", **RECIPE))
+    with monkeypatch.context() as patched:
+        measure = Validator.measure
+
+        def asked_meanwhile(*arguments: object) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return measure(*arguments)
+
+        patched.setattr("model_lib.validation.Validator.measure", asked_meanwhile)
+        with pytest.raises(SystemExit) as stop:
+            train(config(data, tmp_path / "stopped", **RECIPE))
+    assert stop.value.code == 143 and newest_step(tmp_path / "stopped") == 2
+    train(config(data, tmp_path / "stopped", **RECIPE))
+    assert same_best(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_killed_in_the_validation_it_ends_the_same(
+    finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("model_lib.validation.Validator.measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path, epochs=3, checkpoint_steps=1))
+    assert newest_step(tmp_path) == 2
+    train(config(data, tmp_path, epochs=3))
+    assert same_best(tmp_path, finished)
+
+
+@pytest.mark.parametrize("objective", ["cross-entropy", "self-critical"])
+def test_resumed_with_every_option_it_ends_the_same(
+    finished: Path, data: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict = dict(RECIPE)
+    if objective == "self-critical":
+        options |= {"objective": objective, "start": str(finished / "best"), "label_smoothing": None}
+    train(config(data, tmp_path / "whole", **options))
+    with monkeypatch.context() as patched:
+        stop_at(3, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path / "cut", checkpoint_steps=1, **options))
+    assert newest_step(tmp_path / "cut") == 3
+    train(config(data, tmp_path / "cut", **options))
+    assert same_best(tmp_path / "cut", tmp_path / "whole") and not same_best(finished, tmp_path / "whole")
+
+
+def test_early_stopping_counts_on_after_a_kill(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"epochs": 4, "validate_every": 1, "patience": 3}
+    with monkeypatch.context() as patched:
+        judged(patched, (3.0, 0.5), (2.0, 0.2), (2.0, 0.2))
+        with pytest.raises(StopIteration):
+            train(config(data, tmp_path, **options))
+    judged(monkeypatch, (2.0, 0.2), (2.0, 0.9))
+    assert train(config(data, tmp_path, **options)).steps == 4
+    assert kept(tmp_path) == 1
+
+
+@pytest.mark.gpu
+def test_resuming_on_a_gpu_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    for kind in ("bfloat16", "float16"):
+        options = {"device": "cuda", "precision": kind, "checkpoint_steps": 1}
+        with monkeypatch.context() as patched:
+            stop_at(3, patched)
+            with pytest.raises(KeyboardInterrupt):
+                train(config(data, tmp_path / kind, **options))
+        assert train(config(data, tmp_path / kind, **options)).steps == 4
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_are_kept_and_what_a_kill_left_half_written_is_not(data: Path, tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / "step-00000001"
+    half.mkdir(parents=True)
+    (half / "state.json").write_text("{}")
+    (half / ".part-abc").write_text("")
+    train(config(data, tmp_path, epochs=3, checkpoint_steps=1, checkpoints_kept=3))
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000006", "step-00000006-validated"]
+
+
+def test_half_written_checkpoints_never_push_out_whole_ones(finished: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
+    for step in (7, 8, 9):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir()
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
+    checkpoints = Checkpoints(str(tmp_path))
+    newest = checkpoints.newest()
+    assert newest is not None and newest.endswith("step-00000006-validated")
+    model = build_model(config(data, tmp_path), read_manifest(str(data)))
+    tensors = snapshot(model, make_optimizer(model, config(data, tmp_path)), {})
+    checkpoints.write("step-00000005", tensors, {"step": 5})
+    names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+    assert names[0] == "step-00000005" and checkpoints.newest() == newest
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    file = newest / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-7] + b"damaged")
+    assert Checkpoints(str(tmp_path / "run")).newest() != str(newest)
+    train(config(data, tmp_path / "run", epochs=3))
+    assert same_best(tmp_path / "run", finished)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first checkpoint's writing waits for a later step: were it not for the thread, they would wait for ever."""
+    learned, write = [], Checkpoints.write
+    learn = Learner.learn
+
+    def note(learner: Learner, *batch: object) -> dict:
+        learned.append(batch)
+        return learn(learner, *batch)
+
+    def wait(checkpoints: Checkpoints, *content: object) -> None:
+        deadline = time.monotonic() + 60
+        while len(learned) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        write(checkpoints, *content)
+
+    monkeypatch.setattr("model_lib.learning.Learner.learn", note)
+    monkeypatch.setattr("model_lib.checkpoint.Checkpoints.write", wait)
+    assert train(config(data, tmp_path, epochs=1, batch_size=8, checkpoint_minutes=0)).steps == 8
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------
+
+
+class Curve(Tracking, Run):
+    """Keeps what training logs."""
+
+    def __init__(self) -> None:
+        self.points: dict[str, list[float]] = {}
+
+    def start(self, *_: object, **__: object) -> Run:
+        return self
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.points.setdefault(name, []).append(value)
+
+
+def ruin(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let the losses of some steps be no number."""
+    learned = LearnCaptions.learned
+
+    def ruined(objective: LearnCaptions, model: Model, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+        rows = learned(objective, model, features, numbers, step).rows
+        return Learned(rows, torch.full(rows.tokens.shape, float("nan")) if step in steps else None)
+
+    monkeypatch.setattr("model_lib.objectives.LearnCaptions.learned", ruined)
+
+
+def test_a_step_without_finite_gradients_changes_nothing_and_is_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruin(monkeypatch, 2)
+    seen, learn = [], Learner.learn
+
+    def keep(learner: Learner, *batch: object) -> dict:
+        measured = learn(learner, *batch)
+        seen.append(learner.model.head.weight.detach().clone())
+        return measured
+
+    monkeypatch.setattr("model_lib.learning.Learner.learn", keep)
+    curve = Curve()
+    train(config(data, tmp_path, log_steps=1), curve)
+    assert curve.points["skipped_steps"] == [0, 0, 1, 1]
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
+    assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
+
+
+def test_a_run_that_no_longer_learns_stops_with_its_checkpoint_intact(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ruin(monkeypatch, *range(4, 999))
+    with pytest.raises(WorkError, match=r"gradients of the last \d+ steps up to \d+ are not finite; .* float32"):
+        train(config(data, tmp_path, epochs=20, batch_size=16, log_steps=1, validate_every=4))
+    tensors, state = load(Checkpoints(str(tmp_path)).newest() or "")
+    assert state["step"] + 4 >= MOST_SKIPPED and all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(monkeypatch, (3.0, 0.1), (float("nan"), 0.0))
+    with pytest.raises(WorkError, match="validation loss is nan after step 4"):
+        train(config(data, tmp_path, epochs=3))
+    assert json.loads((tmp_path / "best" / "training.json").read_text())["validation_loss"] == 3.0
+
+
+def little_memory(monkeypatch: pytest.MonkeyPatch, pictures: int) -> list[int]:
+    """Let the device run out of memory with more than so many pictures; return the list of those that went through.
+
+    A stand-in for an accelerator, which the test below uses where there is one.
+    """
+    learned, went = LearnCaptions.learned, []
+
+    def limited(objective: LearnCaptions, model: Model, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+        if len(numbers) > pictures:
+            raise torch.OutOfMemoryError("too many")
+        went.append(len(numbers))
+        return learned(objective, model, features, numbers, step)
+
+    monkeypatch.setattr("model_lib.objectives.LearnCaptions.learned", limited)
+    return went
+
+
+def test_out_of_memory_the_batch_goes_through_in_parts(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    went = little_memory(monkeypatch, 10)
+    curve = Curve()
+    train(config(data, tmp_path, epochs=3, log_steps=1), curve)
+    assert went == [8] * 4 * 6
+    assert "out of memory in step 0 with 16 pictures at once; going on with 8, and 4 gradients added up" in caplog.text
+    whole = Curve()
+    train(config(data, tmp_path / "parts", epochs=3, log_steps=1, micro_batch_size=8), whole)
+    assert curve.points["train_loss"] == whole.points["train_loss"]
+
+
+def test_without_memory_for_one_picture_it_says_what_helps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little_memory(monkeypatch, 0)
+    with pytest.raises(WorkError, match=r"cpu: out of memory in step 0 with 1 pictures .* --recompute needs less"):
+        train(config(data, tmp_path))
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_little_memory_trains_in_parts(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    torch.cuda.set_per_process_memory_fraction(120e6 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        train(config(data, tmp_path, device="cuda", batch_size=64, epochs=1))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert "out of memory in step 0" in caplog.text
+
+
+@pytest.fixture()
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 40 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
+    finished: Path, data: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"disk/run: needs 0\.\d+ GB for 20 checkpoints, .*; choose another output"):
+        train(config(data, small_disk / "run", epochs=3, checkpoints_kept=20))
+    run, filler = small_disk / "run", small_disk / "filler"
+    with monkeypatch.context() as patched:
+        learn = Learner.learn
+
+        def fill(learner: Learner, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+            if step == 3:
+                with filler.open("wb") as file:
+                    file.truncate(0)
+                    free = shutil.disk_usage(small_disk).free
+                    file.write(bytes(max(0, free - 1_000_000)))
+            return learn(learner, batch, pixels, step)
+
+        patched.setattr("model_lib.learning.Learner.learn", fill)
+        with pytest.raises(WorkError, match="cannot be written: the disk is full; make room there and start again"):
+            train(config(data, run, epochs=3))
+    assert newest_step(run) == 2
+    filler.unlink()
+    train(config(data, run, epochs=3))
+    assert same_best(run, finished)
+
+
+def damaged(data: Path, folder: Path) -> tuple[Manifest, Path]:
+    """Return a copy of the data set of which a picture has another byte."""
+    shutil.copytree(data, folder)
+    manifest = read_manifest(str(folder))
+    file = Path(next(shard.uri for shard in manifest.shards if shard.split == "train"))
+    columns = pq.ParquetFile(file).metadata.row_group(0)
+    image = next(columns.column(n) for n in range(columns.num_columns) if columns.column(n).path_in_schema == "image")
+    content = bytearray(file.read_bytes())
+    start = image.dictionary_page_offset or image.data_page_offset
+    content[start + image.total_compressed_size // 2] ^= 1
+    file.write_bytes(content)
+    return manifest, file
+
+
+def test_a_damaged_shard_is_refused_before_anything_is_learned(data: Path, tmp_path: Path) -> None:
+    manifest, file = damaged(data, tmp_path / "data")
+    with pytest.raises(UserError, match=rf"{file}: does not have the manifest's sha256: .*; ingest anew"):
+        train(config(tmp_path / "data", tmp_path / "out"))
+    verify([shard for shard in manifest.shards if shard.uri != str(file)], "others")
+
+
+def test_a_shard_damaged_later_is_noticed_when_it_is_read(data: Path, tmp_path: Path) -> None:
+    manifest, file = damaged(data, tmp_path / "data")
+    reader = SplitReader(manifest, "train", size=32)
+    with pytest.raises(UserError, match=rf"{file}: is damaged: .*; ingest anew"):
+        list(reader.batches(reader.in_order(8)))
+
+
+def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("model_lib.storage.time.sleep", pauses.append)
+    answers = iter([ConnectionResetError("reset"), TimeoutError("slow"), "content"])
+
+    def ask() -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert storage.patiently("gs://bucket/file", ask) == "content"
+    assert len(pauses) == 2 and 0.5 <= pauses[0] <= 1 <= pauses[1] <= 2
+    assert "gs://bucket/file: its store fails (ConnectionResetError: reset); asking again" in caplog.text
+    for lasting in (FileNotFoundError("gone"), PermissionError("not yours"), OSError(28, "No space left on device")):
+        with pytest.raises(type(lasting)):
+            storage.patiently("gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error))
+    assert len(pauses) == 2
+    monkeypatch.setenv("CAPTIONER_PATIENCE", "0")
+    with pytest.raises(ConnectionResetError):
+        storage.patiently("gs://bucket/file", lambda: (_ for _ in ()).throw(ConnectionResetError("for ever")))
+
+
+def test_a_start_that_was_killed_before_its_first_checkpoint_is_one_run_in_mlflow(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+
+    class Keys(Tracking):
+        def start(self, name: str, key: str | None, *_: object, **__: object) -> Run:
+            keys.append(str(key))
+            return Run()
+
+    with monkeypatch.context() as patched:
+        stop_at(0, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path), Keys())
+    with pytest.raises(UserError, match="holds a run with other options"):
+        train(config(data, tmp_path, learning_rate=0.5), Keys())
+    train(config(data, tmp_path), Keys())
+    assert keys[0] == keys[1] and len(keys) == 2
+
+
+def test_the_options_that_shape_nothing_do_not_change_the_run() -> None:
+    plain = TrainConfig(data="d", output="o")
+    others = {"checkpoint_steps": 5, "checkpoints_kept": 4, "log_steps": 3, "processes": 2, "checkpoint_minutes": 1.0}
+    assert TrainConfig(data="d", output="o", **others).key() == plain.key()
