@@ -74,3 +74,17 @@ class StageConfig:
 def option(default: Any = dataclasses.MISSING, *, minimum: float | None = None, shapes: bool = True) -> Any:
     """Declare a field with a lower bound; `shapes=False` for one that changes where or how fast, not what."""
     return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
+
+
+def as_arguments(config: StageConfig) -> list[str]:
+    """Return the command line that makes this configuration, without the options that have their defaults."""
+    arguments = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None or value == field.default:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{field.name}" if value else f"--no-{field.name}")
+        else:
+            arguments.append(f"--{field.name}={value}")
+    return arguments

@@ -16,6 +16,7 @@ from model_lib import storage
 from model_lib.config import TrainConfig
 from model_lib.errors import UserError, first_line
 from model_lib.presets import PRESETS
+from model_lib.trainjob import require_trainer
 
 PATIENCE = 40.0
 """Seconds after which a check that has no answer counts as failed."""
@@ -35,6 +36,8 @@ class Needs:
     """Models: hub names, folders, URIs or `models:/…`."""
     tokenizers: Sequence[str] = ()
     """Tokenizers that lie apart from their models: hub names, folders or URIs."""
+    machines: int = 1
+    """Machines that train one candidate: more than one need Kubeflow Trainer."""
     pairs: Mapping[str, str] = field(default_factory=dict)
     """Parameters by name, of which all or none are to be given."""
     secret: str = "captioner"
@@ -100,6 +103,7 @@ def preflight(needs: Needs) -> None:
         *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
         *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
         *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
+        *([("Kubeflow Trainer", require_trainer)] if needs.machines > 1 else []),
     ]
     problems = [
         f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"

@@ -8,14 +8,11 @@ import contextlib
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
-import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,35 +20,18 @@ from typing import Any, TypeVar
 import fsspec
 
 from model_lib.errors import UserError, WorkError, first_line
+from model_lib.patience import ask_again
 
-log = logging.getLogger(__name__)
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
-PATIENCE = 600.0
-"""Seconds for which a store that fails is asked again, unless CAPTIONER_PATIENCE says otherwise."""
-LONGEST_PAUSE = 60.0
 _ANSWER = TypeVar("_ANSWER")
 
 
 def patiently(uri: str, action: Callable[[], _ANSWER]) -> _ANSWER:
     """Return what `action` does with the store of `uri`, asked again after growing pauses while the store fails.
 
-    Drivers ask again for some seconds by themselves; this outlasts a bucket that answers 429 or 503 for minutes. What
-    will not pass (a missing file, a full disk, a right that is not given) is raised at once, and so is what fails after
-    `PATIENCE`.
+    What will not pass (a missing file, a full disk, a right that is not given) is raised at once.
     """
-    patience = float(os.environ.get("CAPTIONER_PATIENCE", PATIENCE))
-    started = time.monotonic()
-    for attempt in itertools.count():
-        try:
-            return action()
-        except Exception as error:
-            pause = min(LONGEST_PAUSE, 2.0**attempt) * random.uniform(0.5, 1)  # apart from others that failed with us
-            if is_local(uri) or not _passing(error) or time.monotonic() - started + pause > patience:
-                raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            log.warning("%s: its store fails (%s); asking again in %.0f s", uri, reason, pause)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+    return action() if is_local(uri) else ask_again(uri, action, _passing)
 
 
 def _passing(error: Exception) -> bool:

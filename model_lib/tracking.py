@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,15 +134,22 @@ class MlflowTracking(Tracking):
 
     Args:
         uri: of the tracking server.
-        experiment_id: where new runs go.
+        given_experiment_id: where new runs go, if a server said so.
         pipeline_run_id: Kubeflow's id of the pipeline run, or None outside of one.
         own_run_id: the MLflow run that was made for this step, or None.
     """
 
     uri: str
-    experiment_id: str
+    given_experiment_id: str | None = None
     pipeline_run_id: str | None = None
     own_run_id: str | None = None
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """Where new runs go: asked for at first use, as of several processes only the one that logs may make it."""
+        import mlflow
+
+        return self.given_experiment_id or _ensure_experiment(mlflow.MlflowClient(self.uri), self.uri)
 
     def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         import mlflow
@@ -285,8 +293,8 @@ def embedded_uri(workdir: str) -> str:
 
 
 def do_not_wait_long() -> None:
-    """Let this process's calls to MLflow fail within half a minute. For steps that only ask or tell, at their start."""
-    os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
+    """Let this process's calls to MLflow and to stores fail within half a minute. For steps that only ask or tell."""
+    os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", CAPTIONER_PATIENCE="10")
 
 
 def adopt_secret(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -305,8 +313,6 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
     """
     if importlib.util.find_spec("mlflow") is None:
         return NO_TRACKING
-    import mlflow
-
     adopt_secret()
     for chatty in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -315,10 +321,8 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", embedded_uri(workdir))
     if uri.startswith("sqlite:///"):
         os.makedirs(uri.removeprefix("sqlite:///").rpartition("/")[0] or ".", exist_ok=True)
-    experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID") or _ensure_experiment(mlflow.MlflowClient(uri), uri)
-    return MlflowTracking(
-        uri, experiment_id, os.environ.get("KFP_RUN_ID") or None, os.environ.get("MLFLOW_RUN_ID") or None
-    )
+    names = ("MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID", "MLFLOW_RUN_ID")
+    return MlflowTracking(uri, *(os.environ.get(name) or None for name in names))
 
 
 def _ensure_experiment(client: Any, uri: str) -> str:

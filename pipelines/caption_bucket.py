@@ -86,6 +86,7 @@ def define(parallel_shards: int) -> Any:
                 caption_output=caption_output,
                 secret_name=secret_name,
                 secret_keys=secret_keys,
+                train_nodes=1,
             )
             place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
             gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)

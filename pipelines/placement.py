@@ -100,9 +100,13 @@ def place(
     kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")
     # The pod's label, and not a parameter: that would be another input for each run, and nothing would be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-    variables = {key: FROM_SECRET + key if key in MLFLOW else key for key in (*MLFLOW, *keys)}
-    kubernetes.use_secret_as_env(task, secret, variables, optional=True)
+    kubernetes.use_secret_as_env(task, secret, variables(keys), optional=True)
     return task
+
+
+def variables(keys: tuple[str, ...]) -> dict[str, str]:
+    """Return for MLflow's keys of the secret, and for `keys`, the environment variable that each becomes."""
+    return {key: FROM_SECRET + key if key in MLFLOW else key for key in (*MLFLOW, *keys)}
 
 
 def on_gpu(task: dsl.PipelineTask, gpu: Gpu) -> dsl.PipelineTask:

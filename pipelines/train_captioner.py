@@ -8,6 +8,7 @@ from typing import Any
 
 from kfp import dsl
 
+from components import MODEL
 from components.candidates.component import candidates
 from components.close.component import close
 from components.evaluate.component import evaluate
@@ -16,13 +17,17 @@ from components.judge.component import judge
 from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
+from components.train_job.component import train_job
 from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
 from pipelines import placement
 from pipelines.caption_bucket import PARALLEL, caption_pictures
-from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
+from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
 """By default: learning all captions of a picture in each step, or its first alone."""
+TRAIN_SIZE: dict[str, Any] = {"cpu": 4, "memory": 24}
+"""Cores and GiB of a machine that trains."""
+TRAIN_KEYS = (*BUCKET, *HUB)
 
 DESCRIPTION = f"""\
 Trains image captioners, judges them, registers the best in MLflow and captions a folder with the champion.
@@ -38,6 +43,7 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 | `train_vision`, `train_decoder`, `train_tokenizer` | hub names, folders or URIs of other weights than the preset's |
 | `train_epochs`, `train_batch_size`, `train_learning_rate` | 0: the preset's |
 | `train_precision` | `auto`, `bfloat16`, `float16` or `float32` |
+| `train_nodes` | machines that train one candidate together, `gpu_count` GPUs each; several need Kubeflow Trainer |
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
 | `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
 | `caption_images`, `caption_output` | pictures that the champion captions at the end, and where to; empty: none |
@@ -62,6 +68,7 @@ def define(parallel: int) -> Any:
         train_batch_size: int = TrainConfig.batch_size,
         train_learning_rate: float = TrainConfig.learning_rate,
         train_precision: str = TrainConfig.precision,
+        train_nodes: int = 1,
         eval_num_beams: int = EvaluateConfig.num_beams,
         eval_limit: int = EvaluateConfig.limit,
         register_metric: str = RegisterConfig.metric,
@@ -95,6 +102,7 @@ def define(parallel: int) -> Any:
                 caption_output=caption_output,
                 secret_name=secret_name,
                 secret_keys=secret_keys,
+                train_nodes=train_nodes,
             )
             place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
 
@@ -125,21 +133,29 @@ def define(parallel: int) -> Any:
 
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
             with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:
-                trained = train(candidate=candidate)
-                place(
-                    trained,
-                    "Train",
-                    secret=secret_name,
-                    keys=(*BUCKET, *HUB),
-                    cpu=4,
-                    memory=24,
-                    hours=72,
-                    retries=6,  # each goes on from the last checkpoint
-                    cached=True,
-                )
-                on_gpu(trained, gpu)
+                # Each retry goes on from the last checkpoint.
+                often: dict[str, Any] = {"secret": secret_name, "keys": TRAIN_KEYS, "hours": 72, "retries": 6}
+                with dsl.If(train_nodes > 1, name="On several machines"):
+                    job = train_job(
+                        candidate=candidate,
+                        nodes=train_nodes,
+                        image=MODEL,
+                        **TRAIN_SIZE,
+                        gpu_resource=gpu_resource,
+                        gpu_count=gpu_count,
+                        gpu_node_selector=gpu_node_selector,
+                        gpu_tolerations=gpu_tolerations,
+                        secret_name=secret_name,
+                        secret_variables=variables(TRAIN_KEYS),
+                        user=USER,
+                    )
+                    place(job, "Train", **often, cached=True)
+                with dsl.Else(name="On one"):
+                    trained = train(candidate=candidate)
+                    on_gpu(place(trained, "Train", **TRAIN_SIZE, **often, cached=True), gpu)
+                model_uri = dsl.OneOf(job.outputs["Output"], trained.outputs["Output"])
                 evaluated = evaluate(
-                    candidate=candidate, model_uri=trained.outputs["Output"], num_beams=eval_num_beams, limit=eval_limit
+                    candidate=candidate, model_uri=model_uri, num_beams=eval_num_beams, limit=eval_limit
                 )
                 place(evaluated, "Evaluate", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6, cached=True)
                 on_gpu(evaluated, gpu)

@@ -126,7 +126,7 @@ def test_training_outlasts_a_bucket_that_fails(
     each_step(monkeypatch, lambda step: faults.outage(4) if step == 3 else None)
     options = {"preset": "tiny", "epochs": 3, "checkpoint_steps": 1}
     train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/run", **options))
-    assert faults.failed > 20 and "its store fails (HttpError: out of order, 503); asking again" in caplog.text
+    assert faults.failed > 20 and ": fails (HttpError: out of order, 503); asking again" in caplog.text
     ours = fsspec.filesystem("gs").cat_file("pictures/run/best/model.safetensors")
     assert ours == (finished / "best" / "model.safetensors").read_bytes()
 

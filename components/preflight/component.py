@@ -21,6 +21,7 @@ def preflight(
     caption_output: str,
     secret_name: str,
     secret_keys: list,
+    train_nodes: int,
 ) -> None:
     """Check places, weights, MLflow and secrets (empty: not needed), then open the pipeline's run in MLflow."""
     from model_lib.preflight import Needs, preflight, training_sources
@@ -36,6 +37,7 @@ def preflight(
             outputs=[data_output, checkpoint_uri, caption_output],
             weights=[model, *weights],
             tokenizers=tokenizers,
+            machines=train_nodes,
             pairs={"caption_images": images, "caption_output": caption_output},
             secret=secret_name,
             keys=secret_keys,

@@ -11,10 +11,10 @@ def train(candidate: dict, model: dsl.Output[dsl.Model]) -> str:
     from dataclasses import asdict
 
     from model_lib.candidates import candidate_config
+    from model_lib.launch import train_here
     from model_lib.tracking import tracking_from_environment
-    from model_lib.training import train as run
 
     config = candidate_config(candidate)
-    trained = run(config, tracking_from_environment())
+    trained = train_here(config, tracking_from_environment())
     model.metadata.update(asdict(trained), checkpoints=config.output)
     return trained.model

@@ -46,6 +46,7 @@ def test_everything_that_is_missing_is_named_at_once(
         dataset=str(tmp_path / "empty"),
         weights=[str(tmp_path / "empty"), "models:/captioner@champion", "models:/captioner/99"],
         tokenizers=[str(tmp_path / "empty")],
+        machines=2,
         pairs={"caption_images": "x", "caption_output": ""},
         secret="mine",
         keys=["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"],
@@ -58,6 +59,7 @@ def test_everything_that_is_missing_is_named_at_once(
         f"{tmp_path}/gone: not there",
         "/proc/x: cannot be written to",
         f"{tmp_path}/empty: holds no model",
+        "several machines: this is no Kubernetes cluster",
         f"{tmp_path}/empty: holds no tokenizer",
         f"{tmp_path}/empty/annotations/captions_train2017.json: not there",
         "models:/captioner/99: not in the model registry",
@@ -70,6 +72,7 @@ def test_everything_that_is_missing_is_named_at_once(
 
 
 def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPTIONER_PATIENCE", "10")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # so that they are put back as they were
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     do_not_wait_long()

@@ -430,7 +430,7 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("model_lib.storage.time.sleep", pauses.append)
+    monkeypatch.setattr("model_lib.patience.time.sleep", pauses.append)
     answers = iter([ConnectionResetError("reset"), TimeoutError("slow"), "content"])
 
     def ask() -> str:
@@ -441,7 +441,7 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
 
     assert storage.patiently("gs://bucket/file", ask) == "content"
     assert len(pauses) == 2 and 0.5 <= pauses[0] <= 1 <= pauses[1] <= 2
-    assert "gs://bucket/file: its store fails (ConnectionResetError: reset); asking again" in caplog.text
+    assert "gs://bucket/file: fails (ConnectionResetError: reset); asking again" in caplog.text
     for lasting in (FileNotFoundError("gone"), PermissionError("not yours"), OSError(28, "No space left on device")):
         with pytest.raises(type(lasting)):
             storage.patiently("gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error))

@@ -1,0 +1,44 @@
+"""Train on several machines: one candidate, through a TrainJob of Kubeflow Trainer."""
+
+from kfp import dsl
+
+from components import CORE
+
+
+@dsl.component(base_image=CORE, install_kfp_package=False)
+def train_job(
+    candidate: dict,
+    nodes: int,
+    image: str,
+    cpu: int,
+    memory: int,
+    gpu_resource: str,
+    gpu_count: str,
+    gpu_node_selector: dict,
+    gpu_tolerations: list,
+    secret_name: str,
+    secret_variables: dict,
+    user: int,
+    model: dsl.Output[dsl.Model],
+) -> str:
+    """Train the candidate on several machines, or go on from its last checkpoint; return its model's URI."""
+    from model_lib.candidates import candidate_config
+    from model_lib.trainjob import Machines, train_on
+
+    config = candidate_config(candidate)
+    machines = Machines(
+        count=nodes,
+        image=image,
+        cpu=cpu,
+        memory=memory,
+        gpu_resource=gpu_resource,
+        gpu_count=int(gpu_count),
+        node_selector=gpu_node_selector,
+        tolerations=gpu_tolerations,
+        secret=secret_name,
+        secret_variables=secret_variables,
+        user=user,
+    )
+    trained = train_on(machines, config, candidate["fingerprint"])
+    model.metadata.update(trained, checkpoints=config.output)
+    return trained["model"]

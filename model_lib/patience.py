@@ -1,0 +1,43 @@
+"""Asking again, when a server on the network fails in a way that may pass."""
+
+import itertools
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from model_lib.errors import first_line
+
+log = logging.getLogger(__name__)
+PATIENCE = 600.0
+"""Seconds for which what fails is asked again, unless CAPTIONER_PATIENCE says otherwise."""
+LONGEST_PAUSE = 60.0
+_ANSWER = TypeVar("_ANSWER")
+
+
+def ask_again(what: str, action: Callable[[], _ANSWER], passing: Callable[[Exception], bool]) -> _ANSWER:
+    """Return what `action` returns, tried again after growing pauses while it fails in a way that may pass.
+
+    Drivers try again for some seconds by themselves; this outlasts a server that answers 429 or 503 for minutes. What
+    fails otherwise is raised at once, and so is what still fails after `PATIENCE`.
+
+    Args:
+        what: is asked, for the log.
+        action: asks it.
+        passing: whether a failure may pass.
+    """
+    patience = float(os.environ.get("CAPTIONER_PATIENCE", PATIENCE))
+    started = time.monotonic()
+    for attempt in itertools.count():
+        try:
+            return action()
+        except Exception as error:
+            pause = min(LONGEST_PAUSE, 2.0**attempt) * random.uniform(0.5, 1)  # apart from others that failed with us
+            if not passing(error) or time.monotonic() - started + pause > patience:
+                raise
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            log.warning("%s: fails (%s); asking again in %.0f s", what, reason, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
