@@ -216,13 +216,13 @@ def caption(config: CaptionConfig) -> Output:
 
 
 def batch(config: BatchConfig) -> Output:
-    from model_lib.batch import batch as run
+    from model_lib.merging import batch as run
 
     _find_registry(config.model)
     summary = run(config)
     errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
     text = f"{summary.captions}: {summary.ok:,} of {summary.pictures:,} pictures captioned"
-    return Output(asdict(summary), [text + (f"; errors: {errors}" if errors else "")])
+    return Output(asdict(summary), [text + (f"; errors: {errors}" if errors else ""), summary.report])
 
 
 def _find_registry(source: str) -> None:

@@ -26,6 +26,8 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         require(value in kinds, f"{name}: {value!r} is not one of {', '.join(map(str, kinds))}")
         return value
     kinds = tuple(get_origin(k) or k for k in kinds) if get_origin(kind) is not tuple else (tuple,)
+    if isinstance(value, list) and tuple in kinds:
+        return tuple(value)
     if isinstance(value, float) and value.is_integer() and int in kinds:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:

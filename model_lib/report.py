@@ -1,4 +1,4 @@
-"""The evaluation as one self-contained HTML page: scores, and pictures with their references and captions."""
+"""Self-contained HTML pages: an evaluation with its scores, and what captioning a bucket came to."""
 
 import base64
 import io
@@ -11,6 +11,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from model_lib.evaluation import Evaluation
+    from model_lib.merging import Summary
 
 SHOWN = 120
 """Pictures in the gallery: at about 10 kB each the page stays near one MB."""
@@ -41,20 +42,49 @@ def render_report(
     cards = [
         {
             "name": pictures[image_id]["file_name"] if image_id in pictures else str(image_id),
-            "thumbnail": _thumbnail(pictures[image_id]["jpeg"]) if image_id in pictures else None,
+            "thumbnail": _shown(pictures[image_id]["jpeg"]) if image_id in pictures else None,
             "caption": captions[image_id],
             "references": references[image_id],
             "cider": per_picture[image_id],
         }
         for image_id in chosen
     ]
+    return _render("report.html", evaluation=evaluation, cards=cards)
+
+
+def render_batch(
+    summary: "Summary",
+    configuration: Mapping[str, Any],
+    gallery: Sequence[Mapping[str, Any]],
+    worst: Sequence[Mapping[str, Any]],
+    failed: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> str:
+    """Return the page of a batch; what stands in it is text, whatever it holds.
+
+    Args:
+        summary: the counts.
+        configuration: with which it can be made again.
+        gallery: rows of captioned pictures, each with a `thumbnail` or None.
+        worst: those with the lowest scores, the same way.
+        failed: rows without a caption, a reason.
+    """
+    names = {"gallery": gallery, "worst": worst, "failed": failed}
+    return _render(
+        "batch.html", summary=summary, images=configuration["images"], configuration=configuration, **names
+    )  # fmt: skip
+
+
+def _render(template: str, **values: Any) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    template = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html")
-    return template.render(evaluation=evaluation, cards=cards)
+    return jinja2.Environment(loader=loader, autoescape=True).get_template(template).render(**values)
 
 
-def _thumbnail(jpeg: bytes) -> str:
-    image = Image.open(io.BytesIO(jpeg))
+def _shown(jpeg: bytes) -> str:
+    return thumbnail(Image.open(io.BytesIO(jpeg)))
+
+
+def thumbnail(image: Image.Image) -> str:
+    """Return a small JPEG of an RGB picture in base64."""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80)

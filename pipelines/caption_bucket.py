@@ -19,11 +19,11 @@ from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
 PARALLEL = 4
 """Shards captioned at the same time on a cluster."""
 CHAMPION = "models:/captioner@champion"
+NO_OPTIONS: dict[str, Any] = {}
 
 DESCRIPTION = f"""\
-Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again with
-the same pictures, model and options, it does the shards that are missing; if any of these changed, it removes the old
-captions and does all anew.
+Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again it
+captions what is missing, new or changed; another model or other options have a folder of their own in the output.
 
 | parameter | meaning |
 |---|---|
@@ -32,20 +32,31 @@ captions and does all anew.
 | `caption_model` | folder, URI, hub name, or model of the registry; an alias is pinned to its version |
 | `caption_num_beams` | beams in decoding; 1: greedy |
 | `caption_shard_pictures` | pictures a shard; each shard is a step on a GPU |
+| `caption_options` | further options of `captioner batch`: `{{"top_p": 0.9, "num_captions": 3}}` |
 {placement.PARAMETERS}"""
 
 
 def caption_pictures(
-    images: Any, output: Any, model: Any, num_beams: Any, shard_pictures: Any, secret: Any, gpu: Gpu, parallel: int
+    images: Any,
+    output: Any,
+    model: Any,
+    num_beams: Any,
+    shard_pictures: Any,
+    options: Any,
+    secret: Any,
+    gpu: Gpu,
+    parallel: int,
 ) -> dsl.PipelineTask:
     """Add the steps that caption the pictures at `images` to a pipeline; return the first."""
-    planned = plan(images=images, output=output, model=model, num_beams=num_beams, shard_pictures=shard_pictures)
+    planned = plan(
+        images=images, output=output, model=model, num_beams=num_beams, shard_pictures=shard_pictures, options=options
+    )
     place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
-    with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
-        captioned = caption(output=output, shard=shard)
+    with dsl.ParallelFor(planned.outputs["shards"], name="Shards", parallelism=parallel) as shard:
+        captioned = caption(shard=shard)
         place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), cpu=4, memory=16, hours=12, retries=4)
         on_gpu(captioned, gpu)
-    merged = merge(output=output, shards=dsl.Collected(captioned.output))
+    merged = merge(folder=planned.outputs["folder"], shards=dsl.Collected(captioned.output))
     place(merged, "Merge", secret=secret, keys=BUCKET, memory=4)
     return planned
 
@@ -60,6 +71,7 @@ def define(parallel_shards: int) -> Any:
         caption_model: str = CHAMPION,
         caption_num_beams: int = BatchConfig.num_beams,
         caption_shard_pictures: int = BatchConfig.shard_pictures,
+        caption_options: dict = NO_OPTIONS,
         gpu_resource: str = placement.GPU_RESOURCE,
         gpu_count: str = "1",
         gpu_node_selector: dict = placement.GPU_NODES,
@@ -96,6 +108,7 @@ def define(parallel_shards: int) -> Any:
                 caption_model,
                 caption_num_beams,
                 caption_shard_pictures,
+                caption_options,
                 secret_name,
                 gpu,
                 parallel_shards,

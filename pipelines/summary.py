@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from model_lib import storage
-from model_lib.batch import examples
 from model_lib.errors import WorkError
 from model_lib.evaluation import FEW_PICTURES, Evaluation
+from model_lib.merging import examples
 
 LOOKING = 3
 """How many times the shuffled CIDEr a model reaches that really looks at its pictures."""
@@ -36,7 +36,7 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "candidates": [evaluation.to_dict() for evaluation in evaluations],
         "registered": registered,
         "captioned": captioned,
-        "examples": [list(pair) for pair in examples(str(Path(captioned["captions"]).parent), 3)],
+        "examples": [list(pair) for pair in examples(captioned["captions"], 3)],
         "model": Evaluation.read(registered["evaluation"]).model,
         "report": storage.join(registered["evaluation"], "report.html"),
         "tracking_uri": tracking_uri,

@@ -20,7 +20,7 @@ from components.train.component import train
 from components.train_job.component import train_job
 from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import PARALLEL, caption_pictures
+from pipelines.caption_bucket import NO_OPTIONS, PARALLEL, caption_pictures
 from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
@@ -176,6 +176,7 @@ def define(parallel: int) -> Any:
                     registered.outputs["Output"],
                     BatchConfig.num_beams,
                     BatchConfig.shard_pictures,
+                    NO_OPTIONS,
                     secret_name,
                     gpu,
                     parallel,

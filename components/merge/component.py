@@ -6,17 +6,25 @@ from components import CORE
 
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
-def merge(output: str, shards: list, captions: dsl.Output[dsl.Artifact], summary: dsl.Output[dsl.Markdown]) -> None:
-    """Check the shards of the plan in `output` once `shards` are captioned, and count what they hold."""
+def merge(
+    folder: str,
+    shards: list,
+    captions: dsl.Output[dsl.Artifact],
+    summary: dsl.Output[dsl.Markdown],
+    report: dsl.Output[dsl.HTML],
+) -> None:
+    """Check the shards of the plan in `folder` once `shards` are captioned, and count what they hold."""
     from dataclasses import asdict
 
-    from model_lib.batch import merge as run
-    from model_lib.batch import read_plan, summary_markdown
-    from model_lib.storage import write_bytes, write_json
+    from model_lib.batch import read_plan
+    from model_lib.merging import merge as run
+    from model_lib.merging import summary_markdown
+    from model_lib.storage import read_bytes, write_bytes, write_json
     from model_lib.tracking import tracking_from_environment
 
-    merged = run(read_plan(output))
+    merged = run(read_plan(folder))
     write_json(captions.path, asdict(merged))
     captions.metadata.update(asdict(merged))
+    write_bytes(report.path, read_bytes(merged.report))
     write_bytes(summary.path, summary_markdown(merged).encode())
     tracking_from_environment().mark("merge")

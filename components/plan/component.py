@@ -1,18 +1,24 @@
 """Plan: a bucket's pictures, listed once and split into shards."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
 from components import CORE
 
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
-def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int) -> list[int]:
-    """Write the plan to `output`; return the shards still to be captioned, or the first: kfp.local needs one."""
-    from model_lib.batch import begin
+def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int, options: dict) -> NamedTuple(
+    "Planned", [("folder", str), ("shards", list[dict])]
+):
+    """Write the plan; return its folder and the shards still to be captioned, or the first: kfp.local needs one."""
     from model_lib.batch import plan as run
+    from model_lib.batch import resolved
     from model_lib.config import BatchConfig
     from model_lib.tracking import tracking_from_environment
 
     tracking_from_environment()
-    config = BatchConfig(images=images, output=output, model=model, num_beams=num_beams, shard_pictures=shard_pictures)
-    return begin(run(config), output) or [0]
+    named = {"images": images, "output": output, "model": model}
+    named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
+    made = run(resolved(BatchConfig.from_options(**{**named, **options})))
+    return made.folder, [{"folder": made.folder, "shard": shard} for shard in made.missing() or [0]]

@@ -33,7 +33,7 @@ STAGES = {
     "caption": BatchConfig,
 }
 PIPELINES_OWN = {"train_candidates", "train_nodes", "train_checkpoint_uri", "caption_model"}
-PIPELINES_OWN |= {"data_dataset", "data_output"}
+PIPELINES_OWN |= {"data_dataset", "data_output", "caption_options"}
 CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations", "secret_name", "secret_keys"}
 ON_GPU = {"train", "evaluate", "judge", "caption"}
 ONCE = {"preflight", "register"}
