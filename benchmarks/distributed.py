@@ -32,7 +32,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.timing import peak_gb
 from benchmarks.train import coco_like_captions
-from model_lib.checkpoint import Background, Checkpoints, snapshot
+from model_lib.background import Background
+from model_lib.checkpoint import Checkpoints, snapshot
 from model_lib.config import TrainConfig
 from model_lib.distributed import World, join_world
 from model_lib.learning import Learner

@@ -13,10 +13,9 @@ import errno
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -98,13 +97,13 @@ class Checkpoints:
         whole = [other for other in names if storage.exists(self._uri(other, "manifest.json"))]
         for other in names:
             if other not in whole[-self.kept :] and other != name:
-                storage.remove(self._uri(other))
+                self._remove_quietly(other)
 
     def _remove_quietly(self, name: str) -> None:
         try:
             storage.remove(self._uri(name))
-        except Exception as error:  # what is wrong with the store is told already
-            log.warning("%s: half-written, and not removed: %s", self._uri(name), first_line(error))
+        except Exception as error:  # a role without the right to delete, for example: nothing to end a run for
+            log.warning("%s: not removed: %s", self._uri(name), first_line(error))
 
     def newest(self) -> str | None:
         """Return the URI of the newest whole checkpoint, or None if there is none."""
@@ -117,7 +116,8 @@ class Checkpoints:
             except (OSError, ValueError, AttributeError, UserError) as error:
                 log.warning("checkpoint %s is not whole (%s); trying the one before", self._uri(name), error)
                 continue
-            log.warning("checkpoint %s is damaged; trying the one before", self._uri(name))
+            log.warning("checkpoint %s is damaged; removing it and trying the one before", self._uri(name))
+            self._remove_quietly(name)
         return None
 
 
@@ -165,43 +165,3 @@ def unwritten(uri: str, error: Exception) -> WorkError:
         f"{uri}: cannot be written: {'the disk is full' if full else first_line(error)}; {remedy} and start again: it "
         "goes on from the checkpoint before, which is whole"
     )
-
-
-class Background:
-    """Runs one piece of work at a time on a thread; what it raises is raised by the next call here.
-
-    As a context it ends when all work is done, also if the body raises.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "save")
-        self._work: Future[None] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether work is still going on."""
-        return self._work is not None and not self._work.done()
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Begin some work, after the work before it."""
-        self.wait()
-        self._work = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Return when all work is done."""
-        work, self._work = self._work, None
-        if work is not None:
-            work.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        try:
-            self.wait()
-        except WorkError as error:
-            if kind is None:
-                raise
-            log.warning("%s", error)  # the body's reason is the one to raise
-        finally:
-            self._thread.shutdown()

@@ -5,10 +5,11 @@ world of size 1, in which nothing here costs anything.
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model_lib.errors import UserError
+from model_lib.errors import UserError, exit_code
 from model_lib.precision import choose_device
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for the others; one that died is noticed at once."""
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for the others, while one fills a cache for example; one that died is noticed at once."""
 _Value = TypeVar("_Value")
 
 
@@ -102,12 +103,21 @@ class World:
             result = work()
         except Exception as error:
             failure = error
-        failed = [rank for rank, bad in enumerate(self.gather(failure is not None)) if bad]
+        codes = self.gather(0 if failure is None else exit_code(failure))
+        failed = [rank for rank, code in enumerate(codes) if code]
         if failed and failure is not None and failed[0] == self.rank:
             raise failure
         if failed:
-            raise SystemExit(1)
+            time.sleep(1)  # the launcher ends all when one has ended: the first is to tell why
+            raise SystemExit(codes[failed[0]])
         return result  # type: ignore[return-value]
+
+    def once(self, error: Exception) -> BaseException:
+        """Return what to raise for an error that all processes have: the first tells it, the others end."""
+        if self.leads:
+            return error
+        time.sleep(1)
+        return SystemExit(exit_code(error))
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """Return the module with its gradients averaged over the processes, while the backward pass goes on."""
@@ -124,8 +134,8 @@ class World:
 
 
 def started_by_launcher() -> bool:
-    """Whether torchrun, or something like it, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun, or something like it, started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ)
 
 
 @contextmanager
@@ -138,24 +148,40 @@ def join_world(device: str) -> Iterator[World]:
     Raises:
         UserError: the device is not there, or not made for several processes.
     """
-    if not started_by_launcher():
+    rank, size, local = (int(os.environ.get(name, number)) for name, number in _ALONE.items())
+    if not started_by_launcher() or size == 1:
         yield World(choose_device(device))
         return
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    unknown = World(torch.device("cpu"), rank, size, local)
+    try:
+        place = _own_device(device, local)
+    except UserError as error:
+        raise unknown.once(error) from None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield replace(unknown, device=place)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise SystemExit(1) from None  # another process is gone, and tells why itself
+    dist.destroy_process_group()  # not after a failure: it would wait for those that are gone
+
+
+_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def _own_device(device: str, local_rank: int) -> torch.device:
+    """Return the device of a process among several of this machine."""
     kind = choose_device(device).type
     if kind == "mps":
         raise UserError("device mps: trains in one process; start captioner train without torchrun")
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            raise UserError(f"processes: more of them than this machine's {count} GPUs; give --processes {count}")
-        torch.cuda.set_device(local)
-    place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield World(place, rank, size, local)
-    finally:
-        dist.destroy_process_group()
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"processes: more of them than this machine's {count} GPUs; give --processes {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device(kind, local_rank)
 
 
 def shared(items: Sequence[_Value], world: World) -> Sequence[_Value]:

@@ -17,6 +17,11 @@ class WorkError(_OneLine):
     """The input was fine, but the work failed: exit code 1."""
 
 
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that an error stands for."""
+    return 2 if isinstance(error, UserError) else 1
+
+
 def first_line(error: Exception) -> str:
     """Return what an exception says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

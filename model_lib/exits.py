@@ -32,15 +32,38 @@ def one_line() -> Iterator[None]:
         sys.exit(130)
 
 
+class Asked:
+    """Whether the process was asked to end, by which signal, and how soon it does."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.finishing = False
+        """Whether what is being done is finished first; else the process ends at once."""
+
+    def hear(self, number: int, *_: object) -> None:
+        """Take a signal."""
+        self.signal = number
+        if not self.finishing:
+            raise SystemExit(128 + number)
+
+    @contextmanager
+    def finishing_first(self) -> Iterator[None]:
+        """Let the body look at `signal` and end in good order, instead of being interrupted."""
+        self.finishing = True
+        try:
+            yield
+        finally:
+            self.finishing = False
+
+
 @contextmanager
-def heeding_sigterm() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, instead of ending the process."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone can take signals
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+def heeding(*signals: signal.Signals) -> Iterator[Asked]:
+    """Yield what tells whether one of the signals came, instead of their ending the process somewhere."""
+    asked, before = Asked(), {}
+    if threading.current_thread() is threading.main_thread():  # which alone can take signals
+        before = {number: signal.signal(number, asked.hear) for number in signals}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

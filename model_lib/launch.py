@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import uuid
 
 import torch
@@ -30,7 +29,8 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
+    for chatty in ("torch.distributed", "torch.multiprocessing"):  # the processes say themselves what is wrong
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     launch = LaunchConfig(
         min_nodes=1,
@@ -61,7 +61,6 @@ def processes(config: TrainConfig) -> int:
 
 def _work(config: TrainConfig, tracking: Tracking) -> Trained:
     """Be one of the processes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher hears it too, and ends its processes
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
     with one_line():
         return train(config, tracking)

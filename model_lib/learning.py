@@ -45,6 +45,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
+def require_compiler(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile cannot work here."""
+    compiler = "g++" if device.type == "cpu" else "gcc"
+    if shutil.which(compiler) is None:
+        raise UserError(f"compile: torch.compile needs {compiler} here (apt-get install {compiler})")
+
+
 class _Loss(nn.Module):
     """From a part of a batch its summed loss and reward: one forward pass, so that it can be wrapped as a whole."""
 
@@ -79,9 +86,6 @@ class Learner:
         config: of training.
         world: the processes that share a batch; each has a learner, and all have the same weights after each step.
         steps: of the whole run, for the learning rate.
-
-    Raises:
-        UserError: there is no compiler for `config.compile`.
     """
 
     def __init__(self, model: Captioner, objective: Objective, config: TrainConfig, world: World, steps: int) -> None:
@@ -102,9 +106,6 @@ class Learner:
         model, config = self.model, self.config
         if self.dtype != torch.float32:
             model.freeze_into(self.dtype)
-        compiler = "g++" if self.device.type == "cpu" else "gcc"
-        if config.compile and shutil.which(compiler) is None:
-            raise UserError(f"compile: torch.compile needs {compiler} here (apt-get install {compiler})")
         for block in model.decoder.blocks:
             block.dropout.p = config.dropout or 0.0
             if config.compile:

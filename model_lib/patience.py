@@ -17,7 +17,9 @@ LONGEST_PAUSE = 60.0
 _ANSWER = TypeVar("_ANSWER")
 
 
-def ask_again(what: str, action: Callable[[], _ANSWER], passing: Callable[[Exception], bool]) -> _ANSWER:
+def ask_again(
+    what: str, action: Callable[[], _ANSWER], passing: Callable[[Exception], bool], patience: float | None = None
+) -> _ANSWER:
     """Return what `action` returns, tried again after growing pauses while it fails in a way that may pass.
 
     Drivers try again for some seconds by themselves; this outlasts a server that answers 429 or 503 for minutes. What
@@ -27,8 +29,10 @@ def ask_again(what: str, action: Callable[[], _ANSWER], passing: Callable[[Excep
         what: is asked, for the log.
         action: asks it.
         passing: whether a failure may pass.
+        patience: seconds, instead of `PATIENCE`.
     """
-    patience = float(os.environ.get("CAPTIONER_PATIENCE", PATIENCE))
+    if patience is None:
+        patience = float(os.environ.get("CAPTIONER_PATIENCE", PATIENCE))
     started = time.monotonic()
     for attempt in itertools.count():
         try:
@@ -38,6 +42,7 @@ def ask_again(what: str, action: Callable[[], _ANSWER], passing: Callable[[Excep
             if not passing(error) or time.monotonic() - started + pause > patience:
                 raise
             reason = f"{type(error).__name__}: {first_line(error)}"
-            log.warning("%s: fails (%s); asking again in %.0f s", what, reason, pause)
+            level = logging.WARNING if attempt else logging.INFO  # what passes at once is no news
+            log.log(level, "%s: fails (%s); asking again in %.0f s", what, reason, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")

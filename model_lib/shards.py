@@ -262,14 +262,22 @@ class _ShardFile:
         return self._reading(lambda: self.file.read_row_group(group, columns=columns))
 
     def _reading(self, read: Callable[[], Any]) -> Any:
+        def attempt() -> Any:
+            try:
+                return read()
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{self.uri}: the manifest names this shard, but it is not there; ingest anew"
+                ) from error
+            except (pa.ArrowException, OSError) as error:
+                # Parquet's reader says in an OSError what is wrong with a page or its header.
+                if isinstance(error, pa.ArrowException) or "checksum" in str(error) or "deserialize" in str(error):
+                    raise UserError(f"{self.uri}: is damaged: {first_line(error)}; ingest anew") from error
+                raise
+
         try:
-            return storage.patiently(self.uri, read)
-        except FileNotFoundError as error:
-            raise UserError(f"{self.uri}: the manifest names this shard, but it is not there; ingest anew") from error
-        except Exception as error:
-            damaged = isinstance(error, pa.ArrowException) or "checksum" in str(error)
-            if damaged:  # parquet's reader says so in an OSError
-                raise UserError(f"{self.uri}: is damaged: {first_line(error)}; ingest anew") from error
+            return storage.patiently(self.uri, attempt)
+        except OSError as error:
             raise WorkError(f"{self.uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 

@@ -23,15 +23,26 @@ from model_lib.errors import UserError, WorkError, first_line
 from model_lib.patience import ask_again
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
+logging.getLogger("google.auth").setLevel(logging.ERROR)  # and this, which rights it tried before it found some
 _ANSWER = TypeVar("_ANSWER")
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # which can only be read by setting it
 
 
-def patiently(uri: str, action: Callable[[], _ANSWER]) -> _ANSWER:
+def patiently(uri: str, action: Callable[[], _ANSWER], patience: float | None = None) -> _ANSWER:
     """Return what `action` does with the store of `uri`, asked again after growing pauses while the store fails.
 
-    What will not pass (a missing file, a full disk, a right that is not given) is raised at once.
+    What will not pass (a missing file, a full disk, a right that is not given) is raised at once. `patience` is in
+    seconds; by default that of `ask_again`.
     """
-    return action() if is_local(uri) else ask_again(uri, action, _passing)
+    if is_local(uri):
+        return action()
+    try:
+        return ask_again(uri, action, _passing, patience)
+    except (OSError, ValueError, UserError, WorkError):
+        raise
+    except Exception as error:  # each driver has exceptions of its own
+        raise WorkError(f"{uri}: its store fails: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _passing(error: Exception) -> bool:
@@ -123,9 +134,9 @@ def whole_file(uri: str) -> Any:
     try:
         yield part
         if folder:
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(part, 0o666 & ~umask)  # mkstemp makes files that nobody else can read
+            os.chmod(part, 0o666 & ~_UMASK)  # mkstemp makes files that nobody else can read
+            with Path(part).open("rb") as written:
+                os.fsync(written.fileno())  # or a machine that loses its power leaves an empty file under the name
             os.replace(part, path)
         else:
             patiently(uri, lambda: fs.put_file(part, path))
@@ -152,6 +163,18 @@ def require_writable(folder: str) -> None:
         remove(probe)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
+
+
+def make_ready(folder: str) -> None:
+    """Make an output folder ready: it can be written to, and what a kill left half-written is gone.
+
+    Raises:
+        UserError: see `require_writable`.
+    """
+    require_writable(folder)
+    if is_local(folder):
+        for part in Path(filesystem(folder)[1]).rglob(".part-*"):
+            part.unlink(missing_ok=True)
 
 
 def require_room(folder: str, need: int, what: str) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,9 +148,7 @@ class MlflowTracking(Tracking):
     @cached_property
     def experiment_id(self) -> str:
         """Where new runs go: asked for at first use, as of several processes only the one that logs may make it."""
-        import mlflow
-
-        return self.given_experiment_id or _ensure_experiment(mlflow.MlflowClient(self.uri), self.uri)
+        return self.given_experiment_id or _ensure_experiment(self.uri)
 
     def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         import mlflow
@@ -160,8 +159,9 @@ class MlflowTracking(Tracking):
         if found:
             run_id = str(found[0].info.run_id)
             client.update_run(run_id, status="RUNNING")
-            for name, value in code_version().items():
-                client.set_tag(run_id, name, value)
+            if found[0].data.params:
+                params = {}  # else it was killed before they were there
+            self._describe(client, run_id, params, tags)
             return _MlflowRun(client, run_id)
         known = {RUN_TAG: key} if key else {}
         if self.own_run_id is not None:
@@ -171,12 +171,17 @@ class MlflowTracking(Tracking):
             parent = self.parent()
             nested = {"mlflow.parentRunId": parent} if parent else {}
             run_id = client.create_run(self.experiment_id, run_name=name, tags={**nested, **known}).info.run_id
+        self._describe(client, run_id, params, {**known, **tags})
+        return _MlflowRun(client, run_id)
+
+    def _describe(self, client: Any, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
         client.log_batch(
             run_id,
-            params=[mlflow.entities.Param(k, str(v)[:6000]) for k, v in params.items()],
-            tags=[mlflow.entities.RunTag(k, v) for k, v in {**known, **code_version(), **tags}.items()],
+            params=[Param(name, str(value)[:6000]) for name, value in params.items()],
+            tags=[RunTag(name, value) for name, value in {**code_version(), **tags}.items()],
         )
-        return _MlflowRun(client, run_id)
 
     def mark(self, step: str) -> None:
         import mlflow
@@ -313,20 +318,36 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
     """
     if importlib.util.find_spec("mlflow") is None:
         return NO_TRACKING
+    import mlflow  # noqa: F401  (sets its log's level, which is then set again)
+
     adopt_secret()
     for chatty in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the command's own
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     uri = os.environ.setdefault("MLFLOW_TRACKING_URI", embedded_uri(workdir))
-    if uri.startswith("sqlite:///"):
-        os.makedirs(uri.removeprefix("sqlite:///").rpartition("/")[0] or ".", exist_ok=True)
+    if uri.startswith("sqlite:///") and not (file := Path(uri.removeprefix("sqlite:///"))).exists():
+        _make_store(file)
     names = ("MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID", "MLFLOW_RUN_ID")
     return MlflowTracking(uri, *(os.environ.get(name) or None for name in names))
 
 
-def _ensure_experiment(client: Any, uri: str) -> str:
+def _make_store(file: Path) -> None:
+    """Make an embedded store, whole or not at all: a kill among its tables' creation would leave it unusable."""
+    from mlflow import MlflowClient
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=file.parent) as scratch:
+        MlflowClient(f"sqlite:///{scratch}/mlflow.db").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another process was first
+            os.link(f"{scratch}/mlflow.db", file)
+
+
+def _ensure_experiment(uri: str) -> str:
     """Return the id of the experiment `captioner`; an embedded store keeps its artifacts beside the database."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is not None:
         return str(experiment.experiment_id)

@@ -13,7 +13,6 @@ import logging
 import math
 import signal
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -27,14 +26,15 @@ from PIL import Image
 from torch import Tensor
 
 from model_lib import checkpoint, storage
+from model_lib.background import Background
 from model_lib.build import build_model, identity
-from model_lib.checkpoint import Background, Checkpoints
+from model_lib.checkpoint import Checkpoints
 from model_lib.config import TrainConfig
-from model_lib.distributed import World, join_world, shared
+from model_lib.distributed import World, join_world, shared, started_by_launcher
 from model_lib.errors import UserError, WorkError
-from model_lib.exits import heeding_sigterm
+from model_lib.exits import Asked, heeding
 from model_lib.features import FeatureCache
-from model_lib.learning import Learner
+from model_lib.learning import Learner, require_compiler
 from model_lib.model import Captioner
 from model_lib.objectives import LearnCaptions, Objective, SelfCritical
 from model_lib.pictures import augmented
@@ -66,28 +66,31 @@ class Trained:
 def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
     """Train one candidate, or finish what an earlier call with the same options began.
 
-    One of several processes if torchrun started it as such. SIGTERM makes it write a checkpoint and exit with 143.
+    One of several processes if torchrun started it as such. SIGTERM makes it write a checkpoint and exit with 143, and
+    among several processes so does SIGINT, with 130.
 
     Raises:
         UserError: data, weights or output cannot be used, or the output holds a run with other options.
         WorkError: the work failed; started again, it goes on from the last checkpoint.
     """
-    with join_world(config.device) as world, heeding_sigterm() as asked_to_stop:
-        world.lead(lambda: storage.require_writable(config.output))
-        if config.start is not None:
-            config = replace(config, start=lasting_source(config.start))
-        manifest, model = world.together(lambda: _data_and_model(config, world))
-        tracking = tracking if world.leads else NO_TRACKING
-        return _Run(config, manifest, model, world, tracking, asked_to_stop).to_the_end()
+    several = [signal.SIGINT] if started_by_launcher() else []
+    with join_world(config.device) as world, heeding(signal.SIGTERM, *several) as asked:
+        world.lead(lambda: storage.make_ready(config.output))
+        config, manifest, model = world.together(lambda: _data_and_model(config, world))
+        return _Run(config, manifest, model, world, tracking if world.leads else NO_TRACKING, asked).to_the_end()
 
 
-def _data_and_model(config: TrainConfig, world: World) -> tuple[Manifest, Captioner]:
-    """Return the checked data set and the untrained model, on its device."""
+def _data_and_model(config: TrainConfig, world: World) -> tuple[TrainConfig, Manifest, Captioner]:
+    """Return the configuration with a lasting start, the checked data set, and the untrained model on its device."""
+    if config.start is not None:
+        config = replace(config, start=lasting_source(config.start))
+    if config.compile:
+        require_compiler(world.device)
     manifest, splits = read_manifest(config.data), ("train", "val")
     for split in splits:
         manifest.require_split(split)
     verify(shared([s for s in manifest.shards if s.split in splits], world), config.name, config.workers, world.leads)
-    return manifest, build_model(config, manifest).to(world.device)
+    return config, manifest, build_model(config, manifest).to(world.device)
 
 
 class _Stopped(Exception):
@@ -104,10 +107,10 @@ class _Run:
         model: Captioner,
         world: World,
         tracking: Tracking,
-        asked_to_stop: threading.Event,
+        asked: Asked,
     ) -> None:
         self.config, self.manifest, self.model, self.world, self.tracking = config, manifest, model, world, tracking
-        self.asked_to_stop = asked_to_stop
+        self.asked = asked
         self.train_data = SplitReader(manifest, "train", size=model.image_size, workers=config.workers)
         self.texts = self.train_data.captions()
         ids = encode_captions(model.tokenizer, self.texts, config.captions_per_picture, config.max_tokens)
@@ -156,7 +159,7 @@ class _Run:
         key = self.world.lead(self._key)
         run = self.tracking.start(self.config.name, key, {**self.config.to_dict(), **self.reward}, self._tags())
         steps = Progress(f"train {self.config.name}", self.steps, "steps", self.step, shown=self.world.leads)
-        with run, steps as progress, self.saving:
+        with run, steps as progress, self.saving, self.asked.finishing_first():
             try:
                 while not self.finished:
                     if self._due:
@@ -194,6 +197,7 @@ class _Run:
         self.logged_at, self.pictures = time.monotonic(), 0
         with closing(ahead(self._pictures([self.world.share(batch) for batch in plan], epoch), AHEAD)) as shares:
             for batch, pixels in zip(plan, shares, strict=True):
+                self.saving.check()
                 measured = self.learner.learn(batch, pixels, self.step)
                 self.step += 1
                 self.pictures += len(batch)
@@ -201,7 +205,7 @@ class _Run:
                 logs, saves, stops = self.world.any(
                     self.world.leads and time.monotonic() - self.logged_at > INTERVAL,
                     self.world.leads and self._checkpoint_due(),
-                    self.asked_to_stop.is_set(),
+                    self.asked.signal > 0,
                 )
                 if logs or self.step % config.log_steps == 0 or self.step == self.steps:
                     self._log(run, progress, measured)
@@ -233,7 +237,7 @@ class _Run:
     def _log(self, run: Run, progress: Progress, measured: dict[str, Tensor | float]) -> None:
         parts = torch.tensor([float(measured[name]) for name in ("train_loss", "reward")], device=self.world.device)
         loss, reward = self.world.sum(parts).tolist()
-        skipped, now = self.learner.require_progress(self.step), time.monotonic()
+        skipped, now = self._skipped(), time.monotonic()
         speed = self.pictures / max(now - self.logged_at, 1e-9)
         values = {name: float(measured[name]) for name in ("learning_rate", "gradient_norm")}
         values |= {"train_loss": loss, "pictures_per_second": speed, "skipped_steps": skipped}
@@ -245,30 +249,41 @@ class _Run:
         progress.advance(0, f"{shown}, {speed:,.1f} pictures a second{left_out}")
         self.logged_at, self.pictures = now, 0
 
+    def _skipped(self) -> int:
+        """Return how many steps were left out; the run ends if it gets nowhere."""
+        try:
+            return self.learner.require_progress(self.step)
+        except WorkError as error:
+            raise self.world.once(error) from None
+
     # ---- judging ---------------------------------------------------------------------------------------------
 
     def _validate(self, run: Run) -> None:
         """Judge the model, keep it if it is the best so far, and write a checkpoint."""
 
         def encode(pixels: Tensor) -> Tensor:
-            if self.world.alone and self.asked_to_stop.is_set():  # the others would wait for this process
+            if self.world.alone and self.asked.signal > 0:  # the others would wait for this process
                 raise _Stopped
             return self.learner.loss.encode(pixels)
 
         with self.learner.average.applied():
-            scores = self.validator.measure(self.model, encode, self.learner.dtype)
+            at_once = self.learner.micro_batch_size or -(-self.config.batch_size // self.world.size)
+            scores = self.validator.measure(self.model, encode, self.learner.dtype, at_once)
             run.log(scores, self.step)
             loss = scores["val_loss"]
             if not math.isfinite(loss):
-                raise WorkError(
-                    f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so far "
-                    f"is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
+                raise self.world.once(
+                    WorkError(
+                        f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so "
+                        f"far is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
+                    )
                 )
             standing = Standing(scores["val_slice_CIDEr"], -loss)
             self.stale += 1
             keep = self.best is None or standing > self.best
             if keep:
                 self.best, self.stale = standing, 0
+            self.saving.wait()  # before there is a second copy in memory
             weights = self._weights() if keep and self.world.leads else None
         self.validated = self.step
         self._checkpoint(run, None if weights is None else lambda: self._save_best(weights, scores, run.run_id))
@@ -318,7 +333,7 @@ class _Run:
             "learner": self.learner.state(),
             "configuration": self.config.to_dict(),
         }
-        self.saving.wait()  # before there is a second copy in memory
+        self.saving.wait()  # before there is a second copy in memory, here too
         tensors = checkpoint.snapshot(self.model, self.learner.optimizer, self.learner.average.state())
         name = f"step-{self.step:08d}" + ("-validated" if self.validated == self.step else "")
 
@@ -331,18 +346,22 @@ class _Run:
         self.saved, self.saved_at = self.step, time.monotonic()
 
     def _stop(self, run: Run) -> None:
-        """Write a checkpoint and end the process as SIGTERM asks."""
+        """Write a checkpoint and end the process as its signal asks."""
         if self.saved != self.step:
             self._checkpoint(run)
-        self.saving.wait()  # before it is said
+        self.world.together(self.saving.wait)  # a launcher ends the first process when another has ended
+        number = max(self.world.gather(self.asked.signal))
         if self.world.leads:
-            log.warning("%s: stopped by SIGTERM after step %d; the same command goes on", self.config.name, self.step)
-        raise SystemExit(128 + signal.SIGTERM)
+            name = signal.Signals(number).name
+            log.warning("%s: stopped by %s after step %d; the same command goes on", self.config.name, name, self.step)
+        raise SystemExit(128 + number)
 
     def _resume(self) -> None:
         uri = self.world.lead(self.checkpoints.newest)
-        if uri is None:
-            return
+        if uri is not None:
+            self.world.together(lambda: self._restore(uri))
+
+    def _restore(self, uri: str) -> None:
         tensors, state = checkpoint.load(uri)
         self._require_same(state["origin"])
         self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), state["learner"])

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from model_lib.patience import ask_again
 
 log = logging.getLogger(__name__)
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
-RUNTIME = "torch-distributed"
-"""The cluster's training runtime for torchrun, which Kubeflow Trainer brings with it."""
+RUNTIME = "captioner"
+"""The training runtime in `deploy/trainer.yaml`. Kubeflow Trainer's own starts a failed machine again and again."""
 NODE = "node"
-"""What that runtime calls its machines, and the container in them."""
+"""What the runtime calls its machines, and the container in them."""
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-PASSED_ON = ("KFP_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
-"""Variables of the step that its machines need too; none is a secret."""
+PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
+"""Variables of the step that its machines need too: what a server gives, not what comes from a secret."""
+QUIET = 60
+"""Seconds without a line after which a log is asked for again: its connection may be gone unnoticed."""
 POLL = 5.0
 """Seconds between two looks at a job."""
 LAST_LINES = 20
@@ -80,7 +82,7 @@ def job_document(
         account: the Kubernetes service account whose rights they have.
         owner: reference to the pod with which the job goes, should nobody else remove it.
     """
-    resources = {"cpu": str(machines.cpu), "memory": f"{machines.memory}Gi"}
+    memory = {"memory": f"{machines.memory}Gi"}
     gpus = {machines.gpu_resource: str(machines.gpu_count)} if machines.gpu_count else {}
     secrets = [
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": machines.secret, "key": key, "optional": True}}}
@@ -111,7 +113,7 @@ def job_document(
         "kind": "TrainJob",
         "metadata": {"name": name, **({"ownerReferences": [owner]} if owner else {})},
         "spec": {
-            "runtimeRef": {"name": RUNTIME},
+            "runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": RUNTIME},
             "trainer": {
                 "image": machines.image,
                 "command": ["python", "-m", "torch.distributed.run", "-m", "model_lib", "train"],
@@ -119,7 +121,10 @@ def job_document(
                 "env": [*plain, *secrets],
                 "numNodes": machines.count,
                 "numProcPerNode": config.processes or machines.gpu_count or 1,
-                "resourcesPerNode": {"requests": {**resources, **gpus}, "limits": {**resources, **gpus}},
+                "resourcesPerNode": {
+                    "requests": {"cpu": str(machines.cpu), **memory, **gpus},
+                    "limits": {"cpu": str(2 * machines.cpu), **memory, **gpus},
+                },
             },
             "runtimePatches": [patch],
         },
@@ -135,11 +140,11 @@ def train_on(machines: Machines, config: TrainConfig, fingerprint: str) -> dict[
         UserError: this is no cluster, or one without Kubeflow Trainer.
         WorkError: the job failed, or could not be made or followed.
     """
-    cluster = _Cluster()
     name = f"captioner-{config.key(fingerprint)}"
-    document = job_document(name, config, machines, cluster.account(), cluster.owner())
-    with _terminable(), _told(), cluster.job(document):
-        cluster.follow(name)
+    with _terminable(), _told():
+        cluster = _Cluster()
+        with cluster.job(job_document(name, config, machines, cluster.account(), cluster.owner())):
+            cluster.follow(name)
     best = storage.join(config.output, "best")
     return {"model": best, **storage.read_json(storage.join(best, "training.json"))}
 
@@ -237,34 +242,35 @@ class _Cluster:
 
     @contextmanager
     def job(self, document: dict[str, Any]) -> Iterator[None]:
-        """Make a TrainJob, or go on with the one of an attempt before that still runs; remove it after the body."""
+        """Make a TrainJob, after removing what an attempt before left; remove it after the body.
+
+        What is left belongs to a pod that is gone, with which Kubernetes removes it sooner or later.
+        """
         from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
 
         name = document["metadata"]["name"]
         try:
             self.require_trainer()
-            left = self._state(name)
-            if left in ("Complete", "Failed"):
+            if self._condition(name)[0] is not None:
+                log.warning("TrainJob %s of an attempt before is removed", name)
                 self.remove(name)
-            if left != "":
-                create = self.objects.create_namespaced_custom_object
-                self._ask(create, *self._arguments(), document, absent=409)  # there: made by a try without an answer
-                log.warning("TrainJob %s on %d machines", name, document["spec"]["trainer"]["numNodes"])
-            else:
-                log.warning("TrainJob %s of an attempt before still runs; going on with it", name)
+            create = self.objects.create_namespaced_custom_object
+            self._ask(create, *self._arguments(), document, absent=409)  # there: made by a try without an answer
+            log.warning("TrainJob %s on %d machines", name, document["spec"]["trainer"]["numNodes"])
             yield
         finally:
             try:
                 self.remove(name)
-            except ApiException as error:
-                log.warning("TrainJob %s is not removed: %s; kubectl delete trainjob %s", name, error.reason, name)
+            except (ApiException, HTTPError) as error:
+                log.warning("TrainJob %s is not removed: %s; kubectl delete trainjob %s", name, first_line(error), name)
 
     def remove(self, name: str) -> None:
         """Remove a job with all that it made, and wait until it is gone."""
         delete = self.objects.delete_namespaced_custom_object
         self._ask(delete, *self._arguments(), name, propagation_policy="Foreground")
         deadline = time.monotonic() + 60
-        while self._state(name) is not None and time.monotonic() < deadline:
+        while self._condition(name)[0] is not None and time.monotonic() < deadline:
             time.sleep(POLL / 5)
 
     def _condition(self, name: str) -> tuple[str | None, str]:
@@ -277,9 +283,6 @@ class _Cluster:
                 return condition["type"], condition.get("message", "")
         return "", ""
 
-    def _state(self, name: str) -> str | None:
-        return self._condition(name)[0]
-
     def follow(self, name: str) -> None:
         """Show the first machine's log until the job ends; `WorkError` with the last lines of all if it failed."""
         shown = ""
@@ -291,11 +294,18 @@ class _Cluster:
             return
         for pod in self._pods(name):
             if pod.status.phase == "Failed":
-                last = self.core.read_namespaced_pod_log(
-                    pod.metadata.name, self.namespace, container=NODE, tail_lines=LAST_LINES
-                )
-                print(f"--- {pod.metadata.name}\n{last.rstrip()}", file=sys.stderr, flush=True)
-        raise WorkError(f"TrainJob {name} failed: {state[1] or 'without a reason'}; the machines' last lines are above")
+                self._show_end(pod)
+        raise WorkError(f"TrainJob {name} failed: {state[1] or 'without a reason'}; its machines' last lines are above")
+
+    def _show_end(self, pod: Any) -> None:
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        with suppress(ApiException, HTTPError):  # a log may be gone with its machine
+            last = self.core.read_namespaced_pod_log(
+                pod.metadata.name, self.namespace, container=NODE, tail_lines=LAST_LINES, _request_timeout=QUIET
+            )
+            print(f"--- {pod.metadata.name}\n{last.rstrip()}", file=sys.stderr, flush=True)
 
     def _pods(self, name: str) -> list[Any]:
         labels = f"jobset.sigs.k8s.io/jobset-name={name},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
@@ -318,12 +328,14 @@ class _Cluster:
                 follow=True,
                 timestamps=True,
                 _preload_content=False,
+                _request_timeout=(QUIET, QUIET),
             )
-            for line in _lines(stream):
-                stamp, _, text = line.partition(" ")
-                if stamp > shown:
-                    print(text, file=sys.stderr, flush=True)
-                    shown = stamp
+            with closing(stream):
+                for line in _lines(stream):
+                    stamp, _, text = line.partition(" ")
+                    if stamp > shown:
+                        print(text, file=sys.stderr, flush=True)
+                        shown = stamp
         return shown
 
 

@@ -10,6 +10,7 @@ from model_lib.cider import corpus_cider
 from model_lib.config import DecodeConfig, TrainConfig
 from model_lib.decoding import decode
 from model_lib.distributed import World, shared
+from model_lib.errors import WorkError
 from model_lib.loss import caption_loss
 from model_lib.model import Captioner
 from model_lib.precision import autocast
@@ -45,32 +46,46 @@ class Validator:
             for split in ("val", "train")
         }
 
-    def measure(self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype) -> dict[str, float]:
+    def measure(
+        self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
+    ) -> dict[str, float]:
         """Return loss and CIDEr on both slices, the same in each process: far apart, much was learned by heart.
 
         Args:
             model: the captioner.
             encode: from pixels on the CPU, uint8 [B, 3, size, size], to visual tokens [B, S, E] on the model's device.
             dtype: in which the model computes.
+            at_once: pictures that go through the model together.
+
+        Raises:
+            WorkError: the device has too little memory for so many.
         """
+        try:
+            return self._measure(model, encode, dtype, at_once)
+        except torch.OutOfMemoryError:
+            raise WorkError(
+                f"{self.config.name}: out of memory in the validation with {at_once} pictures at once; give a smaller "
+                "--micro_batch_size and start again: it goes on from its last checkpoint"
+            ) from None
+
+    def _measure(
+        self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
+    ) -> dict[str, float]:
+        plans = {split: shared(reader.in_order(at_once), self.world) for split, reader in self.slices.items()}
         scores: dict[str, float] = {}
         model.eval()
-        pictures = sum(len(numbers) for reader in self.slices.values() for numbers in self._share(reader))
+        pictures = sum(len(numbers) for plan in plans.values() for numbers in plan)
         with Progress(f"validate {self.config.name}", pictures, "pictures", shown=self.world.leads) as progress:
             for split, reader in self.slices.items():
-                loss, cider = self._measure_on(reader, model, encode, dtype, progress)
+                loss, cider = self._measure_on(reader, plans[split], model, encode, dtype, progress)
                 scores |= {f"{split}_slice_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
         return scores
-
-    def _share(self, reader: SplitReader) -> Plan:
-        """Return the batches that this process measures."""
-        size = self.config.micro_batch_size or -(-self.config.batch_size // self.world.size)
-        return shared(reader.in_order(size), self.world)
 
     @torch.no_grad()
     def _measure_on(
         self,
         reader: SplitReader,
+        plan: Plan,
         model: Captioner,
         encode: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
@@ -81,7 +96,7 @@ class Validator:
         captions: dict[int, str] = {}
         references: dict[int, list[str]] = {}
         decoding = DecodeConfig(max_new_tokens=config.max_tokens)
-        for batch in reader.batches(self._share(reader)):
+        for batch in reader.batches(plan):
             features = encode(torch.from_numpy(batch.pixels))
             ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
             rows = side_by_side(ids, model.tokenizer.eos_token_id)

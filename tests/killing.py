@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import mlflow  # noqa: F401  (before the forks)
@@ -33,6 +34,8 @@ def start(options: dict, output: Path) -> int:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{output}.db"
         train(TrainConfig(**{**options, "output": str(output)}), tracking_from_environment())
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -44,10 +47,10 @@ def ended(process: int) -> bool:
     return done == process
 
 
-def half_written(output: Path) -> bool:
-    """Whether files are being written, or were when the process was killed."""
-    folders = [file.parent for file in output.glob("checkpoints/*/state*")]
-    return any(output.rglob(".part-*")) or any(not (folder / "manifest.json").exists() for folder in folders)
+def half_written(output: Path) -> set[Path]:
+    """Return the files that are half-written, and the checkpoints without a manifest."""
+    folders = {file.parent for file in output.glob("checkpoints/*/state*")}
+    return {*output.rglob(".part-*"), *(folder for folder in folders if not (folder / "manifest.json").exists())}
 
 
 def step_of(output: Path) -> int | None:
@@ -64,17 +67,18 @@ def main() -> None:
     whole = time.monotonic() - began
     fell: list[dict] = []
     while len(fell) < kills:
+        left = half_written(output)
         process = start(options, output)
         at, in_a_save = time.monotonic() + rng.uniform(0, 0.3 * whole), len(fell) % 2 == 1
         while not (over := ended(process)):
-            if time.monotonic() > at and (not in_a_save or half_written(output)):
+            if time.monotonic() > at and (not in_a_save or half_written(output) - left):
                 break
             time.sleep(0.0005)
         if over:
             break
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        fell.append({"in_a_save": half_written(output), "checkpoint": step_of(output)})
+        fell.append({"in_a_save": bool(half_written(output) - left), "checkpoint": step_of(output)})
     else:
         process = start(options, output)
         while not ended(process):

@@ -21,6 +21,8 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 from kubeflow_trainer_api import models
 
+DEPLOYED = yaml.safe_load_all((Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text())
+RUNTIME = next(document for document in DEPLOYED if document["kind"] == "TrainingRuntime")
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1"
 RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
 
@@ -44,7 +46,8 @@ def checked(document: dict[str, Any]) -> dict[str, Any]:
     trainer = document["spec"]["trainer"]
     if RESERVED & {variable["name"] for variable in trainer.get("env", [])}:
         raise Refused(422, "must not have reserved envs")
-    if document["spec"]["runtimeRef"]["name"] != "torch-distributed":
+    runtime = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME["metadata"]["name"]}
+    if document["spec"]["runtimeRef"] != runtime:
         raise Refused(422, "the runtime is not there")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"]):
         raise Refused(422, "metadata.name: is not a DNS label")

@@ -136,6 +136,7 @@ def test_with_mlflow_away_the_webhook_is_told_what_is_known(
 ) -> None:
     environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    environment.setenv("KFP_RUN_ID", "kfp-away")
     close_pipeline("nightly", ["merge"], tracking_from_environment)
     assert told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
     assert "MLflow's runs were not closed" in caplog.text

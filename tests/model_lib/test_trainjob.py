@@ -118,7 +118,7 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     assert len(cluster.jobs) == 1, "nobody could remove it"
     last = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
     assert last.returncode == 0, last.stderr
-    assert "of an attempt before still runs" in last.stderr and len(cluster.created) == 2
+    assert "of an attempt before is removed" in last.stderr and len(cluster.created) == 3
     assert json.loads(last.stdout)["model"] == f"{tmp_path}/run/best" and not cluster.jobs
     assert len(curves(tmp_path / "run.db")["train_loss"]) == 24
 

@@ -1,0 +1,55 @@
+"""Work that goes on beside the main thread's: one piece at a time, and none of its failures lost."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
+
+from model_lib.errors import first_line
+
+log = logging.getLogger(__name__)
+
+
+class Background:
+    """Runs one piece of work at a time on a thread; what it raises is raised by the next call here.
+
+    As a context it ends when all work is done, also if the body raises.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._work: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether work is still going on."""
+        return self._work is not None and not self._work.done()
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begin some work, after the work before it."""
+        self.wait()
+        self._work = self._thread.submit(work)
+
+    def check(self) -> None:
+        """Raise what the work raised, if it has ended; do not wait for it."""
+        if not self.busy:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when all work is done."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self.wait()
+        except Exception as error:
+            if kind is None:
+                raise
+            log.warning("%s", first_line(error))  # the body's reason is the one to raise
+        finally:
+            self._thread.shutdown()
