@@ -25,7 +25,7 @@ from model_lib.merging import Summary, batch, merge
 from tests.services import Faults, faulty_proxy, gcs_emulator
 
 
-def config(images: object, output: Path, model: Path, **options: object) -> BatchConfig:
+def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
     named = {"images": str(images), "output": str(output), "model": str(model), "shard_pictures": 5}
     return BatchConfig.from_options(**{**named, **options})
 
@@ -318,7 +318,7 @@ def test_one_request_in_twenty_failing_loses_nothing(
 ) -> None:
     fs, faults = bucket
     faults.share = 0.05
-    summary = batch(config("gs://b/in", Path("gs:/b"), saved_model, output="gs://b/out", shard_pictures=10))
+    summary = batch(config("gs://b/in", "gs://b/out", saved_model, shard_pictures=10))
     assert faults.failed > 5
     assert (summary.pictures, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
