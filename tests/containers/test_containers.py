@@ -164,7 +164,7 @@ def test_both_pipelines_in_containers(
             "caption_shard_pictures": 5,
         }
         run(caption_bucket.define(parallel_shards=1), arguments, "caption")
-        parts = sorted(fs.ls("b/captions/captions", detail=False))
+        parts = sorted(fs.glob("b/captions/*/captions/*.parquet"))
         rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
         assert len(parts) == 3 and len({row["uri"] for row in rows}) == len(rows) == 13
         assert {row["model"] for row in rows} == {"models:/captioner/1"}
