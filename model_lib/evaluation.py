@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from model_lib import storage
+from model_lib.annotations import read_captions
 from model_lib.config import DecodeConfig, EvaluateConfig
 from model_lib.errors import UserError
-from model_lib.ingest import read_captions
 from model_lib.metrics import Scores, require_scorers, score_captions
 from model_lib.progress import Progress
 from model_lib.tracking import NO_TRACKING, Tracking
