@@ -37,29 +37,21 @@ class IngestConfig(StageConfig):
     """Turn captions and their pictures into Parquet shards and a manifest.
 
     COCO 2017, unpacked or as its own zip archives:
-
         captioner ingest --dataset coco --output data
 
     COCO 2017 with Karpathy's splits:
-
         captioner ingest --dataset coco --karpathy dataset_coco.json --output data
 
     Karpathy's splits, pictures under the names that he gives:
-
         captioner ingest --karpathy dataset_coco.json --images coco2014 --output data
 
     A JSON file of COCO captions, its pictures in a folder, a bucket, on a web server or in a zip archive:
-
         captioner ingest --annotations captions.json --images pictures --output data
-
         captioner ingest --annotations captions.json --images gs://bucket/pictures --output gs://bucket/data
-
         captioner ingest --annotations captions.json --images https://example.org/pictures --output data
-
         captioner ingest --annotations captions.json --images pictures.zip --output data
 
     Your own table with the columns file and caption, as CSV, JSON lines or Parquet:
-
         captioner ingest --annotations captions.csv --images pictures --output data
 
     Killed and started again with the same options, it redoes only unfinished shards.
@@ -68,8 +60,8 @@ class IngestConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI for the shards, manifest.json and quarantine.parquet."""
     dataset: str | None = None
-    """A folder or URI in COCO 2017's own layout: annotations/captions_{train,val}2017.json, train2017/, val2017/, or the
-    archives annotations_trainval2017.zip, train2017.zip, val2017.zip, which are read in place."""
+    """A folder or URI in COCO 2017's own layout: annotations/captions_{train,val}2017.json, train2017/, val2017/, or
+    its archives annotations_trainval2017.zip, train2017.zip, val2017.zip, which are read in place."""
     karpathy: str | None = None
     """Karpathy's dataset_coco.json, whose captions and splits are taken: with dataset, or with images."""
     annotations: str | None = None

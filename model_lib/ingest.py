@@ -157,6 +157,7 @@ def _write_shard(
     with storage.whole_file(storage.join(config.output, name)) as part:
         file = _ShardFile(part)
         for place, result in chain([first], results):
+            end = place + 1
             if isinstance(result, Rejected):
                 rejected.append(result)
                 continue
@@ -164,7 +165,7 @@ def _write_shard(
             if file.pictures >= config.shard_mb * 1_000_000:
                 break
         shard = file.close(name, split)
-    return Finished(shard, place + 1, file.content.hexdigest(), list(rejected))
+    return Finished(shard, end, file.content.hexdigest(), list(rejected))
 
 
 def _write_split(
@@ -237,7 +238,7 @@ def _remove_leftovers(output: str) -> None:
 
 
 def _conclude(output: str, manifest: Manifest, quarantine: list[Rejected]) -> None:
-    """Write quarantine and manifest, and remove shards of an earlier ingest: whoever reads *.parquet would take them."""
+    """Write quarantine and manifest; remove an earlier ingest's shards, which whoever reads *.parquet would take."""
     with storage.whole_file(storage.join(output, "quarantine.parquet")) as part:
         pq.write_table(pa.Table.from_pylist([vars(row) for row in quarantine], QUARANTINE_SCHEMA), part)
     named = {shard.uri for shard in manifest.shards}
