@@ -8,7 +8,6 @@ the same bytes, whatever the number of workers, and however often it was killed 
 """
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -27,8 +26,9 @@ from model_lib.annotations import Entry, Rejected, read_listing
 from model_lib.config import IngestConfig
 from model_lib.errors import UserError
 from model_lib.journal import Finished, Journal, sha256_of, shard_name
-from model_lib.pictures import PictureError, open_picture, shrink
+from model_lib.pictures import PictureError
 from model_lib.progress import Progress
+from model_lib.reducing import original, reduced
 from model_lib.shards import FORMAT_VERSION, Manifest, Shard
 
 log = logging.getLogger(__name__)
@@ -60,33 +60,26 @@ def _store(entry: Entry, config: IngestConfig) -> Result:
     """Read, decode, reduce and encode one picture."""
     try:
         content = entry.place.read(entry.file_name)
-        image = open_picture(content)
+        if config.store == "original":
+            stored = original(content)
+        else:
+            stored = reduced(content, config.shortest_side, config.jpeg_quality)
     except UserError as error:
         return Rejected(entry.file_name, "missing", str(error))
     except PictureError as error:
         return Rejected(entry.file_name, error.reason, error.detail)
-    stored = content
-    if config.store == "reduced":
-        image = shrink(image, config.shortest_side)
-        encoded = io.BytesIO()
-        try:
-            # Colours at half the resolution, the usual, would lie further from the picture than everything else here.
-            image.save(encoded, "JPEG", quality=config.jpeg_quality, subsampling=0)
-        except (OSError, ValueError) as error:  # JPEG ends at 65,535 pixels a side
-            return Rejected(entry.file_name, "not_storable", f"{image.width}x{image.height} as JPEG: {error}")
-        stored = encoded.getvalue()
     row = {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
         "split": entry.split,
-        "width": image.width,
-        "height": image.height,
-        "image": stored,
+        "width": stored.width,
+        "height": stored.height,
+        "image": stored.content,
         "captions": list(entry.captions),
         "sha256": hashlib.sha256(content).hexdigest(),
         "source": entry.uri,
     }
-    digest = row["sha256"] if stored is content else hashlib.sha256(stored).hexdigest()
+    digest = hashlib.sha256(stored.content).hexdigest()
     return row, repr((entry.image_id, entry.file_name, digest, row["sha256"], row["captions"]))
 
 
