@@ -3,8 +3,8 @@
     python -m benchmarks.ingest --pictures_from coco/val2017 [--pictures 2000] [--rounds 3]
 
 Photographs of a folder, repeated, are ingested whole: read, decoded, reduced to 256 pixels, encoded, hashed and written
-to Parquet with their captions. Two baselines decode, resize (bicubic) and save the same pictures with Pillow, in the same
-quality, one file each, without any checks:
+to Parquet with their captions. Two baselines decode, resize (bicubic) and save the same pictures with Pillow, in the
+same quality, one file each, without any checks:
 
 - loop: one process.
 - pool: a process a core.
