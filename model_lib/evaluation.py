@@ -122,6 +122,7 @@ def read_results(uri: str) -> dict[int, str]:
 
 def _judge_model(config: EvaluateConfig) -> Judged:
     from model_lib.captioning import caption_pixels
+    from model_lib.leaks import require_unseen
     from model_lib.model import Captioner
     from model_lib.shards import SplitReader, read_manifest
     from model_lib.sources import lasting_source
@@ -130,6 +131,7 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
+    require_unseen(model.training_record, manifest, config.split)
     reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
     decoding = DecodeConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(DecodeConfig)})
     captions, references, gallery = {}, {}, []

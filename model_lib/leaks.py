@@ -1,15 +1,38 @@
 """Pictures that are learned from and judged on: scores on them say nothing, and are refused."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from model_lib import storage
 from model_lib.errors import UserError
-from model_lib.shards import Manifest
+from model_lib.shards import Manifest, read_manifest
 
+log = logging.getLogger(__name__)
 NAMED = 3
 """Pictures that a message names."""
+
+
+def require_unseen(record: Mapping[str, Any], judged: Manifest, split: str) -> None:
+    """Raise `UserError` if a model learned pictures of `judged`'s split; judging on what was learned may be meant.
+
+    Args:
+        record: what training wrote beside the model.
+        judged: the data that the model is judged on.
+        split: of `judged`.
+    """
+    data, fingerprint = record.get("configuration", {}).get("data"), record.get("data_fingerprint")
+    if data is None or split == "train" or fingerprint == judged.fingerprint:
+        return  # ingest keeps the splits of one data set apart
+    try:
+        training = read_manifest(data)
+    except UserError as error:
+        log.info("whether the model has learned its %s pictures cannot be told: %s", split, error)
+        return
+    if training.fingerprint == fingerprint:
+        require_apart(training, judged, split)
 
 
 def require_apart(training: Manifest, judged: Manifest, split: str) -> None:

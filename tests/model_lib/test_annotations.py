@@ -18,7 +18,7 @@ from model_lib import UserError, json_stream
 from model_lib.annotations import LONGEST_CAPTION, read_captions
 from model_lib.config import IngestConfig
 from model_lib.ingest import ingest
-from model_lib.leaks import require_apart
+from model_lib.leaks import require_apart, require_unseen
 from model_lib.shards import Manifest, read_manifest
 
 
@@ -175,6 +175,12 @@ def test_training_on_train2017_and_judging_on_karpathys_test_is_a_leak(
     whole, split = read_manifest(unpacked.uri), read_manifest(manifest.uri)
     with pytest.raises(UserError, match=r"leaks: 16 of its training pictures .* are test pictures of .*--karpathy"):
         require_apart(whole, split, "test")
+    record = {"configuration": {"data": unpacked.uri}, "data_fingerprint": unpacked.fingerprint}
+    with pytest.raises(UserError, match="leaks: 16"):
+        require_unseen(record, split, "test")
+    require_unseen(record, split, "train")
+    require_unseen({**record, "data_fingerprint": "of data that is no longer there"}, split, "test")
+    require_unseen({}, split, "test")
     require_apart(split, split, "test")
     require_apart(split, split, "val")
     require_apart(whole, whole, "val")  # the ids are the same, the pictures are not
