@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model_lib import UserError, WorkError
 from model_lib.config import IngestConfig
 from model_lib.download import ARCHIVES, DownloadConfig, download, fetch
+from model_lib.errors import UserError, WorkError
 from model_lib.ingest import ingest
 from model_lib.shards import read_manifest
 
@@ -174,7 +174,7 @@ def test_the_output_may_be_a_bucket(server: Server, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_fetched_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="annotations_trainval2017.zip: the server answers 404 Not Found; is --base"):
+    with pytest.raises(UserError, match=r"annotations_trainval2017\.zip: the server answers 404 Not Found; is --base"):
         download(DownloadConfig(dataset="coco2017", output=str(tmp_path), base=server.address))
     with pytest.raises(UserError, match="is not an http"):
         DownloadConfig(dataset="coco2017", output=str(tmp_path), base="ftp://x")
