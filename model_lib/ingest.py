@@ -7,6 +7,8 @@ What cannot be used goes to `quarantine.parquet` with its reason and the rest go
 the same bytes, whatever the number of workers, and however often it was killed in between.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -51,6 +53,8 @@ ROW_GROUP = 256
 """Pictures a row group: the unit that a training loader reads and shuffles by."""
 AHEAD = 32
 """Pictures a worker that may wait until those before them are stored: enough to go on while a row group is written."""
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""mallopt's names: from which size on memory comes from the system by itself, and how much may lie unused."""
 Row = dict[str, Any]
 Result = tuple[Row, str] | Rejected
 """A picture's row with the digest of its content, or why it has none."""
@@ -188,6 +192,7 @@ def ingest(config: IngestConfig) -> Manifest:
     Raises:
         UserError: the input is not what it should be, has no usable picture, or the output cannot be written.
     """
+    _keep_memory()
     listing = read_listing(config)
     storage.require_writable(config.output)
     storage.remove(storage.join(config.output, "manifest.json"))  # a half-done ingest is not a data set
@@ -221,6 +226,14 @@ def ingest(config: IngestConfig) -> Manifest:
     _conclude(config.output, manifest, quarantine)
     journal.close()
     return manifest
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what it frees: else each picture's pixels are new memory, whose pages threads queue up for."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
 
 
 def _remove_leftovers(output: str) -> None:

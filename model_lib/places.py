@@ -21,6 +21,7 @@ class Folder:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.local = Path(storage.filesystem(root)[1]) if storage.is_local(root) else None
 
     def uri(self, name: str) -> str:
         return storage.join(self.root, name)
@@ -28,6 +29,9 @@ class Folder:
     def read(self, name: str) -> bytes:
         """Return a picture's bytes; `UserError` if it is missing."""
         uri = self.uri(name)
+        if self.local is not None:
+            with contextlib.suppress(OSError):  # the other way says what is wrong
+                return (self.local / name).read_bytes()
         return storage.patiently(uri, lambda: storage.read_bytes(uri))
 
 
