@@ -34,6 +34,7 @@ from model_lib.config import (
     ScenesConfig,
     TrainConfig,
 )
+from model_lib.download import DownloadConfig
 from model_lib.errors import UserError
 from model_lib.exits import one_line
 from model_lib.options import StageConfig, option
@@ -132,6 +133,14 @@ def scenes(config: ScenesConfig) -> Output:
     make_scenes(config)
     line = f"{config.train} training and {config.val} validation pictures in {config.output}"
     return Output(asdict(config), [line])
+
+
+def download(config: DownloadConfig) -> Output:
+    from model_lib.download import download as run
+
+    fetched = run(config)
+    lines = [f"{archive.uri}: {archive.bytes / 1e9:.2f} GB, {archive.files:,} files" for archive in fetched]
+    return Output([asdict(archive) for archive in fetched], lines)
 
 
 def ingest(config: IngestConfig) -> Output:
@@ -235,6 +244,7 @@ def _find_registry(source: str) -> None:
 
 COMMANDS: dict[str, Callable[[Any], Output]] = {
     "scenes": scenes,
+    "download": download,
     "ingest": ingest,
     "train": train,
     "evaluate": evaluate,

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from model_lib import storage
+from model_lib.annotations import read_captions
 from model_lib.config import DecodeConfig, EvaluateConfig
 from model_lib.errors import UserError
-from model_lib.ingest import read_captions
 from model_lib.metrics import Scores, require_scorers, score_captions
 from model_lib.progress import Progress
 from model_lib.tracking import NO_TRACKING, Tracking
@@ -122,6 +122,7 @@ def read_results(uri: str) -> dict[int, str]:
 
 def _judge_model(config: EvaluateConfig) -> Judged:
     from model_lib.captioning import caption_pixels
+    from model_lib.leaks import require_unseen
     from model_lib.model import Captioner
     from model_lib.shards import SplitReader, read_manifest
     from model_lib.sources import lasting_source
@@ -130,6 +131,7 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
+    require_unseen(model.training_record, manifest, config.split)
     reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
     decoding = DecodeConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(DecodeConfig)})
     captions, references, gallery = {}, {}, []

@@ -52,7 +52,8 @@ def open_picture(content: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError("too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise PictureError("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -73,18 +74,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
 
 
-def shrink(image: Image.Image, shortest_side: int) -> Image.Image:
-    """Reduce `image` so that its shorter side has `shortest_side` pixels; smaller pictures stay as they are."""
-    if min(image.size) <= shortest_side:
-        return image
-    return image.resize(_sizes(image, shortest_side), Image.Resampling.BICUBIC)
-
-
-def _sizes(image: Image.Image, shortest_side: int) -> tuple[int, int]:
-    width, height = image.size
+def reduced_size(width: int, height: int, shortest_side: int) -> tuple[int, int]:
+    """Return width and height of a picture whose shorter side has `shortest_side` pixels."""
     if width <= height:
         return shortest_side, int(shortest_side * height / width)
     return int(shortest_side * width / height), shortest_side
@@ -105,7 +99,7 @@ def to_pixels(image: Image.Image, size: int) -> np.ndarray:
         cut = (longer - 4 * shorter) // 2
         box = (0, cut, shorter, longer - cut) if image.height == longer else (cut, 0, longer - cut, shorter)
         image = image.crop(box)
-    width, height = _sizes(image, size)
+    width, height = reduced_size(*image.size, size)
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -52,6 +52,14 @@ class Progress:
         elif self.shown and time.monotonic() - self.spoken > INTERVAL:
             self.say()
 
+    def resume(self, count: int) -> None:
+        """Count `count` items that were done before, which say nothing of the rate."""
+        self.done += count
+        self.resumed += count
+        if self.bar is not None:
+            self.bar.initial += count
+            self.bar.update(count)
+
     def say(self) -> None:
         """Write one line: name, count, rate, time left, note."""
         self.spoken = time.monotonic()

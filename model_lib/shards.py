@@ -5,7 +5,6 @@ that depends on the seed and the epoch alone. So a training run goes on at any s
 """
 
 import hashlib
-import io
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,7 +19,7 @@ from PIL import Image
 
 from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.pictures import to_pixels
+from model_lib.pictures import open_picture, to_pixels
 from model_lib.progress import Progress
 
 FORMAT_VERSION = 1
@@ -54,11 +53,13 @@ class Manifest:
     counts: dict[str, int]
     """Pictures a split."""
     quarantined: dict[str, int]
-    """Pictures left out, a reason."""
+    """Rows of the quarantine, a reason: pictures, and captions, that were left out."""
     fingerprint: str
     configuration: dict[str, Any]
     uri: str
     """Folder of the shards when the manifest was written."""
+    cleaned_captions: int = 0
+    """Captions that were kept without their control characters."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,7 +185,11 @@ class SplitReader:
             plan: whose pictures, and in which order.
             view: takes a picture and its number to pixels, uint8 [3, size, size]; by default CLIP's view of it.
         """
-        view = view or (lambda image, number: to_pixels(image, self.size))
+        shown = view or (lambda image, number: to_pixels(image, self.size))
+
+        def decoded(content: bytes, number: int) -> np.ndarray:
+            return shown(open_picture(content), number)  # ingest may have kept the original, of any kind
+
         tables: OrderedDict[int, Any] = OrderedDict()  # row groups in use; a plan stays within a few windows
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
 
@@ -207,8 +212,7 @@ class SplitReader:
                     places = (np.searchsorted(self.starts, numbers, "right") - 1).tolist()
                     load(places)
                     rows = [row(*pair) for pair in zip(numbers.tolist(), places, strict=True)]
-                    pictures = (Image.open(io.BytesIO(one["image"])) for one in rows)
-                    pixels = list(pool.map(view, pictures, numbers.tolist()))
+                    pixels = list(pool.map(decoded, (one["image"] for one in rows), numbers.tolist()))
                     yield Batch(
                         numbers=numbers.tolist(),
                         image_ids=[one["image_id"] for one in rows],

@@ -104,8 +104,15 @@ def read_bytes(uri: str) -> bytes:
         WorkError: its store or server failed.
     """
     fs, path = filesystem(uri)
-    try:
+    with _one_line(uri):
         return bytes(fs.cat_file(path))
+
+
+@contextlib.contextmanager
+def _one_line(uri: str) -> Iterator[None]:
+    """Raise what goes wrong while `uri` is read as a `UserError` or a `WorkError`."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UserError(f"{uri}: no such file") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
@@ -243,6 +250,30 @@ def fetched(uri: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         _fetch(uri, patiently(uri, lambda: fs.find(path)), Path(scratch))
         yield Path(scratch)
+
+
+@contextlib.contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """Yield a local file with the content of `uri`; a copy of a remote one is gone after the body.
+
+    Raises:
+        UserError: it is missing, a folder or not readable.
+        WorkError: its store failed, and went on to for as long as it was asked again.
+    """
+    fs, path = filesystem(uri)
+    if is_local(uri):
+        with _one_line(uri), Path(path).open("rb"):
+            pass
+        yield Path(path)
+        return
+    handle, copy = tempfile.mkstemp()
+    os.close(handle)
+    try:
+        with _one_line(uri):
+            patiently(uri, lambda: fs.get_file(path, copy))
+        yield Path(copy)
+    finally:
+        os.unlink(copy)
 
 
 def local_folder(uri: str) -> str:

@@ -14,6 +14,7 @@ Run = Callable[..., CompletedProcess]
 EVERY = [
     "run",
     "scenes",
+    "download",
     "ingest",
     "train",
     "evaluate",

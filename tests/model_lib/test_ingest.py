@@ -1,19 +1,28 @@
 """Ingest on real pictures, with broken ones among them, and on input that is not what it should be."""
 
+import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model_lib import UserError
 from model_lib.config import IngestConfig
 from model_lib.ingest import ingest
-from model_lib.pictures import open_picture
-from model_lib.shards import SplitReader, read_manifest
+from model_lib.journal import Journal
+from model_lib.pictures import open_picture, reduced_size, to_pixels
+from model_lib.shards import Manifest, SplitReader, read_manifest
 
 
 def captions_file(folder: Path, images: list[tuple[int, str]], captions: list[tuple[int, str]]) -> Path:
@@ -156,3 +165,207 @@ def test_pictures_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
     assert manifest.counts == {"train": 64, "val": 12}
     reader = SplitReader(read_manifest("memory://bucket/data"), "val", size=16)
     assert sum(len(batch.image_ids) for batch in reader.batches(reader.in_order(5))) == 12
+
+
+# ---- what is stored --------------------------------------------------------------------------------------------
+
+
+def stored(manifest: Manifest) -> list[dict]:
+    return [row for s in read_manifest(manifest.uri).shards for row in pq.read_table(s.uri).to_pylist()]
+
+
+def test_stored_pictures_stay_true(coco: Path, tmp_path: Path) -> None:
+    manifest = ingest(IngestConfig(dataset=str(coco), output=str(tmp_path)))
+    distances = []
+    for row in stored(manifest):
+        image = ImageOps.exif_transpose(Image.open(row["source"])).convert("RGB")
+        size = reduced_size(*image.size, 256) if min(image.size) > 256 else image.size
+        truth = image.resize(size, Image.Resampling.BICUBIC)
+        kept = np.asarray(Image.open(io.BytesIO(row["image"])), dtype=float)
+        distances.append(np.abs(kept - np.asarray(truth, dtype=float)).mean())
+    assert len(distances) == 85 and np.mean(distances) <= 2 and max(distances) <= 3
+
+
+def test_turned_grey_and_odd_pictures_are_stored_as_pillow_shows_them(odd_images: Path, tmp_path: Path) -> None:
+    names = sorted(file.name for file in odd_images.iterdir() if file.is_file())
+    file = captions_file(tmp_path, *listed(names))
+    config = IngestConfig(annotations=str(file), images=str(odd_images), output=str(tmp_path / "out"), split="train")
+    for store in ("reduced", "original"):
+        manifest = ingest(replace(config, store=store, shortest_side=64))
+        rows = stored(manifest)
+        assert len(rows) + sum(manifest.quarantined.values()) == len(names) and len(rows) > 15
+        for row in rows:
+            truth = open_picture((odd_images / row["file_name"]).read_bytes())
+            side = 64 if store == "reduced" else 10**6
+            size = reduced_size(*truth.size, side) if min(truth.size) > side else truth.size
+            assert (row["width"], row["height"]) == size, row["file_name"]
+            kept = open_picture(row["image"])
+            exact = truth.resize(size, Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(kept, dtype=float) - np.asarray(exact)).mean() < 6, row["file_name"]
+
+
+def listed(names: list[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+    return list(enumerate(names)), [(n, f"picture {n}") for n in range(len(names))]
+
+
+def test_originals_are_kept_to_the_byte_and_still_refused_if_broken(
+    coco: Path, odd_images: Path, tmp_path: Path
+) -> None:
+    shutil.copy(odd_images / "exif_Portrait_8.jpg", tmp_path / "turned.jpg")
+    shutil.copy(coco / "val2017" / "000000000802.jpg", tmp_path / "good.jpg")
+    shutil.copy(odd_images / "truncated_jpeg.jpg", tmp_path / "cut.jpg")
+    file = captions_file(tmp_path, *listed(["good.jpg", "cut.jpg", "turned.jpg"]))
+    manifest = ingest(lone(tmp_path, file, split="train", store="original"))
+    assert manifest.quarantined == {"truncated": 1}
+    for row in stored(manifest):
+        assert row["image"] == (tmp_path / row["file_name"]).read_bytes()
+    reader = SplitReader(read_manifest(manifest.uri), "train", size=16)
+    (batch,) = reader.batches(reader.in_order(2))
+    upright = open_picture((tmp_path / "turned.jpg").read_bytes())
+    assert np.array_equal(batch.pixels[1], to_pixels(upright, 16))
+
+
+def test_the_fingerprint_changes_with_content_and_shaping_options_only(scenes: Path, tmp_path: Path) -> None:
+    base = IngestConfig(dataset=str(scenes), output=str(tmp_path / "out"))
+    first = ingest(base).fingerprint
+    for same in ({"workers": 1}, {"output": str(tmp_path / "other")}):
+        assert ingest(replace(base, **same)).fingerprint == first
+    seen = {first}
+    for other in ({"jpeg_quality": 90}, {"shortest_side": 32}, {"shard_mb": 7}, {"store": "original"}):
+        seen.add(ingest(replace(base, **other)).fingerprint)
+    kept = ingest(replace(base, store="original", jpeg_quality=3)).fingerprint
+    assert kept in seen and len(seen) == 5
+    shutil.copytree(scenes, tmp_path / "set")
+    lists = tmp_path / "set" / "annotations" / "captions_val2017.json"
+    lists.write_text(lists.read_text().replace("a ", "one ", 1))
+    assert ingest(replace(base, dataset=str(tmp_path / "set"))).fingerprint not in seen
+
+
+def test_shards_are_read_by_pandas_duckdb_and_arrow(data: Path) -> None:
+    import duckdb
+    import pandas as pd
+    import pyarrow.dataset
+
+    train = str(data / "train-00000.parquet")
+    frame = pd.read_parquet(train)
+    assert len(frame) == 64 and Image.open(io.BytesIO(frame["image"][0])).size == (64, 64)
+    query = f"select count(*), sum(len(captions)), min(octet_length(image)) from '{data}/t*.parquet'"
+    (found,) = duckdb.sql(query).fetchall()
+    assert found[0] == 64 and found[1] == frame["captions"].map(len).sum() and found[2] > 100
+    assert pyarrow.dataset.dataset(train).count_rows() == 64
+
+
+def test_shards_of_an_earlier_ingest_are_removed(scenes: Path, tmp_path: Path) -> None:
+    (tmp_path / "train-00007.parquet").write_bytes(b"old")
+    (tmp_path / "mine.parquet").write_bytes(b"kept")
+    (tmp_path / ".part-x").write_bytes(b"of a killed one")
+    ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path)))
+    assert sorted(os.listdir(tmp_path)) == [
+        "manifest.json",
+        "mine.parquet",
+        "quarantine.parquet",
+        "train-00000.parquet",
+        "val-00000.parquet",
+    ]
+
+
+# ---- killed, and large ----------------------------------------------------------------------------------------
+
+
+def many(folder: Path, count: int, side: int = 640) -> Path:
+    """Make `count` pictures of noise, every 50th broken, that are many names of a few files; return their captions."""
+    rng = np.random.default_rng(5)
+    (folder / "files").mkdir(parents=True)
+    for n in range(10):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(folder / "files" / f"{n}.jpg", quality=60)
+    (folder / "files" / "broken.jpg").write_bytes(b"no picture")
+    names = [f"{n:06d}.jpg" for n in range(count)]
+    for n, name in enumerate(names):
+        (folder / name).symlink_to(folder / "files" / ("broken.jpg" if n % 50 == 49 else f"{n % 10}.jpg"))
+    return captions_file(folder, *listed(names))
+
+
+COMMAND = [sys.executable, "-m", "model_lib", "ingest", "--shard_mb", "2"]
+
+
+def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Path) -> None:
+    file = many(tmp_path / "in", 400)
+    command = [*COMMAND, "--annotations", str(file), "--images", str(file.parent), "--output"]
+    subprocess.run([*command, str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True)
+    output, rng = tmp_path / "killed", np.random.default_rng(11)
+    kills, before = 0, {}
+    while True:
+        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = len(before) + int(rng.integers(1, 4))
+        records = lambda: list(output.glob(".journal/*/*.json"))  # noqa: E731
+        while process.poll() is None and (kills == 8 or len(records()) < wanted):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        done = process.poll()
+        if done is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        now = {r.name.removesuffix(".json"): (output / r.name.removesuffix(".json")).stat() for r in records()}
+        for name, stat in before.items():
+            there = (output / name).stat()
+            assert (there.st_ino, there.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), f"{name} was written again"
+        if done is not None:
+            assert done == 0
+            break
+        before = now
+    assert kills >= 3
+    assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path / "whole"))
+    for made in (tmp_path / "whole").glob("*.parquet"):
+        assert made.read_bytes() == (output / made.name).read_bytes(), made.name
+    one, other = (read_manifest(str(tmp_path / name)) for name in ("whole", "killed"))
+    assert one.fingerprint == other.fingerprint and one.quarantined == other.quarantined == {"unreadable": 8}
+
+
+def test_records_of_other_input_or_of_damaged_shards_are_not_taken(tmp_path: Path) -> None:
+    file = many(tmp_path / "in", 100)
+    config = lone(file.parent, file, "../out", shard_mb=1)
+    output = tmp_path / "out"
+
+    def interrupted() -> None:
+        """Leave what an ingest leaves that was killed before its manifest."""
+        kept: Callable = Journal.close
+        Journal.close = lambda self: None  # type: ignore[method-assign]
+        try:
+            ingest(config)
+        finally:
+            Journal.close = kept  # type: ignore[method-assign]
+        (output / "manifest.json").unlink()
+
+    interrupted()
+    shard = sorted(output.glob("train-*.parquet"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + b"X")
+    first = sorted(output.glob("train-*.parquet"))[0].stat().st_mtime_ns
+    ingest(config)
+    assert shard.read_bytes() == whole
+    assert sorted(output.glob("train-*.parquet"))[0].stat().st_mtime_ns == first
+    interrupted()
+    first = sorted(output.glob("train-*.parquet"))[0].stat().st_mtime_ns
+    ingest(replace(config, jpeg_quality=50))
+    assert sorted(output.glob("train-*.parquet"))[0].stat().st_mtime_ns != first
+
+
+def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
+    """Pictures of 30 MB in all against 150: what grows is the list of names and captions alone."""
+    peaks = []
+    for count in (1000, 5000):
+        file = many(tmp_path / str(count), count, side=192)
+        code = (
+            "import sys, pathlib\n"
+            "from model_lib.config import IngestConfig\n"
+            "from model_lib.ingest import ingest\n"
+            "ingest(IngestConfig(annotations=sys.argv[1], images=sys.argv[2], output=sys.argv[3], workers=2))\n"
+            "status = pathlib.Path('/proc/self/status').read_text()\n"
+            "print(int(status.partition('VmHWM:')[2].split()[0]) / 1024)"
+        )
+        arguments = [str(file), str(file.parent), str(tmp_path / f"out{count}")]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+        peaks.append(float(done.stdout))
+    sizes = [sum(f.stat().st_size for f in (tmp_path / f"out{count}").iterdir()) / 2**20 for count in (1000, 5000)]
+    assert sizes[1] - sizes[0] > 100 and peaks[1] - peaks[0] < 30, (sizes, peaks)

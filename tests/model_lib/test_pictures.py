@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from model_lib.model import normalise
-from model_lib.pictures import PictureError, augmented, open_picture, shrink, to_pixels
+from model_lib.pictures import PictureError, augmented, open_picture, to_pixels
+from model_lib.reducing import reduced
 
 BROKEN = {
     "broken.png": "unreadable",
@@ -100,8 +101,11 @@ def test_dark_sixteen_bits_stay_dark() -> None:
 
 
 def test_small_pictures_are_not_enlarged_for_storing() -> None:
-    assert shrink(Image.new("RGB", (100, 300)), 256).size == (100, 300)
-    assert shrink(Image.new("RGB", (600, 300)), 256).size == (512, 256)
+    for size, expected in (((100, 300), (100, 300)), ((600, 300), (512, 256))):
+        content = io.BytesIO()
+        Image.new("RGB", size).save(content, "PNG")
+        stored = reduced(content.getvalue(), 256, 95)
+        assert open_picture(stored.content).size == (stored.width, stored.height) == expected
 
 
 def sides(image: Image.Image, captions: list[str]) -> set[str]:

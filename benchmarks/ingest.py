@@ -1,0 +1,148 @@
+"""Pictures a second and memory of `captioner ingest`, against the loops that one would write instead.
+
+    python -m benchmarks.ingest --pictures_from coco/val2017 [--pictures 2000] [--rounds 3]
+
+Photographs of a folder, repeated, are ingested whole: read, decoded, reduced to 256 pixels, encoded, hashed and written
+to Parquet with their captions. Two baselines decode, resize (bicubic) and save the same pictures with Pillow, in the
+same quality, one file each, without any checks:
+
+- loop: one process.
+- pool: a process a core.
+
+Cases take turns, each in a fresh process, timed from its first picture on. It prints a table and ends with one line of
+JSON.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+SIDE, QUALITY = 256, 95
+CASES = ("ours", "loop", "pool")
+
+
+def one(output: Path, file: Path) -> None:
+    """Decode, resize and save a picture, as one would write it."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    scale = SIDE / min(image.size)
+    size = (int(image.width * scale), int(image.height * scale))
+    image = image.resize(size, Image.Resampling.BICUBIC) if scale < 1 else image
+    image.save(output / file.name, quality=QUALITY, subsampling=0)
+
+
+def ours(folder: Path, output: Path) -> Callable[[], object]:
+    from model_lib.config import IngestConfig
+    from model_lib.ingest import ingest
+
+    lists, images = folder / "captions.json", folder / "images"
+    config = IngestConfig(annotations=str(lists), images=str(images), output=str(output), split="train")
+    return lambda: ingest(config)
+
+
+def loop(folder: Path, output: Path) -> Callable[[], object]:
+    from PIL import Image
+
+    Image.init()
+    return lambda: [one(output, file) for file in sorted((folder / "images").iterdir())]
+
+
+def pool(folder: Path, output: Path) -> Callable[[], object]:
+    from PIL import Image
+
+    Image.init()
+
+    def run() -> None:
+        with ProcessPoolExecutor(os.cpu_count()) as processes:
+            files = sorted((folder / "images").iterdir())
+            list(processes.map(functools.partial(one, output), files, chunksize=16))
+
+    return run
+
+
+def measure(case: str, folder: Path) -> None:
+    """Run a case once in this process; print its seconds and peak memory, that of its processes added up."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        run = {"ours": ours, "loop": loop, "pool": pool}[case](folder, Path(output))
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory += resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (os.cpu_count() or 1)
+    print(json.dumps([seconds, memory * 1024 / 1e9]))
+
+
+def prepare(source: Path, count: int, folder: Path) -> None:
+    """Make `count` pictures of those in `source`, as links, and their captions."""
+    files = sorted(source.glob("**/*.jpg"))
+    (folder / "images").mkdir()
+    images, notes = [], []
+    for number in range(count):
+        name = f"{number:012d}.jpg"
+        (folder / "images" / name).symlink_to(files[number % len(files)].absolute())
+        images.append({"id": number, "file_name": name})
+        notes += [{"id": 5 * number + n, "image_id": number, "caption": f"caption {n} of {number}"} for n in range(5)]
+    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pictures_from", type=Path, required=True, help="folder of photographs, COCO's for example")
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure, options.pictures_from)
+        return
+    found: dict[str, list[list[float]]] = {case: [] for case in options.cases}
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(options.pictures_from, options.pictures, Path(scratch))
+        for _ in range(options.rounds):
+            for case in options.cases:
+                command = [sys.executable, "-m", "benchmarks.ingest", "--measure", case, "--pictures_from", scratch]
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+                found[case].append(json.loads(done.stdout))
+    rates = {case: options.pictures / statistics.median(row[0] for row in rows) for case, rows in found.items()}
+    memory = {case: round(max(row[1] for row in rows), 3) for case, rows in found.items()}
+    name = f"CPU, {os.cpu_count()} cores"
+    print(f"\n{name}, {options.pictures:,} pictures, median of {options.rounds} rounds; pictures a second\n")
+    print(f"{'case':<12}{'baseline':<12}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'theirs':>8}")
+    results = []
+    for case in [case for case in options.cases if case != "ours"]:
+        mine, theirs = rates["ours"], rates[case]
+        results.append(
+            {
+                "case": f"{options.pictures} pictures",
+                "baseline": case,
+                "unit": "pictures/s",
+                "ours": round(mine, 1),
+                "theirs": round(theirs, 1),
+                "ratio": round(mine / theirs, 2),
+                "peak_memory_gb": memory["ours"],
+                "their_peak_memory_gb": memory[case],
+            }
+        )
+        shown = f"{mine:>9.1f}{theirs:>9.1f}{mine / theirs:>7.2f}{memory['ours']:>7.3f}{memory[case]:>8.3f}"
+        print(f"{'ingest':<12}{case:<12}{shown}")
+    if options.cases == ["ours"]:
+        print(f"{'ingest':<24}{rates['ours']:>9.1f}{'':>16}{memory['ours']:>7.3f}")
+    versions = {"torch": importlib.metadata.version("torch"), "pillow": importlib.metadata.version("pillow")}
+    print(json.dumps({"benchmark": "ingest", "device": name, **versions, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a killed ingest had finished: a record beside the shards for each whole one, so that none is made twice.
+
+Records are kept under a key of the options that shape the data and of everything listed; other input finds none.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from model_lib import storage
+from model_lib.annotations import Rejected
+from model_lib.shards import Shard
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole shard, and what came of the list up to its end."""
+
+    shard: Shard
+    end: int
+    """Number of the split's first entry that is not in it."""
+    content: str
+    """Digest of its rows."""
+    rejected: list[Rejected]
+    """Entries between the last shard's end and this one's that could not be used."""
+
+
+class Journal:
+    """The records of one ingest.
+
+    Args:
+        output: folder or URI of the shards.
+        key: of what is ingested, and how.
+    """
+
+    def __init__(self, output: str, key: str) -> None:
+        self.output = output
+        self.folder = storage.join(output, ".journal")
+        self.records = storage.join(self.folder, key)
+
+    def write(self, finished: Finished) -> None:
+        storage.write_json(storage.join(self.records, f"{finished.shard.uri}.json"), asdict(finished))
+
+    def read(self, split: str) -> Iterator[Finished]:
+        """Yield the records of a split's shards, from the first on, for as long as they and their shards are whole."""
+        number = 0
+        while storage.exists(uri := storage.join(self.records, f"{shard_name(split, number)}.json")):
+            document = storage.patiently(uri, lambda uri=uri: storage.read_json(uri))  # type: ignore[misc]
+            shard = Shard(**document["shard"])
+            if not self._whole(shard):
+                return
+            rejected = [Rejected(**row) for row in document["rejected"]]
+            yield Finished(shard, document["end"], document["content"], rejected)
+            number += 1
+
+    def _whole(self, shard: Shard) -> bool:
+        """Whether the shard is the recorded one; a remote one is taken at its size's word."""
+        uri = storage.join(self.output, shard.uri)
+        if not storage.exists(uri):
+            return False
+        fs, path = storage.filesystem(uri)
+        if storage.is_local(uri):
+            return sha256_of(Path(path)) == shard.sha256
+        return bool(storage.patiently(uri, lambda: fs.size(path)) == shard.bytes)
+
+    def close(self) -> None:
+        """Remove all records: the manifest says it all."""
+        storage.remove(self.folder)
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.parquet"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
