@@ -172,7 +172,7 @@ def train_from_parquet(preset: str, pictures: int, **options: Any) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_scenes(ScenesConfig(output=str(work / "scenes"), train=pictures, val=32, size=256))
-        ingest(IngestConfig(dataset=str(work / "scenes"), output=str(work / "data")))
+        ingest(IngestConfig(dataset=str(work / "scenes"), output=str(work / "data"), store="original"))
         if shapes.vision is not None:
             config, parts = shapes.config(), {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
             CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])

@@ -4,12 +4,15 @@ Photographs come as JPEG, and libjpeg-turbo and the resizing below work on threa
 Whatever is unusual about a file is left to `open_picture`, which alone decides what is a picture.
 """
 
+import importlib.util
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from model_lib.errors import WorkError
 from model_lib.pictures import MAX_PIXELS, PictureError, open_picture, reduced_size
 
 ORIENTATION = 0x0112
@@ -37,8 +40,7 @@ def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
     Raises:
         PictureError: it cannot be decoded, or is too long for JPEG.
     """
-    import simplejpeg
-
+    simplejpeg = _codec()
     pixels = _shrunk(_pixels(content), shortest_side)
     height, width, _ = pixels.shape
     try:
@@ -50,14 +52,23 @@ def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
 
 def _pixels(content: bytes) -> np.ndarray:
     """Return an upright picture's pixels, uint8 [height, width, 3]; `PictureError` if it cannot be decoded."""
-    import simplejpeg
-
-    if _plain(content):
+    if importlib.util.find_spec("simplejpeg") and _plain(content):
         try:
-            return simplejpeg.decode_jpeg(content, "RGB")
+            return _codec().decode_jpeg(content, "RGB")
         except ValueError:  # damaged, and perhaps beyond use
             pass
     return np.asarray(open_picture(content))
+
+
+def _codec() -> Any:
+    """Return libjpeg-turbo's own interface; without it pictures can be kept as they are, and not be reduced."""
+    try:
+        import simplejpeg
+    except ImportError as error:
+        raise WorkError(
+            f"reducing pictures needs {error.name}: pip install {error.name}, or --store original"
+        ) from error
+    return simplejpeg
 
 
 def _plain(content: bytes) -> bool:
