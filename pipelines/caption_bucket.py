@@ -52,11 +52,11 @@ def caption_pictures(
         images=images, output=output, model=model, num_beams=num_beams, shard_pictures=shard_pictures, options=options
     )
     place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
-    with dsl.ParallelFor(planned.outputs["shards"], name="Shards", parallelism=parallel) as shard:
+    with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
         captioned = caption(shard=shard)
         place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), cpu=4, memory=16, hours=12, retries=4)
         on_gpu(captioned, gpu)
-    merged = merge(folder=planned.outputs["folder"], shards=dsl.Collected(captioned.output))
+    merged = merge(folders=dsl.Collected(captioned.output))
     place(merged, "Merge", secret=secret, keys=BUCKET, memory=4)
     return planned
 

@@ -6,11 +6,11 @@ from components import MODEL
 
 
 @dsl.component(base_image=MODEL, install_kfp_package=False)
-def caption(shard: dict) -> int:
-    """Caption a shard of a plan, unless its file is there; return its number."""
+def caption(shard: dict) -> str:
+    """Caption a shard of a plan, unless its file is there; return the plan's folder."""
     from model_lib.batch import caption_planned
     from model_lib.tracking import tracking_from_environment
 
     tracking_from_environment()
-    caption_planned(shard["folder"], shard["shard"])
-    return shard["shard"]
+    caption_planned(shard["folder"], int(shard["shard"]))  # in a document all numbers arrive as fractions
+    return shard["folder"]

@@ -7,13 +7,12 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def merge(
-    folder: str,
-    shards: list,
+    folders: list,
     captions: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Check the shards of the plan in `folder` once `shards` are captioned, and count what they hold."""
+    """Check the shards of a plan once they are captioned, each of which tells its folder; count what they hold."""
     from dataclasses import asdict
 
     from model_lib.batch import read_plan
@@ -22,7 +21,7 @@ def merge(
     from model_lib.storage import read_bytes, write_bytes, write_json
     from model_lib.tracking import tracking_from_environment
 
-    merged = run(read_plan(folder))
+    merged = run(read_plan(folders[0]))
     write_json(captions.path, asdict(merged))
     captions.metadata.update(asdict(merged))
     write_bytes(report.path, read_bytes(merged.report))

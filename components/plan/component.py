@@ -1,17 +1,16 @@
 """Plan: a bucket's pictures, listed once and split into shards."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from components import CORE
 
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
-def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int, options: dict) -> NamedTuple(
-    "Planned", [("folder", str), ("shards", list[dict])]
-):
-    """Write the plan; return its folder and the shards still to be captioned, or the first: kfp.local needs one."""
+def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int, options: dict) -> list[dict]:
+    """Write the plan; return the shards still to be captioned, each with its plan's folder.
+
+    If none is left it is the first: kfp.local needs one.
+    """
     from model_lib.batch import plan as run
     from model_lib.batch import resolved
     from model_lib.config import BatchConfig
@@ -21,4 +20,4 @@ def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: i
     named = {"images": images, "output": output, "model": model}
     named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
     made = run(resolved(BatchConfig.from_options(**{**named, **options})))
-    return made.folder, [{"folder": made.folder, "shard": shard} for shard in made.missing() or [0]]
+    return [{"folder": made.folder, "shard": shard} for shard in made.missing() or [0]]
