@@ -7,7 +7,8 @@ from typing import Any
 from model_lib import storage
 from model_lib.config import EvaluateConfig, TrainConfig
 from model_lib.errors import UserError
-from model_lib.evaluation import Evaluation, evaluate
+from model_lib.evaluation import evaluate
+from model_lib.judgement import Evaluation
 from model_lib.preflight import check_candidates
 from model_lib.registry import Registered, champion_version, version_uri
 from model_lib.shards import read_manifest

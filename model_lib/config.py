@@ -288,6 +288,13 @@ class EvaluateConfig(DecodeConfig):
     """Instead of a model: a COCO results JSON …"""
     annotations: str | None = None
     """… and the COCO captions it is scored against."""
+    images: str | None = option(None, shapes=False)
+    """Folder, URI or zip archive of their pictures, for CLIPScore."""
+    clip: str | None = None
+    """CLIP for CLIPScore, a hub name, folder or URI: openai/clip-vit-base-patch32 is its definition's. By default it is
+    left out."""
+    spice: str | None = None
+    """Folder with SPICE's models, which captioner download spice fetches. By default SPICE is left out."""
     num_beams: int = option(5, minimum=1)
     """Beams kept a picture; 1: greedy."""
     batch_size: int = option(32, minimum=1)
@@ -307,6 +314,8 @@ class EvaluateConfig(DecodeConfig):
             judged or scored,
             "give either --model, --data and --output, or --results and --annotations",
         )
+        require(self.images is None or self.results is not None, "images: are those of --results; a model has its data")
+        require(self.images is not None or self.clip is None or judged, "clip: sees pictures; name them with --images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +329,11 @@ class RegisterConfig(StageConfig):
     metric: str = "CIDEr"
     """The score that decides."""
     min_gain: float = option(0.0, minimum=0)
-    """How much better than the champion a candidate must be."""
+    """How much better than the champion a candidate must be; it must be really better, beyond chance, too."""
+    max_loss: float = option(0.05, minimum=0)
+    """Share by which another score than the deciding one may fall below the champion's."""
+    max_slowdown: float = option(0.5, minimum=0)
+    """Share by which captioning may become slower than the champion's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

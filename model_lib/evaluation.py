@@ -1,66 +1,50 @@
-"""Judging captions: a model on a split of the data, or anyone's COCO results file.
+"""Judging captions: a model on a split of the data, or anyone's COCO results file."""
 
-A model's evaluation is a folder: `results.json` (COCO's results format), `report.html`, and `scores.json`, written
-last, from which candidates and champion are compared.
-"""
-
-import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from model_lib import storage
 from model_lib.annotations import read_captions
 from model_lib.config import DecodeConfig, EvaluateConfig
+from model_lib.diversity import describe
 from model_lib.errors import UserError
-from model_lib.metrics import Scores, require_scorers, score_captions
+from model_lib.judgement import FEW_PICTURES, Evaluation, Judgement, Pictures, View
+from model_lib.metrics import require_scorers, score_captions
+from model_lib.pictures import PictureError, open_picture
+from model_lib.places import pictures_at
 from model_lib.progress import Progress
+from model_lib.significance import corpus_scores, intervals
+from model_lib.spice import require_spice
 from model_lib.tracking import NO_TRACKING, Tracking
 
+if TYPE_CHECKING:
+    from model_lib.captioning import Caption
+    from model_lib.model import Captioner
+    from model_lib.shards import SplitReader
+
 log = logging.getLogger(__name__)
-FEW_PICTURES = 100
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
 """What a model needs to caption."""
+SHOWN = 120
+"""Pictures in a report: at about 15 kB each the page stays below 2 MB."""
+WORST = 60
+"""Of these, those with the lowest CIDEr; the others are spread over the rest."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What `scores.json` says: scores, and everything that must agree before two of them may be compared."""
+class _Said:
+    """What there is to be judged, picture by picture."""
 
-    name: str
-    model: str
-    """Where the model lies, or the results file."""
-    split: str
-    pictures: int
-    scores: dict[str, float]
-    shuffled_cider: float
-    tokenizer: str
-    missing: dict[str, str]
-    decoding: dict[str, Any]
-    data_fingerprint: str | None = None
-    mlflow_run_id: str | None = None
-    examples: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    """A few pictures' file names and captions."""
-    packages: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Versions of the packages with which the model captioned."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def read(cls, folder: str) -> Self:
-        """Read the evaluation in `folder`; `UserError` if there is none."""
-        uri = storage.join(folder, "scores.json")
-        try:
-            return cls(**storage.read_json(uri))
-        except TypeError as error:
-            raise UserError(f"{uri}: is not what captioner evaluate writes ({error})") from error
-
-
-Judged = tuple[Evaluation, dict[int, str], dict[int, list[str]], Scores, list[dict[str, Any]]]
-"""The evaluation; captions and references by image id; all scores; the pictures for the report."""
+    image_ids: list[int]
+    file_names: list[str]
+    captions: list[str]
+    references: list[list[str]]
 
 
 def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evaluation:
@@ -70,24 +54,33 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
         UserError: the model, data, results or annotations cannot be used.
     """
     require_scorers()
+    if config.spice is not None:
+        require_spice(config.spice)
     if config.output is not None:
         storage.require_writable(config.output)
-    if config.results is not None and config.annotations is not None:
-        evaluation, captions, references, scores, gallery = _judge_results(config.results, config.annotations)
-    else:
-        evaluation, captions, references, scores, gallery = _judge_model(config)
-    for name, reason in scores.missing.items():
+    judgement = _judge_model(config) if config.model is not None else _judge_results(config)
+    evaluation = judgement.evaluation
+    for name, reason in evaluation.missing.items():
         log.warning("%s is missing: %s", name, reason)
-    if scores.tokenizer != "PTB":
+    if evaluation.tokenizer != "PTB":
         log.warning("without Java the captions are split plainly: do not compare these scores with published ones")
     if evaluation.pictures < FEW_PICTURES:
         log.warning("only %d pictures: CIDEr means little on so few", evaluation.pictures)
     if config.output is not None:
-        _write(config.output, evaluation, captions, references, scores, gallery, tracking)
+        from model_lib.report import render_report
+
+        report = render_report(judgement)
+        judgement.write(config.output, report)
+        if evaluation.mlflow_run_id is not None:
+            named = {f"{evaluation.split}_{name}": value for name, value in evaluation.scores.items()}
+            named[f"{evaluation.split}_CIDEr_shuffled"] = evaluation.shuffled_cider
+            tracking.add(evaluation.mlflow_run_id, named, {"evaluation/report.html": report.encode()})
     return evaluation
 
 
-def _judge_results(results: str, annotations: str) -> Judged:
+def _judge_results(config: EvaluateConfig) -> Judgement:
+    assert config.results is not None and config.annotations is not None
+    results, annotations = config.results, config.annotations
     images, references = read_captions(annotations)
     captions = read_results(results)
     strangers = captions.keys() - {i for i, texts in references.items() if texts}
@@ -95,8 +88,18 @@ def _judge_results(results: str, annotations: str) -> Judged:
         raise UserError(f"{results}: image_id {min(strangers)} has no reference captions in {annotations}")
     if len(captions) < len(images):
         log.warning("%s captions %d of the %d pictures in %s", results, len(captions), len(images), annotations)
-    scores = score_captions(captions, references)
-    return _evaluation(results, results, annotations, captions, scores, {}), captions, references, scores, []
+    ids, names = sorted(captions), dict(images)
+    said = _Said(ids, [names[i] for i in ids], [captions[i] for i in ids], [references[i] for i in ids])
+    files = _files(config.images, said.file_names) if config.images is not None else None
+    evaluation, pictures = _score(config, results, results, annotations, said, files, [], None)
+    return Judgement(evaluation, pictures)
+
+
+def _files(folder: str, names: Sequence[str]) -> Iterator[list[bytes]]:
+    """Yield batches of picture files; `UserError` if one is missing."""
+    place = pictures_at(folder)
+    for start in range(0, len(names), 32):
+        yield [place.read(name) for name in names[start : start + 32]]
 
 
 def read_results(uri: str) -> dict[int, str]:
@@ -120,7 +123,7 @@ def read_results(uri: str) -> dict[int, str]:
     return captions
 
 
-def _judge_model(config: EvaluateConfig) -> Judged:
+def _judge_model(config: EvaluateConfig) -> Judgement:
     from model_lib.captioning import caption_pixels
     from model_lib.leaks import require_unseen
     from model_lib.model import Captioner
@@ -133,62 +136,100 @@ def _judge_model(config: EvaluateConfig) -> Judged:
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
     require_unseen(model.training_record, manifest, config.split)
     reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
-    decoding = DecodeConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(DecodeConfig)})
-    captions, references, gallery = {}, {}, []
+    decoding = DecodeConfig(**{f.name: getattr(config, f.name) for f in fields(DecodeConfig)})
+    plan, seconds = reader.in_order(config.batch_size), 0.0
+    found: list[tuple[int, str, Caption, list[str]]] = []
     with Progress(f"evaluate on {config.split}", reader.rows, "pictures") as progress:
-        for batch in reader.batches(reader.in_order(config.batch_size)):
-            for position, (caption,) in enumerate(caption_pixels(model, batch.pixels, decoding)):
-                image_id = batch.image_ids[position]
-                captions[image_id], references[image_id] = caption.text, batch.captions[position]
-                shown = {"image_id": image_id, "file_name": batch.file_names[position], "caption": caption.text}
-                gallery.append({**shown, "jpeg": batch.jpegs[position]})
+        for batch in reader.batches(plan):
+            began = time.perf_counter()
+            captions = [one for (one,) in caption_pixels(model, batch.pixels, decoding)]
+            seconds += time.perf_counter() - began
+            found += zip(batch.image_ids, batch.file_names, captions, batch.captions, strict=True)
             progress.advance(len(batch.image_ids))
-    scores = score_captions(captions, references)
-    training = model.training_record
-    evaluation = dataclasses.replace(
-        _evaluation(training.get("name", "model"), source, config.split, captions, scores, decoding.to_dict()),
+    order = sorted(range(len(found)), key=lambda place: found[place][0])
+    ids, names, captions, references = (list(column) for column in zip(*(found[n] for n in order), strict=True))
+    said = _Said(ids, names, [caption.text for caption in captions], references)
+    end = model.tokenizer.eos_token_id
+    learned = None
+    if config.split != "train" and manifest.counts.get("train"):
+        training = SplitReader(manifest, "train", size=model.image_size).captions()
+        learned = [text for texts in training for text in texts]
+    files = (list(batch.jpegs) for batch in reader.batches([np.array(order)[part] for part in plan]))
+    name = model.training_record.get("name", "model")
+    ended = [bool(caption.tokens) and caption.tokens[-1] == end for caption in captions]
+    evaluation, pictures = _score(config, name, source, config.split, said, files, ended, learned)
+    evaluation = replace(
+        evaluation,
+        decoding=decoding.to_dict(),
+        pictures_per_second=len(found) / seconds,
         data_fingerprint=manifest.fingerprint,
         # A registered model was judged in its own run before it was registered; this judgement is another pipeline's.
-        mlflow_run_id=None if source.startswith("models:/") else training.get("mlflow_run_id"),
-        examples=[{name: str(row[name]) for name in ("file_name", "caption")} for row in gallery[:3]],
+        mlflow_run_id=None if source.startswith("models:/") else model.training_record.get("mlflow_run_id"),
         packages={name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES},  # not torch's +cpu
     )
-    return evaluation, captions, references, scores, gallery
+    places = to_show(pictures.main())
+    views = _views(model, reader, [order[n] for n in places], [captions[n] for n in places])
+    return Judgement(evaluation, replace(pictures, views=views))
 
 
-def _evaluation(
-    name: str, model: str, split: str, captions: Mapping[int, str], scores: Scores, decoding: dict[str, Any]
-) -> Evaluation:
-    return Evaluation(
+def _score(
+    config: EvaluateConfig,
+    name: str,
+    model: str,
+    split: str,
+    said: _Said,
+    files: Iterator[list[bytes]] | None,
+    ended: Sequence[bool],
+    learned: Sequence[str] | None,
+) -> tuple[Evaluation, Pictures]:
+    references = dict(zip(said.image_ids, said.references, strict=True))
+    scores = score_captions(dict(zip(said.image_ids, said.captions, strict=True)), references, config.spice)
+    statistics = dict(scores.statistics)
+    if config.clip is not None and files is not None:
+        from model_lib.clipscore import ClipScorer
+
+        try:
+            fit = ClipScorer(config.clip, config.device).score(said.captions, said.references, files)
+        except PictureError as error:
+            raise UserError(f"{config.images or config.data}: a picture cannot be shown to CLIP: {error}") from error
+        statistics |= {score: values[:, None] for score, values in fit.items()}
+    evaluation = Evaluation(
         name=name,
         model=model,
         split=split,
-        pictures=len(captions),
-        scores=scores.scores,
+        pictures=len(said.image_ids),
+        scores=corpus_scores(statistics),
+        intervals=intervals(statistics),
         shuffled_cider=scores.shuffled_cider,
+        frequencies=f"the reference captions of these {len(said.image_ids):,} pictures",
+        diversity=describe(said.captions, ended, learned),
         tokenizer=scores.tokenizer,
         missing=scores.missing,
-        decoding=decoding,
+        decoding={},
+        clip=config.clip,
     )
+    return evaluation, Pictures(said.image_ids, said.file_names, said.captions, said.references, statistics)
 
 
-def _write(
-    output: str,
-    evaluation: Evaluation,
-    captions: Mapping[int, str],
-    references: Mapping[int, list[str]],
-    scores: Scores,
-    gallery: list[dict],
-    tracking: Tracking,
-) -> None:
-    from model_lib.report import render_report
+def to_show(cider: np.ndarray) -> list[int]:
+    """Return the places of the pictures for a report: the worst, and some spread evenly over the others."""
+    worst_first = np.argsort(cider, kind="stable")
+    rest = worst_first[WORST:]
+    spread = np.linspace(0, len(rest) - 1, min(SHOWN - WORST, len(rest))).round().astype(int)
+    return [*worst_first[:WORST].tolist(), *rest[spread].tolist()]
 
-    results = [{"image_id": image_id, "caption": caption} for image_id, caption in sorted(captions.items())]
-    storage.write_json(storage.join(output, "results.json"), results)
-    html = render_report(evaluation, captions, references, scores.per_picture, gallery)
-    storage.write_bytes(storage.join(output, "report.html"), html.encode())
-    storage.write_json(storage.join(output, "scores.json"), evaluation.to_dict())
-    if evaluation.mlflow_run_id is not None:
-        named = {f"{evaluation.split}_{name}": value for name, value in evaluation.scores.items()}
-        named[f"{evaluation.split}_CIDEr_shuffled"] = evaluation.shuffled_cider
-        tracking.add(evaluation.mlflow_run_id, named, {"evaluation/report.html": html.encode()})
+
+def _views(
+    model: "Captioner", reader: "SplitReader", numbers: Sequence[int], captions: Sequence["Caption"]
+) -> Mapping[int, View]:
+    """Return the report's views of pictures, by their numbers in the split, and where the model looked."""
+    from model_lib.explain import word_attention
+    from model_lib.report import thumbnail
+
+    views: dict[int, View] = {}
+    said = iter(captions)
+    for batch in reader.batches([np.array([number]) for number in numbers]):
+        looked = word_attention(model, batch.pixels[0], next(said))
+        words = [(word, (255 * weights / max(float(weights.max()), 1e-9)).astype(np.uint8)) for word, weights in looked]
+        views[batch.image_ids[0]] = View(thumbnail(open_picture(batch.jpegs[0])), words)
+    return views

@@ -14,23 +14,23 @@ from model_lib.captioning import Caption, load_pixels
 from model_lib.model import Captioner
 
 
-def word_attention(model: Captioner, image: object, caption: Caption) -> list[tuple[str, np.ndarray]]:
+def word_attention(model: Captioner, pixels: np.ndarray, caption: Caption) -> list[tuple[str, np.ndarray]]:
     """Return each word of a caption with its attention over the picture's patches.
 
     Args:
         model: the captioner.
-        image: the picture, anything that `load_pixels` takes.
+        pixels: the model's view of the picture, uint8 [3, image_size, image_size].
         caption: what the model said of it.
 
     Returns:
         For each word its text and float32 [P, P], the mean over its tokens, layers and heads; P patches a side. They
         sum to less than one: the rest is on CLIP's class token.
     """
-    pixels = torch.from_numpy(load_pixels(image, model.image_size)).unsqueeze(0).to(model.device)
     end = model.tokenizer.eos_token_id
     fed = torch.tensor([[[end, *caption.tokens[:-1]]]], device=model.device)
     with torch.inference_mode():
-        maps = model.attention(model.encode(pixels), fed)[0, 0, :, 1:].cpu().numpy()
+        features = model.encode(torch.from_numpy(pixels).unsqueeze(0).to(model.device))
+        maps = model.attention(features, fed)[0, 0, :, 1:].cpu().numpy()
     side = round(maps.shape[1] ** 0.5)
     words: list[tuple[str, list[np.ndarray]]] = []
     for token, weights in zip(caption.tokens, maps.reshape(-1, side, side), strict=True):
@@ -51,8 +51,9 @@ def render_explanation(model: Captioner, captions: Sequence[tuple[object, Captio
     )
     shown = []
     for image, caption in captions:
-        pixels = load_pixels(image, model.image_size).transpose(1, 2, 0)
-        words = [(text, _overlay(pixels, weights)) for text, weights in word_attention(model, image, caption)]
+        pixels = load_pixels(image, model.image_size)
+        looked = word_attention(model, pixels, caption)
+        words = [(text, _overlay(pixels.transpose(1, 2, 0), weights)) for text, weights in looked]
         shown.append({"name": str(image), "caption": caption.text, "words": words})
     return environment.get_template("explain.html").render(captions=shown)
 

@@ -1,5 +1,6 @@
 """The end of captioning: every picture that was listed has its row; counts, a summary, and a page for people."""
 
+import base64
 import heapq
 import json
 import math
@@ -132,7 +133,7 @@ def _thumbnail(uri: str) -> str | None:
     from model_lib.report import thumbnail
 
     try:
-        return thumbnail(open_picture(storage.read_bytes(uri)))
+        return base64.b64encode(thumbnail(open_picture(storage.read_bytes(uri)))).decode()
     except (UserError, WorkError, PictureError):
         return None
 

@@ -4,14 +4,14 @@
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from model_lib.config import RegisterConfig
 from model_lib.errors import UserError
-from model_lib.evaluation import Evaluation
-from model_lib.promotion import Decision, choose_winner, decide
+from model_lib.judgement import Evaluation, Judgement
+from model_lib.promotion import Decision, Policy, choose_winner, decide
 from model_lib.sources import resolve_captioner
 from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
 
@@ -111,12 +111,14 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     import mlflow
 
     tracking = require_mlflow(tracking)
-    candidates = [Evaluation.read(folder) for folder in config.evaluations]
-    winner = choose_winner(candidates, config.metric)
+    candidates = [Judgement.read(folder) for folder in config.evaluations]
+    best = choose_winner(candidates, config.metric)
+    winner = best.evaluation
     folder = resolve_captioner(winner.model)
     present = champion_version(tracking.uri)
-    champion = _champion_evaluation(config, present)
-    decision = decide(champion, winner, config.metric, config.min_gain)
+    champion = _champion_judgement(config, present)
+    policy = Policy(**{f.name: getattr(config, f.name) for f in fields(Policy)})
+    decision = decide(champion, best, policy)
     version = _log_version(winner, folder, decision, config, tracking)
     client = mlflow.MlflowClient(tracking.uri)
     if champion_version(tracking.uri) != present:
@@ -128,25 +130,26 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         promoted=decision.promote,
         reason=decision.reason,
         champion_version=version if decision.promote else str(present or ""),
-        evaluation=config.evaluations[candidates.index(winner)],
+        evaluation=config.evaluations[next(n for n, one in enumerate(candidates) if one is best)],
         candidates=[
             {"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider, "mlflow_run_id": e.mlflow_run_id}
-            for e in candidates
+            for e in (candidate.evaluation for candidate in candidates)
         ],
     )
 
 
-def _champion_evaluation(config: RegisterConfig, version: str | None) -> Evaluation | None:
-    """Return the present champion's evaluation; `UserError` if it was not judged, or another version was."""
+def _champion_judgement(config: RegisterConfig, version: str | None) -> Judgement | None:
+    """Return the present champion's judgement; `UserError` if it was not judged, or another version was."""
     if version is None:
         return None
     remedy = f"captioner evaluate --model {version_uri(version)} --data … --output …, then --champion_evaluation"
     if not config.champion_evaluation:
         raise UserError(f"there is a champion, version {version}, to be judged on the same data first: {remedy}")
-    champion = Evaluation.read(config.champion_evaluation)
-    if champion.model != version_uri(version):
+    champion = Judgement.read(config.champion_evaluation)
+    judged = champion.evaluation.model
+    if judged != version_uri(version):
         raise UserError(
-            f"{config.champion_evaluation}: judges {champion.model}, but the champion is version {version}: {remedy}"
+            f"{config.champion_evaluation}: judges {judged}, but the champion is version {version}: {remedy}"
         )
     return champion
 

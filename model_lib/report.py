@@ -10,46 +10,29 @@ import jinja2
 from PIL import Image
 
 if TYPE_CHECKING:
-    from model_lib.evaluation import Evaluation
+    from model_lib.judgement import Judgement, View
     from model_lib.merging import Summary
 
-SHOWN = 120
-"""Pictures in the gallery: at about 10 kB each the page stays near one MB."""
 THUMBNAIL = 200
 """Longest side of a shown picture in pixels."""
 
 
-def render_report(
-    evaluation: "Evaluation",
-    captions: Mapping[int, str],
-    references: Mapping[int, Sequence[str]],
-    per_picture: Mapping[int, float],
-    gallery: Sequence[Mapping[str, Any]],
-) -> str:
-    """Return the page; captions stand in it as text, whatever they hold.
-
-    Args:
-        evaluation: what was judged, and its scores.
-        captions: by image id.
-        references: by image id.
-        per_picture: CIDEr by image id.
-        gallery: `image_id`, `file_name` and `jpeg` of the pictures; empty where only a results file was judged.
-    """
-    pictures = {row["image_id"]: row for row in gallery}
-    worst_first = sorted(captions, key=lambda image_id: (per_picture[image_id], image_id))
-    step = max(1, len(worst_first) / SHOWN)
-    chosen = [worst_first[int(n * step)] for n in range(min(SHOWN, len(worst_first)))]
+def render_report(judgement: "Judgement") -> str:
+    """Return the page; captions stand in it as text, whatever they hold."""
+    pictures = judgement.pictures
+    rows = zip(
+        pictures.image_ids, pictures.file_names, pictures.captions, pictures.references, pictures.main(), strict=True
+    )
     cards = [
-        {
-            "name": pictures[image_id]["file_name"] if image_id in pictures else str(image_id),
-            "thumbnail": _shown(pictures[image_id]["jpeg"]) if image_id in pictures else None,
-            "caption": captions[image_id],
-            "references": references[image_id],
-            "cider": per_picture[image_id],
-        }
-        for image_id in chosen
+        {"name": name, "thumbnail": _base64(pictures.views.get(i)), "caption": caption, "references": texts, "cider": c}
+        for i, name, caption, texts, c in sorted(rows, key=lambda row: (row[4], row[0]))
+        if i in pictures.views or not pictures.views
     ]
-    return _render("report.html", evaluation=evaluation, cards=cards)
+    return _render("report.html", evaluation=judgement.evaluation, cards=cards[:120])
+
+
+def _base64(view: "View | None") -> str | None:
+    return base64.b64encode(view.thumbnail).decode() if view else None
 
 
 def render_batch(
@@ -79,13 +62,9 @@ def _render(template: str, **values: Any) -> str:
     return jinja2.Environment(loader=loader, autoescape=True).get_template(template).render(**values)
 
 
-def _shown(jpeg: bytes) -> str:
-    return thumbnail(Image.open(io.BytesIO(jpeg)))
-
-
-def thumbnail(image: Image.Image) -> str:
-    """Return a small JPEG of an RGB picture in base64."""
+def thumbnail(image: Image.Image) -> bytes:
+    """Return a small JPEG of an RGB picture."""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80)
-    return base64.b64encode(encoded.getvalue()).decode()
+    return encoded.getvalue()

@@ -9,7 +9,7 @@ from typing import Any
 
 from model_lib import storage
 from model_lib.errors import WorkError
-from model_lib.evaluation import FEW_PICTURES, Evaluation
+from model_lib.judgement import FEW_PICTURES, Evaluation
 from model_lib.merging import examples
 
 LOOKING = 3

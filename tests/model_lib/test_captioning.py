@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from model_lib import Caption, Captioner, UserError, generate_caption
-from model_lib.captioning import caption_each, find_pictures
+from model_lib.captioning import caption_each, find_pictures, load_pixels
 from model_lib.config import DecodeConfig
 from model_lib.errors import WorkError
 from model_lib.explain import render_explanation, word_attention
@@ -125,7 +125,7 @@ def test_each_word_has_its_attention_over_the_patches(model: Captioner, scenes: 
     file = scenes / "val2017" / "000000000001.jpg"
     tokens = model.tokenizer("a red circle")["input_ids"]
     caption = Caption("a red circle", -1.0, [*tokens, model.tokenizer.eos_token_id])
-    words = word_attention(model, file, caption)
+    words = word_attention(model, load_pixels(file, model.image_size), caption)
     assert [text for text, _ in words] == ["a", "red", "circle"]
     side = model.image_size // model.config.vision_config.patch_size
     assert all(weights.shape == (side, side) and 0 < weights.sum() < 1 for _, weights in words)

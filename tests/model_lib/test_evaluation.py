@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from model_lib import UserError
 from model_lib.config import EvaluateConfig, TrainConfig
-from model_lib.evaluation import Evaluation, evaluate
+from model_lib.evaluation import evaluate
+from model_lib.judgement import Evaluation, Judgement
 from model_lib.metrics import score_captions
 from model_lib.report import render_report
+from model_lib.significance import corpus_scores
 from model_lib.training import train
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official scores need Java")
@@ -46,20 +49,22 @@ def test_without_java_meteor_is_missing_and_the_rest_goes_on(monkeypatch: pytest
     with_java = score_captions(CAPTIONS, REFERENCES)
     monkeypatch.setattr("model_lib.metrics.shutil.which", lambda name: None)
     without = score_captions(CAPTIONS, REFERENCES)
-    assert "Java" in without.missing["METEOR"] and "METEOR" not in without.scores
+    assert "Java" in without.missing["METEOR"] and "METEOR" not in without.statistics
     assert with_java.tokenizer == "PTB" and without.tokenizer == "plain"
-    assert without.scores["CIDEr"] == pytest.approx(with_java.scores["CIDEr"], rel=1e-6)
+    assert without.statistics["CIDEr"] == pytest.approx(with_java.statistics["CIDEr"], rel=1e-6)
 
 
 def test_empty_captions_score_nothing_and_break_nothing() -> None:
     scores = score_captions({1: "", 2: "a cat sits", 3: "..."}, REFERENCES)
-    assert scores.per_picture[1] == 0 and scores.per_picture[2] > 0 and scores.per_picture[3] == 0
+    cider = scores.statistics["CIDEr"][:, 0]
+    assert cider[0] == 0 and cider[1] > 0 and cider[2] == 0
+    assert all(0 <= value < 1 for name, value in corpus_scores(scores.statistics).items() if name != "CIDEr")
 
 
 def test_shuffled_captions_never_stay_with_their_owner() -> None:
     texts = {n: f"word{n} alone" for n in range(7)}
     scores = score_captions(texts, {n: [text] for n, text in texts.items()})
-    assert scores.scores["CIDEr"] > 3 and scores.shuffled_cider < 0.5
+    assert scores.statistics["CIDEr"].mean() > 3 and scores.shuffled_cider < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +96,11 @@ def test_the_report_is_self_contained_and_shows_text_as_text(judged: tuple[Path,
     page = (folder / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 12
     assert "http://" not in page and "https://" not in page
+    found = Judgement.read(str(folder))
     hostile = "<script>alert(1)</script>"
-    page = render_report(evaluation, {1: hostile}, {1: [hostile]}, {1: 0.0}, [])
-    assert "<script>" not in page and page.count("&lt;script&gt;alert(1)") == 2
+    pictures = replace(found.pictures, captions=[hostile] * 12, file_names=[hostile] * 12, references=[[hostile]] * 12)
+    page = render_report(Judgement(replace(evaluation, name=hostile), pictures))
+    assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
 
 
 @pytest.mark.parametrize(
