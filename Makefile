@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java demo test lint images push test-containers compile clean
+.PHONY: help install java browser demo test lint images push test-containers compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,11 @@ java:
 	@command -v java >/dev/null || { echo "installing Java for the caption metrics"; $(call apt,default-jre-headless); } || \
 		echo "no Java: METEOR will be missing, and scores are not comparable (apt-get install default-jre-headless)" >&2
 
+# The report and MLflow's pages are tested in a real browser.
+browser:
+	@command -v chromium >/dev/null || { echo "installing Chromium for the tests of web pages"; $(call apt,chromium); } || \
+		{ echo "the tests of web pages need Chromium, and it could not be installed: apt-get install chromium" >&2; exit 1; }
+
 apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
 	command -v apt-get >/dev/null && $$SUDO apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends $(1) >/dev/null
@@ -35,7 +40,7 @@ apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
 demo: install  ## run the whole training pipeline here, on generated scenes
 	$(BIN)/captioner run --workdir runs
 
-test: install lint  ## run the tests
+test: install browser lint  ## run the tests
 	$(BIN)/pytest
 
 lint: $(INSTALLED)
