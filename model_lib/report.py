@@ -12,13 +12,29 @@ from PIL import Image
 if TYPE_CHECKING:
     from model_lib.judgement import Judgement, View
     from model_lib.merging import Summary
+    from model_lib.promotion import Decision
 
 THUMBNAIL = 200
 """Longest side of a shown picture in pixels."""
 
 
-def render_report(judgement: "Judgement") -> str:
-    """Return the page; captions stand in it as text, whatever they hold."""
+def render_report(
+    judgement: "Judgement",
+    *,
+    others: Sequence["Judgement"] = (),
+    champion: "Judgement | None" = None,
+    decision: "Decision | None" = None,
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] | None = None,
+) -> str:
+    """Return the page; captions stand in it as text, whatever they hold.
+
+    Args:
+        judgement: of the model that the page is about.
+        others: of the other candidates, on the same pictures.
+        champion: of the present champion, on the same pictures.
+        decision: whether the model takes the champion's place, and why.
+        curves: for each model's name its metrics in training, each a list of step and value.
+    """
     pictures = judgement.pictures
     rows = zip(
         pictures.image_ids, pictures.file_names, pictures.captions, pictures.references, pictures.main(), strict=True
@@ -28,7 +44,7 @@ def render_report(judgement: "Judgement") -> str:
         for i, name, caption, texts, c in sorted(rows, key=lambda row: (row[4], row[0]))
         if i in pictures.views or not pictures.views
     ]
-    return _render("report.html", evaluation=judgement.evaluation, cards=cards[:120])
+    return _render("report.html", evaluation=judgement.evaluation, cards=cards[:120], decision=decision)
 
 
 def _base64(view: "View | None") -> str | None:
