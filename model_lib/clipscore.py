@@ -46,6 +46,8 @@ class ClipScorer:
             self.tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_name(source))
         except (OSError, ValueError) as error:
             raise UserError(f"{source}: no tokenizer of a CLIP can be loaded: {first_line(error)}") from error
+        if len(self.tokenizer) != self.model.config.text_config.vocab_size:  # transformers makes up an empty one
+            raise UserError(f"{source}: has no tokenizer of its text model, with vocab.json and merges.txt")
         self.size = self.model.config.vision_config.image_size
         self.device = choose_device(device)
         self.model.eval().to(self.device)
