@@ -168,9 +168,13 @@ def evaluate(config: EvaluateConfig) -> Output:
 
     tracking = NO_TRACKING if config.model is None else tracking_from_environment()
     evaluation = run(config, tracking)
-    lines = [f"{evaluation.pictures:,} pictures of {evaluation.split}"]
-    lines += [f"{name:<16} {value:.4f}" for name, value in evaluation.scores.items()]
+    lines = [f"{evaluation.pictures:,} pictures of {evaluation.split}; in brackets, 95 % intervals over pictures"]
+    for name, value in evaluation.scores.items():
+        low, high = evaluation.intervals[name]
+        lines.append(f"{name:<16} {value:.4f} [{low:.4f}, {high:.4f}]")
     lines += [f"{'CIDEr, shuffled':<16} {evaluation.shuffled_cider:.4f}"]
+    lines += [f"{name:<16} {value:,.4g}" for name, value in evaluation.diversity.items()]
+    lines.append(f"n-grams' frequencies are from {evaluation.frequencies}")
     return Output(evaluation.to_dict(), lines)
 
 

@@ -1,12 +1,14 @@
 """Fetching a data set's archives: resumed where they broke off, and checked before they count as there.
 
 captioner download coco2017 --output coco
+captioner download spice --output spice
 """
 
 import contextlib
 import hashlib
 import http.client
 import json
+import shutil
 import urllib.error
 import urllib.request
 import zipfile
@@ -23,14 +25,18 @@ from model_lib.options import StageConfig, option
 from model_lib.patience import ask_again
 from model_lib.places import open_zip
 from model_lib.progress import Progress
+from model_lib.spice import MODELS
 
-COCO = "http://images.cocodataset.org"
-ARCHIVES = {
-    "annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",
-    "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80",
-    "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2",
+SERVERS = {"coco2017": "http://images.cocodataset.org", "spice": "https://nlp.stanford.edu/software"}
+ARCHIVES: dict[str, dict[str, str | None]] = {
+    "coco2017": {
+        "annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",
+        "zips/val2017.zip": "442b8da7639aecaf257c1dceb8ba8c80",
+        "zips/train2017.zip": "cced6f7f71b7629ddf16f17bbcfab6b2",
+    },
+    "spice": {"stanford-corenlp-full-2015-12-09.zip": None},
 }
-"""COCO 2017's archives with captions and their pictures, and the MD5 of each."""
+"""COCO 2017's captions and their pictures, and the models of SPICE; the MD5 of each archive whose owner tells it."""
 CHUNK = 2**20
 MEGABYTE = 1_000_000
 TIMEOUT = 60.0
@@ -41,21 +47,21 @@ _ANSWER = TypeVar("_ANSWER")
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig(StageConfig):
-    """Fetch COCO's archives, which ingest reads as they are; broken off and started again, it goes on.
+    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models; broken off, it goes on.
 
     captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
     """
 
-    dataset: Annotated[Literal["coco2017"], tyro.conf.Positional]
-    """The data set: coco2017, 19 GB of pictures and their captions."""
+    dataset: Annotated[Literal["coco2017", "spice"], tyro.conf.Positional]
+    """coco2017, 19 GB of pictures and their captions; or spice, 0.5 GB of models for evaluate --spice."""
     output: str = option(shapes=False)
     """Folder or URI for the archives."""
-    base: str = COCO
-    """Address of the server, a mirror for example; COCO's own has checksums that are known."""
+    base: str | None = None
+    """Address of another server, a mirror for example; of COCO's own the archives' checksums are known."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.base.startswith(("http://", "https://")):
+        if self.base is not None and not self.base.startswith(("http://", "https://")):
             raise UserError(f"base {self.base}: is not an http(s) address")
 
 
@@ -77,11 +83,26 @@ def download(config: DownloadConfig) -> list[Fetched]:
     """
     storage.require_writable(config.output)
     fetched = []
-    for place, md5 in ARCHIVES.items():
-        url = f"{config.base.rstrip('/')}/{place}"
+    for place, md5 in ARCHIVES[config.dataset].items():
+        url = f"{(config.base or SERVERS[config.dataset]).rstrip('/')}/{place}"
         target = storage.join(config.output, place.rpartition("/")[2])
-        fetched.append(fetch(url, target, md5 if config.base.rstrip("/") == COCO else None))
+        fetched.append(fetch(url, target, md5 if config.base is None else None))
+    if config.dataset == "spice":
+        for archive in fetched:
+            _take_out(archive.uri, config.output)
     return fetched
+
+
+def _take_out(archive: str, output: str) -> None:
+    """Put SPICE's models, which Java wants as files, beside their archive."""
+    with open_zip(archive) as zipped:
+        members = {Path(name).name: name for name in zipped.namelist()}
+        for name in MODELS:
+            if name not in members:
+                raise WorkError(f"{archive}: has no {name} in it; use another --base")
+            uri = storage.join(output, name)
+            with zipped.open(members[name]) as inside, storage.whole_file(uri) as part, Path(part).open("wb") as file:
+                shutil.copyfileobj(inside, file)
 
 
 def fetch(url: str, target: str, md5: str | None) -> Fetched:

@@ -93,6 +93,7 @@ def define(parallel_shards: int) -> Any:
                 vision="",
                 decoder="",
                 tokenizer="",
+                clip="",
                 data_output="",
                 checkpoint_uri="",
                 caption_output=caption_output,

@@ -27,7 +27,7 @@ CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-cap
 """By default: learning all captions of a picture in each step, or its first alone."""
 TRAIN_SIZE: dict[str, Any] = {"cpu": 4, "memory": 24}
 """Cores and GiB of a machine that trains."""
-TRAIN_KEYS = (*BUCKET, *HUB)
+MODEL_KEYS = (*BUCKET, *HUB)
 
 DESCRIPTION = f"""\
 Trains image captioners, judges them, registers the best in MLflow and captions a folder with the champion.
@@ -45,6 +45,7 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 | `train_precision` | `auto`, `bfloat16`, `float16` or `float32` |
 | `train_nodes` | machines that train one candidate together, `gpu_count` GPUs each; several need Kubeflow Trainer |
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
+| `eval_clip` | CLIP for CLIPScore: `openai/clip-vit-base-patch32` or a folder or URI of it; empty: no CLIPScore |
 | `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
 | `caption_images`, `caption_output` | pictures that the champion captions at the end, and where to; empty: none |
 {placement.PARAMETERS}"""
@@ -71,6 +72,7 @@ def define(parallel: int) -> Any:
         train_nodes: int = 1,
         eval_num_beams: int = EvaluateConfig.num_beams,
         eval_limit: int = EvaluateConfig.limit,
+        eval_clip: str = "",
         register_metric: str = RegisterConfig.metric,
         register_min_gain: float = RegisterConfig.min_gain,
         caption_images: str = "",
@@ -97,6 +99,7 @@ def define(parallel: int) -> Any:
                 vision=train_vision,
                 decoder=train_decoder,
                 tokenizer=train_tokenizer,
+                clip=eval_clip,
                 data_output=data_output,
                 checkpoint_uri=train_checkpoint_uri,
                 caption_output=caption_output,
@@ -112,8 +115,9 @@ def define(parallel: int) -> Any:
             # The manifest by its URI and fingerprint: an artifact is a new input in each run, and nothing were cached.
             data = {"data": ingested.outputs["manifest"], "fingerprint": ingested.outputs["fingerprint"]}
 
-            judged = judge(**data, num_beams=eval_num_beams, limit=eval_limit, output=train_checkpoint_uri)
-            place(judged, "Judge the champion", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6)
+            judging = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
+            judged = judge(**data, **judging, output=train_checkpoint_uri)
+            place(judged, "Judge the champion", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6)
             on_gpu(judged, gpu)
 
             configured = candidates(
@@ -134,7 +138,7 @@ def define(parallel: int) -> Any:
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
             with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:
                 # Each retry goes on from the last checkpoint.
-                often: dict[str, Any] = {"secret": secret_name, "keys": TRAIN_KEYS, "hours": 72, "retries": 6}
+                often: dict[str, Any] = {"secret": secret_name, "keys": MODEL_KEYS, "hours": 72, "retries": 6}
                 with dsl.If(train_nodes > 1, name="On several machines"):
                     job = train_job(
                         candidate=candidate,
@@ -146,7 +150,7 @@ def define(parallel: int) -> Any:
                         gpu_node_selector=gpu_node_selector,
                         gpu_tolerations=gpu_tolerations,
                         secret_name=secret_name,
-                        secret_variables=variables(TRAIN_KEYS),
+                        secret_variables=variables(MODEL_KEYS),
                         user=USER,
                     )
                     place(job, "Train", **often, cached=True)
@@ -154,10 +158,10 @@ def define(parallel: int) -> Any:
                     trained = train(candidate=candidate)
                     on_gpu(place(trained, "Train", **TRAIN_SIZE, **often, cached=True), gpu)
                 model_uri = dsl.OneOf(job.outputs["Output"], trained.outputs["Output"])
-                evaluated = evaluate(
-                    candidate=candidate, model_uri=model_uri, num_beams=eval_num_beams, limit=eval_limit
+                evaluated = evaluate(candidate=candidate, model_uri=model_uri, **judging)
+                place(
+                    evaluated, "Evaluate", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6, cached=True
                 )
-                place(evaluated, "Evaluate", secret=secret_name, keys=BUCKET, cpu=4, memory=16, hours=6, cached=True)
                 on_gpu(evaluated, gpu)
 
             registered = register(

@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
+import pytest
+
 PATIENCE = 120.0
 """Seconds in which a server must answer."""
 
@@ -166,6 +169,24 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
     finally:
         proxy.shutdown()
         proxy.server_close()
+
+
+@contextlib.contextmanager
+def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.AbstractFileSystem]:
+    """Yield the file system of an emulated bucket, its content in `folder`, behind a proxy that fails as told."""
+    import gcsfs
+
+    with (
+        gcs_emulator(name, folder) as environment,
+        faulty_proxy(environment["STORAGE_EMULATOR_HOST"], faults) as address,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for variable, value in (environment | {"STORAGE_EMULATOR_HOST": address}).items():
+            patch.setenv(variable, value)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        yield fsspec.filesystem("gs")
+        faults.share = 0.0
+    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import fsspec
-import gcsfs
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +17,7 @@ from model_lib import UserError
 from model_lib.config import TrainConfig
 from model_lib.learning import Learner
 from model_lib.training import train
-from tests.services import Faults, faulty_proxy, gcs_emulator
+from tests.services import Faults, faulty_bucket, gcs_emulator
 
 Run = Callable[..., CompletedProcess]
 BUCKET = "gs://pictures"
@@ -96,18 +95,10 @@ def faults(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
     monkeypatch.setattr("gcsfs.retry.asyncio", quickly)  # its six attempts would take half a minute
     faults = Faults(0.0, seed=0)
-    with (
-        gcs_emulator("pictures", tmp_path / "gcs") as environment,
-        faulty_proxy(environment["STORAGE_EMULATOR_HOST"], faults) as address,
-    ):
-        for name, value in (environment | {"STORAGE_EMULATOR_HOST": address}).items():
-            monkeypatch.setenv(name, value)
-        gcsfs.GCSFileSystem.clear_instance_cache()
-        fsspec.filesystem("gs").put(f"{data}/", "pictures/data/", recursive=True)
+    with faulty_bucket("pictures", tmp_path / "gcs", faults) as fs:
+        fs.put(f"{data}/", "pictures/data/", recursive=True)
         faults.share = 0.1
         yield faults
-        faults.share = 0.0
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:

@@ -11,6 +11,7 @@ def evaluate(
     model_uri: str,
     num_beams: int,
     limit: int,
+    clip: str,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> str:
@@ -20,9 +21,8 @@ def evaluate(
     from model_lib.tracking import tracking_from_environment
 
     config = candidate_config(candidate)
-    evaluation, folder = judge_model(
-        model_uri, config.data, config.output, tracking_from_environment(), num_beams=num_beams, limit=limit
-    )
+    options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}
+    evaluation, folder = judge_model(model_uri, config.data, config.output, tracking_from_environment(), **options)
     for name, value in evaluation.scores.items():
         metrics.log_metric(name, value)
     metrics.log_metric("CIDEr_shuffled", evaluation.shuffled_cider)

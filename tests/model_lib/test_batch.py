@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import gcsfs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +21,7 @@ from model_lib.batch import ABOUT, caption_planned, plan, read_plan, resolved
 from model_lib.config import BatchConfig
 from model_lib.errors import WorkError
 from model_lib.merging import Summary, batch, merge
-from tests.services import Faults, faulty_proxy, gcs_emulator
+from tests.services import Faults, faulty_bucket
 
 
 def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
@@ -287,24 +286,13 @@ def test_the_report_shows_counts_reasons_and_pictures_and_nothing_from_elsewhere
 
 
 @pytest.fixture()
-def bucket(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[fsspec.AbstractFileSystem, Faults]]:
+def bucket(scenes: Path, tmp_path: Path) -> Iterator[tuple[fsspec.AbstractFileSystem, Faults]]:
     """A bucket with 64 pictures and a broken one, behind a proxy."""
     faults = Faults(0.0, seed=0)
-    with (
-        gcs_emulator("b", tmp_path / "gcs") as environment,
-        faulty_proxy(environment["STORAGE_EMULATOR_HOST"], faults) as address,
-    ):
-        for name, value in (environment | {"STORAGE_EMULATOR_HOST": address}).items():
-            monkeypatch.setenv(name, value)
-        gcsfs.GCSFileSystem.clear_instance_cache()
-        fs = fsspec.filesystem("gs")
+    with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         fs.put(f"{scenes / 'train2017'}/", "b/in/", recursive=True)
         fs.pipe_file("b/in/broken.jpg", b"no picture")
         yield fs, faults
-        faults.share = 0.0
-    gcsfs.GCSFileSystem.clear_instance_cache()
 
 
 def in_bucket(fs: fsspec.AbstractFileSystem, output: str) -> list[dict]:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model_lib.config import IngestConfig
+from model_lib.config import EvaluateConfig, IngestConfig
 from model_lib.download import ARCHIVES, DownloadConfig, download, fetch
 from model_lib.errors import UserError, WorkError
+from model_lib.evaluation import evaluate
 from model_lib.ingest import ingest
 from model_lib.shards import read_manifest
+from model_lib.spice import MODELS
 
 
 class Server:
@@ -96,7 +99,7 @@ def archive(folder: Path, size: int = 3_000_000) -> bytes:
 
 
 def test_cocos_archives_are_fetched_and_ingested(server: Server, scenes: Path, tmp_path: Path) -> None:
-    for place in ARCHIVES:
+    for place in ARCHIVES["coco2017"]:
         name = place.rpartition("/")[2]
         folder = "annotations" if name.startswith("annotations") else name.removesuffix(".zip")
         with zipfile.ZipFile(tmp_path / name, "w") as made:
@@ -108,11 +111,30 @@ def test_cocos_archives_are_fetched_and_ingested(server: Server, scenes: Path, t
     fetched = download(config)
     assert [one.files for one in fetched] == [2, 12, 64]
     assert sorted(file.name for file in (tmp_path / "coco").iterdir()) == sorted(
-        place.rpartition("/")[2] for place in ARCHIVES
+        place.rpartition("/")[2] for place in ARCHIVES["coco2017"]
     )
     assert ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "data"))).counts["train"] == 64
     asked = len(server.asked)
     assert download(config) == fetched and len(server.asked) == asked, "what is there is not fetched again"
+
+
+def test_the_models_of_spice_are_fetched_only_when_asked_for(server: Server, scenes: Path, tmp_path: Path) -> None:
+    results, annotations = tmp_path / "results.json", scenes / "annotations" / "captions_val2017.json"
+    results.write_text(json.dumps([{"image_id": n, "caption": "a circle"} for n in range(1, 13)]))
+    output = tmp_path / "spice"
+    config = EvaluateConfig(results=str(results), annotations=str(annotations), spice=str(output))
+    with pytest.raises(UserError, match="fetch it: captioner download spice"):
+        evaluate(config)
+    (place,) = ARCHIVES["spice"]
+    with zipfile.ZipFile(tmp_path / "made.zip", "w") as made:
+        for name in MODELS:
+            made.writestr(f"stanford-corenlp-full-2015-12-09/{name}", "no Java")
+    server.files[place] = (tmp_path / "made.zip").read_bytes()
+    download(DownloadConfig(dataset="spice", output=str(output), base=server.address))
+    assert all((output / name).read_bytes() == b"no Java" for name in MODELS)
+    if shutil.which("java"):
+        with pytest.raises(WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFoundError"):
+            evaluate(config)  # everything but these models is there
 
 
 def test_what_breaks_off_is_resumed_to_the_byte(server: Server, tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ def test_the_fingerprint_changes_with_content_and_shaping_options_only(scenes: P
     assert ingest(replace(base, dataset=str(tmp_path / "set"))).fingerprint not in seen
 
 
-def test_shards_are_read_by_pandas_duckdb_and_arrow(data: Path) -> None:
+def test_shards_are_read_by_pandas_duckdb_arrow_and_datasets(data: Path, tmp_path: Path) -> None:
+    import datasets
     import duckdb
     import pandas as pd
     import pyarrow.dataset
@@ -253,6 +254,11 @@ def test_shards_are_read_by_pandas_duckdb_and_arrow(data: Path) -> None:
     (found,) = duckdb.sql(query).fetchall()
     assert found[0] == 64 and found[1] == frame["captions"].map(len).sum() and found[2] > 100
     assert pyarrow.dataset.dataset(train).count_rows() == 64
+    files = {"train": f"{data}/train-*.parquet", "val": f"{data}/val-*.parquet"}
+    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 64, "val": 12}
+    first = loaded["train"].cast_column("image", datasets.Image())[0]
+    assert first["image"].size == (64, 64) and first["captions"] == list(frame["captions"][0])
 
 
 def test_shards_of_an_earlier_ingest_are_removed(scenes: Path, tmp_path: Path) -> None:
