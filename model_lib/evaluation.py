@@ -230,6 +230,9 @@ def _views(
     said = iter(captions)
     for batch in reader.batches([np.array([number]) for number in numbers]):
         looked = word_attention(model, batch.pixels[0], next(said))
-        words = [(word, (255 * weights / max(float(weights.max()), 1e-9)).astype(np.uint8)) for word, weights in looked]
+        words = [
+            (word, (255 * weights / max(float(weights.max()), 1e-9)).round().astype(np.uint8))
+            for word, weights in looked
+        ]
         views[batch.image_ids[0]] = View(thumbnail(open_picture(batch.jpegs[0])), words)
     return views

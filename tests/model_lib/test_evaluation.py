@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
 from model_lib import UserError
 from model_lib.config import EvaluateConfig, TrainConfig
+from model_lib.diversity import describe
 from model_lib.evaluation import evaluate
 from model_lib.judgement import Evaluation, Judgement
 from model_lib.metrics import score_captions
@@ -16,6 +19,7 @@ from model_lib.report import render_report
 from model_lib.significance import corpus_scores
 from model_lib.training import train
 
+Run = Callable[..., CompletedProcess]
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official scores need Java")
 CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
 REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
@@ -42,6 +46,13 @@ def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None
     assert evaluation.scores == pytest.approx(official, abs=1e-6)
     assert Evaluation.read(str(tmp_path)) == evaluation
     assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
+
+
+def test_diversity_tells_what_is_said_again_and_again_and_by_heart() -> None:
+    captions = ["A red circle.", "a red circle", "two blue squares", "three"]
+    found = describe(captions, [True, True, False, True], ["a Red circle", "four green stars"])
+    assert found == {"distinct": 0.75, "vocabulary": 7, "words": 2.5, "ended": 0.75, "learned": 0.5}
+    assert set(describe(captions, [], None)) == {"distinct", "vocabulary", "words"}
 
 
 @needs_java
@@ -81,7 +92,43 @@ def test_a_model_is_judged_on_every_picture_of_the_split(judged: tuple[Path, Eva
     assert [row["image_id"] for row in results] == list(range(1, 13))
     assert all(set(row) == {"image_id", "caption"} for row in results)
     assert evaluation.split == "val" and evaluation.pictures == 12 and evaluation.decoding["num_beams"] == 2
+    assert evaluation.frequencies == "the reference captions of these 12 pictures"
+    assert evaluation.pictures_per_second is not None and evaluation.pictures_per_second > 0
+    assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "learned"}
+    assert all(low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items())
     assert Evaluation.read(str(folder)) == evaluation
+
+
+def test_every_picture_is_kept_and_some_with_where_the_model_looked(judged: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = judged
+    pictures = Judgement.read(str(folder)).pictures
+    results = {row["image_id"]: row["caption"] for row in json.loads((folder / "results.json").read_text())}
+    assert dict(zip(pictures.image_ids, pictures.captions, strict=True)) == results
+    assert pictures.main().mean() == pytest.approx(evaluation.scores["CIDEr"])
+    assert sorted(pictures.views) == pictures.image_ids
+    for image_id, view in pictures.views.items():
+        assert " ".join(word for word, _ in view.words) == results[image_id]
+        assert all(weights.shape == (8, 8) and weights.max() == 255 for _, weights in view.words)
+
+
+def test_a_folder_of_another_version_is_refused_in_one_line(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    folder = shutil.copytree(judged[0], tmp_path / "judged")
+    document = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").write_text(json.dumps({**document, "novelty": 1}))
+    with pytest.raises(UserError, match=r"scores\.json: is not what this captioner evaluate writes .*novelty"):
+        Judgement.read(str(folder))
+    (folder / "scores.json").write_text(json.dumps(document))
+    (folder / "pictures.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=r"pictures\.parquet: is not what captioner evaluate writes"):
+        Judgement.read(str(folder))
+
+
+def test_the_command_says_how_sure_it_is(captioner: Run, tmp_path: Path) -> None:
+    results, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
+    done = captioner("evaluate", "--results", results, "--annotations", annotations)
+    assert done.returncode == 0 and "3 pictures of" in done.stdout and "CIDEr            " in done.stdout
+    assert "only 3 pictures: CIDEr means little on so few" in done.stderr
+    assert "n-grams' frequencies are from the reference captions of these 3 pictures" in done.stdout
 
 
 def test_its_results_file_scores_the_same_without_the_model(judged: tuple[Path, Evaluation], scenes: Path) -> None:
