@@ -108,7 +108,7 @@ def test_every_picture_is_kept_and_some_with_where_the_model_looked(judged: tupl
     assert sorted(pictures.views) == pictures.image_ids
     for image_id, view in pictures.views.items():
         assert " ".join(word for word, _ in view.words) == results[image_id]
-        assert all(weights.shape == (8, 8) and weights.max() == 255 for _, weights in view.words)
+        assert all(weights.shape == (4, 4) and weights.max() == 255 for _, weights in view.words)
 
 
 def test_a_folder_of_another_version_is_refused_in_one_line(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
