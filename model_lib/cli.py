@@ -35,7 +35,7 @@ from model_lib.config import (
     TrainConfig,
 )
 from model_lib.download import DownloadConfig
-from model_lib.errors import UserError
+from model_lib.errors import UserError, printable
 from model_lib.exits import one_line
 from model_lib.options import StageConfig, option
 from model_lib.presets import PRESETS
@@ -216,7 +216,7 @@ def caption(config: CaptionConfig) -> Output:
             output.document.append({"uri": str(file), "error": problem})
             output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
             failed += 1
-            print(f"captioner: error: {problem}", file=sys.stderr)
+            print(printable(f"captioner: error: {problem}"), file=sys.stderr)
         if failed and count > 1:
             print(f"captioner: {failed} of {count} pictures without a caption", file=sys.stderr)
         if config.explain is not None:
@@ -286,7 +286,7 @@ def _run(argv: list[str]) -> int:
     output = function(parse(function, name, [option for option in options if option != "--json"]))
     for line in output.lines:
         if not wants_json:
-            print(line, flush=True)
+            print(printable(line), flush=True)
     if wants_json:
         print(json.dumps(output.document, indent=2, ensure_ascii=False))
     return output.exit_code

@@ -3,10 +3,20 @@
 The command line prints the line and exits with 2 or 1; in a pipeline's step it is the last line of the log.
 """
 
+import re
+
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal or turn the direction of text, and halves of characters, which cannot be printed."""
+
+
+def printable(text: str) -> str:
+    """Return a line that shows on a terminal what is in it, and does nothing else: file names can hold anything."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class _OneLine(Exception):
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 class UserError(_OneLine):

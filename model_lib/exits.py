@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from model_lib.errors import UserError, WorkError
+from model_lib.errors import UserError, WorkError, printable
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def one_line() -> Iterator[None]:
         print(f"captioner: error: {error}", file=sys.stderr)
         sys.exit(2)
     except (WorkError, OSError) as error:
-        print(f"captioner: failed: {error}", file=sys.stderr)
+        print(f"captioner: failed: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if not type(error).__module__.startswith("mlflow."):

@@ -44,7 +44,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), field.metadata.get("minimum")
-            require(value != "", f"{field.name}: is empty")
+            require(value != "" and not (isinstance(value, tuple) and "" in value), f"{field.name}: is empty")
             if isinstance(value, float):
                 require(math.isfinite(value), f"{field.name}: {value} is not a number to work with")
             if minimum is not None and value is not None:

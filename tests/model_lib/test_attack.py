@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -35,8 +36,6 @@ def run(*arguments: object) -> tuple[subprocess.CompletedProcess, int]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The corpus, and as many harmless pictures."""
-    import numpy as np
-
     root, rng = tmp_path_factory.mktemp("attack"), np.random.default_rng(SEED)
     hostile, harmless = root / "hostile", root / "harmless"
     hostile.mkdir()
