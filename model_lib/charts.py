@@ -51,13 +51,16 @@ class Chart:
 
 
 def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart | None:
-    """Lay out a chart; None if no curve has a finite point. Points that are not finite are left out."""
+    """Lay out a chart; None if no curve has a finite point. Points that are not finite are left out.
+
+    The horizontal axis starts at 0, the vertical one where the values do.
+    """
     kept = [(one, thinned([point for point in one.points if all(map(math.isfinite, point))])) for one in series]
     kept = [(one, points) for one, points in kept if points]
     if not kept:
         return None
     everything = [point for _, points in kept for point in points]
-    x_low, x_high, x_ticks = _axis([x for x, _ in everything], 6, whole=True)
+    x_low, x_high, x_ticks = _axis([0, *(x for x, _ in everything)], 6, whole=True)
     y_low, y_high, y_ticks = _axis([y for _, y in everything], 5, whole=False)
 
     def across(x: float) -> float:

@@ -17,7 +17,7 @@ THUMBNAIL = 240
 """Longest side of a shown picture in pixels."""
 FRAME = 4 / 3
 """Width by height of the frame that a picture stands in."""
-DARKEST = 0.2
+DARKEST = 0.25
 """Brightness that is left where the model did not look."""
 
 

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 CHARTS = {
-    "Loss": {"train_loss": "training", "val_loss": "validation"},
-    MAIN: {"train_slice_CIDEr": "slice of training", "val_slice_CIDEr": "slice of validation"},
+    "Loss": {"train_loss": "train", "val_loss": "val"},
+    MAIN: {"train_slice_CIDEr": "slice of train", "val_slice_CIDEr": "slice of val"},
 }
-"""For each chart the metrics of training that it shows, and the pictures that they were measured on."""
+"""For each chart the metrics of training that it shows, and the split that they were measured on."""
 DIVERSITY = {
-    "distinct": ("Distinct captions", "{:.1%}", "share of the captions that differ from all before them"),
+    "distinct": ("Distinct captions", "{:.1%}", "no other before says the same"),
     "vocabulary": ("Vocabulary", "{:,.0f}", "different words in all captions"),
     "words": ("Words a caption", "{:.1f}", "mean length"),
-    "ended": ("Ended by themselves", "{:.1%}", "share of the captions that did not run into the longest length"),
-    "learned": ("Known by heart", "{:.1%}", "share of the captions that stand in the training set word for word"),
+    "ended": ("Complete captions", "{:.1%}", "not cut at the most tokens"),
+    "learned": ("Known by heart", "{:.1%}", "in the training set word for word"),
 }
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 """Control characters, to the pictures that stand for them: a browser shows nothing or refuses the page."""
@@ -122,7 +122,7 @@ def _scores(models: Sequence[_Model], compared: Mapping[str, Comparison]) -> lis
         rows.append(_Row(name.replace("_", "-"), "", values, ranges, compared.get(name)))
         if name == MAIN:
             values = [f"{one.evaluation.shuffled_cider:.3f}" for one in models]
-            what = "each caption scored against another picture's references: what never looking would get"
+            what = "against other pictures' references"
             rows.append(_Row(f"{MAIN}, shuffled", what, values, [""] * len(models)))
     return rows
 
@@ -138,7 +138,7 @@ def _habits(models: Sequence[_Model]) -> list[_Row]:
     speeds = [one.evaluation.pictures_per_second for one in models]
     if any(speed is not None for speed in speeds):
         shown = ["–" if speed is None else f"{speed:,.1f}" for speed in speeds]
-        rows.append(_Row("Pictures a second", "captioning alone, on the machine that judged", shown, empty))
+        rows.append(_Row("Pictures a second", "captioning alone, where judged", shown, empty))
     return rows
 
 
