@@ -14,6 +14,7 @@ from model_lib.annotations import read_captions
 from model_lib.config import DecodeConfig, EvaluateConfig
 from model_lib.diversity import describe
 from model_lib.errors import UserError
+from model_lib.gallery import thumbnail, to_show
 from model_lib.judgement import FEW_PICTURES, Evaluation, Judgement, Pictures, View
 from model_lib.metrics import require_scorers, score_captions
 from model_lib.pictures import PictureError, open_picture
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
 """What a model needs to caption."""
-SHOWN = 120
-"""Pictures in a report: at about 15 kB each the page stays below 2 MB."""
-WORST = 60
-"""Of these, those with the lowest CIDEr; the others are spread over the rest."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,13 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
     if config.output is not None:
         from model_lib.report import render_report
 
-        report = render_report(judgement)
+        run_id = evaluation.mlflow_run_id
+        curves = {evaluation.name: tracking.curves(run_id)} if run_id is not None else None
+        report = render_report(judgement, curves=curves)
         judgement.write(config.output, report)
-        if evaluation.mlflow_run_id is not None:
-            named = {f"{evaluation.split}_{name}": value for name, value in evaluation.scores.items()}
-            named[f"{evaluation.split}_CIDEr_shuffled"] = evaluation.shuffled_cider
-            tracking.add(evaluation.mlflow_run_id, named, {"evaluation/report.html": report.encode()})
+        if run_id is not None:
+            named = {f"{evaluation.split}_{name}": value for name, value in evaluation.figures().items()}
+            tracking.add(run_id, named, {"evaluation/report.html": report.encode()})
     return evaluation
 
 
@@ -211,20 +209,11 @@ def _score(
     return evaluation, Pictures(said.image_ids, said.file_names, said.captions, said.references, statistics)
 
 
-def to_show(cider: np.ndarray) -> list[int]:
-    """Return the places of the pictures for a report: the worst, and some spread evenly over the others."""
-    worst_first = np.argsort(cider, kind="stable")
-    rest = worst_first[WORST:]
-    spread = np.linspace(0, len(rest) - 1, min(SHOWN - WORST, len(rest))).round().astype(int)
-    return [*worst_first[:WORST].tolist(), *rest[spread].tolist()]
-
-
 def _views(
     model: "Captioner", reader: "SplitReader", numbers: Sequence[int], captions: Sequence["Caption"]
 ) -> Mapping[int, View]:
     """Return the report's views of pictures, by their numbers in the split, and where the model looked."""
     from model_lib.explain import word_attention
-    from model_lib.report import thumbnail
 
     views: dict[int, View] = {}
     said = iter(captions)

@@ -3,15 +3,14 @@
 import base64
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
 
 from model_lib.captioning import Caption, load_pixels
 from model_lib.model import Captioner
+from model_lib.report import render_page
 
 
 def word_attention(model: Captioner, pixels: np.ndarray, caption: Caption) -> list[tuple[str, np.ndarray]]:
@@ -46,16 +45,13 @@ def word_attention(model: Captioner, pixels: np.ndarray, caption: Caption) -> li
 
 def render_explanation(model: Captioner, captions: Sequence[tuple[object, Caption]]) -> str:
     """Return an HTML page for pictures and their captions, without anything loaded from elsewhere."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True
-    )
     shown = []
     for image, caption in captions:
         pixels = load_pixels(image, model.image_size)
         looked = word_attention(model, pixels, caption)
         words = [(text, _overlay(pixels.transpose(1, 2, 0), weights)) for text, weights in looked]
         shown.append({"name": str(image), "caption": caption.text, "words": words})
-    return environment.get_template("explain.html").render(captions=shown)
+    return render_page("explain.html", captions=shown)
 
 
 def _overlay(pixels: np.ndarray, weights: np.ndarray) -> str:

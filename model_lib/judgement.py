@@ -60,6 +60,14 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def figures(self) -> dict[str, float]:
+        """Return all that is known as a number, by the name under which a tracking server shows it."""
+        found = {**self.scores, f"{MAIN}_shuffled": self.shuffled_cider}
+        found |= {f"diversity_{name}": value for name, value in self.diversity.items()}
+        if self.pictures_per_second is not None:
+            found["pictures_per_second"] = self.pictures_per_second
+        return found
+
     @classmethod
     def read(cls, folder: str) -> Self:
         """Read the scores in `folder`; `UserError` if there are none."""

@@ -130,7 +130,7 @@ def _page(summary: Summary, made: Plan, notable: Notable) -> str:
 
 def _thumbnail(uri: str) -> str | None:
     """Return a small picture for the page, or None if it is not there any more."""
-    from model_lib.report import thumbnail
+    from model_lib.gallery import thumbnail
 
     try:
         return base64.b64encode(thumbnail(open_picture(storage.read_bytes(uri)))).decode()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from model_lib import __version__, storage
-from model_lib.errors import UserError
+from model_lib.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
@@ -29,6 +29,8 @@ PIPELINE_RUN_TAG = "kfp.pipeline_run_id"
 RUN_TAG = "captioner.run"
 """Tag by which a training run is found again."""
 DONE_TAG = "captioner.done."
+CURVES = ("train_loss", "val_loss", "train_slice_CIDEr", "val_slice_CIDEr", "learning_rate")
+"""Metrics of training that a report draws."""
 FROM_SECRET = "CAPTIONER_"
 """Before the names of MLflow's variables that a step's secret gives: a Kubeflow Pipelines server with its MLflow plugin
 sets some of the plain names itself, and Kubernetes refuses a pod that has one twice."""
@@ -61,6 +63,10 @@ class Tracking:
 
     def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
         """Add final metrics and files (content by path) to a run that has ended."""
+
+    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
+        """Return a run's curves of training, each its steps and values; {} if they cannot be had."""
+        return {}
 
     def open_pipeline(self, name: str) -> None:
         """Make the pipeline run's own run, unless it is there."""
@@ -260,6 +266,23 @@ class MlflowTracking(Tracking):
                 file = Path(scratch, Path(path).name)
                 file.write_bytes(content)
                 client.log_artifact(run_id, str(file), str(Path(path).parent))
+
+    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if not self.knows(run_id):
+                return {}
+            client = mlflow.MlflowClient(self.uri)
+            known = client.get_run(run_id).data.metrics
+            found = {name: client.get_metric_history(run_id, name) for name in CURVES if name in known}
+        except MlflowException as error:  # the curves are an extra: nothing is judged again for want of them
+            log.warning("the curves of MLflow run %s cannot be read from %s: %s", run_id, self.uri, first_line(error))
+            return {}
+        # A resumed training logs some steps again: the last word counts.
+        latest = {name: sorted(points, key=lambda point: point.timestamp) for name, points in found.items()}
+        return {name: sorted({one.step: one.value for one in points}.items()) for name, points in latest.items()}
 
 
 def _git(folder: Path, *arguments: str) -> str:

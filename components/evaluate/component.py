@@ -23,8 +23,7 @@ def evaluate(
     config = candidate_config(candidate)
     options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}
     evaluation, folder = judge_model(model_uri, config.data, config.output, tracking_from_environment(), **options)
-    for name, value in evaluation.scores.items():
+    for name, value in evaluation.figures().items():
         metrics.log_metric(name, value)
-    metrics.log_metric("CIDEr_shuffled", evaluation.shuffled_cider)
     write_bytes(report.path, read_bytes(join(folder, "report.html")))
     return folder

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,6 +17,7 @@ from model_lib.judgement import Evaluation, Judgement
 from model_lib.metrics import score_captions
 from model_lib.report import render_report
 from model_lib.significance import corpus_scores
+from model_lib.tracking import Tracking
 from model_lib.training import train
 
 Run = Callable[..., CompletedProcess]
@@ -148,6 +149,34 @@ def test_the_report_is_self_contained_and_shows_text_as_text(judged: tuple[Path,
     pictures = replace(found.pictures, captions=[hostile] * 12, file_names=[hostile] * 12, references=[[hostile]] * 12)
     page = render_report(Judgement(replace(evaluation, name=hostile), pictures))
     assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
+
+
+class Remembering(Tracking):
+    """Tracking with one curve, which remembers what is added."""
+
+    def __init__(self) -> None:
+        self.added: dict[str, float] = {}
+
+    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
+        return {"val_loss": [(1, 2.0), (2, 1.0)]}
+
+    def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+        self.added |= metrics
+        assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
+
+
+def test_a_tracked_models_report_has_its_curves(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    _, evaluation = judged
+    model = tmp_path / "model"
+    shutil.copytree(evaluation.model, model)
+    about = json.loads((model / "training.json").read_text())
+    (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
+    data = str(about["configuration"]["data"])
+    tracking = Remembering()
+    again = evaluate(EvaluateConfig(model=str(model), data=data, output=str(tmp_path / "judged")), tracking)
+    assert "<polyline" in (tmp_path / "judged" / "report.html").read_text()
+    assert tracking.added == {f"val_{name}": value for name, value in again.figures().items()}
+    assert {"CIDEr", "CIDEr_shuffled", "diversity_distinct", "pictures_per_second"} <= again.figures().keys()
 
 
 @pytest.mark.parametrize(

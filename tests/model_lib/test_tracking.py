@@ -65,6 +65,27 @@ def test_candidates_are_nested_under_the_pipelines_run(server: str, environment:
     assert left_open.run_id is not None
 
 
+def test_curves_are_read_as_the_last_try_logged_them(server: str, environment: pytest.MonkeyPatch) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    with tracking.start("curves", "key", params={}, tags={}) as run:
+        run.log({"train_loss": 3.0, "gradient_norm": 1.0}, 10)
+        run.log({"train_loss": 2.0, "val_loss": 2.5}, 20)
+    with tracking.start("curves", "key", params={}, tags={}) as run:  # resumed before the second point
+        time.sleep(0.01)
+        run.log({"train_loss": 1.5}, 20)
+    assert run.run_id is not None
+    assert tracking.curves(run.run_id) == {"train_loss": [(10, 3.0), (20, 1.5)], "val_loss": [(20, 2.5)]}
+    assert tracking.curves("0" * 32) == {} and NO_TRACKING.curves(run.run_id) == {}
+
+
+def test_without_a_server_there_are_no_curves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert MlflowTracking(f"http://127.0.0.1:{free_port()}").curves("0" * 32) == {}
+    assert "cannot be read" in caplog.text
+
+
 def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
     server: str, environment: pytest.MonkeyPatch
 ) -> None:
