@@ -4,6 +4,7 @@ import base64
 import importlib.metadata
 import io
 import tempfile
+import warnings
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -99,7 +100,7 @@ def requirements(winner: Evaluation) -> list[str]:
 
 
 def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking) -> str:
-    """Upload the model to its MLflow run; return its `models:/…` URI.
+    """Upload the model to its MLflow run; return the id that MLflow gave it.
 
     MLflow's own way of logging would predict the example, for which a process that registers has no torch.
 
@@ -121,7 +122,8 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
     identity: dict[str, Any] = {"model_id": logged.model_id, "model_uuid": logged.model_id, "run_id": run_id}
     here, ended = Path(__file__).parent, LoggedModelStatus.FAILED
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow asks for type hints, with which it would refuse data frames
             files = Path(scratch, "model")
             mlflow.pyfunc.save_model(
                 str(files),
@@ -139,4 +141,4 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
     finally:
         client.finalize_logged_model(logged.model_id, ended)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return f"models:/{logged.model_id}"
+    return str(logged.model_id)

@@ -129,15 +129,18 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     run_id = _winners_run(winner, tracking)
     card = render_card(winner, folder)
     # What takes long is done before the number is drawn, as others wait for the decision on it.
-    source = log_model(MODEL, winner, folder, card, run_id, tracking)
+    model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
     client = mlflow.MlflowClient(tracking.uri)
-    drawn = draw(client, MODEL, source, _tags(winner, config, present), run_id=run_id, description=card[:LONGEST_CARD])
+    about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
+    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, present), **about)
     version = str(drawn.version)
     with turn(client, drawn):
         now = champion_version(tracking.uri)
         if now != present:
             decision = replace(decision, promote=False, reason=_outdated(now, present))
         settle(client, version, decision, now)
+    shown = json.dumps([{"name": MODEL, "version": int(version)}])  # from the model to its version in MLflow's pages
+    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
     judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
     others = [one for one in candidates if one is not best]
     page = render_report(best, others=others, champion=champion, decision=decision, curves=None).encode()

@@ -73,7 +73,7 @@ def _picture(row: Any) -> Any:
     from model_lib.errors import UserError
 
     if not isinstance(row, str) or not row.strip():
-        return UserError(f"{row!r} is not the path, URI or base64 of a picture")
+        return UserError("is not the path, URI or base64 of a picture")
     encoded = "".join((row.partition(",")[2] if row.startswith("data:") else row).split())
     try:
         content = base64.b64decode(encoded, validate=True)
