@@ -29,8 +29,10 @@ from model_lib.config import (
     DecodeConfig,
     EvaluateConfig,
     IngestConfig,
+    ModelsConfig,
     Precision,
     RegisterConfig,
+    RollbackConfig,
     ScenesConfig,
     TrainConfig,
 )
@@ -188,6 +190,26 @@ def register(config: RegisterConfig) -> Output:
     return Output(asdict(registered), [line])
 
 
+def models(config: ModelsConfig) -> Output:
+    from model_lib.registry import MODEL
+    from model_lib.tracking import require_mlflow, tracking_from_environment
+    from model_lib.versions import list_versions, versions_table
+
+    tracking = require_mlflow(tracking_from_environment())
+    found = list_versions(tracking)
+    none = f"no versions of {MODEL} in the model registry at {tracking.uri}; captioner register makes one"
+    return Output([asdict(version) for version in found], versions_table(found) if found else [none])
+
+
+def rollback(config: RollbackConfig) -> Output:
+    from model_lib.tracking import tracking_from_environment
+    from model_lib.versions import rollback as run
+
+    made = run(tracking_from_environment())
+    line = f"version {made.champion} is the champion again; version {made.rolled_back} was rolled back"
+    return Output(asdict(made), [line])
+
+
 def caption(config: CaptionConfig) -> Output:
     from model_lib.captioning import caption_each, find_pictures
     from model_lib.model import Captioner
@@ -253,6 +275,8 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "train": train,
     "evaluate": evaluate,
     "register": register,
+    "models": models,
+    "rollback": rollback,
     "caption": caption,
     "batch": batch,
     "info": info,

@@ -341,6 +341,16 @@ class RegisterConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelsConfig(StageConfig):
+    """List the registered versions, newest first: scores, data, aliases, and why each was decided so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackConfig(StageConfig):
+    """Make the version champion again that the present champion replaced; a second time goes back further."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig(DecodeConfig):
     """Caption every picture under a folder or bucket prefix into Parquet; started again, it does what is missing."""
 

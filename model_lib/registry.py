@@ -4,20 +4,25 @@
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from model_lib import storage
 from model_lib.config import RegisterConfig
 from model_lib.errors import UserError
 from model_lib.judgement import Evaluation, Judgement
+from model_lib.packaging import LONGEST_CARD, log_model, render_card
 from model_lib.promotion import Decision, Policy, choose_winner, decide
+from model_lib.report import render_report
 from model_lib.sources import resolve_captioner
 from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
+from model_lib.turns import CHAMPION, DECISION, REASON, draw, turn
 
 MODEL = "captioner"
-CHAMPION = "champion"
 CHALLENGER = "challenger"
+REPLACED = "replaced"
+"""Tag of a version that became champion: the version that was it before."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Registered:
     champion_version: str
     evaluation: str
     """Folder of the winner's evaluation."""
+    page: str
+    """The HTML page of the decision."""
     candidates: list[dict[str, Any]]
     """Every candidate's name, scores and MLflow run."""
 
@@ -119,23 +126,89 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     champion = _champion_judgement(config, present)
     policy = Policy(**{f.name: getattr(config, f.name) for f in fields(Policy)})
     decision = decide(champion, best, policy)
-    version = _log_version(winner, folder, decision, config, tracking)
+    run_id = _winners_run(winner, tracking)
+    card = render_card(winner, folder)
+    # What takes long is done before the number is drawn, as others wait for the decision on it.
+    model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
     client = mlflow.MlflowClient(tracking.uri)
-    if champion_version(tracking.uri) != present:
-        raise UserError(f"the champion changed from version {present} while version {version} was judged; run again")
-    client.set_registered_model_alias(MODEL, CHAMPION if decision.promote else CHALLENGER, version)
+    about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
+    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, present), **about)
+    version = str(drawn.version)
+    with turn(client, drawn):
+        now = champion_version(tracking.uri)
+        if now != present:
+            decision = replace(decision, promote=False, reason=_outdated(now, present))
+        settle(client, version, decision, now)
+    shown = json.dumps([{"name": MODEL, "version": int(version)}])  # from the model to its version in MLflow's pages
+    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
+    judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
+    others = [one for one in candidates if one is not best]
+    page = render_report(best, others=others, champion=champion, decision=decision, curves=None).encode()
+    storage.write_bytes(storage.join(judged, "decision.html"), page)
+    tracking.add(run_id, {}, {"evaluation/decision.html": page})
     return Registered(
         winner=winner.name,
         version=version,
         promoted=decision.promote,
         reason=decision.reason,
-        champion_version=version if decision.promote else str(present or ""),
-        evaluation=config.evaluations[next(n for n, one in enumerate(candidates) if one is best)],
+        champion_version=version if decision.promote else str(now or ""),
+        evaluation=judged,
+        page=storage.join(judged, "decision.html"),
         candidates=[
             {"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider, "mlflow_run_id": e.mlflow_run_id}
             for e in (candidate.evaluation for candidate in candidates)
         ],
     )
+
+
+def settle(client: Any, version: str, decision: Decision, champion: str | None) -> None:
+    """Write the decision on a version into the registry.
+
+    Args:
+        client: MLflow's.
+        version: which waited for it.
+        decision: on it.
+        champion: the version that serves until now.
+    """
+    numbers = json.dumps([asdict(one) for one in decision.comparisons])
+    tags = {REASON: decision.reason, "comparisons": numbers}
+    if decision.promote and champion is not None:
+        tags[REPLACED] = champion
+    for name, value in tags.items():
+        client.set_model_version_tag(MODEL, version, name, value)
+    fate = CHAMPION if decision.promote else CHALLENGER
+    # The alias before the tag that ends the others' wait: killed between the two, it is champion, and they see so.
+    client.set_registered_model_alias(MODEL, fate, version)
+    client.set_model_version_tag(MODEL, version, DECISION, fate)
+
+
+def _outdated(now: str | None, judged_against: str | None) -> str:
+    against = f"version {judged_against}" if judged_against else "none"
+    if now is None:
+        return f"{against} is not the champion any more, against which this one was judged: judge them again"
+    return f"version {now} became champion while this one was judged against {against}: judge them again"
+
+
+def _tags(winner: Evaluation, config: RegisterConfig, champion: str | None) -> dict[str, str]:
+    return {
+        "name": winner.name,
+        "metric": config.metric,
+        "judged_against": champion or "none",
+        "scores": json.dumps(winner.scores),
+        "intervals": json.dumps(winner.intervals),
+        "split": winner.split,
+        "pictures": str(winner.pictures),
+        "data_fingerprint": winner.data_fingerprint or "",
+    }
+
+
+def _winners_run(winner: Evaluation, tracking: MlflowTracking) -> str:
+    """Return the run that trained the winner, or a new one if the server has none."""
+    if winner.mlflow_run_id is not None and tracking.knows(winner.mlflow_run_id):
+        return winner.mlflow_run_id
+    with tracking.start(winner.name, None, params={}, tags={}) as run:
+        assert run.run_id is not None
+        return run.run_id
 
 
 def _champion_judgement(config: RegisterConfig, version: str | None) -> Judgement | None:
@@ -152,40 +225,3 @@ def _champion_judgement(config: RegisterConfig, version: str | None) -> Judgemen
             f"{config.champion_evaluation}: judges {judged}, but the champion is version {version}: {remedy}"
         )
     return champion
-
-
-def _log_version(
-    winner: Evaluation, folder: str, decision: Decision, config: RegisterConfig, tracking: MlflowTracking
-) -> str:
-    """Log the winner's model to its own MLflow run as a new version of the registered model."""
-    import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
-
-    run_id = winner.mlflow_run_id
-    if run_id is None or not tracking.knows(run_id):
-        with tracking.start(winner.name, None, params={}, tags={}) as run:
-            run_id = run.run_id
-    mlflow.set_tracking_uri(tracking.uri)
-    here = Path(__file__).parent
-    versions = {"mlflow": mlflow.__version__, **winner.packages}
-    strings = Schema([ColSpec("string")])  # a column without a name takes lists and data frames alike
-    with mlflow.start_run(run_id=run_id):
-        logged = mlflow.pyfunc.log_model(
-            name=MODEL,
-            python_model=str(here / "serving.py"),
-            artifacts={"model": folder},
-            code_paths=[str(here)],
-            pip_requirements=[f"{package}=={at}" for package, at in versions.items()],
-            signature=ModelSignature(inputs=strings, outputs=strings),
-        )
-    tags = {
-        "name": winner.name,
-        "metric": config.metric,
-        "decision": decision.reason,
-        "scores": json.dumps(winner.scores),
-        "split": winner.split,
-        "pictures": str(winner.pictures),
-        "data_fingerprint": winner.data_fingerprint or "",
-    }
-    return str(mlflow.register_model(logged.model_uri, MODEL, tags=tags).version)

@@ -369,6 +369,7 @@ def _make_store(file: Path) -> None:
 def _ensure_experiment(uri: str) -> str:
     """Return the id of the experiment `captioner`; an embedded store keeps its artifacts beside the database."""
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -376,4 +377,9 @@ def _ensure_experiment(uri: str) -> str:
         return str(experiment.experiment_id)
     embedded = uri.startswith("sqlite:///")
     beside = f"{uri.removeprefix('sqlite:///').rpartition('/')[0]}/mlartifacts" if embedded else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=beside))
+    try:
+        return str(client.create_experiment(EXPERIMENT, artifact_location=beside))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process was first

@@ -47,6 +47,8 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
 | `eval_clip` | CLIP for CLIPScore: `openai/clip-vit-base-patch32` or a folder or URI of it; empty: no CLIPScore |
 | `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
+| `register_max_loss` | share of the champion's value by which another score may fall |
+| `register_max_slowdown` | share of the champion's pictures a second by which captioning may be slower |
 | `caption_images`, `caption_output` | pictures that the champion captions at the end, and where to; empty: none |
 {placement.PARAMETERS}"""
 
@@ -75,6 +77,8 @@ def define(parallel: int) -> Any:
         eval_clip: str = "",
         register_metric: str = RegisterConfig.metric,
         register_min_gain: float = RegisterConfig.min_gain,
+        register_max_loss: float = RegisterConfig.max_loss,
+        register_max_slowdown: float = RegisterConfig.max_slowdown,
         caption_images: str = "",
         caption_output: str = "",
         gpu_resource: str = placement.GPU_RESOURCE,
@@ -169,6 +173,8 @@ def define(parallel: int) -> Any:
                 champion_evaluation=judged.output,
                 metric=register_metric,
                 min_gain=register_min_gain,
+                max_loss=register_max_loss,
+                max_slowdown=register_max_slowdown,
             )
             # No retries: a second attempt would register a second version.
             place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8, retries=0)

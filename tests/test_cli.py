@@ -19,6 +19,8 @@ EVERY = [
     "train",
     "evaluate",
     "register",
+    "models",
+    "rollback",
     "caption",
     "batch",
     "compile",

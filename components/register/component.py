@@ -11,7 +11,10 @@ def register(
     champion_evaluation: str,
     metric: str,
     min_gain: float,
+    max_loss: float,
+    max_slowdown: float,
     decision: dsl.Output[dsl.Markdown],
+    page: dsl.Output[dsl.HTML],
     model: dsl.Output[dsl.Model],
 ) -> str:
     """Register the winner among `evaluations`; return the champion's model URI."""
@@ -19,7 +22,7 @@ def register(
     from model_lib.config import RegisterConfig
     from model_lib.registry import register as run
     from model_lib.registry import version_uri
-    from model_lib.storage import write_bytes
+    from model_lib.storage import read_bytes, write_bytes
     from model_lib.tracking import tracking_from_environment
 
     config = RegisterConfig(
@@ -27,10 +30,13 @@ def register(
         champion_evaluation=champion_evaluation or None,
         metric=metric,
         min_gain=min_gain,
+        max_loss=max_loss,
+        max_slowdown=max_slowdown,
     )
     tracking = tracking_from_environment()
     registered = run(config, tracking)
     write_bytes(decision.path, decision_markdown(registered, tracking).encode())
+    write_bytes(page.path, read_bytes(registered.page))
     decision.metadata.update(registered.to_dict())
     model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
     tracking.mark("register")

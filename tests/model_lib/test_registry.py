@@ -85,7 +85,13 @@ def test_a_champion_reigns_until_a_better_one_comes(
     assert (made.version, made.promoted, made.champion_version) == ("2", False, "1")
     client = mlflow.MlflowClient(tracking.uri)
     assert str(client.get_model_version_by_alias("captioner", "challenger").version) == "2"
-    assert "it needed more" in client.get_model_version("captioner", "2").tags["decision"]
+    tags = client.get_model_version("captioner", "2").tags
+    assert tags["decision"] == "challenger" and "it needed more" in tags["reason"] and tags["judged_against"] == "1"
+    compared = {row["metric"]: row for row in json.loads(tags["comparisons"])}
+    assert compared["CIDEr"]["new"] == pytest.approx(0.4) and compared["CIDEr"]["high"] == pytest.approx(-0.1)
+    assert made.page == f"{second}/decision.html" and made.reason[:40] in Path(made.page).read_text()
+    run_id = Evaluation.read(second).mlflow_run_id
+    assert "evaluation/decision.html" in [file.path for file in client.list_artifacts(run_id, "evaluation")]
 
     made = register(RegisterConfig(evaluations=(rescore(second, 0.6),), champion_evaluation=champion), tracking)
     assert (made.version, made.promoted, made.champion_version) == ("3", True, "3")
