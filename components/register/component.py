@@ -15,7 +15,7 @@ def register(
     model: dsl.Output[dsl.Model],
 ) -> str:
     """Register the winner among `evaluations`; return the champion's model URI."""
-    from model_lib.candidates import decision_markdown
+    from model_lib.candidates import decision_markdown, tell_outcome
     from model_lib.config import RegisterConfig
     from model_lib.registry import register as run
     from model_lib.registry import version_uri
@@ -33,5 +33,6 @@ def register(
     write_bytes(decision.path, decision_markdown(registered, tracking).encode())
     decision.metadata.update(registered.to_dict())
     model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
+    tell_outcome(registered, tracking)
     tracking.mark("register")
     return version_uri(registered.champion_version)
