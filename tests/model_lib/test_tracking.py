@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
@@ -14,15 +15,21 @@ import pytest
 from model_lib import __version__
 from model_lib.closing import close_pipeline, last_steps
 from model_lib.tracking import NO_TRACKING, MlflowTracking, adopt_secret, require_mlflow, tracking_from_environment
-from tests.services import free_port, mlflow_server, webhook
+from tests.services import free_port, mlflow_server, postgres_programs, postgres_server, webhook
 
 NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
-        yield address
+    """A server over SQLite, or over a new PostgreSQL if CAPTIONER_TEST_POSTGRES is set (docs/mlflow.md)."""
+    with ExitStack() as stack:
+        store = None
+        if os.environ.get("CAPTIONER_TEST_POSTGRES"):
+            programs = postgres_programs()
+            assert programs is not None, "PostgreSQL is not installed"
+            store = stack.enter_context(postgres_server(programs))
+        yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
 
 
 @pytest.fixture()
