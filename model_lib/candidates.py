@@ -11,6 +11,7 @@ from model_lib.evaluation import evaluate
 from model_lib.judgement import Evaluation
 from model_lib.preflight import check_candidates
 from model_lib.registry import Registered, champion_version, version_uri
+from model_lib.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.shards import read_manifest
 from model_lib.sources import lasting_source
 from model_lib.tracking import NO_TRACKING, Tracking, require_mlflow
@@ -88,3 +89,18 @@ def decision_markdown(registered: Registered, tracking: Tracking) -> str:
     fate = "is the new champion" if registered.promoted else f"did not replace version {registered.champion_version}"
     head = f"## Version {registered.version} ({registered.winner}) {fate}\n\n{registered.reason}\n\n"
     return head + "\n".join(rows) + "\n"
+
+
+def tell_outcome(registered: Registered, tracking: Tracking) -> None:
+    """Say in the pipeline's run what came of it: the decision, and the winner's scores, by which parents are sorted."""
+    winner = Evaluation.read(registered.evaluation)
+    tags = {
+        "captioner.winner": registered.winner,
+        "captioner.winner_run_id": winner.mlflow_run_id or "",
+        "captioner.winner_model": version_uri(registered.version),
+        "captioner.champion_model": version_uri(registered.champion_version) if registered.champion_version else "",
+        "captioner.promoted": str(registered.promoted).lower(),
+        "captioner.decision": registered.reason,
+    }
+    note = decision_markdown(registered, tracking)
+    tracking.conclude(evaluation_metrics(winner), {**evaluation_tags(winner), **tags}, note)

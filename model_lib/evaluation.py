@@ -20,6 +20,7 @@ from model_lib.metrics import require_scorers, score_captions
 from model_lib.pictures import PictureError, open_picture
 from model_lib.places import pictures_at
 from model_lib.progress import Progress
+from model_lib.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.significance import corpus_scores, intervals
 from model_lib.spice import require_spice
 from model_lib.tracking import NO_TRACKING, Tracking
@@ -71,8 +72,8 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
         report = render_report(judgement, curves=curves)
         judgement.write(config.output, report)
         if run_id is not None:
-            named = {f"{evaluation.split}_{name}": value for name, value in evaluation.figures().items()}
-            tracking.add(run_id, named, {"evaluation/report.html": report.encode()})
+            files = {"evaluation/report.html": report.encode()}
+            tracking.add(run_id, evaluation_metrics(evaluation), evaluation_tags(evaluation), files)
     return evaluation
 
 

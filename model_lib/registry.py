@@ -143,9 +143,11 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
     judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
     others = [one for one in candidates if one is not best]
-    page = render_report(best, others=others, champion=champion, decision=decision, curves=None).encode()
+    trained = (one.evaluation for one in candidates)
+    curves = {one.name: tracking.curves(one.mlflow_run_id) for one in trained if one.mlflow_run_id is not None}
+    page = render_report(best, others=others, champion=champion, decision=decision, curves=curves).encode()
     storage.write_bytes(storage.join(judged, "decision.html"), page)
-    tracking.add(run_id, {}, {"evaluation/decision.html": page})
+    tracking.add(run_id, {}, {}, {"evaluation/decision.html": page})
     return Registered(
         winner=winner.name,
         version=version,

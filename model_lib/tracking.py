@@ -1,4 +1,4 @@
-"""MLflow as training and evaluation see it: a run that takes curves, parameters and tags, or nothing at all.
+"""Runs in MLflow: one for each pipeline run, and nested under it one for each candidate.
 
 mlflow is imported only when a tracking server is named. The embedded default is SQLite beside the artifacts.
 
@@ -10,111 +10,89 @@ otherwise the pipeline's first step makes the parent and each training its own.
 import importlib.util
 import logging
 import os
-import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from model_lib import __version__, storage
+from model_lib import storage
 from model_lib.errors import UserError, first_line
+from model_lib.revision import VERSION_TAG, code_version
+from model_lib.runs import NO_TRACKING, Run, Tracking
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
 PIPELINE_RUN_TAG = "kfp.pipeline_run_id"
+RUN_URL_TAG = "kfp.pipeline_run_url"
+PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow shows as a run's description."""
 RUN_TAG = "captioner.run"
 """Tag by which a training run is found again."""
 DONE_TAG = "captioner.done."
 CURVES = ("train_loss", "val_loss", "train_slice_CIDEr", "val_slice_CIDEr", "learning_rate")
 """Metrics of training that a report draws."""
+PAGE = 1000
+"""Runs asked for at once; a server gives no more than 50,000."""
+ABANDONED = 30
+"""Days after which a pipeline's run that is still open is taken for dead; a training takes 21 with all its retries."""
 FROM_SECRET = "CAPTIONER_"
 """Before the names of MLflow's variables that a step's secret gives: a Kubeflow Pipelines server with its MLflow plugin
 sets some of the plain names itself, and Kubernetes refuses a pod that has one twice."""
 
 
-class Run:
-    """A run being tracked; this one tracks nothing."""
-
-    run_id: str | None = None
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a point to each metric's curve, at the latest when `flush` is called."""
-
-    def flush(self) -> None:
-        """Send all points, so that a kill from now on loses none of them."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        """Close the run: finished, killed if the body was stopped, or failed if it raised."""
-
-
-class Tracking:
-    """Where runs are tracked; this one is nowhere."""
-
-    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
-        """Start the run `name`, or go on with the one that was started with the same `key`, if there is a key."""
-        return Run()
-
-    def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
-        """Add final metrics and files (content by path) to a run that has ended."""
-
-    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
-        """Return a run's curves of training, each its steps and values; {} if they cannot be had."""
-        return {}
-
-    def open_pipeline(self, name: str) -> None:
-        """Make the pipeline run's own run, unless it is there."""
-
-    def close_pipeline(self, succeeded: bool) -> str | None:
-        """End the pipeline run's own run, and as failed those that its steps left open; return where to see it."""
-        return None
-
-    def parent(self) -> str | None:
-        """Return the pipeline run's own run, or None if there is none."""
-        return None
-
-    def mark(self, step: str) -> None:
-        """Leave a mark in the pipeline run's own run that the step is done."""
-
-    def marks(self) -> set[str]:
-        """Return the steps that are marked as done."""
-        return set()
-
-    def run_url(self, run_id: str) -> str | None:
-        """Return the address at which people see a run, or None if there is none."""
-        return None
-
-
-NO_TRACKING = Tracking()
-
-
 class _MlflowRun(Run):
-    def __init__(self, client: Any, run_id: str) -> None:
+    """A run on a tracking server.
+
+    Args:
+        client: of the server.
+        run_id: of the run, which is there.
+        params, tags: what it gets when it begins.
+        finished: whether it has finished before; then it stays as it is, unless something more is logged.
+    """
+
+    def __init__(
+        self, client: Any, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], finished: bool = False
+    ) -> None:
         self.client, self.run_id = client, run_id
+        self.params, self.tags, self.finished = params, tags, finished
         self.waiting: list = []
         self.sent = time.monotonic()
         self.monitor: Any = None
 
     def __enter__(self) -> Self:
+        if not self.finished:
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
+        from mlflow.entities import Param, RunTag
+
+        self.finished = False
+        self.client.update_run(self.run_id, status="RUNNING")
+        self.client.log_batch(
+            self.run_id,
+            params=[Param(name, str(value)[:6000]) for name, value in self.params.items()],
+            tags=[RunTag(name, value) for name, value in self.tags.items()],
+        )
         if importlib.util.find_spec("psutil") is None:
             log.warning("the machine's load is not logged: pip install psutil")
-            return self
+            return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else it warns that there is no GPU
         self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
         self.monitor.start()
-        return self
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
+        if self.finished:
+            self._begin()
         now = int(time.time() * 1000)
         self.waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
         if time.monotonic() - self.sent > 5:
@@ -126,6 +104,8 @@ class _MlflowRun(Run):
         self.waiting, self.sent = [], time.monotonic()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.finished:
+            return
         try:
             self.flush()
         finally:
@@ -156,83 +136,119 @@ class MlflowTracking(Tracking):
         """Where new runs go: asked for at first use, as of several processes only the one that logs may make it."""
         return self.given_experiment_id or _ensure_experiment(self.uri)
 
-    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+    @property
+    def client(self) -> Any:
         import mlflow
 
-        client = mlflow.MlflowClient(self.uri)
-        wanted = f"tags.`{RUN_TAG}` = '{key}'"
-        found = client.search_runs([self.experiment_id], wanted, max_results=1) if key else []
-        if found:
-            run_id = str(found[0].info.run_id)
-            client.update_run(run_id, status="RUNNING")
-            if found[0].data.params:
-                params = {}  # else it was killed before they were there
-            self._describe(client, run_id, params, tags)
-            return _MlflowRun(client, run_id)
+        return mlflow.MlflowClient(self.uri)
+
+    def _search(self, wanted: str) -> Iterator[Any]:
+        """Yield the runs that a filter finds, oldest first, however many."""
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment_id], wanted, max_results=PAGE, order_by=["attributes.start_time"], page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        client, above = self.client, self._above()
+        place = {} if above is None else _kfp_tags(above)
         known = {RUN_TAG: key} if key else {}
+        described = {**code_version(), **tags, **place, **known}
+        nested = {} if above is None else {PARENT_TAG: str(above.info.run_id)}
+        found = next(self._search(f"tags.`{RUN_TAG}` = '{key}'"), None) if key else None
+        if found is not None:
+            if found.data.params:
+                params = {}  # else it was killed before they were there
+            finished = found.info.status == "FINISHED"
+            return _MlflowRun(client, str(found.info.run_id), params, {**described, **nested}, finished)
         if self.own_run_id is not None:
             run_id = self.own_run_id
             client.update_run(run_id, name=name)
         else:
-            parent = self.parent()
-            nested = {"mlflow.parentRunId": parent} if parent else {}
-            run_id = client.create_run(self.experiment_id, run_name=name, tags={**nested, **known}).info.run_id
-        self._describe(client, run_id, params, {**known, **tags})
-        return _MlflowRun(client, run_id)
-
-    def _describe(self, client: Any, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        client.log_batch(
-            run_id,
-            params=[Param(name, str(value)[:6000]) for name, value in params.items()],
-            tags=[RunTag(name, value) for name, value in {**code_version(), **tags}.items()],
-        )
+            created = client.create_run(self.experiment_id, run_name=name, tags={**nested, **place, **known})
+            run_id = str(created.info.run_id)
+        return _MlflowRun(client, run_id, params, described)
 
     def mark(self, step: str) -> None:
-        import mlflow
-
         parent = self.parent()
         if parent is not None:
-            mlflow.MlflowClient(self.uri).set_tag(parent, DONE_TAG + step, "true")
+            self.client.set_tag(parent, DONE_TAG + step, "true")
 
     def marks(self) -> set[str]:
-        import mlflow
-
-        parent = self.parent()
-        tags = mlflow.MlflowClient(self.uri).get_run(parent).data.tags if parent else {}
+        above = self._above()
+        tags = above.data.tags if above is not None else {}
         return {name.removeprefix(DONE_TAG) for name in tags if name.startswith(DONE_TAG)}
 
-    def parent(self) -> str | None:
-        import mlflow
-
+    def _above(self) -> Any:
+        """Return the pipeline run's own run, which is the oldest with its tag and no parent, or None."""
         if self.pipeline_run_id is None:
             return None
-        found = mlflow.MlflowClient(self.uri).search_runs(
-            [self.experiment_id], f"tags.`{PIPELINE_RUN_TAG}` = '{self.pipeline_run_id}'", max_results=1
-        )
-        return str(found[0].info.run_id) if found else None
+        found = self._search(f"tags.`{PIPELINE_RUN_TAG}` = '{self.pipeline_run_id}'")
+        return next((run for run in found if PARENT_TAG not in run.data.tags), None)
+
+    def parent(self) -> str | None:
+        above = self._above()
+        return None if above is None else str(above.info.run_id)
 
     def open_pipeline(self, name: str) -> None:
-        import mlflow
+        if self.pipeline_run_id is None:
+            return
+        above = self._above()
+        if above is None:
+            tags = {PIPELINE_RUN_TAG: self.pipeline_run_id, **code_version()}
+            self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        else:
+            link = {} if NOTE_TAG in above.data.tags else {NOTE_TAG: _link(above)}
+            self._tag(above, {**code_version(), **link})
+        self._end_abandoned()
 
-        if self.pipeline_run_id is not None and self.parent() is None:
-            tags = {PIPELINE_RUN_TAG: self.pipeline_run_id}
-            mlflow.MlflowClient(self.uri).create_run(self.experiment_id, run_name=name, tags=tags)
+    def _end_abandoned(self) -> None:
+        """End pipelines' runs of ours that were open for longer than any lives: nothing ended them when they died.
+
+        It does no harm to one that lives all the same: its steps end their runs as they would have.
+        """
+        before = int(time.time() * 1000) - ABANDONED * 24 * 3600 * 1000
+        for run in list(self._search(f"attributes.status = 'RUNNING' and attributes.start_time < {before}")):
+            tags = run.data.tags
+            if {PIPELINE_RUN_TAG, VERSION_TAG} <= tags.keys() and PARENT_TAG not in tags:
+                self._close(str(run.info.run_id), "FAILED")
+
+    def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
+        above = self._above()
+        if above is not None:
+            self._tag(above, {**tags, NOTE_TAG: _link(above) + note})
+            self._log_final(str(above.info.run_id), metrics)
+
+    def _tag(self, run: Any, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(run.info.run_id, tags=[RunTag(k, v[:5000]) for k, v in tags.items() if v])
+
+    def _log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, metrics=[Metric(name, float(v), now, 0) for name, v in metrics.items()])
 
     def close_pipeline(self, succeeded: bool) -> str | None:
-        import mlflow
-
         parent = self.parent()
         if parent is None:
             return None
-        client = mlflow.MlflowClient(self.uri)
-        nested = client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
-        for run in nested:
-            if run.info.status == "RUNNING" and run.info.run_id != self.own_run_id:
-                client.set_terminated(run.info.run_id, "FAILED")
-        client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+        self._close(parent, "FINISHED" if succeeded else "FAILED")
         return self.run_url(parent)
+
+    def _close(self, parent: str, status: str) -> None:
+        # A list: pages are counted from the first run that is still open.
+        left_open = list(self._search(f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'"))
+        for run in left_open:
+            if run.info.run_id != self.own_run_id:
+                self.client.set_terminated(run.info.run_id, "FAILED")
+        self.client.set_terminated(parent, status)
 
     def run_url(self, run_id: str) -> str | None:
         base = os.environ.get("MLFLOW_UI_URL") or self.uri
@@ -242,41 +258,42 @@ class MlflowTracking(Tracking):
 
     def knows(self, run_id: str) -> bool:
         """Whether the server has the run and it was not deleted."""
-        import mlflow
+        return self._known(run_id) is not None
+
+    def _known(self, run_id: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         try:
-            return bool(mlflow.MlflowClient(self.uri).get_run(run_id).info.lifecycle_stage == "active")
+            run = self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            return False
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
 
-    def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
-        import mlflow
-
-        client = mlflow.MlflowClient(self.uri)
-        if not self.knows(run_id):
+    def add(
+        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], files: Mapping[str, bytes]
+    ) -> None:
+        run = self._known(run_id)
+        if run is None:
             log.warning("MLflow run %s is not at %s; its scores are not logged there", run_id, self.uri)
             return
-        now = int(time.time() * 1000)
-        client.log_batch(run_id, metrics=[mlflow.entities.Metric(k, float(v), now, 0) for k, v in metrics.items()])
+        self._log_final(run_id, metrics)
+        self._tag(run, tags)
         with tempfile.TemporaryDirectory() as scratch:
             for path, content in files.items():
                 file = Path(scratch, Path(path).name)
                 file.write_bytes(content)
-                client.log_artifact(run_id, str(file), str(Path(path).parent))
+                self.client.log_artifact(run_id, str(file), str(Path(path).parent))
 
     def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
-        import mlflow
         from mlflow.exceptions import MlflowException
 
         try:
             if not self.knows(run_id):
                 return {}
-            client = mlflow.MlflowClient(self.uri)
-            known = client.get_run(run_id).data.metrics
-            found = {name: client.get_metric_history(run_id, name) for name in CURVES if name in known}
+            known = self.client.get_run(run_id).data.metrics
+            found = {name: self.client.get_metric_history(run_id, name) for name in CURVES if name in known}
         except MlflowException as error:  # the curves are an extra: nothing is judged again for want of them
             log.warning("the curves of MLflow run %s cannot be read from %s: %s", run_id, self.uri, first_line(error))
             return {}
@@ -285,27 +302,15 @@ class MlflowTracking(Tracking):
         return {name: sorted({one.step: one.value for one in points}.items()) for name, points in latest.items()}
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+def _kfp_tags(run: Any) -> dict[str, str]:
+    """Return the tags that say which pipeline run this is; nested runs carry them as well."""
+    return {name: value for name, value in run.data.tags.items() if name.startswith("kfp.")}
 
 
-def code_version() -> dict[str, str]:
-    """Return the tags that say which code runs: captioner's version, and its git commit where that is known.
-
-    An image knows the commit that it was built from, a working copy its own, marked if files were changed.
-    """
-    tags = {"captioner.version": __version__}
-    package = Path(__file__).parent
-    if (package / "REVISION").exists():
-        revision = (package / "REVISION").read_text().strip()
-    else:
-        try:
-            _git(package, "ls-files", "--error-unmatch", "__init__.py")  # else the repository around is another's
-            revision = _git(package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
-        except (OSError, subprocess.SubprocessError):
-            revision = ""
-    return tags | ({"mlflow.source.git.commit": revision} if revision else {})
+def _link(run: Any) -> str:
+    """Return Markdown that leads from a pipeline's run in MLflow to the one in Kubeflow Pipelines, if that is known."""
+    address = run.data.tags.get(RUN_URL_TAG)
+    return f"[This run in Kubeflow Pipelines]({address})\n\n" if address else ""
 
 
 def require_mlflow(tracking: Tracking) -> MlflowTracking:
@@ -372,8 +377,7 @@ def _ensure_experiment(uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is not None:
+    if (experiment := client.get_experiment_by_name(EXPERIMENT)) is not None:
         return str(experiment.experiment_id)
     embedded = uri.startswith("sqlite:///")
     beside = f"{uri.removeprefix('sqlite:///').rpartition('/')[0]}/mlartifacts" if embedded else None
@@ -382,4 +386,4 @@ def _ensure_experiment(uri: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process was first
+        return _ensure_experiment(uri)  # another process was first

@@ -76,7 +76,11 @@ def run(config: RunConfig) -> Output:
     tracking = require_mlflow(tracking_from_environment(str(work)))
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
     os.environ.pop("MLFLOW_RUN_ID", None)
-    root = run_locally(define(parallel=1), arguments, work, config.runner)  # two would only share the one machine
+    try:
+        root = run_locally(define(parallel=1), arguments, work, config.runner)  # two would only share the one machine
+    except KeyboardInterrupt:  # then no exit handler has run
+        require_mlflow(tracking_from_environment(str(work))).close_pipeline(succeeded=False)
+        raise
     summary = read_summary(root, tracking.uri)
     if summary["registered"]["promoted"]:
         _link_best(work, summary["model"])

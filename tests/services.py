@@ -5,9 +5,11 @@ import http.client
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -58,14 +60,47 @@ def _answers(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """Yield the address of an MLflow server that keeps everything in `folder`."""
+def mlflow_server(folder: Path, store: str | None = None) -> Iterator[str]:
+    """Yield the address of an MLflow server with its files in `folder`, and by default its SQLite store as well."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "art")]
+    command += [
+        "--backend-store-uri",
+        store or f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "art"),
+    ]
     with running(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
         yield f"http://127.0.0.1:{port}"
+
+
+def postgres_programs() -> Path | None:
+    """Return the folder with PostgreSQL's programs, or None."""
+    found = shutil.which("initdb")
+    folders = [*([Path(found).resolve().parent] if found else []), *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
+    return next((folder for folder in folders if (folder / "initdb").exists()), None)
+
+
+@contextlib.contextmanager
+def postgres_server(programs: Path) -> Iterator[str]:
+    """Yield the URI of an empty database of a new PostgreSQL server, which never runs as root."""
+    port, user = free_port(), "postgres" if os.getuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        if user:
+            shutil.chown(folder, user)
+        data, options = f"{folder}/data", f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+
+        def run(program: str, *arguments: str) -> None:
+            command = [str(programs / program), "-D", data, *arguments]
+            subprocess.run(command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120)
+
+        run("initdb", "--auth=trust", "--username=mlflow", "--encoding=UTF8", "--locale=C")
+        run("pg_ctl", "--wait", f"--options={options}", f"--log={folder}/log", "start")
+        try:
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+        finally:
+            run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ def register(
     model: dsl.Output[dsl.Model],
 ) -> str:
     """Register the winner among `evaluations`; return the champion's model URI."""
-    from model_lib.candidates import decision_markdown
+    from model_lib.candidates import decision_markdown, tell_outcome
     from model_lib.config import RegisterConfig
     from model_lib.registry import register as run
     from model_lib.registry import version_uri
@@ -39,5 +39,6 @@ def register(
     write_bytes(page.path, read_bytes(registered.page))
     decision.metadata.update(registered.to_dict())
     model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
+    tell_outcome(registered, tracking)
     tracking.mark("register")
     return version_uri(registered.champion_version)

@@ -16,6 +16,7 @@ from model_lib.evaluation import evaluate
 from model_lib.judgement import Evaluation, Judgement
 from model_lib.metrics import score_captions
 from model_lib.report import render_report
+from model_lib.scorecard import evaluation_metrics
 from model_lib.significance import corpus_scores
 from model_lib.tracking import Tracking
 from model_lib.training import train
@@ -160,7 +161,9 @@ class Remembering(Tracking):
     def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
         return {"val_loss": [(1, 2.0), (2, 1.0)]}
 
-    def add(self, run_id: str, metrics: Mapping[str, float], files: Mapping[str, bytes]) -> None:
+    def add(
+        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], files: Mapping[str, bytes]
+    ) -> None:
         self.added |= metrics
         assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
 
@@ -175,7 +178,7 @@ def test_a_tracked_models_report_has_its_curves(judged: tuple[Path, Evaluation],
     tracking = Remembering()
     again = evaluate(EvaluateConfig(model=str(model), data=data, output=str(tmp_path / "judged")), tracking)
     assert "<polyline" in (tmp_path / "judged" / "report.html").read_text()
-    assert tracking.added == {f"val_{name}": value for name, value in again.figures().items()}
+    assert tracking.added == evaluation_metrics(again)
     assert {"CIDEr", "CIDEr_shuffled", "diversity_distinct", "pictures_per_second"} <= again.figures().keys()
 
 

@@ -1,8 +1,12 @@
 """A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever happens."""
 
+import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
@@ -11,15 +15,21 @@ import pytest
 from model_lib import __version__
 from model_lib.closing import close_pipeline, last_steps
 from model_lib.tracking import NO_TRACKING, MlflowTracking, adopt_secret, require_mlflow, tracking_from_environment
-from tests.services import free_port, mlflow_server, webhook
+from tests.services import free_port, mlflow_server, postgres_programs, postgres_server, webhook
 
 NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
-        yield address
+    """A server over SQLite, or over a new PostgreSQL if CAPTIONER_TEST_POSTGRES is set (docs/mlflow.md)."""
+    with ExitStack() as stack:
+        store = None
+        if os.environ.get("CAPTIONER_TEST_POSTGRES"):
+            programs = postgres_programs()
+            assert programs is not None, "PostgreSQL is not installed"
+            store = stack.enter_context(postgres_server(programs))
+        yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
 
 
 @pytest.fixture()
@@ -84,6 +94,151 @@ def test_without_a_server_there_are_no_curves(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert MlflowTracking(f"http://127.0.0.1:{free_port()}").curves("0" * 32) == {}
     assert "cannot be read" in caplog.text
+
+
+def test_nested_runs_are_closed_however_many_pages_they_fill(server: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setattr("model_lib.tracking.PAGE", 2)
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-many")
+    tracking.open_pipeline("many")
+    runs = [str(tracking.start(f"candidate-{n}", None, params={}, tags={}).run_id) for n in range(7)]
+    client = mlflow.MlflowClient(server)
+    client.set_terminated(runs[0])
+    tracking.close_pipeline(succeeded=False)
+    assert [client.get_run(run).info.status for run in runs] == ["FINISHED", *["FAILED"] * 6]
+    assert client.get_run(tracking.parent()).info.status == "FAILED"
+
+
+KILLED = """
+import os, signal
+from model_lib.tracking import tracking_from_environment
+with tracking_from_environment().start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
+    run.log({"loss": 2.0}, 1)
+    run.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server)
+
+    def killed() -> str:
+        """Let a process start or go on with the candidate, and die; return its run."""
+        done = subprocess.run([sys.executable, "-c", KILLED], env=dict(os.environ), timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        (run,) = client.search_runs([tracking.experiment_id], "tags.`captioner.run` = 'key-of-killed'")
+        assert run.info.status == "RUNNING", "nobody could end it"
+        return str(run.info.run_id)
+
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-first")
+    tracking.open_pipeline("first")
+    first = tracking.parent()
+    run_id = killed()
+    assert killed() == run_id, "a retry goes on in the same run"
+    tracking.close_pipeline(succeeded=False)
+    assert client.get_run(run_id).info.status == "FAILED"
+
+    tracking = step(environment, KFP_RUN_ID="kfp-second")
+    tracking.open_pipeline("second")
+    assert killed() == run_id
+    tracking.close_pipeline(succeeded=False)
+    assert client.get_run(run_id).info.status == "FAILED", "it is closed with the pipeline run that went on with it"
+    with tracking.start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
+        assert client.get_run(run_id).info.status == "RUNNING"
+        run.log({"loss": 1.0}, 2)
+    found = client.get_run(run_id)
+    assert run.run_id == run_id and found.info.status == "FINISHED" and found.data.params == {"epochs": "3"}
+    assert found.data.tags["mlflow.parentRunId"] == tracking.parent() != first
+    assert found.data.tags["kfp.pipeline_run_id"] == "kfp-second"
+    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [2.0, 2.0, 2.0, 1.0]
+
+
+def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server)
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-trains")
+    tracking.open_pipeline("trains")
+    with tracking.start("done", "key-of-done", {}, {}) as run:
+        run.log({"loss": 2.0}, 1)
+    before = client.get_run(run.run_id)
+    parent = tracking.parent()
+    tracking = step(environment, KFP_RUN_ID="kfp-reruns")
+    tracking.open_pipeline("reruns")
+    with tracking.start("done", "key-of-done", {}, {}) as again:
+        pass
+    after = client.get_run(run.run_id)
+    assert (again.run_id, after.info.end_time) == (
+        run.run_id,
+        before.info.end_time,
+    ) and after.data.tags == before.data.tags
+    with tracking.start("done", "key-of-done", {}, {}) as again:  # its checkpoints were lost: it trains again
+        again.log({"loss": 2.0}, 1)
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+    assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == tracking.parent() != parent
+
+
+def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    """MLflow was away when the exit handler ran, or the workflow was deleted with its exit handler."""
+    client = mlflow.MlflowClient(server)
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    month = 30 * 24 * 3600 * 1000
+    ours = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-dead"}
+    begun = {
+        "dead": (ours, month + 9999),
+        "alive": (ours, month - 9999),
+        "theirs": ({"kfp.pipeline_run_id": "x"}, month * 2),
+    }
+    now = int(time.time() * 1000)
+    runs = {
+        name: client.create_run(tracking.experiment_id, start_time=now - age, run_name=name, tags=tags).info.run_id
+        for name, (tags, age) in begun.items()
+    }
+    nested = {
+        name: client.create_run(tracking.experiment_id, tags={"mlflow.parentRunId": runs[name]}).info.run_id
+        for name in runs
+    }
+    alone = client.create_run(tracking.experiment_id, start_time=now - 2 * month, tags={"captioner.version": "1"})
+    step(environment, KFP_RUN_ID="kfp-next").open_pipeline("next")
+
+    def status(run_id: str) -> str:
+        return str(client.get_run(run_id).info.status)
+
+    assert {name: status(run) for name, run in runs.items() if status(nested[name]) == status(run)} == {
+        "dead": "FAILED",
+        "alive": "RUNNING",
+        "theirs": "RUNNING",
+    }
+    assert status(alone.info.run_id) == "RUNNING"
+
+
+def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server)
+    address = "https://kfp.example.com/#/runs/details/kfp-tags"
+    kfp = {
+        "kfp.pipeline_run_id": "kfp-tags",
+        "kfp.pipeline_run_url": address,
+        "kfp.pipeline_id": "p",
+        "kfp.pipeline_version_id": "v",
+    }
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-tags")
+    parent = client.create_run(tracking.experiment_id, run_name="theirs", tags=kfp).info.run_id
+    tracking.open_pipeline("ours")
+    with tracking.start("one", None, {}, {}) as run:
+        pass
+    assert kfp.items() <= client.get_run(run.run_id).data.tags.items()
+    assert tracking.parent() == parent, "a nested run with the same tags is not the parent"
+    link = f"[This run in Kubeflow Pipelines]({address})"
+    assert client.get_run(parent).data.tags["mlflow.note.content"].strip() == link
+    tracking.conclude({"val_CIDEr": 1.5}, {"captioner.winner": "one", "captioner.nothing": ""}, "## Won")
+    found = client.get_run(parent).data
+    assert found.tags["mlflow.note.content"] == f"{link}\n\n## Won" and found.metrics == {"val_CIDEr": 1.5}
+    assert found.tags["captioner.winner"] == "one" and "captioner.nothing" not in found.tags
 
 
 def test_a_run_that_the_server_made_for_the_step_is_the_candidates(

@@ -1,0 +1,71 @@
+"""Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at all."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+
+class Run:
+    """A run being tracked; this one tracks nothing."""
+
+    run_id: str | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add a point to each metric's curve, at the latest when `flush` is called."""
+
+    def flush(self) -> None:
+        """Send all points, so that a kill from now on loses none of them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Close the run: finished, killed if the body was stopped, or failed if it raised."""
+
+
+class Tracking:
+    """Where runs are tracked; this one is nowhere."""
+
+    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        """Start the run `name`, or go on with the one that was started with the same `key`, if there is a key.
+
+        One that a pipeline run goes on with moves under it, so that it is closed with it; unless it had finished, and
+        nothing more is logged.
+        """
+        return Run()
+
+    def add(
+        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], files: Mapping[str, bytes]
+    ) -> None:
+        """Add final metrics, tags and files (content by path) to a run that has ended."""
+
+    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
+        """Return a run's curves of training, each its steps and values; {} if they cannot be had."""
+        return {}
+
+    def open_pipeline(self, name: str) -> None:
+        """Make the pipeline run's own run, unless it is there, and end those that nobody ended."""
+
+    def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
+        """Say in the pipeline run's own run what came of it; the note is Markdown."""
+
+    def close_pipeline(self, succeeded: bool) -> str | None:
+        """End the pipeline run's own run, and as failed those that its steps left open; return where to see it."""
+        return None
+
+    def parent(self) -> str | None:
+        """Return the pipeline run's own run, or None if there is none."""
+        return None
+
+    def mark(self, step: str) -> None:
+        """Leave a mark in the pipeline run's own run that the step is done."""
+
+    def marks(self) -> set[str]:
+        """Return the steps that are marked as done."""
+        return set()
+
+    def run_url(self, run_id: str) -> str | None:
+        """Return the address at which people see a run, or None if there is none."""
+        return None
+
+
+NO_TRACKING = Tracking()
