@@ -132,4 +132,4 @@ def test_each_word_has_its_attention_over_the_patches(model: Captioner, scenes: 
 
     page = render_explanation(model, [(str(file), Caption("<script>x", -1.0, caption.tokens))])
     assert page.count("<figure>") == 3 and "data:image/jpeg;base64," in page
-    assert "http" not in page and "<script>" not in page and "&lt;script&gt;x" in page
+    assert "://" not in page and "<script>" not in page and "&lt;script&gt;x" in page
