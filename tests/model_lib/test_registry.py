@@ -122,7 +122,8 @@ def test_a_run_has_curves_parameters_and_its_data(data: Path, tmp_path: Path, tr
     assert len(run.data.tags["captioner.data_fingerprint"]) == 64
     assert [m.step for m in client.get_metric_history(trained.run_id, "val_loss")] == [2, 4, 6, 8, 10]
     for name in ("train_loss", "learning_rate", "pictures_per_second"):
-        assert [m.step for m in client.get_metric_history(trained.run_id, name)] == [10], name
+        steps = [m.step for m in client.get_metric_history(trained.run_id, name)]
+        assert steps[-1] == 10 and steps == sorted(set(steps)), name  # more where steps are slow
 
 
 def test_a_run_that_the_server_lost_is_replaced(data: Path, tmp_path: Path, tracking: MlflowTracking) -> None:
