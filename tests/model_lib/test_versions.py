@@ -44,7 +44,7 @@ def test_rolling_back_goes_back_version_by_version(captioner: Run, saved_model: 
     assert [one["replaced"] for one in listed] == ["2", None, "1", None]
     assert listed[0]["score"] == 0.7 and listed[0]["interval"][0] < 0.7 < listed[0]["interval"][1]
     table = said("models").splitlines()
-    assert table[0].split() == "version name deciding score ROUGE_L data aliases decision".split()
+    assert table[0].split() == ["version", "name", "deciding", "score", "ROUGE_L", "data", "aliases", "decision"]
     assert table[1].split()[:4] == ["4", "model-3", "CIDEr", "0.7000"] and "200 of val in f" in table[1]
     assert "model-3 has CIDEr 0.7000, the champion 0.6000" in table[2] and len(table) == 9
 
