@@ -4,7 +4,6 @@ import base64
 import importlib.metadata
 import io
 import tempfile
-import warnings
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -122,8 +121,7 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
     identity: dict[str, Any] = {"model_id": logged.model_id, "model_uuid": logged.model_id, "run_id": run_id}
     here, ended = Path(__file__).parent, LoggedModelStatus.FAILED
     try:
-        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow asks for type hints, with which it would refuse data frames
+        with tempfile.TemporaryDirectory() as scratch:
             files = Path(scratch, "model")
             mlflow.pyfunc.save_model(
                 str(files),

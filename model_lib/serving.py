@@ -7,6 +7,7 @@ import base64
 import binascii
 import io
 import json
+import warnings
 from typing import Any
 
 import mlflow
@@ -30,6 +31,10 @@ class Refused(MlflowException):
     def serialize_as_json(self) -> str:
         """Return the answer's body; MLflow's server puts all of the request's data before the message."""
         return json.dumps({"error_code": self.error_code, "message": self.said})
+
+
+# It sees no signature in a class; with type hints it would refuse data frames.
+warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
 
 
 class CaptionerModel(PythonModel):
