@@ -8,9 +8,11 @@ from model_lib.judgement import Evaluation
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Return the metrics: each score with the ends of its 95 % interval, diversity, pictures and speed."""
-    values = {**evaluation.scores, "CIDEr_shuffled": evaluation.shuffled_cider, "pictures": evaluation.pictures}
-    for name, (low, high) in evaluation.intervals.items():
-        values |= {f"{name}_low": low, f"{name}_high": high}
+    values: dict[str, float] = {}
+    for name, value in evaluation.scores.items():  # MLflow's page of a run shows them in this order
+        low, high = evaluation.intervals[name]
+        values |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    values |= {"CIDEr_shuffled": evaluation.shuffled_cider, "pictures": evaluation.pictures}
     values |= {f"diversity_{name}": value for name, value in evaluation.diversity.items()}
     if evaluation.pictures_per_second is not None:
         values["pictures_per_second"] = evaluation.pictures_per_second
@@ -21,7 +23,7 @@ def evaluation_tags(evaluation: Evaluation) -> dict[str, str]:
     """Return the tags: what was judged, on which data and how. (MLflow's parameters could not be judged twice.)"""
     values = {
         "model": evaluation.model,
-        "decoding": ", ".join(f"{name} {value}" for name, value in evaluation.decoding.items()),
+        "decoding": ", ".join(f"{name} {value}" for name, value in evaluation.decoding.items() if value is not None),
         "data_fingerprint": evaluation.data_fingerprint,
         "tokenizer": evaluation.tokenizer,
         "clip": evaluation.clip,
