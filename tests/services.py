@@ -98,7 +98,7 @@ def postgres_server(programs: Path) -> Iterator[str]:
         run("initdb", "--auth=trust", "--username=mlflow", "--encoding=UTF8", "--locale=C")
         run("pg_ctl", "--wait", f"--options={options}", f"--log={folder}/log", "start")
         try:
-            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
         finally:
             run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
