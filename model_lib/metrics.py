@@ -107,7 +107,11 @@ def _meteor(gts: dict, res: dict) -> np.ndarray:
     counted = _java(
         "METEOR", [f"-Xmx{METEOR_MEMORY}", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], lines
     )
-    return np.asarray([[float(count) for count in line.split()] for line in counted])
+    counts = np.asarray([[float(count) for count in line.split()] for line in counted])
+    # METEOR does not count the chunk of a caption that matches a whole reference, also not in sums of captions.
+    matched = counts[:, 4:20].reshape(-1, 4, 2, 2).sum((1, 2))
+    counts[(matched == counts[:, :2]).all(1) & (counts[:, 20] == 1), 20] = 0
+    return counts
 
 
 def _tokenize(sets: Sequence[Mapping[int, Sequence[str]]], java: bool) -> list[dict[int, list[str]]]:

@@ -85,7 +85,8 @@ def meteor(counts: np.ndarray) -> np.ndarray:
 
     Args:
         counts: float64 [..., 23] as METEOR prints them: lengths, function words, for each kind of match the content and
-            function words matched (each of caption and reference), chunks, and words matched.
+            function words matched (each of caption and reference), chunks (0 for a caption that matches a whole
+            reference), and words matched.
     """
     alpha, beta, gamma, delta = 0.85, 0.20, 0.60, 0.75
     kinds = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase

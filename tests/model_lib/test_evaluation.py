@@ -17,7 +17,7 @@ from model_lib.judgement import Evaluation, Judgement
 from model_lib.metrics import score_captions
 from model_lib.report import render_report
 from model_lib.scorecard import evaluation_metrics
-from model_lib.significance import corpus_scores
+from model_lib.significance import corpus_scores, meteor
 from model_lib.tracking import Tracking
 from model_lib.training import train
 
@@ -48,6 +48,19 @@ def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None
     assert evaluation.scores == pytest.approx(official, abs=1e-6)
     assert Evaluation.read(str(tmp_path)) == evaluation
     assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
+
+
+@needs_java
+def test_meteor_is_the_official_one_where_captions_are_word_for_word_right() -> None:
+    """The example of the official toolkit has no such caption; METEOR treats it apart."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    captions = {1: "a small orange ring", 2: "two red squares here", 3: "dogs", 4: "a cat runs", 5: "a ring a ring"}
+    references = {1: ["a ring", "a small orange ring"], 2: ["a red square"], 3: ["dog"], 4: ["a ring"], 5: ["a ring"]}
+    official, each = Meteor().compute_score(references, {i: [text] for i, text in captions.items()})
+    counts = score_captions(captions, references).statistics["METEOR"]
+    assert meteor(counts) == pytest.approx(each, abs=1e-12)
+    assert meteor(counts.sum(0)) == pytest.approx(official, abs=1e-12) and each[0] == 1
 
 
 def test_diversity_tells_what_is_said_again_and_again_and_by_heart() -> None:
