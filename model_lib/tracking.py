@@ -359,4 +359,6 @@ def _ensure_experiment(uri: str) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return str(client.get_experiment_by_name(EXPERIMENT).experiment_id)  # another process was first
+        made = client.get_experiment_by_name(EXPERIMENT)  # another process was first
+        assert made is not None
+        return str(made.experiment_id)
