@@ -7,10 +7,10 @@ import base64
 import binascii
 import io
 import json
-import warnings
 from typing import Any
 
 import mlflow
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc import PythonModel
@@ -33,10 +33,6 @@ class Refused(MlflowException):
         return json.dumps({"error_code": self.error_code, "message": self.said})
 
 
-# It sees no signature in a class; with type hints it would refuse data frames.
-warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
-
-
 class CaptionerModel(PythonModel):
     """Loads the captioner once and captions columns of pictures."""
 
@@ -45,14 +41,13 @@ class CaptionerModel(PythonModel):
 
         self.model = Captioner.from_pretrained(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # MLflow reads the hints
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """Return a caption for each row of the first column; `Refused` names the rows that are no pictures."""
         from model_lib.captioning import caption_each
         from model_lib.config import DecodeConfig
         from model_lib.errors import UserError, WorkError
 
-        column = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
-        rows = [_picture(row) for row in column]
+        rows = [_picture(row) for row in model_input.iloc[:, 0]]
         try:
             results = list(caption_each(self.model, rows, DecodeConfig.from_options(**(params or {}))))
         except UserError as error:
