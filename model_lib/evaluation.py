@@ -4,7 +4,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,16 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
 """What a model needs to caption."""
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What there is to be judged, picture by picture."""
-
-    image_ids: list[int]
-    file_names: list[str]
-    captions: list[str]
-    references: list[list[str]]
 
 
 def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evaluation:
@@ -88,7 +78,7 @@ def _judge_results(config: EvaluateConfig) -> Judgement:
     if len(captions) < len(images):
         log.warning("%s captions %d of the %d pictures in %s", results, len(captions), len(images), annotations)
     ids, names = sorted(captions), dict(images)
-    said = _Said(ids, [names[i] for i in ids], [captions[i] for i in ids], [references[i] for i in ids])
+    said = Pictures(ids, [names[i] for i in ids], [captions[i] for i in ids], [references[i] for i in ids], {})
     files = _files(config.images, said.file_names) if config.images is not None else None
     evaluation, pictures = _score(config, results, results, annotations, said, files, [], None)
     return Judgement(evaluation, pictures)
@@ -147,7 +137,7 @@ def _judge_model(config: EvaluateConfig) -> Judgement:
             progress.advance(len(batch.image_ids))
     order = sorted(range(len(found)), key=lambda place: found[place][0])
     ids, names, captions, references = (list(column) for column in zip(*(found[n] for n in order), strict=True))
-    said = _Said(ids, names, [caption.text for caption in captions], references)
+    said = Pictures(ids, names, [caption.text for caption in captions], references, {})
     end = model.tokenizer.eos_token_id
     learned = None
     if config.split != "train" and manifest.counts.get("train"):
@@ -176,7 +166,7 @@ def _score(
     name: str,
     model: str,
     split: str,
-    said: _Said,
+    said: Pictures,
     files: Iterator[list[bytes]] | None,
     ended: Sequence[bool],
     learned: Sequence[str] | None,
@@ -207,7 +197,7 @@ def _score(
         decoding={},
         clip=config.clip,
     )
-    return evaluation, Pictures(said.image_ids, said.file_names, said.captions, said.references, statistics)
+    return evaluation, replace(said, statistics=statistics)
 
 
 def _views(

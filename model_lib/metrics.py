@@ -19,7 +19,6 @@ from model_lib.errors import UserError, WorkError
 from model_lib.significance import BLEU, METEOR
 from model_lib.spice import spice_scores
 
-METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 METEOR_MEMORY = "2G"
 NO_JAVA = "needs Java (apt-get install default-jre-headless)"
 

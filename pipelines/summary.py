@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model_lib import storage
 from model_lib.errors import WorkError
 from model_lib.judgement import FEW_PICTURES, Evaluation
 from model_lib.merging import examples
@@ -38,7 +37,7 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "captioned": captioned,
         "examples": [list(pair) for pair in examples(captioned["captions"], 3)],
         "model": Evaluation.read(registered["evaluation"]).model,
-        "report": storage.join(registered["evaluation"], "report.html"),
+        "report": registered["page"],
         "tracking_uri": tracking_uri,
     }
 
