@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.mutations import corpus, encoded, picture
+from tests.attacks.mutations import corpus, encoded, picture
 
 SEED = 20_261_123
 LIMIT = 600
