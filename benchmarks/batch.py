@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import peak_gb
-from model_lib import Captioner
+from model_lib import Captioner, CaptionerConfig
 from model_lib.batch import caption_shards, plan, resolved
 from model_lib.captioning import caption_pixels, load_pixels
 from model_lib.config import BatchConfig, ScenesConfig
@@ -41,7 +41,7 @@ def model_of(preset: str, device: str) -> Captioner:
     """Return a captioner of random weights in the number format in which it would be loaded."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a small red circle on a white background"] * 3, 512)
-    model = Captioner(PRESETS[preset].config()).eval()
+    model = Captioner(CaptionerConfig.of(PRESETS[preset])).eval()
     model.tokenizer = tokenizer
     place = choose_device(device)
     return model.to(place, inference_dtype("auto", place, model.config.decoder_config.n_embd))

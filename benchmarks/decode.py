@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.timing import median_seconds, peak_gb
-from model_lib import Captioner, DecodeConfig
+from model_lib import Captioner, CaptionerConfig, DecodeConfig
 from model_lib.decoding import decode
 from model_lib.model import normalise
 from model_lib.precision import inference_dtype
@@ -38,7 +38,7 @@ CASES = {
 def build(preset: str) -> tuple[Captioner, CLIPVisionModel, GPT2LMHeadModel]:
     """Return a captioner of random weights and transformers' parts with the same, both without the visual norm."""
     torch.manual_seed(0)
-    config = PRESETS[preset].config()
+    config = CaptionerConfig.of(PRESETS[preset])
     model = Captioner(config).eval()
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():

@@ -37,7 +37,7 @@ from model_lib.checkpoint import Checkpoints, snapshot
 from model_lib.config import TrainConfig
 from model_lib.distributed import World, join_world
 from model_lib.learning import Learner
-from model_lib.model import Captioner
+from model_lib.model import Captioner, CaptionerConfig
 from model_lib.objectives import LearnCaptions
 from model_lib.presets import PRESETS
 
@@ -52,7 +52,7 @@ class Sharded(World):
 
 def learner_of(options: argparse.Namespace, world: World) -> Learner:
     torch.manual_seed(0)
-    config = PRESETS[options.preset].config()
+    config = CaptionerConfig.of(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(world.device).train()
     ids = coco_like_captions(options.pictures, config.decoder_config.vocab_size)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from benchmarks.timing import median_seconds, peak_gb
-from model_lib import Captioner
+from model_lib import Captioner, CaptionerConfig
 from model_lib.config import IngestConfig, ScenesConfig, TrainConfig
 from model_lib.ingest import ingest
 from model_lib.loss import caption_loss
@@ -174,7 +174,10 @@ def train_from_parquet(preset: str, pictures: int, **options: Any) -> float:
         make_scenes(ScenesConfig(output=str(work / "scenes"), train=pictures, val=32, size=256))
         ingest(IngestConfig(dataset=str(work / "scenes"), output=str(work / "data"), store="original"))
         if shapes.vision is not None:
-            config, parts = shapes.config(), {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
+            config, parts = (
+                CaptionerConfig.of(shapes),
+                {name: str(work / name) for name in ("vision", "decoder", "tokenizer")},
+            )
             CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
             GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
             captions = SplitReader(read_manifest(str(work / "data")), "train", size=1).captions()
@@ -206,7 +209,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     dtype = autocast_dtype(options.precision, device)
     torch.manual_seed(0)
-    config = PRESETS[options.preset].config()
+    config = CaptionerConfig.of(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(device).train()
     model.freeze_into(dtype)

@@ -6,7 +6,7 @@ import torch
 
 from model_lib.config import TrainConfig
 from model_lib.errors import UserError
-from model_lib.model import Captioner
+from model_lib.model import Captioner, CaptionerConfig
 from model_lib.presets import PRESETS
 from model_lib.shards import Manifest, SplitReader
 from model_lib.tokens import train_tokenizer
@@ -39,7 +39,7 @@ def _build(config: TrainConfig, manifest: Manifest) -> Captioner:
     captions = SplitReader(manifest, "train", size=1).captions()
     tokenizer = train_tokenizer((text for texts in captions for text in texts), preset.decoder_shape["vocab_size"])
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = Captioner(preset.config(vocab_size=len(tokenizer), **ends))
+    model = Captioner(CaptionerConfig.of(preset, vocab_size=len(tokenizer), **ends))
     model.tokenizer = tokenizer
     return model
 

@@ -9,8 +9,9 @@ from model_lib.config import EvaluateConfig, TrainConfig
 from model_lib.errors import UserError
 from model_lib.evaluation import evaluate
 from model_lib.judgement import Evaluation
+from model_lib.model_uris import version_uri
 from model_lib.preflight import check_candidates
-from model_lib.registry import Registered, champion_version, version_uri
+from model_lib.registry import Registered, champion_version
 from model_lib.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.shards import read_manifest
 from model_lib.sources import lasting_source

@@ -97,10 +97,10 @@ def info(config: InfoConfig) -> Output:
     def count(preset: str) -> dict[str, Any]:
         import torch
 
-        from model_lib.model import Captioner
+        from model_lib.model import Captioner, CaptionerConfig
 
         with torch.device("meta"):
-            model = Captioner(PRESETS[preset].config())
+            model = Captioner(CaptionerConfig.of(PRESETS[preset]))
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         trainable = sum(size for size, trained in sizes if trained)
         return {"preset": preset, "total": sum(size for size, _ in sizes), "trainable": trainable}
@@ -191,7 +191,7 @@ def register(config: RegisterConfig) -> Output:
 
 
 def models(config: ModelsConfig) -> Output:
-    from model_lib.registry import MODEL
+    from model_lib.model_uris import MODEL
     from model_lib.tracking import require_mlflow, tracking_from_environment
     from model_lib.versions import list_versions, versions_table
 

@@ -34,6 +34,7 @@ from model_lib import packing, weights
 from model_lib.decoder import CrossCache, Decoder, SelfAttentionCache, SideBySide
 from model_lib.errors import UserError, first_line
 from model_lib.precision import choose_device, inference_dtype
+from model_lib.presets import Preset
 from model_lib.sources import read_training, resolve_captioner
 
 if TYPE_CHECKING:
@@ -79,6 +80,15 @@ class CaptionerConfig(PreTrainedConfig):
     image_mean: list | tuple = tuple(OPENAI_CLIP_MEAN)
     image_std: list | tuple = tuple(OPENAI_CLIP_STD)
     tie_word_embeddings: bool = False
+
+    @classmethod
+    def of(cls, preset: Preset, **decoder_options: int) -> Self:
+        """Return a preset's configuration, without loading weights."""
+        return cls(
+            vision_config=dict(preset.vision_shape),
+            decoder_config={**preset.decoder_shape, **decoder_options},
+            train_everything=preset.vision is None,
+        )
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, kind in self.sub_configs.items():

@@ -162,7 +162,7 @@ def _tracking(uri: str | None) -> str | None:
 
 def _weights(source: str) -> str | None:
     if source.startswith("models:/"):
-        from model_lib.registry import require_version
+        from model_lib.model_uris import require_version
 
         require_version(source)
         return None

@@ -1,10 +1,6 @@
 """The model sizes that have a name, each with the training settings that suit it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from model_lib.model import CaptionerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +29,6 @@ class Preset:
     augment: bool
     sort_batches: int
     """Batches' worth of pictures that are sorted by length together."""
-
-    def config(self, **decoder_options: int) -> "CaptionerConfig":
-        """Return the model's configuration, without loading weights."""
-        from model_lib.model import CaptionerConfig
-
-        return CaptionerConfig(
-            vision_config=dict(self.vision_shape),
-            decoder_config={**self.decoder_shape, **decoder_options},
-            train_everything=self.vision is None,
-        )
 
 
 PRESETS = {

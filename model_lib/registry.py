@@ -5,13 +5,13 @@
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from model_lib import storage
 from model_lib.config import RegisterConfig
 from model_lib.errors import UserError
 from model_lib.judgement import Evaluation, Judgement
+from model_lib.model_uris import MODEL, version_uri
 from model_lib.packaging import LONGEST_CARD, log_model, render_card
 from model_lib.promotion import Decision, Policy, choose_winner, decide
 from model_lib.report import render_report
@@ -19,7 +19,6 @@ from model_lib.sources import resolve_captioner
 from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
 from model_lib.turns import CHAMPION, DECISION, REASON, draw, turn
 
-MODEL = "captioner"
 CHALLENGER = "challenger"
 REPLACED = "replaced"
 """Tag of a version that became champion: the version that was it before."""
@@ -45,11 +44,6 @@ class Registered:
         return asdict(self)
 
 
-def version_uri(version: str) -> str:
-    """Return the model URI of a version, which names it for good."""
-    return f"models:/{MODEL}/{version}"
-
-
 def champion_version(uri: str) -> str | None:
     """Return the version that serves, or None if there is none yet."""
     import mlflow
@@ -61,52 +55,6 @@ def champion_version(uri: str) -> str | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-
-
-def pin_version(source: str) -> str:
-    """Return `models:/NAME/VERSION` for `models:/NAME@ALIAS`, and other sources unchanged."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    if not source.startswith("models:/") or "@" not in source:
-        return source
-    name, alias = source.removeprefix("models:/").split("@", 1)
-    try:
-        return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
-    except MlflowException as error:
-        raise _unknown(source) from error
-
-
-def require_version(source: str) -> None:
-    """Raise `UserError` unless the registry has the model of a `models:/…` URI."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    name, _, version = pin_version(source).removeprefix("models:/").partition("/")
-    try:
-        mlflow.MlflowClient().get_model_version(name, version)
-    except MlflowException as error:
-        raise _unknown(source) from error
-
-
-def _unknown(source: str) -> UserError:
-    import mlflow
-
-    return UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first")
-
-
-def download_model(source: str) -> str:
-    """Return a local folder with the captioner of a `models:/…` URI; `UserError` if the registry has none."""
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
-    except MlflowException as error:
-        raise _unknown(source) from error
-    for config in sorted(folder.glob("artifacts/*/config.json")):
-        return str(config.parent)
-    raise UserError(f"{source}: is a registered model, but not a captioner")
 
 
 def register(config: RegisterConfig, tracking: Tracking) -> Registered:

@@ -25,7 +25,7 @@ def resolve_captioner(source: str) -> str:
     """Return a local folder (or a hub name) that holds a captioner; `UserError` if it does not."""
     source = str(source)
     if source.startswith("models:/"):
-        from model_lib.registry import download_model
+        from model_lib.model_uris import download_model
 
         return download_model(source)
     folder = folder_or_hub_name(source)
@@ -41,7 +41,7 @@ def resolve_captioner(source: str) -> str:
 def lasting_source(source: str) -> str:
     """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
     if source.startswith("models:/"):
-        from model_lib.registry import pin_version
+        from model_lib.model_uris import pin_version
 
         return pin_version(source)
     return storage.absolute(source) if storage.is_folder(source) else source

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from model_lib.errors import UserError
-from model_lib.registry import CHAMPION, MODEL, REPLACED, champion_version
+from model_lib.model_uris import MODEL
+from model_lib.registry import CHAMPION, REPLACED, champion_version
 from model_lib.tracking import Tracking, require_mlflow
 from model_lib.turns import DECISION, REASON
 

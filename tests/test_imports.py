@@ -1,6 +1,7 @@
 """What may import what: the library stays below the pipelines, and training needs few packages."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,50 @@ def imported(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", sorted((ROOT / "model_lib").glob("*.py")), ids=lambda file: file.name)
 def test_the_library_never_reaches_up(file: Path) -> None:
     assert not imported(file) & FORBIDDEN
+
+
+def arrows() -> dict[str, set[str]]:
+    """Return for each module of the library those that it imports, at its top or where they are used."""
+    files = {file.stem: file for file in (ROOT / "model_lib").glob("*.py")}
+    found: dict[str, set[str]] = {}
+    for name, file in files.items():
+        tree = ast.parse(file.read_text())
+        only_types = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
+        skipped = {inner for node in only_types for inner in ast.walk(node)}
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in skipped]
+        of_library = {
+            (node.module or "").partition(".")[2] for node in imports if str(node.module).startswith("model_lib.")
+        }
+        found[name] = of_library | {a.name for node in imports if node.module == "model_lib" for a in node.names}
+        found[name] &= files.keys()
+    return found
+
+
+def test_no_arrow_of_the_library_points_backwards() -> None:
+    """But one: `Captioner.caption` is there so that a user needs one name, and calls what is built on the model."""
+    left = arrows()
+    left["model"].remove("captioning")
+    while ready := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in ready}
+    assert not left, "these modules import one another in a circle"
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    packages = ("model_lib", "pipelines")
+    modules = {file.name for package in packages for file in (ROOT / package).glob("*.py") if file.name[0] != "_"}
+    assert modules == set(re.findall(r"`(\w+\.py)`", page))
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("[bcmpt]*/**/*.py")), ids=lambda file: file.relative_to(ROOT).as_posix()
+)
+def test_each_file_says_what_it_is_for_and_is_short(file: Path) -> None:
+    text = file.read_text()
+    assert not text or ast.get_docstring(ast.parse(text))
+    assert text.count("\n") < 400
 
 
 def python(code: str, *arguments: object) -> None:

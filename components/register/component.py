@@ -20,8 +20,8 @@ def register(
     """Register the winner among `evaluations`; return the champion's model URI."""
     from model_lib.candidates import decision_markdown, tell_outcome
     from model_lib.config import RegisterConfig
+    from model_lib.model_uris import version_uri
     from model_lib.registry import register as run
-    from model_lib.registry import version_uri
     from model_lib.storage import read_bytes, write_bytes
     from model_lib.tracking import tracking_from_environment
 

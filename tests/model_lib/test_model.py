@@ -54,14 +54,14 @@ def reference_decoder(model: Captioner) -> GPT2LMHeadModel:
 
 def test_full_size_has_the_designs_parameter_counts() -> None:
     with torch.device("meta"):
-        model = Captioner(PRESETS["clip-l-gpt2-medium"].config())
+        model = Captioner(CaptionerConfig.of(PRESETS["clip-l-gpt2-medium"]))
     assert sum(p.numel() for p in model.parameters()) == 810_326_016
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 353_823_744
 
 
 def test_trained_parameters_are_those_of_the_design() -> None:
     with torch.device("meta"):
-        model = Captioner(PRESETS["clip-l-gpt2-medium"].config())
+        model = Captioner(CaptionerConfig.of(PRESETS["clip-l-gpt2-medium"]))
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == bool(TRAINED.fullmatch(name)), name
 
@@ -91,7 +91,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def full_size_model() -> Captioner:
     """Return the full-size captioner of random weights, its cross-attention switched on."""
     torch.manual_seed(0)
-    model = Captioner(PRESETS["clip-l-gpt2-medium"].config()).eval()
+    model = Captioner(CaptionerConfig.of(PRESETS["clip-l-gpt2-medium"])).eval()
     with torch.no_grad():
         for block in model.decoder.h:
             block.crossattention.c_proj.weight.normal_(std=0.02)

@@ -14,7 +14,8 @@ import pytest
 
 from model_lib import turns
 from model_lib.errors import WorkError
-from model_lib.registry import MODEL, champion_version
+from model_lib.model_uris import MODEL
+from model_lib.registry import champion_version
 from model_lib.turns import draw, turn
 from tests.model_lib.test_promotion import judged
 from tests.services import mlflow_server

@@ -1,0 +1,59 @@
+"""What `models:/…` means: a version or an alias of a model in MLflow's registry, and the captioner's files behind it."""
+
+from pathlib import Path
+
+from model_lib.errors import UserError
+
+MODEL = "captioner"
+"""The registered model."""
+
+
+def version_uri(version: str) -> str:
+    """Return the model URI of a version, which names it for good."""
+    return f"models:/{MODEL}/{version}"
+
+
+def pin_version(source: str) -> str:
+    """Return `models:/NAME/VERSION` for `models:/NAME@ALIAS`, and other sources unchanged."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    if not source.startswith("models:/") or "@" not in source:
+        return source
+    name, alias = source.removeprefix("models:/").split("@", 1)
+    try:
+        return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
+    except MlflowException as error:
+        raise _unknown(source) from error
+
+
+def require_version(source: str) -> None:
+    """Raise `UserError` unless the registry has the model of a `models:/…` URI."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    name, _, version = pin_version(source).removeprefix("models:/").partition("/")
+    try:
+        mlflow.MlflowClient().get_model_version(name, version)
+    except MlflowException as error:
+        raise _unknown(source) from error
+
+
+def _unknown(source: str) -> UserError:
+    import mlflow
+
+    return UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first")
+
+
+def download_model(source: str) -> str:
+    """Return a local folder with the captioner of a `models:/…` URI; `UserError` if the registry has none."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
+    except MlflowException as error:
+        raise _unknown(source) from error
+    for config in sorted(folder.glob("artifacts/*/config.json")):
+        return str(config.parent)
+    raise UserError(f"{source}: is a registered model, but not a captioner")
