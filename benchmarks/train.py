@@ -174,10 +174,8 @@ def train_from_parquet(preset: str, pictures: int, **options: Any) -> float:
         make_scenes(ScenesConfig(output=str(work / "scenes"), train=pictures, val=32, size=256))
         ingest(IngestConfig(dataset=str(work / "scenes"), output=str(work / "data"), store="original"))
         if shapes.vision is not None:
-            config, parts = (
-                CaptionerConfig.of(shapes),
-                {name: str(work / name) for name in ("vision", "decoder", "tokenizer")},
-            )
+            config = CaptionerConfig.of(shapes)
+            parts = {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
             CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
             GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
             captions = SplitReader(read_manifest(str(work / "data")), "train", size=1).captions()

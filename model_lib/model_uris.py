@@ -1,4 +1,4 @@
-"""What `models:/…` means: a version or an alias of a model in MLflow's registry, and the captioner's files behind it."""
+"""What `models:/…` means: a version or an alias in MLflow's model registry, and the captioner's files behind it."""
 
 from pathlib import Path
 
