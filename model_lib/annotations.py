@@ -293,7 +293,7 @@ def _coco_2017(dataset: str, split: str) -> tuple[str, Place]:
                 raise UserError(f"{archive}: has no {annotations}; fetch COCO's own: captioner download coco2017")
         uri = f"zip://{annotations}::{archive}"
     folder = storage.join(dataset, images)
-    for there, found in ((uri, "::" in uri or storage.exists(uri)), (folder, storage.is_folder(folder))):
+    for there, found in ((uri, uri.startswith("zip://") or storage.exists(uri)), (folder, storage.is_folder(folder))):
         if not found and (there == uri or not storage.exists(f"{folder}.zip")):
             raise UserError(f"{there}: not found; --dataset expects COCO's layout, else use --annotations, --images")
     return uri, pictures_at(folder if storage.is_folder(folder) else f"{folder}.zip")

@@ -65,7 +65,7 @@ def _below(config: BatchConfig) -> Iterable[Picture]:
             continue
         if config.exclude and _matches(relative, config.exclude):
             continue
-        yield Picture(uri, int(info["size"]), "/".join(storage.version(info)))
+        yield Picture(storage.encodable(uri), int(info["size"]), "/".join(storage.version(info)))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

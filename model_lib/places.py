@@ -91,8 +91,8 @@ def pictures_at(uri: str) -> Place:
 @contextlib.contextmanager
 def opened(uri: str) -> Iterator[IO[bytes]]:
     """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to end."""
-    member, _, archive = uri.removeprefix("zip://").partition("::")
-    if archive:
+    if uri.startswith("zip://"):
+        member, _, archive = uri.removeprefix("zip://").partition("::")
         with open_zip(archive) as zipped, zipped.open(member) as file:
             yield file
     else:

@@ -62,6 +62,9 @@ def _passing(error: Exception) -> bool:
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of `uri` and the path on it; `UserError` if its driver is missing or unknown."""
+    if "://" not in str(uri):  # else fsspec takes a folder called a::b for a chain of two
+        local = fsspec.filesystem("file")
+        return local, str(local._strip_protocol(str(uri)))
     try:
         fs, path = fsspec.core.url_to_fs(str(uri))
     except ImportError as error:
@@ -69,6 +72,11 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ValueError as error:
         raise UserError(f"{uri}: {error}; use a path or a URI such as gs://bucket/folder") from error
     return fs, path
+
+
+def encodable(path: str) -> str:
+    """Return a path as Parquet and JSON can hold it: on Linux, names of files may be any bytes but those are text."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def is_local(uri: str) -> bool:
@@ -164,6 +172,8 @@ def write_json(uri: str, document: Any) -> None:
 
 def require_writable(folder: str) -> None:
     """Raise `UserError` now if files cannot be written under `folder`, rather than after an hour of work."""
+    if encodable(absolute(folder)) != absolute(folder):
+        raise UserError(f"{encodable(absolute(folder))}: is not UTF-8, and JSON cannot hold it; choose another output")
     probe = join(folder, f".write-test-{os.getpid()}")
     try:
         write_bytes(probe, b"")

@@ -40,6 +40,8 @@ PAGE = 1000
 """Runs asked for at once; a server gives no more than 50,000."""
 ABANDONED = 30
 """Days after which a pipeline's run that is still open is taken for dead; a training takes 21 with all its retries."""
+UNFIT = "?#%'\""
+"""Characters that mean something else in an SQLite address, or in the SQL that MLflow makes of it."""
 FROM_SECRET = "CAPTIONER_"
 """Before the names of MLflow's variables that a step's secret gives: a Kubeflow Pipelines server with its MLflow plugin
 sets some of the plain names itself, and Kubernetes refuses a pod that has one twice."""
@@ -321,8 +323,11 @@ def require_mlflow(tracking: Tracking) -> MlflowTracking:
 
 
 def embedded_uri(workdir: str) -> str:
-    """Return the tracking URI of the SQLite store in `workdir`."""
-    return f"sqlite:///{storage.absolute(workdir)}/mlflow.db"
+    """Return the tracking URI of the SQLite store in `workdir`; `UserError` if MLflow cannot open one there."""
+    folder = storage.absolute(workdir)
+    if unfit := sorted(set(folder) & set(UNFIT)):
+        raise UserError(f"{folder}: MLflow keeps no store under a path with {' '.join(unfit)}; set MLFLOW_TRACKING_URI")
+    return f"sqlite:///{folder}/mlflow.db"
 
 
 def do_not_wait_long() -> None:
