@@ -135,6 +135,12 @@ def resolved(config: BatchConfig) -> BatchConfig:
     return replace(config, model=lasting_source(config.model))
 
 
+def folder_of(config: BatchConfig) -> str:
+    """Return where everything of a `resolved` configuration's model and options lies."""
+    name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
+    return storage.join(config.output, f"{name}-{config.key()[:8]}")
+
+
 def plan(config: BatchConfig) -> Plan:
     """List the pictures once, and leave in the output what is to be done and what is done already. Needs no torch.
 
@@ -145,8 +151,7 @@ def plan(config: BatchConfig) -> Plan:
         UserError: there are no pictures, or the output cannot be written.
     """
     pictures = list_pictures(config)
-    name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
-    folder = storage.join(config.output, f"{name}-{config.key()[:8]}")
+    folder = folder_of(config)
     storage.require_writable(folder)
     wanted = {picture.uri: picture for picture in pictures}
     kept = _kept(folder, wanted) if storage.exists(storage.join(folder, "plan.json")) else []

@@ -9,7 +9,6 @@ Resuming takes the newest checkpoint whose manifest holds, whatever half-written
 random states in it: all random numbers follow from the seed and the step. No pickle is read or written.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_lib import storage
+from model_lib.config import TrainConfig
 from model_lib.errors import UserError, WorkError, first_line
 
 log = logging.getLogger(__name__)
@@ -156,10 +156,18 @@ def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
 
 
+def require_room(config: TrainConfig, model: nn.Module) -> None:
+    """Raise `UserError` now if the disk has no room for what a run will write."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = 3 + (config.ema is not None and config.ema > 0)  # weights, two moments, their average
+    one, best = 4 * trained * copies, 4 * sum(p.numel() for p in model.parameters())
+    what = f"{config.checkpoints_kept} checkpoints, one more while it is written, and the best model"
+    storage.require_room(config.output, (config.checkpoints_kept + 1) * one + best, what)
+
+
 def unwritten(uri: str, error: Exception) -> WorkError:
     """Return what to tell the user when `uri` could not be written."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    full = full or "os error 28" in str(error)  # as safetensors says it of a model
+    full = storage.disk_is_full(error)
     remedy = "make room there" if full else "see to its store"
     return WorkError(
         f"{uri}: cannot be written: {'the disk is full' if full else first_line(error)}; {remedy} and start again: it "

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model_lib import storage
+from model_lib import __version__, storage
 from model_lib.annotations import read_captions
 from model_lib.config import DecodeConfig, EvaluateConfig
 from model_lib.diversity import describe
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.gallery import thumbnail, to_show
 from model_lib.judgement import FEW_PICTURES, Evaluation, Judgement, Pictures, View
 from model_lib.metrics import require_scorers, score_captions
@@ -21,6 +21,7 @@ from model_lib.pictures import PictureError, open_picture
 from model_lib.places import pictures_at
 from model_lib.progress import Progress
 from model_lib.scorecard import evaluation_metrics, evaluation_tags
+from model_lib.sending import reason
 from model_lib.significance import corpus_scores, intervals
 from model_lib.spice import require_spice
 from model_lib.tracking import NO_TRACKING, Tracking
@@ -31,25 +32,31 @@ if TYPE_CHECKING:
     from model_lib.shards import SplitReader
 
 log = logging.getLogger(__name__)
+UNSENT = "unsent.json"
+"""File in the output folder for as long as MLflow does not have its scores."""
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
 """What a model needs to caption."""
 
 
 def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evaluation:
-    """Judge a model or a results file; write the folder if an output is named.
+    """Judge a model or a results file; write the folder if an output is named, and log a model's scores to its run.
 
     Raises:
         UserError: the model, data, results or annotations cannot be used.
+        WorkError: the folder is whole, but its scores could not be logged; the same call does only that.
     """
     require_scorers()
     if config.spice is not None:
         require_spice(config.spice)
     if config.output is not None:
         storage.require_writable(config.output)
+        if config.model is not None and _left_unsent(config):
+            log.warning("%s: was judged before, and only its scores are to be sent", config.output)
+            return _send(config, Evaluation.read(config.output), tracking)
     judgement = _judge_model(config) if config.model is not None else _judge_results(config)
     evaluation = judgement.evaluation
-    for name, reason in evaluation.missing.items():
-        log.warning("%s is missing: %s", name, reason)
+    for name, why in evaluation.missing.items():
+        log.warning("%s is missing: %s", name, why)
     if evaluation.tokenizer != "PTB":
         log.warning("without Java the captions are split plainly: do not compare these scores with published ones")
     if evaluation.pictures < FEW_PICTURES:
@@ -62,8 +69,42 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
         report = render_report(judgement, curves=curves)
         judgement.write(config.output, report)
         if run_id is not None:
-            files = {"evaluation/report.html": report.encode()}
-            tracking.add(run_id, evaluation_metrics(evaluation), evaluation_tags(evaluation), files)
+            storage.write_json(storage.join(config.output, UNSENT), {"key": _key(config)})
+            _send(config, evaluation, tracking)
+    return evaluation
+
+
+def _key(config: EvaluateConfig) -> str:
+    """Return what changes with the options, the data, the model and this program."""
+    assert config.model is not None and config.data is not None
+    from model_lib.shards import read_manifest
+
+    record = storage.join(config.model, "training.json")  # changes with each model that training keeps
+    about = storage.read_bytes(record).decode() if storage.exists(record) else ""
+    return config.key(read_manifest(config.data).fingerprint, about, __version__)
+
+
+def _left_unsent(config: EvaluateConfig) -> bool:
+    """Whether the output holds this very evaluation, and MLflow was away when it was to be logged."""
+    assert config.output is not None
+    file = storage.join(config.output, UNSENT)
+    return storage.exists(file) and storage.read_json(file) == {"key": _key(config)}
+
+
+def _send(config: EvaluateConfig, evaluation: Evaluation, tracking: Tracking) -> Evaluation:
+    """Log an evaluation that is written to the model's run; its folder remembers if that fails."""
+    assert config.output is not None and evaluation.mlflow_run_id is not None
+    run_id, report = evaluation.mlflow_run_id, storage.read_bytes(storage.join(config.output, "report.html"))
+    try:
+        tracking.add(
+            run_id, evaluation_metrics(evaluation), evaluation_tags(evaluation), {"evaluation/report.html": report}
+        )
+    except Exception as error:
+        raise WorkError(
+            f"{config.output}: is written, but its scores are not in MLflow ({reason(error)}); the same command sends "
+            "them, and judges nothing again"
+        ) from error
+    storage.remove(storage.join(config.output, UNSENT))
     return evaluation
 
 

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib import storage
-from model_lib.annotations import Entry, Rejected, read_listing
+from model_lib.annotations import Entry, Listing, Rejected, read_listing
 from model_lib.config import IngestConfig
 from model_lib.errors import UserError
 from model_lib.journal import Finished, Journal, sha256_of, shard_name
@@ -194,10 +194,13 @@ def ingest(config: IngestConfig) -> Manifest:
     """
     _keep_memory()
     listing = read_listing(config)
-    storage.require_writable(config.output)
+    with storage.held(config.output):
+        return _ingest(config, listing)
+
+
+def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
     storage.remove(storage.join(config.output, "manifest.json"))  # a half-done ingest is not a data set
     journal = Journal(config.output, config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP)))
-    _remove_leftovers(config.output)
     splits: dict[str, list[Entry]] = {}
     for entry in listing.entries:
         splits.setdefault(entry.split, []).append(entry)
@@ -234,13 +237,6 @@ def _keep_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         libc.mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
-
-
-def _remove_leftovers(output: str) -> None:
-    """Remove the files that a killed ingest was writing."""
-    if storage.is_local(output):
-        for part in Path(storage.filesystem(output)[1]).glob(".part-*"):
-            part.unlink(missing_ok=True)
 
 
 def _conclude(output: str, manifest: Manifest, quarantine: list[Rejected]) -> None:

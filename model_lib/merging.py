@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from model_lib import storage
-from model_lib.batch import ABOUT, Plan, caption_shards, load_model, plan, read_shard, resolved
+from model_lib.batch import ABOUT, Plan, caption_shards, folder_of, load_model, plan, read_shard, resolved
 from model_lib.config import BatchConfig
 from model_lib.errors import UserError, WorkError
 from model_lib.pictures import PictureError, open_picture
@@ -57,11 +57,12 @@ def batch(config: BatchConfig) -> Summary:
     """
     config = resolved(config)
     model = load_model(config)
-    made = plan(config)
-    missing = made.missing()
-    if missing:
-        caption_shards(made, missing, model)
-    return merge(made)
+    with storage.held(folder_of(config)):
+        made = plan(config)
+        missing = made.missing()
+        if missing:
+            caption_shards(made, missing, model)
+        return merge(made)
 
 
 def merge(made: Plan) -> Summary:

@@ -3,6 +3,7 @@
 `champion` serves; `challenger` is the latest candidate that did not win.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -20,6 +21,8 @@ from model_lib.tracking import MlflowTracking, Tracking, require_mlflow
 from model_lib.turns import CHAMPION, DECISION, REASON, draw, turn
 
 CHALLENGER = "challenger"
+EVALUATION = "evaluation"
+"""Tag of a version: sha256 of the evaluation that it was registered by."""
 REPLACED = "replaced"
 """Tag of a version that became champion: the version that was it before."""
 
@@ -70,25 +73,20 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     best = choose_winner(candidates, config.metric)
     winner = best.evaluation
     folder = resolve_captioner(winner.model)
+    client = mlflow.MlflowClient(tracking.uri)
     present = champion_version(tracking.uri)
+    before = _registered_before(client, winner, present)
+    if before is not None:
+        present = before.tags.get(REPLACED)
     champion = _champion_judgement(config, present)
     policy = Policy(**{f.name: getattr(config, f.name) for f in fields(Policy)})
     decision = decide(champion, best, policy)
     run_id = _winners_run(winner, tracking)
-    card = render_card(winner, folder)
-    # What takes long is done before the number is drawn, as others wait for the decision on it.
-    model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
-    client = mlflow.MlflowClient(tracking.uri)
-    about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
-    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, present), **about)
-    version = str(drawn.version)
-    with turn(client, drawn):
-        now = champion_version(tracking.uri)
-        if now != present:
-            decision = replace(decision, promote=False, reason=_outdated(now, present))
-        settle(client, version, decision, now)
-    shown = json.dumps([{"name": MODEL, "version": int(version)}])  # from the model to its version in MLflow's pages
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
+    if before is None:
+        version, decision, now = _make_version(config, winner, folder, run_id, present, decision, tracking)
+    else:
+        version, now = str(before.version), present
+        settle(client, version, decision, present)
     judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
     others = [one for one in candidates if one is not best]
     trained = (one.evaluation for one in candidates)
@@ -109,6 +107,47 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
             for e in (candidate.evaluation for candidate in candidates)
         ],
     )
+
+
+def _registered_before(client: Any, winner: Evaluation, champion: str | None) -> Any:
+    """Return the champion if an earlier call for the same winner made it so and was killed, maybe half-way; or None."""
+    if champion is None:
+        return None
+    found = client.get_model_version(MODEL, champion)
+    return found if found.tags.get(EVALUATION) == _digest(winner) else None
+
+
+def _digest(evaluation: Evaluation) -> str:
+    return hashlib.sha256(json.dumps(evaluation.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _make_version(
+    config: RegisterConfig,
+    winner: Evaluation,
+    folder: str,
+    run_id: str,
+    present: str | None,
+    decision: Decision,
+    tracking: MlflowTracking,
+) -> tuple[str, Decision, str | None]:
+    """Make the winner a version and decide on it in its turn; return both, and who was champion until then."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking.uri)
+    card = render_card(winner, folder)
+    # What takes long is done before the number is drawn, as others wait for the decision on it.
+    model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
+    about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
+    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, present), **about)
+    version = str(drawn.version)
+    with turn(client, drawn):
+        now = champion_version(tracking.uri)
+        if now != present:
+            decision = replace(decision, promote=False, reason=_outdated(now, present))
+        settle(client, version, decision, now)
+    shown = json.dumps([{"name": MODEL, "version": int(version)}])  # from the model to its version in MLflow's pages
+    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
+    return version, decision, now
 
 
 def settle(client: Any, version: str, decision: Decision, champion: str | None) -> None:
@@ -149,6 +188,7 @@ def _tags(winner: Evaluation, config: RegisterConfig, champion: str | None) -> d
         "split": winner.split,
         "pictures": str(winner.pictures),
         "data_fingerprint": winner.data_fingerprint or "",
+        EVALUATION: _digest(winner),
     }
 
 

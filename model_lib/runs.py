@@ -1,7 +1,10 @@
 """Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
+
+Point = tuple[str, float, int, int]
+"""A metric's name, its value, when it was measured (ms since 1970), and the step of training."""
 
 
 class Run:
@@ -10,20 +13,31 @@ class Run:
     run_id: str | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a point to each metric's curve, at the latest when `flush` is called."""
+        """Add a point to each metric's curve, without waiting for it to arrive; all have when the run is closed."""
 
-    def flush(self) -> None:
-        """Send all points, so that a kill from now on loses none of them."""
+    def unsent(self) -> list[Point]:
+        """Return the points that may not have arrived yet, for a checkpoint to keep."""
+        return []
+
+    def resume(self, points: Sequence[Point]) -> None:
+        """Add points that a checkpoint kept, before the run is entered; those that arrived meanwhile do not matter."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Close the run: finished, killed if the body was stopped, or failed if it raised."""
+        """Close the run: finished, killed if the body was stopped, or failed if it raised.
+
+        Raises:
+            WorkError: the body ended well, but not all points could be sent.
+        """
 
 
 class Tracking:
     """Where runs are tracked; this one is nowhere."""
+
+    def require_answer(self) -> None:
+        """Raise `WorkError` now if runs cannot be tracked, rather than after the data and the model were read."""
 
     def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         """Start the run `name`, or go on with the one that was started with the same `key`, if there is a key.

@@ -6,12 +6,14 @@ whole or absent: a local file is written beside its place and renamed, object st
 
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +26,9 @@ from model_lib.patience import ask_again
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # and this, which rights it tried before it found some
+log = logging.getLogger(__name__)
+LOCK = ".lock"
+"""File in an output folder that a run locks; it stays, as removing it would let two runs hold two files of one name."""
 _ANSWER = TypeVar("_ANSWER")
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # which can only be read by setting it
@@ -155,9 +160,22 @@ def whole_file(uri: str) -> Any:
             os.replace(part, path)
         else:
             patiently(uri, lambda: fs.put_file(part, path))
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        place = uri if folder else f"{part}, on the way to {uri}"
+        raise WorkError(f"{place}: cannot be written: the disk is full; make room there and start again") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error says so, or the one that it stands for; safetensors puts it into words."""
+    if error is None:
+        return False
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "os error 28" in str(error) or disk_is_full(error.__cause__)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -182,16 +200,45 @@ def require_writable(folder: str) -> None:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
 
 
-def make_ready(folder: str) -> None:
-    """Make an output folder ready: it can be written to, and what a kill left half-written is gone.
+@contextlib.contextmanager
+def held(folder: str) -> Iterator[None]:
+    """Make an output folder ready and keep other runs out of it: what a kill left half-written is gone.
+
+    The lock of a local folder goes away with the process, however that ends. Other stores know no locks: two runs at
+    the same time in one folder of a bucket are not noticed.
 
     Raises:
-        UserError: see `require_writable`.
+        UserError: it cannot be written to, or another run is at work in it.
     """
-    require_writable(folder)
-    if is_local(folder):
-        for part in Path(filesystem(folder)[1]).rglob(".part-*"):
-            part.unlink(missing_ok=True)
+    with _locked(folder) if is_local(folder) else contextlib.nullcontext():
+        require_writable(folder)
+        if is_local(folder):
+            for part in Path(filesystem(folder)[1]).rglob(".part-*"):
+                part.unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    try:
+        os.makedirs(path := filesystem(folder)[1], exist_ok=True)
+        lock = Path(path, LOCK).open("a+")  # noqa: SIM115 (what goes wrong in the body is another thing)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "another process"
+            raise UserError(f"{folder}: {who} is at work there; wait for it, or choose another output") from None
+        except OSError as error:  # a network's disk without locks
+            log.warning("%s: cannot be locked (%s): let no other run write there meanwhile", folder, error.strerror)
+        with contextlib.suppress(OSError):  # a full disk: who holds the lock is only said
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        yield
 
 
 def require_room(folder: str, need: int, what: str) -> None:

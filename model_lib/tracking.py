@@ -17,12 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from model_lib import storage
 from model_lib.errors import UserError, first_line
 from model_lib.revision import VERSION_TAG, code_version
 from model_lib.runs import NO_TRACKING, Run, Tracking
+from model_lib.sending import MlflowRun, asked, impatient
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
@@ -45,76 +46,6 @@ UNFIT = "?#%'\""
 FROM_SECRET = "CAPTIONER_"
 """Before the names of MLflow's variables that a step's secret gives: a Kubeflow Pipelines server with its MLflow plugin
 sets some of the plain names itself, and Kubernetes refuses a pod that has one twice."""
-
-
-class _MlflowRun(Run):
-    """A run on a tracking server.
-
-    Args:
-        client: of the server.
-        run_id: of the run, which is there.
-        params, tags: what it gets when it begins.
-        finished: whether it has finished before; then it stays as it is, unless something more is logged.
-    """
-
-    def __init__(
-        self, client: Any, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], finished: bool = False
-    ) -> None:
-        self.client, self.run_id = client, run_id
-        self.params, self.tags, self.finished = params, tags, finished
-        self.waiting: list = []
-        self.sent = time.monotonic()
-        self.monitor: Any = None
-
-    def __enter__(self) -> Self:
-        if not self.finished:
-            self._begin()
-        return self
-
-    def _begin(self) -> None:
-        from mlflow.entities import Param, RunTag
-
-        self.finished = False
-        self.client.update_run(self.run_id, status="RUNNING")
-        self.client.log_batch(
-            self.run_id,
-            params=[Param(name, str(value)[:6000]) for name, value in self.params.items()],
-            tags=[RunTag(name, value) for name, value in self.tags.items()],
-        )
-        if importlib.util.find_spec("psutil") is None:
-            log.warning("the machine's load is not logged: pip install psutil")
-            return
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else it warns that there is no GPU
-        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
-        self.monitor.start()
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        if self.finished:
-            self._begin()
-        now = int(time.time() * 1000)
-        self.waiting += [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        if time.monotonic() - self.sent > 5:
-            self.flush()
-
-    def flush(self) -> None:
-        for start in range(0, len(self.waiting), 500):  # a server takes at most 1,000 a call
-            self.client.log_batch(self.run_id, metrics=self.waiting[start : start + 500])
-        self.waiting, self.sent = [], time.monotonic()
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.finished:
-            return
-        try:
-            self.flush()
-        finally:
-            if self.monitor is not None:
-                self.monitor.finish()
-        stopped = kind is not None and not issubclass(kind, Exception)
-        self.client.set_terminated(self.run_id, "KILLED" if stopped else "FAILED" if kind else "FINISHED")
 
 
 @dataclass(frozen=True)
@@ -156,7 +87,13 @@ class MlflowTracking(Tracking):
             if not token:
                 return
 
+    def require_answer(self) -> None:
+        asked(self.uri, lambda: self.client.get_experiment(self.experiment_id))
+
     def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        return asked(self.uri, lambda: self._start(name, key, params, tags))
+
+    def _start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
         client, above = self.client, self._above()
         place = {} if above is None else _kfp_tags(above)
         known = {RUN_TAG: key} if key else {}
@@ -167,14 +104,14 @@ class MlflowTracking(Tracking):
             if found.data.params:
                 params = {}  # else it was killed before they were there
             finished = found.info.status == "FINISHED"
-            return _MlflowRun(client, str(found.info.run_id), params, {**described, **nested}, finished)
+            return MlflowRun(client, str(found.info.run_id), params, {**described, **nested}, finished)
         if self.own_run_id is not None:
             run_id = self.own_run_id
             client.update_run(run_id, name=name)
         else:
             created = client.create_run(self.experiment_id, run_name=name, tags={**nested, **place, **known})
             run_id = str(created.info.run_id)
-        return _MlflowRun(client, run_id, params, described)
+        return MlflowRun(client, run_id, params, described)
 
     def mark(self, step: str) -> None:
         parent = self.parent()
@@ -292,10 +229,11 @@ class MlflowTracking(Tracking):
         from mlflow.exceptions import MlflowException
 
         try:
-            if not self.knows(run_id):
-                return {}
-            known = self.client.get_run(run_id).data.metrics
-            found = {name: self.client.get_metric_history(run_id, name) for name in CURVES if name in known}
+            with impatient():
+                if not self.knows(run_id):
+                    return {}
+                known = self.client.get_run(run_id).data.metrics
+                found = {name: self.client.get_metric_history(run_id, name) for name in CURVES if name in known}
         except MlflowException as error:  # the curves are an extra: nothing is judged again for want of them
             log.warning("the curves of MLflow run %s cannot be read from %s: %s", run_id, self.uri, first_line(error))
             return {}

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ from model_lib.model import Captioner
 from model_lib.objectives import LearnCaptions, Objective, SelfCritical
 from model_lib.pictures import augmented
 from model_lib.progress import INTERVAL, Progress
+from model_lib.runs import Point
 from model_lib.shards import AHEAD, Manifest, Plan, SplitReader, ahead, read_manifest, verify
 from model_lib.sources import lasting_source
 from model_lib.tokens import encode_captions
@@ -74,8 +75,9 @@ def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
         WorkError: the work failed; started again, it goes on from the last checkpoint.
     """
     several = [signal.SIGINT] if started_by_launcher() else []
-    with join_world(config.device) as world, heeding(signal.SIGTERM, *several) as asked:
-        world.lead(lambda: storage.make_ready(config.output))
+    with join_world(config.device) as world, heeding(signal.SIGTERM, *several) as asked, ExitStack() as held:
+        world.lead(tracking.require_answer)
+        world.lead(lambda: held.enter_context(storage.held(config.output)))
         config, manifest, model = world.together(lambda: _data_and_model(config, world))
         return _Run(config, manifest, model, world, tracking if world.leads else NO_TRACKING, asked).to_the_end()
 
@@ -131,6 +133,7 @@ class _Run:
         self.saving = Background()
         self.step, self.validated, self.stale = 0, 0, 0
         self.best: Standing | None = None
+        self.unsent: list[Point] = []
         self.saved, self.saved_at, self.logged_at, self.pictures = 0, time.monotonic(), time.monotonic(), 0
 
     @property
@@ -155,9 +158,10 @@ class _Run:
             log.warning("reward: %s", ", ".join(f"{name} {value}" for name, value in self.reward.items()))
         if self.config.feature_cache is not None and not self.finished:
             self.cache = self._cached_features(self.config.feature_cache)
-        self.world.lead(self._require_room)
+        self.world.lead(lambda: checkpoint.require_room(self.config, self.model))
         key = self.world.lead(self._key)
         run = self.tracking.start(self.config.name, key, {**self.config.to_dict(), **self.reward}, self._tags())
+        run.resume(self.unsent)
         steps = Progress(f"train {self.config.name}", self.steps, "steps", self.step, shown=self.world.leads)
         with run, steps as progress, self.saving, self.asked.finishing_first():
             try:
@@ -323,7 +327,6 @@ class _Run:
         """Write a checkpoint while training goes on, after the work that comes `first`."""
         if not self.world.leads:
             return
-        run.flush()  # what this checkpoint goes on from is not logged again
         state = {
             "step": self.step,
             "validated": self.validated,
@@ -331,6 +334,7 @@ class _Run:
             "best": None if self.best is None else [self.best.cider, self.best.negative_loss],
             "origin": self.origin,
             "learner": self.learner.state(),
+            "unsent": run.unsent(),  # what this checkpoint goes on from is not logged again
             "configuration": self.config.to_dict(),
         }
         self.saving.wait()  # before there is a second copy in memory, here too
@@ -366,18 +370,10 @@ class _Run:
         self._require_same(state["origin"])
         self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), state["learner"])
         self.step, self.validated, self.stale = state["step"], state["validated"], state["stale"]
-        self.saved = self.step
+        self.saved, self.unsent = self.step, state.get("unsent", [])
         self.best = None if state["best"] is None else Standing(*state["best"])
         if self.world.leads:
             log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)
-
-    def _require_room(self) -> None:
-        """Raise `UserError` now if the disk has no room for what the run will write."""
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        copies = 3 + (self.config.ema is not None and self.config.ema > 0)  # weights, two moments, their average
-        one, best = 4 * trained * copies, 4 * sum(p.numel() for p in self.model.parameters())
-        what = f"{self.config.checkpoints_kept} checkpoints, one more while it is written, and the best model"
-        storage.require_room(self.config.output, (self.config.checkpoints_kept + 1) * one + best, what)
 
     def _require_same(self, origin: str) -> None:
         if origin != self.origin:

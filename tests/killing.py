@@ -1,38 +1,78 @@
-"""Kills a training run again and again, and lets it start again until it ends by itself.
+"""Kills a stage again and again at random moments, and lets it start again until it ends by itself.
 
-    python -m tests.killing '{"data": …}' FOLDER SEED KILLS
+    python -m tests.killing STAGE OPTIONS FOLDER SEED KILLS
 
-trains the configuration once undisturbed in FOLDER/whole, then in FOLDER/killed with SIGKILL at random moments, every
-other one of them while files are half-written. Each process is forked from this one, which has imported everything and
-computed nothing: a kill then costs no start of Python. It prints one line of JSON: each kill, and where it fell.
+runs the stage with its options (JSON) once undisturbed, its output in FOLDER/whole, then in FOLDER/killed-0, -1, … each
+killed a few times and then left to its end, until there were so many kills. Every other kill waits for a moment in
+which files are half-written. Each process is forked from this one, which has imported everything and computed nothing:
+a kill then costs no start of Python. It prints one line of JSON: where each kill fell, a list a round.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-import mlflow  # noqa: F401  (before the forks)
+import mlflow.pyfunc  # noqa: F401  (before the forks, as all that follows)
+import torch
 
-from model_lib.checkpoint import Checkpoints
-from model_lib.config import TrainConfig
-from model_lib.tracking import tracking_from_environment
+import model_lib.captioning
+import model_lib.clipscore
+import model_lib.report  # noqa: F401
+from model_lib import storage, turns
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from model_lib.evaluation import evaluate
+from model_lib.ingest import ingest
+from model_lib.merging import batch
+from model_lib.registry import register
+from model_lib.tracking import MlflowTracking, tracking_from_environment
 from model_lib.training import train
 
+MOST = 6
+"""Kills a round."""
 
-def start(options: dict, output: Path) -> int:
-    """Begin or go on with a run in a process of its own; return the process."""
+
+def _tracking(output: str) -> MlflowTracking:
+    """Return the tracking in the output's own store."""
+    store = f"sqlite:///{output}-store/mlflow.db"
+    os.environ["MLFLOW_TRACKING_URI"] = store
+    tracking = tracking_from_environment()
+    assert isinstance(tracking, MlflowTracking)
+    return tracking
+
+
+def _register(options: dict, output: str) -> None:
+    """Register evaluation after evaluation, each judged against the champion before: OUTPUT is a copy of theirs."""
+    turns.SILENCE, turns.POLL = 1.0, 0.05  # a killed one is passed over after minutes
+    if not Path(output).exists():
+        shutil.copytree(options["evaluations"], output)
+    register(RegisterConfig(evaluations=(output,)), _tracking(output))
+
+
+STAGES: dict[str, Callable[[dict, str], object]] = {
+    "ingest": lambda options, output: ingest(IngestConfig(**options, output=output)),
+    "train": lambda options, output: train(TrainConfig(**options, output=output), _tracking(output)),
+    "evaluate": lambda options, output: evaluate(EvaluateConfig(**options, output=output), _tracking(output)),
+    "register": _register,
+    "batch": lambda options, output: batch(BatchConfig(**options, output=output)),
+}
+
+
+def start(stage: str, options: dict, output: str) -> int:
+    """Begin or go on with a stage in a process of its own; return the process."""
     process = os.fork()
     if process:
         return process
     code = 1
     try:
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{output}.db"
-        train(TrainConfig(**{**options, "output": str(output)}), tracking_from_environment())
+        torch.set_num_threads(1)
+        STAGES[stage](options, output)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -41,49 +81,60 @@ def start(options: dict, output: Path) -> int:
         os._exit(code)
 
 
-def ended(process: int) -> bool:
+def ended(process: int, stage: str) -> bool:
     done, status = os.waitpid(process, os.WNOHANG)
-    assert status == 0, "training failed by itself"
+    assert status == 0, f"{stage} failed by itself"
     return done == process
 
 
-def half_written(output: Path) -> set[Path]:
-    """Return the files that are half-written, and the checkpoints without a manifest."""
-    folders = {file.parent for file in output.glob("checkpoints/*/state*")}
-    return {*output.rglob(".part-*"), *(folder for folder in folders if not (folder / "manifest.json").exists())}
+def to_the_end(stage: str, options: dict, output: str) -> float:
+    """Return the seconds that an undisturbed start took."""
+    began, process = time.monotonic(), start(stage, options, output)
+    while not ended(process, stage):
+        time.sleep(0.01)
+    return time.monotonic() - began
 
 
-def step_of(output: Path) -> int | None:
-    newest = Checkpoints(str(output)).newest()
-    return None if newest is None else json.loads(Path(newest, "state.json").read_text())["step"]
+def half_written(output: str) -> set[Path]:
+    """Return the local files that are half-written, and the checkpoints without a manifest."""
+    if not storage.is_local(output):
+        return set()
+    folders = {file.parent for file in Path(output).glob("checkpoints/*/state*")}
+    whole = {folder for folder in folders if (folder / "manifest.json").exists()}
+    return {*Path(output).rglob(".part-*"), *(folders - whole)}
+
+
+def kill_once(stage: str, options: dict, output: str, moment: float, in_a_save: bool) -> bool | None:
+    """Start a stage and kill it; return whether files were then half-written, or None if it had ended before."""
+    left = half_written(output)
+    process, at = start(stage, options, output), time.monotonic() + moment
+    while not (over := ended(process, stage)):
+        if time.monotonic() > at and (not in_a_save or half_written(output) - left):
+            break
+        time.sleep(0.0005)
+    if over:
+        return None
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return bool(half_written(output) - left)
 
 
 def main() -> None:
-    options, folder, seed, kills = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    rng, output = random.Random(seed), folder / "killed"
-    began, process = time.monotonic(), start(options, folder / "whole")
-    while not ended(process):
-        time.sleep(0.05)
-    whole = time.monotonic() - began
-    fell: list[dict] = []
-    while len(fell) < kills:
-        left = half_written(output)
-        process = start(options, output)
-        at, in_a_save = time.monotonic() + rng.uniform(0, 0.3 * whole), len(fell) % 2 == 1
-        while not (over := ended(process)):
-            if time.monotonic() > at and (not in_a_save or half_written(output) - left):
+    stage, options, folder, seed, kills = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
+    rng = random.Random(seed)
+    whole = to_the_end(stage, options, f"{folder}/whole")
+    rounds: list[list[bool]] = []
+    while sum(map(len, rounds)) < kills:
+        fell: list[bool] = []
+        output = f"{folder}/killed-{len(rounds)}"
+        for number in range(min(rng.randint(1, MOST), kills - sum(map(len, rounds)))):
+            one = kill_once(stage, options, output, rng.uniform(0, whole), in_a_save=number % 2 == 1)
+            if one is None:
                 break
-            time.sleep(0.0005)
-        if over:
-            break
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        fell.append({"in_a_save": bool(half_written(output) - left), "checkpoint": step_of(output)})
-    else:
-        process = start(options, output)
-        while not ended(process):
-            time.sleep(0.05)
-    print(json.dumps({"kills": fell, "undisturbed_seconds": round(whole, 1)}))
+            fell.append(one)
+        to_the_end(stage, options, output)
+        rounds.append(fell)
+    print(json.dumps({"kills": rounds, "undisturbed_seconds": round(whole, 1)}))
 
 
 if __name__ == "__main__":

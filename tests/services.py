@@ -60,9 +60,9 @@ def _answers(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, store: str | None = None) -> Iterator[str]:
+def mlflow_server(folder: Path, store: str | None = None, port: int = 0) -> Iterator[str]:
     """Yield the address of an MLflow server with its files in `folder`, and by default its SQLite store as well."""
-    port = free_port()
+    port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += [

@@ -1,12 +1,8 @@
 """Captioning a folder: one row for each picture listed, whatever is wrong with some, killed or not, once or again."""
 
 import json
-import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from model_lib.batch import ABOUT, caption_planned, plan, read_plan, resolved
 from model_lib.config import BatchConfig
 from model_lib.errors import WorkError
 from model_lib.merging import Summary, batch, merge
+from tests.attacks.killed import killed
 from tests.services import Faults, faulty_bucket
 
 
@@ -316,28 +313,10 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
     bucket: tuple[fsspec.AbstractFileSystem, Faults], saved_model: Path, tmp_path: Path
 ) -> None:
     fs, _ = bucket
-    options = ["--images", "gs://b/in", "--output", "gs://b/out", "--model", saved_model, "--shard_pictures", "4"]
-    command = [sys.executable, "-m", "tests.killing_batch", *map(str, options)]
-    rng, kills, done = random.Random(0), 0, False
-
-    def start() -> subprocess.Popen:
-        run = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
-        assert run.stdout is not None and run.stdout.readline() == "begins\n"
-        return run
-
-    while not done and kills < 8:
-        run = start()
-        try:
-            done = run.wait(rng.uniform(0.05, 1.0)) == 0
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            kills += 1
-    assert kills >= 3
-    run = start()
-    assert run.wait(120) == 0
-    found = in_bucket(fs, "out")
-    assert len(found) == len({row["uri"] for row in found}) == 65
-    assert sum(row["status"] == "ok" for row in found) == 64
-    moments = {row["captioned_at"] for row in found}
-    assert max(moments) > min(moments)
+    options = {"images": "gs://b/in", "model": str(saved_model), "shard_pictures": 4}
+    kills = killed("batch", options, "gs://b", seed=0, kills=8)
+    assert sum(map(len, kills)) == 8
+    for number in range(len(kills)):
+        found = in_bucket(fs, f"killed-{number}")
+        assert len(found) == len({row["uri"] for row in found}) == 65
+        assert sum(row["status"] == "ok" for row in found) == 64

@@ -1,6 +1,5 @@
 """That a training run always reaches its end, and always the same one: killed, stopped, resumed."""
 
-import json
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ from model_lib.shards import read_manifest
 from model_lib.tracking import Run, Tracking
 from model_lib.training import train
 from model_lib.validation import Validator
+from tests.attacks.killed import killed
 from tests.model_lib.test_training import config, judged, kept
 
 RECIPE = {"dropout": 0.3, "ema": 0.9, "augment": "yes", "label_smoothing": 0.1}
@@ -71,16 +71,15 @@ def curves(database: Path) -> dict[str, dict[int, set[float]]]:
 def test_killed_at_random_moments_it_gives_the_same_curves_and_model_bit_for_bit(data: Path, tmp_path: Path) -> None:
     options = {"data": str(data), "preset": "tiny", "epochs": 6, "batch_size": 8, "validate_every": 5, **RECIPE}
     options |= {"checkpoint_steps": 1, "log_steps": 1}
-    command = [sys.executable, "-m", "tests.killing", json.dumps(options), str(tmp_path), "0", "10"]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=500)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    kills = json.loads(ran.stdout.splitlines()[-1])["kills"]
-    assert len(kills) >= 4 and any(kill["in_a_save"] for kill in kills)
-    ours, theirs = curves(tmp_path / "killed.db"), curves(tmp_path / "whole.db")
-    assert ours == theirs and set(theirs["train_loss"]) == set(range(1, 49))
-    assert all(len(values) == 1 for metric in ours.values() for values in metric.values())
-    assert same_best(tmp_path / "killed", tmp_path / "whole")
-    assert not list((tmp_path / "killed").rglob(".part-*"))
+    kills = killed("train", options, str(tmp_path), seed=0, kills=10)
+    assert sum(map(len, kills)) == 10 and any(map(any, kills))
+    theirs = curves(tmp_path / "whole-store" / "mlflow.db")
+    assert set(theirs["train_loss"]) == set(range(1, 49))
+    for number in range(len(kills)):
+        ours = curves(tmp_path / f"killed-{number}-store" / "mlflow.db")
+        assert ours == theirs and all(len(values) == 1 for metric in ours.values() for values in metric.values())
+        assert same_best(tmp_path / f"killed-{number}", tmp_path / "whole")
+        assert not list((tmp_path / f"killed-{number}").rglob(".part-*"))
 
 
 def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(finished: Path, data: Path, tmp_path: Path) -> None:

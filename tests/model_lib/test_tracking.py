@@ -109,11 +109,14 @@ def test_nested_runs_are_closed_however_many_pages_they_fill(server: str, enviro
 
 
 KILLED = """
-import os, signal
+import os, signal, time
+import model_lib.sending
 from model_lib.tracking import tracking_from_environment
+model_lib.sending.INTERVAL = 0.05
 with tracking_from_environment().start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
     run.log({"loss": 2.0}, 1)
-    run.flush()
+    while run.unsent():
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

@@ -1,0 +1,95 @@
+"""SIGKILL at random moments of every stage, fifty of each: started again, it ends as if nothing had happened.
+
+Deselected by default, as it takes minutes: make soak. The stages' own tests kill each a few times.
+"""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib.registry import MODEL
+from tests.attacks.killed import killed
+from tests.model_lib.test_survival import RECIPE, curves, same_best
+
+KILLS = 50
+pytestmark = pytest.mark.soak
+
+
+def rounds(stage: str, options: dict, folder: Path, seed: int) -> list[Path]:
+    """Kill a stage; return the outputs of the rounds."""
+    kills = killed(stage, options, str(folder), seed, KILLS)
+    assert sum(map(len, kills)) == KILLS
+    in_a_save = sum(map(sum, kills))
+    print(f"{stage}: {KILLS} kills in {len(kills)} rounds, {in_a_save} of them while files were half-written")
+    return [folder / f"killed-{number}" for number in range(len(kills))]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def test_ingest(scenes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    options = {"dataset": str(scenes), "shard_mb": 1, "store": "original"}
+    for output in rounds("ingest", options, folder, seed=1):
+        ours, theirs = files(output), files(folder / "whole")
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name] == theirs[name] for name in theirs if name != "manifest.json"), output
+        manifests = [json.loads(one["manifest.json"]) for one in (ours, theirs)]
+        assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
+        assert manifests[0]["shards"] == manifests[1]["shards"]
+
+
+def test_train(data: Path, tmp_path: Path) -> None:
+    options = {"data": str(data), "preset": "tiny", "epochs": 4, "batch_size": 8, "validate_every": 5, **RECIPE}
+    options |= {"checkpoint_steps": 1, "log_steps": 1}
+    outputs = rounds("train", options, tmp_path, seed=2)
+    theirs = curves(tmp_path / "whole-store" / "mlflow.db")
+    for output in outputs:
+        ours = curves(Path(f"{output}-store", "mlflow.db"))
+        assert ours == theirs and all(len(values) == 1 for metric in ours.values() for values in metric.values())
+        assert same_best(output, tmp_path / "whole") and not list(output.rglob(".part-*"))
+
+
+def test_evaluate(data: Path, finished: Path, tmp_path: Path) -> None:
+    options = {"model": str(finished / "best"), "data": str(data)}
+    for output in rounds("evaluate", options, tmp_path, seed=3):
+        ours, theirs = files(output), files(tmp_path / "whole")
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name] == theirs[name] for name in ("results.json", "pictures.parquet"))
+        scores = [json.loads(one["scores.json"]) | {"pictures_per_second": 0} for one in (ours, theirs)]
+        assert scores[0] == scores[1]
+
+
+def test_register(data: Path, finished: Path, tmp_path: Path) -> None:
+    from model_lib.config import EvaluateConfig
+    from model_lib.evaluation import evaluate
+
+    evaluate(EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(tmp_path / "judged")))
+    for output in rounds("register", {"evaluations": str(tmp_path / "judged")}, tmp_path, seed=4):
+        client = mlflow.MlflowClient(f"sqlite:///{output}-store/mlflow.db")
+        champion = client.get_registered_model(MODEL).aliases["champion"]
+        fates = {str(one.version): one.tags["decision"] for one in client.search_model_versions(f"name='{MODEL}'")}
+        assert fates.pop(str(champion)) == "champion" and set(fates.values()) <= {"abandoned"}, output
+        assert (output / "decision.html").exists()
+
+
+def test_batch(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").symlink_to(scenes / "train2017")
+    options = {"images": str(scenes / "train2017"), "model": str(saved_model), "shard_pictures": 4}
+
+    def captions(output: Path) -> dict[str, str]:
+        rows = [row for file in output.glob("*/captions/*.parquet") for row in pq.read_table(file).to_pylist()]
+        found = {row["uri"]: row["caption"] for row in rows}
+        assert len(found) == len(rows) == 64
+        return found
+
+    for output in rounds("batch", options, tmp_path, seed=5):
+        assert captions(output) == captions(tmp_path / "whole")
