@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib import __version__, storage
+from model_lib import __version__, allowing, storage
 from model_lib.background import Background
 from model_lib.config import BatchConfig
 from model_lib.errors import UserError, WorkError
@@ -265,7 +265,7 @@ def _captioned(
     config = made.config
     with ThreadPoolExecutor(config.workers or 2 * (os.cpu_count() or 1)) as pool:
         pictures = (picture for index in indices for picture in made.pictures(index))
-        loading = (pool.submit(_load, picture, model.image_size) for picture in pictures)
+        loading = (pool.submit(_load, picture, model.image_size, config.images) for picture in pictures)
         ahead = deque(itertools.islice(loading, AHEAD * config.batch_size))
         for index in indices:
             rows: list[dict[str, Any]] = []
@@ -296,10 +296,11 @@ def _caption_batch(batch: list[Future], model: "Captioner", config: BatchConfig)
     return rows
 
 
-def _load(picture: Picture, size: int) -> tuple[dict[str, Any], np.ndarray | None]:
+def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
     """Read and decode one picture: its row so far, and its pixels unless it cannot be used."""
     row: dict[str, Any] = {"uri": picture.uri, "status": "error"}
     try:
+        allowing.require_listed(picture.uri, source)
         if picture.bytes > LARGEST_FILE:
             raise PictureError("too_large", f"a file of {picture.bytes:,} bytes, more than {LARGEST_FILE:,}")
         content = storage.patiently(picture.uri, lambda: storage.read_bytes(picture.uri), PATIENCE)
@@ -327,6 +328,8 @@ def _changed(picture: Picture, content: bytes) -> bool:
 
 def _reason(error: UserError | WorkError) -> str:
     cause = error.__cause__
+    if isinstance(error, allowing.NotAllowed):
+        return "not_allowed"
     if isinstance(cause, PermissionError) or getattr(cause, "status", None) == 403 or "Forbidden" in str(cause):
         return "forbidden"
     return "missing" if isinstance(error, UserError) else "unreachable"

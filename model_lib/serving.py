@@ -1,6 +1,7 @@
 """The captioner as an MLflow model: `mlflow.pyfunc.load_model("models:/captioner@champion").predict(["a.jpg"])`.
 
-Input: a column of image paths, URIs or base64. Output: the captions. MLflow loads this file as the model's code.
+Input: a column of image paths, URIs or base64. Output: the captions. A server opens for whoever asks only what
+`allowing.py` allows. MLflow loads this file as the model's code.
 """
 
 import base64
@@ -47,7 +48,7 @@ class CaptionerModel(PythonModel):
         from model_lib.config import DecodeConfig
         from model_lib.errors import UserError, WorkError
 
-        rows = [_picture(row) for row in model_input.iloc[:, 0]]
+        rows = [_allowed(_picture(row)) for row in model_input.iloc[:, 0]]
         try:
             results = list(caption_each(self.model, rows, DecodeConfig.from_options(**(params or {}))))
         except UserError as error:
@@ -87,6 +88,18 @@ def _picture(row: Any) -> Any:
             row if len(row) < 4 * SHOWN and not row.startswith("data:") else UserError("base64, but not of a picture")
         )
     return content
+
+
+def _allowed(row: Any) -> Any:
+    """Return a row unchanged, or why a server does not open it for whoever asks."""
+    from model_lib.allowing import NotAllowed, require_allowed, serving
+
+    if isinstance(row, str) and serving():
+        try:
+            require_allowed(row)
+        except NotAllowed as error:
+            return error
+    return row
 
 
 def _said(row: Any, problem: Exception) -> str:

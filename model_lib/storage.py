@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from model_lib.allowing import web_session
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.patience import ask_again
 
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 """File in an output folder that a run locks; it stays, as removing it would let two runs hold two files of one name."""
 _ANSWER = TypeVar("_ANSWER")
+fsspec.config.conf.setdefault("http", {})["get_client"] = web_session
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # which can only be read by setting it
 
@@ -126,6 +128,8 @@ def _one_line(uri: str) -> Iterator[None]:
     """Raise what goes wrong while `uri` is read as a `UserError` or a `WorkError`."""
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{uri}: no such file") from error
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:

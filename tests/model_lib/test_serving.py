@@ -68,18 +68,6 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(registry: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the champion's `mlflow models serve`."""
-    port = free_port()
-    environment = [f"MLFLOW_TRACKING_URI={registry}", f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
-    command = ["env", *environment, sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["--model-uri", "models:/captioner@champion", "--host", "127.0.0.1", "--port", str(port)]
-    log = tmp_path_factory.mktemp("served") / "serve.log"
-    with running(command, f"http://127.0.0.1:{port}/ping", log):
-        yield f"http://127.0.0.1:{port}/invocations"
-
-
-@pytest.fixture()
 def web(scenes: Path) -> Iterator[str]:
     """The address of a web server with the validation pictures."""
 
@@ -93,6 +81,19 @@ def web(scenes: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def served(registry: str, web: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the champion's `mlflow models serve`."""
+    port = free_port()
+    environment = [f"CAPTIONER_ALLOW={tmp_path_factory.getbasetemp()}/, {web}/", f"MLFLOW_TRACKING_URI={registry}"]
+    environment += [f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
+    command = ["env", *environment, sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["--model-uri", "models:/captioner@champion", "--host", "127.0.0.1", "--port", str(port)]
+    log = tmp_path_factory.mktemp("served") / "serve.log"
+    with running(command, f"http://127.0.0.1:{port}/ping", log):
+        yield f"http://127.0.0.1:{port}/invocations"
 
 
 def ask(address: str, document: Any) -> tuple[int, Any]:
@@ -137,6 +138,8 @@ def test_what_is_no_picture_is_refused_by_row(served: str, web: str, scenes: Pat
         ("", "row 2 of 3: is not the path, URI or base64 of a picture"),
         (None, "row 2 of 3: is not the path, URI or base64 of a picture"),
         ("nowhere://x/y.jpg", "nowhere"),
+        ("/etc/passwd", "/etc/passwd: not allowed here, a path; send base64, or set CAPTIONER_ALLOW on the server"),
+        ("http://169.254.169.254/a.jpg", "not allowed here, http://"),
         (base64.b64encode(Path(picture).read_bytes()[:-300]).decode(), "row 2 of 3: truncated"),
     ):
         status, body = ask(served, {"dataframe_split": {"columns": ["image"], "data": [[picture], [bad], [picture]]}})
