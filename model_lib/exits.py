@@ -8,8 +8,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
-from model_lib.errors import UserError, WorkError, printable
+from model_lib.errors import UserError, WorkError, first_line, printable
+
+NO_MEMORY = ("can't allocate memory", "can't start new thread", "Cannot allocate memory")
+"""How torch, Python and the system say that the memory is used up, in exceptions of other kinds."""
+
+
+def _out_of_memory(error: Exception) -> NoReturn:
+    said = f" ({printable(first_line(error))})" if str(error) else ""
+    print(f"captioner: failed: the machine's memory is used up{said}; give it more, or less to do", file=sys.stderr)
+    sys.exit(1)
 
 
 @contextmanager
@@ -23,7 +33,11 @@ def one_line() -> Iterator[None]:
     except (WorkError, OSError) as error:
         print(f"captioner: failed: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
+    except MemoryError as error:
+        _out_of_memory(error)
     except Exception as error:
+        if any(words in str(error) for words in NO_MEMORY):
+            _out_of_memory(error)
         if not type(error).__module__.startswith("mlflow."):
             raise
         print(f"captioner: failed: MLflow: {' '.join(str(error).split())}", file=sys.stderr)

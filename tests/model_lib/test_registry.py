@@ -97,8 +97,10 @@ def test_a_champion_reigns_until_a_better_one_comes(
     assert (made.version, made.promoted, made.champion_version) == ("3", True, "3")
     assert champion_version(tracking.uri) == "3"
 
+    again = register(RegisterConfig(evaluations=(second,), champion_evaluation=champion), tracking)
+    assert again == made, "one that was killed when it had decided is started again"
     with pytest.raises(UserError, match=r"judges models:/captioner/1, but the champion is version 3"):
-        register(RegisterConfig(evaluations=(second,), champion_evaluation=champion), tracking)
+        register(RegisterConfig(evaluations=(first,), champion_evaluation=champion), tracking)
 
     # MLflow's own way of loading gives the candidate's captions, for a path, a URI and base64 alike.
     picture = scenes / "val2017" / "000000000001.jpg"

@@ -1,0 +1,184 @@
+"""Disks that are full, memory that is used up, and clocks that jump, in every stage."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from torch import Tensor
+
+from model_lib.checkpoint import Checkpoints
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
+from model_lib.errors import WorkError
+from model_lib.evaluation import evaluate
+from model_lib.ingest import ingest
+from model_lib.learning import Learner
+from model_lib.merging import batch
+from model_lib.shards import read_manifest
+from model_lib.tracking import MlflowTracking
+from model_lib.training import train
+from model_lib.turns import draw, turn
+from tests.model_lib.test_survival import same_best
+
+FULL = "cannot be written: the disk is full; make room there and start again"
+
+
+def fill(disk: Path, left: int) -> Path:
+    """Fill a disk but for so many bytes; return the file to delete."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
+    return filler
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_ingest_to_a_full_disk_is_one_line_and_goes_on_after_room_is_made(
+    scenes: Path, small_disk: Path, tmp_path: Path, captioner: Callable
+) -> None:
+    options = ["--dataset", scenes, "--output", small_disk / "data", "--store", "original"]
+    whole = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "whole"), store="original"))
+    filler = fill(small_disk, 50_000)
+    done = captioner("ingest", *options)
+    assert done.returncode == 1, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("ingest: ")]
+    assert line.startswith(f"captioner: failed: {small_disk}/data/") and line.endswith(FULL)
+    assert not list((small_disk / "data").glob("*.parquet")) and not list((small_disk / "data").glob(".part-*"))
+    filler.unlink()
+    assert captioner("ingest", *options).returncode == 0
+    assert read_manifest(str(small_disk / "data")).fingerprint == whole.fingerprint
+
+
+def test_a_batch_on_a_full_disk_keeps_its_shards_and_goes_on(scenes: Path, saved_model: Path, small_disk: Path) -> None:
+    output = small_disk / "out"
+    options = {"images": str(scenes / "val2017"), "output": str(output), "model": str(saved_model)}
+    config = BatchConfig(**options, shard_pictures=2, num_beams=1)
+    filler = fill(small_disk, 45_000)
+    with pytest.raises(WorkError, match=FULL):
+        batch(config)
+    before = content(output)
+    shards = {name for name in before if "/captions/" in name}
+    assert 0 < len(shards) < 6 and not [name for name in before if ".part-" in name]
+    filler.unlink()
+    summary = batch(config)
+    assert (summary.pictures, summary.ok) == (12, 12)
+    assert {name: content(output)[name] for name in shards} == {name: before[name] for name in shards}
+
+
+def test_no_room_for_the_best_model_is_one_line_and_the_run_goes_on(
+    data: Path, finished: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(data=str(data), output=str(small_disk / "run"), preset="tiny", epochs=3)
+    learn = Learner.learn
+
+    def filling(learner: Learner, numbers: np.ndarray, pixels: Tensor, step: int) -> dict:
+        if step == 1:
+            fill(small_disk, 300_000)
+        return learn(learner, numbers, pixels, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("model_lib.learning.Learner.learn", filling)
+        with pytest.raises(
+            WorkError, match=r"run/best: cannot be written: the disk is full; make room there and start"
+        ):
+            train(config)
+    assert not list((small_disk / "run").rglob(".part-*"))
+    (small_disk / "filler").unlink()
+    train(config)
+    assert same_best(small_disk / "run", finished)
+
+
+def test_an_evaluation_on_a_full_disk_leaves_whole_files_and_is_written_after_room_is_made(
+    data: Path, finished: Path, small_disk: Path
+) -> None:
+    options = {"model": str(finished / "best"), "data": str(data), "output": str(small_disk / "judged")}
+    config = EvaluateConfig(**options, num_beams=1, limit=4)
+    filler = fill(small_disk, 20_000)
+    with pytest.raises(WorkError, match=rf"{small_disk}/judged/[a-z]+\.[a-z]+: {FULL}"):
+        evaluate(config)
+    assert not (small_disk / "judged" / "scores.json").exists(), "which is written last"
+    filler.unlink()
+    evaluation = evaluate(config)
+    assert json.loads((small_disk / "judged" / "scores.json").read_text())["scores"] == evaluation.scores
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import model_lib.ingest
+from model_lib.cli import main
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 6 * 2**20, now + 6 * 2**20))  # less than a thread's stack
+main(["ingest", *sys.argv[1:]])
+"""
+
+
+def test_memory_that_is_used_up_is_one_line(scenes: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LITTLE_MEMORY, "--dataset", str(scenes), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("captioner: failed: the machine's memory is used up"), done.stderr
+
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+
+
+def jumping(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let the wall clock jump by up to a day, either way, at every look."""
+    rng, now = random.Random(seed), time.time
+    monkeypatch.setattr("time.time", lambda: now() + rng.uniform(-86400, 86400))
+
+
+def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_order(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumping(monkeypatch, seed=0)
+    tracking = MlflowTracking(f"sqlite:///{tmp_path}/mlflow.db")
+    options = {"data": str(data), "output": str(tmp_path / "run"), "preset": "tiny", "epochs": 3}
+    learn = Learner.learn
+
+    def stopping(learner: Learner, numbers: np.ndarray, pixels: Tensor, step: int) -> dict:
+        if step == 3:
+            raise KeyboardInterrupt
+        return learn(learner, numbers, pixels, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("model_lib.learning.Learner.learn", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(**options, log_steps=1, checkpoint_steps=1), tracking)
+    for number, folder in enumerate(sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)):
+        os.utime(folder, (10**9 + number, 10**9 + number))  # the newest looks oldest
+    assert "step-00000003" in (Checkpoints(options["output"]).newest() or "")
+    trained = train(TrainConfig(**options, log_steps=1, checkpoint_steps=1), tracking)
+    assert same_best(tmp_path / "run", finished)
+    points = mlflow.MlflowClient(tracking.uri).get_metric_history(trained.run_id, "train_loss")
+    assert [point.step for point in sorted(points, key=lambda point: point.timestamp)] == sorted(
+        point.step for point in points
+    )
+    assert {point.step for point in points} == {1, 2, 3, 4, 5, 6}
+
+
+def test_a_turn_under_a_clock_that_jumps_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's own clock is this one here: a version that waits may be passed over, but two never decide at once."""
+    monkeypatch.setattr("model_lib.turns.POLL", 0.01)
+    monkeypatch.setattr("model_lib.turns.LONGEST", 1.0)
+    jumping(monkeypatch, seed=1)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for number in range(6):
+        left = draw(client, "m", f"file:///left-{number}", {})
+        mine = draw(client, "m", f"file:///mine-{number}", {})
+        try:
+            with turn(client, mine):
+                assert client.get_model_version("m", left.version).tags["decision"] == "abandoned"
+                client.set_model_version_tag("m", mine.version, "decision", "challenger")
+        except WorkError as error:
+            assert "run register again" in str(error)
+            client.set_model_version_tag("m", left.version, "decision", "abandoned")
