@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java browser demo test soak lint images push test-containers compile clean
+.PHONY: help install java browser demo test soak fuzz lint images push test-containers compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,11 @@ test: install browser lint  ## run the tests
 
 soak: install  ## run the attacks at full size, which take long
 	$(BIN)/pytest -m soak
+
+FUZZ_SECONDS ?= 60
+fuzz: $(INSTALLED)  ## give made-up files and options to what reads them: FUZZ_SECONDS=60 for each reader
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.attacks.fuzz --seconds $(FUZZ_SECONDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ LONGEST_CAPTION = 1000
 """Characters of a caption; a longer one is no caption of a picture."""
 CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 """Control characters that are no spaces, and halves of characters, which no file can hold."""
+HALVES = re.compile("[\ud800-\udfff]")
 KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Karpathy's splits, and where their pictures go."""
 
@@ -104,8 +105,8 @@ def read_captions(uri: str) -> tuple[list[tuple[int, str]], dict[int, list[str]]
     images, notes = _read_coco(uri)
     captions: dict[int, list[str]] = {image_id: [] for image_id, _ in images}
     for image_id, texts in notes.items():
-        captions[image_id] = [line for text in texts if (line := " ".join(text.split()))]
-    return images, captions
+        captions[image_id] = [line for text in texts if (line := " ".join(HALVES.sub("", text).split()))]
+    return [(image_id, HALVES.sub("?", name)) for image_id, name in images], captions
 
 
 def _read_coco(uri: str) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:

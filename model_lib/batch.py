@@ -36,8 +36,9 @@ from model_lib.background import Background
 from model_lib.config import BatchConfig
 from model_lib.errors import UserError, WorkError
 from model_lib.listing import Picture, list_pictures
-from model_lib.pictures import PictureError, open_picture, to_pixels
+from model_lib.pictures import PictureError, open_picture, require_readable, to_pixels
 from model_lib.progress import Progress
+from model_lib.records import as_record, believing, require_columns, require_name
 
 if TYPE_CHECKING:
     from model_lib.model import Captioner
@@ -46,8 +47,6 @@ AHEAD = 4
 """Batches that are read and decoded before the model asks for them."""
 PATIENCE = 60.0
 """Seconds for which a picture is asked for again while its store fails."""
-LARGEST_FILE = 256 * 2**20
-"""Bytes of a file from which it is not read."""
 ANOTHER_TIME = ("unreachable", "changed")
 """Reasons that may be gone the next time."""
 FIELDS = [
@@ -102,7 +101,11 @@ class Plan:
             with fs.open(path, "rb") as file:
                 return list(pq.ParquetFile(file).read_row_group(index).to_pylist())
 
-        return [Picture(**row) for row in storage.patiently(uri, read)]
+        with believing(uri, "the listing of a plan that captioner batch wrote"):
+            pictures = [as_record(Picture, row) for row in storage.patiently(uri, read)]
+            if len(pictures) != self.shards[index].pictures:
+                raise ValueError(f"row group {index} has {len(pictures)} pictures, not {self.shards[index].pictures}")
+        return pictures
 
     def captions(self, shard: Shard) -> str:
         """Return the URI of a shard's captions."""
@@ -118,11 +121,12 @@ def read_plan(folder: str) -> Plan:
     """Read the plan in `folder`; `UserError` if there is none."""
     uri = storage.join(folder, "plan.json")
     document = storage.patiently(uri, lambda: storage.read_json(uri))
-    try:
-        shards = [Shard(**shard) for shard in document.pop("shards")]
-        return Plan(folder=folder, shards=shards, **document)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{uri}: is not a plan that captioner batch wrote ({error})") from error
+    with believing(uri, "a plan that captioner batch wrote"):
+        made = as_record(Plan, {**document, "folder": folder})
+        for name in (made.listing, *(shard.file for shard in made.shards)):
+            require_name(name)
+        made.config  # noqa: B018  raises UserError for options that this version does not have
+        return made
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
@@ -301,8 +305,7 @@ def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.
     row: dict[str, Any] = {"uri": picture.uri, "status": "error"}
     try:
         allowing.require_listed(picture.uri, source)
-        if picture.bytes > LARGEST_FILE:
-            raise PictureError("too_large", f"a file of {picture.bytes:,} bytes, more than {LARGEST_FILE:,}")
+        require_readable(os.stat(picture.uri).st_size if _is_here(picture.uri) else picture.bytes)
         content = storage.patiently(picture.uri, lambda: storage.read_bytes(picture.uri), PATIENCE)
         row["bytes"] = len(content)
         if _changed(picture, content):
@@ -315,6 +318,10 @@ def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.
     except (UserError, WorkError) as error:
         row["error"] = f"{_reason(error)}: {error}"
     return row, None
+
+
+def _is_here(uri: str) -> bool:
+    return storage.is_local(uri) and os.path.isfile(uri)
 
 
 def _changed(picture: Picture, content: bytes) -> bool:
@@ -357,4 +364,8 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
             # Not pq.read_table: on an open file it leaves threads that abort the process at its exit (pyarrow 25).
             return pq.ParquetFile(file).read(columns=columns)
 
-    return storage.patiently(uri, read)
+    with believing(uri, "captions that captioner batch wrote"):
+        table = storage.patiently(uri, read)
+        wanted = {"uri": "text", "status": "text", "caption": "text", "score": "number", "error": "text"}
+        require_columns(table.schema, {name: kind for name, kind in wanted.items() if not columns or name in columns})
+    return table

@@ -9,14 +9,16 @@ Resuming takes the newest checkpoint whose manifest holds, whatever half-written
 random states in it: all random numbers follow from the seed and the step. No pickle is read or written.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from model_lib.config import TrainConfig
 from model_lib.errors import UserError, WorkError, first_line
 
 log = logging.getLogger(__name__)
+FILES = {"state.safetensors", "state.json"}
 FORMAT_VERSION = 2
 """Of what is in a checkpoint; part of what a run was made from."""
 
@@ -111,9 +114,11 @@ class Checkpoints:
             try:
                 with storage.fetched(self._uri(name)) as folder:
                     entries = json.loads((folder / "manifest.json").read_text())
+                    if not isinstance(entries, dict) or entries.keys() != FILES:
+                        raise ValueError(f"its manifest does not name {' and '.join(sorted(FILES))}")
                     if all(_entry(folder / file) == entry for file, entry in entries.items()):
                         return self._uri(name)
-            except (OSError, ValueError, AttributeError, UserError) as error:
+            except (OSError, ValueError, RecursionError, UserError) as error:
                 log.warning("checkpoint %s is not whole (%s); trying the one before", self._uri(name), error)
                 continue
             log.warning("checkpoint %s is damaged; removing it and trying the one before", self._uri(name))
@@ -152,8 +157,26 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, A
 
 def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the state of a whole checkpoint."""
-    with storage.fetched(uri) as folder:
-        return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+    with believing(uri), storage.fetched(uri) as folder:
+        state = json.loads((folder / "state.json").read_text())
+        for name in ("step", "validated", "stale"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise ValueError(f"its {name} is {state[name]!r:.60}")
+        return load_file(folder / "state.safetensors"), state
+
+
+@contextlib.contextmanager
+def believing(uri: str) -> Iterator[None]:
+    """Raise a `UserError` if a checkpoint, whole as it is, holds something else than its run writes."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{uri}: is a checkpoint of something else ({first_line(error)}); remove it and start again: it goes on "
+            "from the checkpoint before"
+        ) from error
 
 
 def require_room(config: TrainConfig, model: nn.Module) -> None:

@@ -222,7 +222,7 @@ def _sink(target: str, server: _Server) -> Iterator[_Sink]:
         return
     part, about = Path(f"{path}.part"), Path(f"{path}.part.json")
     asked = {"size": server.size, "version": server.version}
-    if not about.exists() or json.loads(about.read_text() or "{}") != asked:
+    if not about.exists() or about.read_bytes() != json.dumps(asked).encode():
         part.unlink(missing_ok=True)
         about.write_text(json.dumps(asked))
     part.touch()

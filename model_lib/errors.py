@@ -14,9 +14,16 @@ def printable(text: str) -> str:
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+LONGEST = 2000
+"""Characters of a line; of a longer one, which quotes a whole file, start and end are shown."""
+
+
 class _OneLine(Exception):
     def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split())))
+        line = " ".join(message.split())
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 4 :]}"
+        super().__init__(printable(line))
 
 
 class UserError(_OneLine):

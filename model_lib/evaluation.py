@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model_lib import __version__, storage
-from model_lib.annotations import read_captions
+from model_lib.annotations import HALVES, read_captions
 from model_lib.config import DecodeConfig, EvaluateConfig
 from model_lib.diversity import describe
 from model_lib.errors import UserError, WorkError
@@ -20,6 +20,7 @@ from model_lib.metrics import require_scorers, score_captions
 from model_lib.pictures import PictureError, open_picture
 from model_lib.places import pictures_at
 from model_lib.progress import Progress
+from model_lib.records import LARGEST
 from model_lib.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.sending import reason
 from model_lib.significance import corpus_scores, intervals
@@ -139,11 +140,11 @@ def read_results(uri: str) -> dict[int, str]:
     try:
         for row in document:
             image_id, caption = row["image_id"], row["caption"]
-            if not isinstance(image_id, int) or not isinstance(caption, str):
-                raise TypeError(f"image_id {image_id!r} with caption {caption!r}")
+            if type(image_id) is not int or abs(image_id) >= LARGEST or not isinstance(caption, str):
+                raise TypeError(f"image_id {image_id!r:.60} with caption {caption!r:.60}")
             if image_id in captions:
                 raise UserError(f"{uri}: image_id {image_id} occurs twice")
-            captions[image_id] = caption
+            captions[image_id] = HALVES.sub("", caption)
     except (KeyError, TypeError) as error:
         raise UserError(
             f'{uri}: is not COCO results ({type(error).__name__}: {error}); expected [{{"image_id", "caption"}}]'

@@ -169,7 +169,7 @@ def _write_split(
     split: str, entries: list[Entry], config: IngestConfig, journal: Journal, progress: Progress
 ) -> tuple[list[Finished], list[Rejected]]:
     """Write the shards of a split that are not there yet; return all of them, and what could not be used."""
-    finished = list(journal.read(split))
+    finished = list(journal.read(split, len(entries)))
     start = finished[-1].end if finished else 0
     progress.resume(start)
 

@@ -4,13 +4,18 @@ Records are kept under a key of the options that shape the data and of everythin
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from model_lib import storage
 from model_lib.annotations import Rejected
+from model_lib.errors import UserError
+from model_lib.records import as_record, believing
 from model_lib.shards import Shard
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,32 @@ class Journal:
     def write(self, finished: Finished) -> None:
         storage.write_json(storage.join(self.records, f"{finished.shard.uri}.json"), asdict(finished))
 
-    def read(self, split: str) -> Iterator[Finished]:
-        """Yield the records of a split's shards, from the first on, for as long as they and their shards are whole."""
-        number = 0
+    def read(self, split: str, entries: int) -> Iterator[Finished]:
+        """Yield the records of a split's shards, from the first on, for as long as they and their shards are whole.
+
+        Args:
+            split: whose shards.
+            entries: how many are listed in it.
+        """
+        number, start = 0, 0
         while storage.exists(uri := storage.join(self.records, f"{shard_name(split, number)}.json")):
-            document = storage.patiently(uri, lambda uri=uri: storage.read_json(uri))  # type: ignore[misc]
-            shard = Shard(**document["shard"])
-            if not self._whole(shard):
+            finished = self._record(uri)
+            if finished is None or not start < finished.end <= entries or not self._whole(finished.shard):
                 return
-            rejected = [Rejected(**row) for row in document["rejected"]]
-            yield Finished(shard, document["end"], document["content"], rejected)
-            number += 1
+            if (finished.shard.uri, finished.shard.split) != (shard_name(split, number), split):
+                return
+            yield finished
+            number, start = number + 1, finished.end
+
+    def _record(self, uri: str) -> Finished | None:
+        """Return a record, or nothing if it is not one: what it says was finished is made again."""
+        try:
+            document = storage.patiently(uri, lambda: storage.read_json(uri))
+            with believing(uri, "a record of this ingest"):
+                return as_record(Finished, document)
+        except UserError as error:
+            log.warning("%s; making that shard again", error)
+            return None
 
     def _whole(self, shard: Shard) -> bool:
         """Whether the shard is the recorded one; a remote one is taken at its size's word."""

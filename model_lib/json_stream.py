@@ -7,6 +7,8 @@ from typing import IO, Any
 
 CHUNK = 2**20
 """Characters read at once."""
+LARGEST = 16 * CHUNK
+"""Characters of one value: elements of lists of pictures are much smaller, and it is read whole."""
 _DECODER = json.JSONDecoder()
 
 
@@ -82,11 +84,15 @@ class _Text:
                 value, end = _DECODER.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
                 cut = error.pos > len(self.buffer) - 16 or error.msg.startswith("Unterminated")
+                if cut and len(self.buffer) - self.at > LARGEST:
+                    raise NotJson(f"a value of more than {LARGEST:,} characters") from error
                 if not cut or not self.more():
                     raise NotJson(error.msg) from error
                 continue
             except RecursionError as error:
                 raise NotJson("nested too deeply") from error
+            except ValueError as error:
+                raise NotJson(str(error)) from error  # a number of thousands of digits
             if end < len(self.buffer) or not self.more():  # a number may go on in the next chunk
                 self.at = end
                 return value

@@ -15,12 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib import storage
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError
+from model_lib.records import as_record, believing, require_columns, require_values
 from model_lib.significance import Statistics
 
 FEW_PICTURES = 100
 """On fewer, CIDEr means little: how rare a word is, is counted in their references."""
 MAIN = "CIDEr"
+COLUMNS = {
+    "image_id": "whole number",
+    "file_name": "text",
+    "caption": "text",
+    "references": "list of texts",
+    "thumbnail": "bytes",
+    "words": "list of texts",
+    "attention": "list of bytes",
+}
+"""Of pictures.parquet, besides a column for each score."""
 COUNTS = "counts of "
 """Before the names of columns that hold a score's counts."""
 
@@ -72,12 +83,9 @@ class Evaluation:
     def read(cls, folder: str) -> Self:
         """Read the scores in `folder`; `UserError` if there are none."""
         uri = storage.join(folder, "scores.json")
-        try:
-            document = storage.read_json(uri)
-            pairs = {name: tuple(pair) for name, pair in document["intervals"].items()}
-            return cls(**{**document, "intervals": pairs})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{uri}: is not what this captioner evaluate writes ({error}); judge again") from error
+        document = storage.read_json(uri)
+        with believing(uri, "what this captioner evaluate writes; judge again"):
+            return as_record(cls, document)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,14 @@ class Judgement:
     @classmethod
     def read(cls, folder: str) -> Self:
         """Read what `write` wrote; `UserError` if there is none, or something else."""
-        return cls(Evaluation.read(folder), _read_pictures(storage.join(folder, "pictures.parquet")))
+        evaluation, uri = Evaluation.read(folder), storage.join(folder, "pictures.parquet")
+        pictures = _read_pictures(uri)
+        if len(pictures.image_ids) != evaluation.pictures:
+            raise UserError(
+                f"{uri}: has {len(pictures.image_ids)} pictures, and scores.json beside it {evaluation.pictures}; "
+                "judge again"
+            )
+        return cls(evaluation, pictures)
 
     def write(self, folder: str, report: str) -> None:
         """Write the folder's files, `report` the HTML page."""
@@ -154,22 +169,27 @@ def _parquet(pictures: Pictures) -> bytes:
 
 
 def _read_pictures(uri: str) -> Pictures:
-    try:
-        table = pq.ParquetFile(io.BytesIO(storage.read_bytes(uri))).read()
+    content = storage.read_bytes(uri)
+    with believing(uri, "what captioner evaluate writes; judge again"):
+        table = pq.ParquetFile(io.BytesIO(content)).read()
+        require_columns(table.schema, COLUMNS)
+        require_values(table, ["image_id", "file_name", "caption", "references"])
         values = {name: table[name].to_pylist() for name in table.column_names}
-        fixed = {"image_id", "file_name", "caption", "references", "thumbnail", "words", "attention"}
         statistics = {
             name.removeprefix(COUNTS): np.asarray(values[name], np.float64).reshape(table.num_rows, -1)
             for name in table.column_names
-            if name not in fixed
+            if name not in COLUMNS
         }
+        for name, counts in statistics.items():
+            if not np.isfinite(counts).all() or (name == MAIN and counts.shape[1] != 1):
+                raise ValueError(f"column {name} holds something else than scores")
+        if MAIN not in statistics or not table.num_rows:
+            raise ValueError(f"has no {MAIN}")
         shown = zip(values["image_id"], values["thumbnail"], values["words"], values["attention"], strict=True)
         views = {row[0]: View(row[1], _words(row[2], row[3])) for row in shown if row[1] is not None}
         return Pictures(
             values["image_id"], values["file_name"], values["caption"], values["references"], statistics, views
         )
-    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{uri}: is not what captioner evaluate writes ({first_line(error)}); judge again") from error
 
 
 def _words(words: list[str], maps: list[bytes]) -> list[tuple[str, np.ndarray]]:

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 
 from model_lib import storage
 from model_lib.errors import UserError
+from model_lib.records import believing, require_columns
 from model_lib.shards import Manifest, read_manifest
 
 log = logging.getLogger(__name__)
+COLUMNS = {"image_id": "whole number", "file_name": "text", "sha256": "text"}
 NAMED = 3
 """Pictures that a message names."""
 
@@ -69,5 +71,7 @@ def _pictures(manifest: Manifest, split: str, by_id: bool) -> Iterator[tuple[str
 
 def _read(uri: str) -> list[dict]:
     fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
-        return pq.read_table(file, columns=["image_id", "file_name", "sha256"]).to_pylist()
+    with fs.open(path, "rb") as file, believing(uri, "a shard that captioner ingest wrote"):
+        parquet = pq.ParquetFile(file)
+        require_columns(parquet.schema_arrow, COLUMNS)
+        return parquet.read(columns=list(COLUMNS)).to_pylist()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from model_lib import storage
 from model_lib.config import BatchConfig
-from model_lib.errors import UserError
+from model_lib.errors import UserError, first_line
 from model_lib.pictures import EXTENSIONS
 
 LISTS = {".parquet", ".csv", ".txt"}
@@ -86,8 +86,8 @@ def _from_list(uri: str, ending: str) -> Iterable[Picture]:
             names = [row[place] for row in rows[1 if headed else 0 :] if len(row) > place]
         else:
             names = content.decode("utf-8-sig").splitlines()
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{uri}: is not a list of pictures as {ending[1:]}: {error}") from error
+    except (pa.ArrowException, ValueError, LookupError, csv.Error, OSError) as error:
+        raise UserError(f"{uri}: is not a list of pictures as {ending[1:]}: {first_line(error)}") from error
     folder = storage.absolute(uri).rpartition("/")[0]
     for name in names:
         text = str(name or "").strip()

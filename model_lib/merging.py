@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from model_lib import storage
 from model_lib.batch import ABOUT, Plan, caption_shards, folder_of, load_model, plan, read_shard, resolved
 from model_lib.config import BatchConfig
 from model_lib.errors import UserError, WorkError
 from model_lib.pictures import PictureError, open_picture
+from model_lib.records import believing
 
 SHOWN = 60
 """Captioned pictures in the report's gallery …"""
@@ -79,9 +82,10 @@ def merge(made: Plan) -> Summary:
     for index, shard in enumerate(made.shards):
         uri = made.captions(shard)
         table = read_shard(uri, COLUMNS)
-        if table["uri"].to_pylist() != [picture.uri for picture in made.pictures(index)]:
+        if table["uri"].to_pylist() != [picture.uri for picture in made.pictures(index)] or not _filled(table):
             raise WorkError(f"{uri}: does not hold the planned pictures; remove it and start again")
-        seconds += json.loads((table.schema.metadata or {}).get(ABOUT, b'{"seconds": 0}'))["seconds"]
+        with believing(uri, "captions that captioner batch wrote"):
+            seconds += float(json.loads((table.schema.metadata or {}).get(ABOUT, b'{"seconds": 0}'))["seconds"])
         for row in table.to_pylist():
             statuses[row["status"]] += 1
             if row["status"] != "ok":
@@ -115,6 +119,17 @@ def merge(made: Plan) -> Summary:
     for uri in (storage.join(made.folder, "summary.json"), storage.join(made.config.output, "latest.json")):
         storage.write_json(uri, asdict(summary))
     return summary
+
+
+def _filled(table: pa.Table) -> bool:
+    """Return whether each row has its caption and score, or its error."""
+    rows = table.select(["status", "caption", "score", "error"]).to_pylist()
+    return all(
+        row["error"] is not None
+        if row["status"] == "error"
+        else row["status"] == "ok" and None not in (row["caption"], row["score"])
+        for row in rows
+    )
 
 
 def _page(summary: Summary, made: Plan, notable: Notable) -> str:

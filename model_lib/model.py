@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -274,12 +273,13 @@ class Captioner(PreTrainedModel):
             UserError: there is no captioner at `source`.
         """
         folder = resolve_captioner(source)
+        weights.require_safetensors(folder)
         try:
             with weights.quiet():
                 model, loading = super().from_pretrained(
                     folder, *args, use_safetensors=True, output_loading_info=True, **kwargs
                 )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except weights.FROM_A_LIBRARY as error:
             raise UserError(f"{source}: cannot be loaded: {first_line(error)}") from error
         weights.require_whole(source, loading)
         model.tokenizer, model.training_record = weights.load_tokenizer(folder), read_training(folder)

@@ -16,8 +16,8 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 """Endings of the files that count as pictures when a folder is searched."""
 MAX_PIXELS = 128 * 1024 * 1024
 """Pictures with more pixels are refused: decoding one would need more than half a gigabyte."""
-
-
+LARGEST_FILE = 256 * 2**20
+"""Bytes of a file from which it is not read, nor inflated from an archive."""
 SMALLEST_CROP = 0.85
 """Side of the smallest crop in training, as a share of the shorter side: what a caption names stays in sight."""
 
@@ -29,6 +29,12 @@ class PictureError(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def require_readable(size: int) -> None:
+    """Raise `PictureError` if a file of `size` bytes is too large to be read as a picture."""
+    if size > LARGEST_FILE:
+        raise PictureError("too_large", f"a file of {size:,} bytes, more than {LARGEST_FILE:,}")
 
 
 def open_picture(content: bytes) -> Image.Image:

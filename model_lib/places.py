@@ -1,15 +1,32 @@
 """Where pictures and lists of them lie: a folder, an address, or a zip archive that is read without unpacking it."""
 
 import contextlib
+import io
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from model_lib import storage
-from model_lib.errors import UserError
-from model_lib.pictures import PictureError
+from model_lib.errors import UserError, first_line
+from model_lib.pictures import PictureError, require_readable
+
+DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    RuntimeError,  # encrypted; NotImplementedError: packed in a way that is not known here
+    ValueError,
+    OverflowError,
+)
+"""What Python's reader of zip archives raises on what is none, or damaged."""
+BOMB_SIZE, BOMB_RATIO = 2**28, 100
+"""A list of pictures is refused that is larger than this when inflated, and so many times its size in the archive."""
 
 
 class Folder:
@@ -30,7 +47,8 @@ class Folder:
         """Return a picture's bytes; `UserError` if it is missing."""
         uri = self.uri(name)
         if self.local is not None:
-            with contextlib.suppress(OSError):  # the other way says what is wrong
+            with contextlib.suppress(OSError, ValueError):  # the other way says what is wrong
+                require_readable((self.local / name).stat().st_size)
                 return (self.local / name).read_bytes()
         return storage.patiently(uri, lambda: storage.read_bytes(uri))
 
@@ -54,11 +72,14 @@ class Archive:
     def read(self, name: str) -> bytes:
         """Return a picture's bytes, checked against the archive's CRC; `UserError` if it is missing."""
         try:
-            return self.zip.read(self._member(name))
+            info = self.zip.getinfo(self._member(name))
+            require_readable(info.file_size)
+            with self.zip.open(info) as file:
+                return file.read(info.file_size + 1)  # of a member that is larger than it says, no more is inflated
         except KeyError as error:
             raise UserError(f"{self.root}: has no {name}") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise PictureError("unreadable", f"damaged in the archive: {error}") from error
+        except DAMAGED as error:
+            raise PictureError("unreadable", f"damaged in the archive: {first_line(error)}") from error
 
     def _member(self, name: str) -> str:
         inside = f"{self.top}/{name}"
@@ -75,8 +96,8 @@ def open_zip(uri: str) -> zipfile.ZipFile:
     fs, path = storage.filesystem(uri)
     try:
         return zipfile.ZipFile(path if storage.is_local(uri) else fs.open(path, "rb"))
-    except (zipfile.BadZipFile, IsADirectoryError) as error:
-        raise UserError(f"{uri}: is not a whole zip archive ({error}); fetch it anew") from error
+    except (*DAMAGED, IsADirectoryError) as error:
+        raise UserError(f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew") from error
 
 
 def pictures_at(uri: str) -> Place:
@@ -88,13 +109,41 @@ def pictures_at(uri: str) -> Place:
     return Folder(uri)
 
 
+class _Member(io.RawIOBase):
+    """A member of an archive; damage is a `UserError` where it is read."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self.file, self.uri = file, uri
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self.file.read(len(buffer))
+        except DAMAGED as error:
+            raise UserError(f"{self.uri}: is damaged in the archive ({first_line(error)}); fetch it anew") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+
 @contextlib.contextmanager
 def opened(uri: str) -> Iterator[IO[bytes]]:
     """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to end."""
     if uri.startswith("zip://"):
         member, _, archive = uri.removeprefix("zip://").partition("::")
-        with open_zip(archive) as zipped, zipped.open(member) as file:
-            yield file
+        with open_zip(archive) as zipped:
+            try:
+                info = zipped.getinfo(member)
+                if info.file_size > max(BOMB_SIZE, BOMB_RATIO * info.compress_size):
+                    raise zipfile.BadZipFile(
+                        f"{info.compress_size:,} bytes that say they are {info.file_size:,}: a zip bomb"
+                    )
+                file = zipped.open(info)
+            except (KeyError, *DAMAGED) as error:
+                raise UserError(f"{archive}: {member} cannot be read ({first_line(error)})") from error
+            with file:
+                yield io.BufferedReader(_Member(file, uri))
     else:
         with storage.local_file(uri) as path, path.open("rb") as file:
             yield file

@@ -19,13 +19,15 @@ from PIL import Image
 
 from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.pictures import open_picture, to_pixels
+from model_lib.pictures import PictureError, open_picture, to_pixels
 from model_lib.progress import Progress
+from model_lib.records import as_record, believing, require_columns, require_name, require_values
 
 FORMAT_VERSION = 1
 WINDOW = 4096
 """Rows held in memory and shuffled together: about 100 MB of pictures at 256 pixels."""
-COLUMNS = ["image_id", "file_name", "image", "captions"]
+COLUMNS = {"image_id": "whole number", "file_name": "text", "image": "bytes", "captions": "list of texts"}
+"""Columns that are read; others may be there."""
 Item = TypeVar("Item")
 AHEAD = 4
 """Batches that are read and decoded before they are asked for."""
@@ -35,7 +37,7 @@ CHUNK = 8 * 2**20
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file: `uri` is relative to the manifest or absolute."""
+    """One Parquet file: `uri` is a name beside the manifest, or absolute in the folder that the manifest names."""
 
     uri: str
     split: str
@@ -88,12 +90,12 @@ def read_manifest(uri: str) -> Manifest:
     if not storage.exists(file):
         raise UserError(f"{file}: no such data set; make one with captioner ingest")
     document = storage.patiently(file, lambda: storage.read_json(file))
-    try:
+    with believing(file, "a manifest that captioner ingest wrote"):
         if document["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file}: format version {document['format_version']} is not {FORMAT_VERSION}; ingest anew")
-        manifest = Manifest(**{**document, "shards": [Shard(**shard) for shard in document["shards"]]})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file}: is not a manifest that captioner ingest wrote ({error})") from error
+        manifest = as_record(Manifest, document)
+        for shard in manifest.shards:
+            require_name(shard.uri.removeprefix(f"{manifest.uri.rstrip('/')}/"))
     return manifest.located(file.rpartition("/")[0] or ".")
 
 
@@ -188,7 +190,11 @@ class SplitReader:
         shown = view or (lambda image, number: to_pixels(image, self.size))
 
         def decoded(content: bytes, number: int) -> np.ndarray:
-            return shown(open_picture(content), number)  # ingest may have kept the original, of any kind
+            try:
+                return shown(open_picture(content), number)  # ingest may have kept the original, of any kind
+            except PictureError as error:
+                file, _ = self.groups[int(np.searchsorted(self.starts, number, "right")) - 1]
+                raise UserError(f"{file.uri}: picture {number} of its split is {error}; ingest anew") from error
 
         tables: OrderedDict[int, Any] = OrderedDict()  # row groups in use; a plan stays within a few windows
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
@@ -201,7 +207,7 @@ class SplitReader:
             for place in dict.fromkeys(places):
                 if place not in tables:
                     file, group = self.groups[place]
-                    tables[place] = file.read(group, COLUMNS)
+                    tables[place] = file.read(group, list(COLUMNS))
                 tables.move_to_end(place)
             while len(tables) > max(kept, len(set(places))):
                 tables.popitem(last=False)
@@ -255,6 +261,10 @@ class _ShardFile:
         )
         metadata = self.file.metadata
         self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        with believing(self.uri, "a shard that captioner ingest wrote"):
+            require_columns(self.file.schema_arrow, COLUMNS)
+            if (self.rows and min(self.rows) < 1) or sum(self.rows) != shard.rows:
+                raise ValueError(f"has {sum(self.rows)} rows, not the manifest's {shard.rows}")
 
     def read(self, group: int, columns: list[str]) -> pa.Table:
         """Return some columns of a row group.
@@ -263,7 +273,12 @@ class _ShardFile:
             UserError: the shard is gone, or its content is damaged.
             WorkError: its store failed, and went on to for as long as it was asked again.
         """
-        return self._reading(lambda: self.file.read_row_group(group, columns=columns))
+        table = self._reading(lambda: self.file.read_row_group(group, columns=columns))
+        with believing(self.uri, "a shard that captioner ingest wrote"):
+            require_values(table, columns)
+            if table.num_rows != self.rows[group]:
+                raise ValueError(f"row group {group} has {table.num_rows} rows, not {self.rows[group]}")
+        return table
 
     def _reading(self, read: Callable[[], Any]) -> Any:
         def attempt() -> Any:
@@ -274,8 +289,10 @@ class _ShardFile:
                     f"{self.uri}: the manifest names this shard, but it is not there; ingest anew"
                 ) from error
             except (pa.ArrowException, OSError) as error:
-                # Parquet's reader says in an OSError what is wrong with a page or its header.
-                if isinstance(error, pa.ArrowException) or "checksum" in str(error) or "deserialize" in str(error):
+                # Parquet's reader says in an OSError what is wrong with a page or its header; one of this machine's
+                # files has a number then, and a store that fails may pass.
+                said = error.errno is None and storage.is_local(self.uri) if isinstance(error, OSError) else True
+                if said or "checksum" in str(error) or "deserialize" in str(error):
                     raise UserError(f"{self.uri}: is damaged: {first_line(error)}; ingest anew") from error
                 raise
 

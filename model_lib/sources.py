@@ -31,7 +31,8 @@ def resolve_captioner(source: str) -> str:
     folder = folder_or_hub_name(source)
     if Path(folder).is_dir():
         config = Path(folder) / "config.json"
-        if not config.is_file() or storage.read_json(str(config)).get("model_type") != "captioner":
+        document = storage.read_json(str(config)) if config.is_file() else None
+        if not isinstance(document, dict) or document.get("model_type") != "captioner":
             raise UserError(f"{source}: not a captioner model folder (its config.json should say so)")
         if not any(Path(folder).glob("*.safetensors")):
             raise UserError(f"{source}: the model folder holds no safetensors weights")
@@ -50,4 +51,9 @@ def lasting_source(source: str) -> str:
 def read_training(folder: str) -> dict[str, Any]:
     """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it wrote nothing."""
     file = Path(folder) / "training.json"
-    return dict(storage.read_json(str(file))) if file.is_file() else {}
+    document = storage.read_json(str(file)) if file.is_file() else {}
+    kinds = {"name": str, "data_fingerprint": str, "mlflow_run_id": str | None, "configuration": dict}
+    wrong = [name for name, kind in kinds.items() if name in document and not isinstance(document[name], kind)]
+    if not isinstance(document, dict) or wrong:
+        raise UserError(f"{file}: is not what captioner train wrote ({', '.join(wrong) or 'no object'}); remove it")
+    return document

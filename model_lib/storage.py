@@ -142,7 +142,7 @@ def read_json(uri: str) -> Any:
     """Return the parsed JSON document at `uri`; `UserError` if it is missing or not JSON."""
     try:
         return json.loads(read_bytes(uri))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for a number of 5000 digits, and lists in lists
         raise UserError(f"{uri}: is not JSON: {error}") from error
 
 

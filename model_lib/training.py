@@ -39,6 +39,7 @@ from model_lib.model import Captioner
 from model_lib.objectives import LearnCaptions, Objective, SelfCritical
 from model_lib.pictures import augmented
 from model_lib.progress import INTERVAL, Progress
+from model_lib.records import believing
 from model_lib.runs import Point
 from model_lib.shards import AHEAD, Manifest, Plan, SplitReader, ahead, read_manifest, verify
 from model_lib.sources import lasting_source
@@ -367,11 +368,13 @@ class _Run:
 
     def _restore(self, uri: str) -> None:
         tensors, state = checkpoint.load(uri)
-        self._require_same(state["origin"])
-        self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), state["learner"])
-        self.step, self.validated, self.stale = state["step"], state["validated"], state["stale"]
-        self.saved, self.unsent = self.step, state.get("unsent", [])
-        self.best = None if state["best"] is None else Standing(*state["best"])
+        with checkpoint.believing(uri):
+            self._require_same(state["origin"])
+            self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), state["learner"])
+            self.step, self.validated, self.stale = state["step"], state["validated"], state["stale"]
+            self.best = None if state["best"] is None else Standing(*map(float, state["best"]))
+            self.unsent = [(str(name), float(value), int(at), int(step)) for name, value, at, step in state["unsent"]]
+        self.saved = self.step
         if self.world.leads:
             log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)
 
@@ -386,8 +389,9 @@ class _Run:
         file = storage.join(self.config.output, "run.json")
         if storage.exists(file):
             document = storage.patiently(file, lambda: storage.read_json(file))
-            self._require_same(document["origin"])
-            return str(document["key"])
+            with believing(file, "what captioner train wrote; choose another output"):
+                self._require_same(document["origin"])
+                return str(document["key"])
         key = uuid.uuid4().hex
         storage.write_json(file, {"key": key, "origin": self.origin, "name": self.config.name})
         return key

@@ -5,9 +5,13 @@ Weights are read from safetensors files only; a pickle is never opened.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from transformers import GPT2Tokenizer, PreTrainedModel
@@ -15,7 +19,22 @@ from transformers.utils import logging as transformers_logging
 
 from model_lib import storage
 from model_lib.errors import UserError, first_line
+from model_lib.records import as_record, believing, require_name
 from model_lib.sources import folder_or_hub_name
+
+FROM_A_LIBRARY = (
+    *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError),
+    *(SafetensorError, UnpicklingError, StrictDataclassError, MemoryError),
+)
+"""What transformers and what it uses raise on files that are not what they should be."""
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Of weights in several files."""
+
+    weight_map: dict[str, str]
+    metadata: Any = None
 
 
 @contextlib.contextmanager
@@ -32,9 +51,23 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def require_safetensors(folder: str) -> None:
+    """Raise `UserError` if an index of a local model folder names anything but safetensors files in that folder.
+
+    transformers opens what an index names, wherever it lies, and what has another ending as a pickle.
+    """
+    for index in Path(folder).glob("*.index.json"):
+        if index.name.endswith(".safetensors.index.json"):
+            with believing(str(index), "an index of safetensors files"):
+                for name in as_record(_Index, storage.read_json(str(index))).weight_map.values():
+                    if not require_name(name).endswith(".safetensors"):
+                        raise ValueError(f"{name!r:.60} is another kind of file")
+
+
 def load_part(kind: type[PreTrainedModel], source: str) -> Any:
     """Load a transformers model of class `kind` from safetensors; `UserError` if `source` holds none."""
     name = folder_or_hub_name(source)
+    require_safetensors(name)
     try:
         with quiet():
             config = kind.config_class.from_pretrained(name)
@@ -43,7 +76,7 @@ def load_part(kind: type[PreTrainedModel], source: str) -> Any:
             part, loading = kind.from_pretrained(
                 name, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except FROM_A_LIBRARY as error:
         raise UserError(
             f"{source}: no {kind.__name__} weights (safetensors) can be loaded: {first_line(error)}"
         ) from error
@@ -64,7 +97,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         with quiet():
             return GPT2Tokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers has no class of its own for what it raises
         raise UserError(
             f"{source}: no tokenizer (tokenizer.json, or vocab.json and merges.txt): {first_line(error)}"
         ) from error

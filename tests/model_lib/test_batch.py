@@ -89,7 +89,7 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
     pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = resolved(config(pictures, tmp_path / "out", saved_model, shard_pictures=20))
-    monkeypatch.setattr("model_lib.batch.LARGEST_FILE", 10_000)
+    monkeypatch.setattr("model_lib.pictures.LARGEST_FILE", 10_000)
     (pictures / "big.png").write_bytes(bytes(20_000))
     made = plan(options)
     first, second, third, *_ = sorted(pictures.glob("0*.jpg"))

@@ -1,0 +1,160 @@
+"""One small file of each kind that the project reads, as it should be: what the attacks on files begin with."""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_lib.judgement import Pictures, View, _parquet
+from model_lib.shards import FORMAT_VERSION
+from tests.attacks.mutations import encoded, picture
+
+ROWS = 6
+JPEG = encoded(picture(np.random.default_rng(0), 32, 24), "jpg")
+NAMES = [f"{n}.jpg" for n in range(ROWS)]
+COCO = {
+    "images": [{"id": n, "file_name": name} for n, name in enumerate(NAMES)],
+    "annotations": [{"id": n, "image_id": n, "caption": f"a picture {n}"} for n in range(ROWS)],
+}
+KARPATHY = {
+    "images": [
+        {"cocoid": n, "filepath": "", "filename": name, "split": "train", "sentences": [{"raw": "a picture"}]}
+        for n, name in enumerate(NAMES)
+    ]
+}
+RESULTS = [{"image_id": n, "caption": "a picture"} for n in range(ROWS)]
+SCORES = {
+    "name": "a",
+    "model": "m",
+    "split": "val",
+    "pictures": ROWS,
+    "scores": {"CIDEr": 0.5},
+    "intervals": {"CIDEr": [0.4, 0.6]},
+    "shuffled_cider": 0.1,
+    "frequencies": "f",
+    "diversity": {"words": 3.0},
+    "tokenizer": "PTB",
+    "missing": {},
+    "decoding": {"num_beams": 1},
+    "pictures_per_second": 3.5,
+    "clip": None,
+    "data_fingerprint": "f",
+    "mlflow_run_id": None,
+    "packages": {"torch": "2"},
+}
+PLAN = {
+    "configuration": {"images": "i", "output": "o", "model": "m"},
+    "listing": "listing-0.parquet",
+    "shards": [{"file": "part-0.parquet", "pictures": ROWS}],
+}
+MANIFEST = {
+    "format_version": FORMAT_VERSION,
+    "shards": [{"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"}],
+    "counts": {"train": ROWS},
+    "quarantined": {},
+    "fingerprint": "f",
+    "configuration": {"split": "auto"},
+    "uri": "/data",
+    "cleaned_captions": 0,
+}
+OPTIONS = {
+    "TrainConfig": {"data": "d", "output": "o", "epochs": 2, "learning_rate": 0.1},
+    "BatchConfig": {"images": "i", "output": "o", "model": "m", "include": ["*.jpg"]},
+    "EvaluateConfig": {"model": "m", "data": "d", "output": "o"},
+    "IngestConfig": {"dataset": "d", "output": "o", "split": "auto"},
+    "ScenesConfig": {"output": "o", "train": 3},
+    "DecodeConfig": {"num_beams": 2, "temperature": 0.5},
+}
+ARGUMENTS = [
+    ["train", "--data", "d", "--output", "o", "--epochs=2", "--learning_rate", "1e-3"],
+    ["batch", "--images", "i", "--output", "o", "--model", "m", "--include", "*.jpg"],
+    ["caption", "-f", "a.jpg", "--num-beams=2", "--no-rank", "--json"],
+    ["ingest", "--output", "o", "--dataset", "d", "--split", "val"],
+]
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, **options)
+    return file.getvalue()
+
+
+def shard() -> bytes:
+    columns = {
+        "image_id": pa.array(range(ROWS), pa.int64()),
+        "file_name": NAMES,
+        "image": pa.array([JPEG] * ROWS, pa.binary()),
+        "captions": [["a picture", "another"]] * ROWS,
+        "sha256": ["0"] * ROWS,
+    }
+    return parquet(columns, write_page_checksum=True)
+
+
+def pictures() -> bytes:
+    references = [["a picture", "another"]] * ROWS
+    counts = {"CIDEr": np.ones((ROWS, 1)), "Bleu": np.ones((ROWS, 10))}
+    views = {0: View(JPEG, [("a", np.zeros((2, 2), np.uint8))])}
+    return _parquet(Pictures(list(range(ROWS)), NAMES, ["a picture"] * ROWS, references, counts, views))
+
+
+def captions() -> bytes:
+    columns = {
+        "uri": NAMES,
+        "status": ["ok"] * ROWS,
+        "caption": ["a picture"] * ROWS,
+        "score": pa.array([-0.5] * ROWS, pa.float32()),
+        "error": pa.array([None] * ROWS, pa.string()),
+    }
+    return parquet(columns)
+
+
+def archive(compression: int) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as zipped:
+        zipped.writestr("a/0.jpg", JPEG)
+        zipped.writestr("captions.json", json.dumps(COCO))
+    return file.getvalue()
+
+
+def of(name: str) -> Iterator[bytes]:
+    """Yield files as the one called so should be."""
+    documents = {
+        "manifest.json": MANIFEST,
+        "captions.json": COCO,
+        "karpathy.json": KARPATHY,
+        "results.json": RESULTS,
+        "scores.json": SCORES,
+        "plan.json": PLAN,
+    }
+    if name in documents:
+        yield json.dumps(documents[name]).encode()
+    elif name == "options.json":
+        for kind, options in OPTIONS.items():
+            yield json.dumps({kind: options}).encode()
+    elif name == "arguments":
+        for arguments in ARGUMENTS:
+            yield "\n".join(arguments).encode()
+    elif name == "train-00000.parquet":
+        yield shard()
+    elif name == "pictures.parquet":
+        yield pictures()
+    elif name == "part-0.parquet":
+        yield captions()
+    elif name == "table.csv":
+        yield b'file,caption\na.jpg,a picture\nb.jpg,"two\nlines"\n'
+    elif name == "table.jsonl":
+        yield b'{"file": "a.jpg", "caption": "a picture"}\n{"file": "b.jpg", "caption": null}\n'
+    elif name == "table.parquet":
+        yield parquet({"file": NAMES, "caption": ["a picture"] * ROWS})
+    elif name == "list.csv":
+        yield b"uri,more\na.jpg,1\ngs://b/c.jpg,2\n"
+    elif name == "list.parquet":
+        yield parquet({"uri": NAMES})
+    elif name == "archive.zip":
+        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+            yield archive(compression)
