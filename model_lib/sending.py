@@ -52,7 +52,7 @@ def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
     except Exception as error:
         raise WorkError(
             f"MLflow at {uri}: fails ({reason(error)}); see to the server or to MLFLOW_TRACKING_URI and start again: "
-            "nothing was trained"
+            "nothing was done"
         ) from error
 
 

@@ -128,12 +128,19 @@ class Faults:
 
     def __init__(self, share: float, seed: int) -> None:
         self.share, self.rng = share, random.Random(seed)
-        self.down_until = 0.0
-        self.failed = self.asked = 0
+        self.down_until = self.cut = 0.0
+        """Until when everything fails, and the share of answers that break off in their middle."""
+        self.failed = self.asked = self.broken_off = 0
 
     def outage(self, seconds: float) -> None:
         """Let everything fail with 503 for a while."""
         self.down_until = time.monotonic() + seconds
+
+    def breaks_off(self) -> bool:
+        """Return whether the next answer breaks off."""
+        breaks = self.rng.random() < self.cut
+        self.broken_off += breaks
+        return breaks
 
     def next(self) -> int | None:
         """Return how the next request fails: a status, 0 for a broken connection, or None if it does not."""
@@ -184,8 +191,11 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            breaks = self.command == "GET" and len(content) > 1 and faults.breaks_off()
             with contextlib.suppress(BrokenPipeError):
-                self.wfile.write(content)
+                self.wfile.write(content[: len(content) // 2] if breaks else content)
+            if breaks:
+                self.close_connection = True
 
         def handle_one_request(self) -> None:
             try:

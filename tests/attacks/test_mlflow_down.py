@@ -106,7 +106,7 @@ def test_away_at_the_start_is_told_before_any_work(tmp_path: Path) -> None:
         WorkError, match=rf"^MLflow at {address}: fails \(.*Connection refused\); see to the server"
     ) as one:
         train(TrainConfig(data="nowhere", output=str(tmp_path / "run")), MlflowTracking(address))
-    assert str(one.value).endswith("nothing was trained") and not (tmp_path / "run").exists()
+    assert str(one.value).endswith("nothing was done") and not (tmp_path / "run").exists()
 
 
 def test_a_server_that_takes_calls_and_never_answers_is_told_too(
@@ -115,7 +115,7 @@ def test_a_server_that_takes_calls_and_never_answers_is_told_too(
     monkeypatch.setitem(IMPATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
-        with pytest.raises(WorkError, match=r"timed out.*nothing was trained"):
+        with pytest.raises(WorkError, match=r"timed out.*nothing was done"):
             train(TrainConfig(data="nowhere", output=str(tmp_path / "run")), MlflowTracking(address))
 
 

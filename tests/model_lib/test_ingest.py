@@ -267,6 +267,7 @@ def test_shards_of_an_earlier_ingest_are_removed(scenes: Path, tmp_path: Path) -
     (tmp_path / ".part-x").write_bytes(b"of a killed one")
     ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == [
+        ".lock",
         "manifest.json",
         "mine.parquet",
         "quarantine.parquet",

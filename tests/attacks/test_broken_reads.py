@@ -1,0 +1,43 @@
+"""A bucket whose answers break off in their middle: no row is lost, none is there twice, none holds half a picture."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib.config import BatchConfig, IngestConfig
+from model_lib.ingest import ingest
+from model_lib.merging import batch
+from tests.services import Faults, faulty_bucket
+
+
+def test_answers_that_break_off_are_asked_for_again(
+    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = asyncio.sleep
+    quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
+    monkeypatch.setattr("gcsfs.retry.asyncio", quickly)  # its attempts would take most of the test
+    here = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "data"), shard_mb=1))
+    local = {"images": str(scenes / "train2017"), "output": str(tmp_path / "out"), "model": str(saved_model)}
+    expected = batch(BatchConfig(**local, shard_pictures=8, num_beams=1))
+    faults = Faults(0.0, seed=0)
+    with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
+        for file in sorted(scenes.rglob("*")):
+            if file.is_file():
+                fs.pipe_file(f"b/in/{file.relative_to(scenes)}", file.read_bytes())
+        faults.cut = 0.1
+        there = ingest(IngestConfig(dataset="gs://b/in", output="gs://b/data", shard_mb=1))
+        remote = {"images": "gs://b/in/train2017", "output": "gs://b/out", "model": str(saved_model)}
+        found = batch(BatchConfig(**remote, shard_pictures=8, num_beams=1))
+        faults.cut = 0.0
+        files = fs.glob("b/out/*/captions/*.parquet")
+        rows = [row for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()]
+    assert faults.broken_off > 10
+    assert there.fingerprint == here.fingerprint and there.counts == here.counts and not there.quarantined
+    assert (found.pictures, found.ok) == (expected.pictures, expected.ok) == (64, 64)
+    captions = {Path(row["uri"]).name: row["caption"] for row in rows}
+    parts = (tmp_path / "out").glob("*/captions/*.parquet")
+    ours = {Path(row["uri"]).name: row["caption"] for file in parts for row in pq.read_table(file).to_pylist()}
+    assert len(rows) == 64 and captions == ours
