@@ -99,7 +99,9 @@ class Plan:
 
         def read() -> list[dict[str, Any]]:
             with fs.open(path, "rb") as file:
-                return list(pq.ParquetFile(file).read_row_group(index).to_pylist())
+                parquet = pq.ParquetFile(file)
+                require_columns(parquet.schema_arrow, {"uri": "text", "bytes": "whole number", "version": "text"})
+                return list(parquet.read_row_group(index).to_pylist())
 
         with believing(uri, "the listing of a plan that captioner batch wrote"):
             pictures = [as_record(Picture, row) for row in storage.patiently(uri, read)]
@@ -125,7 +127,10 @@ def read_plan(folder: str) -> Plan:
         made = as_record(Plan, {**document, "folder": folder})
         for name in (made.listing, *(shard.file for shard in made.shards)):
             require_name(name)
-        made.config  # noqa: B018  raises UserError for options that this version does not have
+        try:
+            made.config  # noqa: B018  refuses options that this version does not have
+        except UserError as error:
+            raise ValueError(str(error)) from error
         return made
 
 

@@ -1,6 +1,7 @@
 """Where pictures and lists of them lie: a folder, an address, or a zip archive that is read without unpacking it."""
 
 import contextlib
+import errno
 import io
 import lzma
 import struct
@@ -14,19 +15,23 @@ from model_lib import storage
 from model_lib.errors import UserError, first_line
 from model_lib.pictures import PictureError, require_readable
 
-DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-    EOFError,
-    RuntimeError,  # encrypted; NotImplementedError: packed in a way that is not known here
-    ValueError,
-    OverflowError,
-)
-"""What Python's reader of zip archives raises on what is none, or damaged."""
 BOMB_SIZE, BOMB_RATIO = 2**28, 100
 """A list of pictures is refused that is larger than this when inflated, and so many times its size in the archive."""
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Raise as `BadZipFile` whatever Python's reader of zip archives raises on what is none, or damaged."""
+    try:
+        yield
+    except zipfile.BadZipFile:
+        raise
+    except (zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError, OverflowError) as error:
+        raise zipfile.BadZipFile(first_line(error)) from error  # RuntimeError: encrypted, or packed in an unknown way
+    except OSError as error:
+        if error.errno != errno.EINVAL and str(error) != "Invalid data stream":  # an offset before the start; bz2's
+            raise
+        raise zipfile.BadZipFile(first_line(error)) from error
 
 
 class Folder:
@@ -74,11 +79,11 @@ class Archive:
         try:
             info = self.zip.getinfo(self._member(name))
             require_readable(info.file_size)
-            with self.zip.open(info) as file:
+            with _damage(), self.zip.open(info) as file:
                 return file.read(info.file_size + 1)  # of a member that is larger than it says, no more is inflated
         except KeyError as error:
             raise UserError(f"{self.root}: has no {name}") from error
-        except DAMAGED as error:
+        except zipfile.BadZipFile as error:
             raise PictureError("unreadable", f"damaged in the archive: {first_line(error)}") from error
 
     def _member(self, name: str) -> str:
@@ -95,8 +100,9 @@ def open_zip(uri: str) -> zipfile.ZipFile:
         raise UserError(f"{uri}: no such file")
     fs, path = storage.filesystem(uri)
     try:
-        return zipfile.ZipFile(path if storage.is_local(uri) else fs.open(path, "rb"))
-    except (*DAMAGED, IsADirectoryError) as error:
+        with _damage():
+            return zipfile.ZipFile(path if storage.is_local(uri) else fs.open(path, "rb"))
+    except (zipfile.BadZipFile, IsADirectoryError) as error:
         raise UserError(f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew") from error
 
 
@@ -120,8 +126,9 @@ class _Member(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            content = self.file.read(len(buffer))
-        except DAMAGED as error:
+            with _damage():
+                content = self.file.read(len(buffer))
+        except zipfile.BadZipFile as error:
             raise UserError(f"{self.uri}: is damaged in the archive ({first_line(error)}); fetch it anew") from error
         buffer[: len(content)] = content
         return len(content)
@@ -139,8 +146,9 @@ def opened(uri: str) -> Iterator[IO[bytes]]:
                     raise zipfile.BadZipFile(
                         f"{info.compress_size:,} bytes that say they are {info.file_size:,}: a zip bomb"
                     )
-                file = zipped.open(info)
-            except (KeyError, *DAMAGED) as error:
+                with _damage():
+                    file = zipped.open(info)
+            except (KeyError, zipfile.BadZipFile) as error:
                 raise UserError(f"{archive}: {member} cannot be read ({first_line(error)})") from error
             with file:
                 yield io.BufferedReader(_Member(file, uri))

@@ -65,6 +65,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         for name in COLUMNS:
             if name not in table.schema_arrow.names:
                 raise KeyError(name)
+            if table.schema_arrow.names.count(name) > 1:
+                raise ValueError(f"has several columns {name}")
         number = 0
         for batch in table.iter_batches(columns=list(COLUMNS)):
             for row in batch.to_pylist():

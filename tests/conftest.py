@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # a kind of bucket that the emulator lacks; read at import
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and sums are the same however many do; read at import
 os.environ["NO_GCE_CHECK"] = "true"  # Google's drivers look for its metadata server, for a long time
 
 import pytest

@@ -77,12 +77,15 @@ def plan(file: Path) -> None:
 
 
 def options(file: Path) -> None:
-    document = json.loads(file.read_bytes())
+    document = None
+    with contextlib.suppress(ValueError, RecursionError):
+        document = json.loads(file.read_bytes())
     if isinstance(document, dict):
         kinds = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, StageConfig)]
         for kind in [*kinds, download.DownloadConfig]:
-            made = kind.from_options(**document.get(kind.__name__, {}))
-            made.key()
+            given = document.get(kind.__name__)
+            if isinstance(given, dict):
+                kind.from_options(**given).key()
 
 
 def command_line(file: Path) -> None:
@@ -93,7 +96,10 @@ def command_line(file: Path) -> None:
 
 
 def shard(file: Path) -> None:
-    about = shards.Shard(str(file), "train", pq.ParquetFile(file).metadata.num_rows, file.stat().st_size, "")
+    rows = samples.ROWS
+    with contextlib.suppress(pa.ArrowException, OSError):
+        rows = pq.ParquetFile(file).metadata.num_rows  # as a manifest would that lies with it
+    about = shards.Shard(str(file), "train", rows, file.stat().st_size, "")
     split = shards.Manifest(1, [about], {"train": about.rows}, {}, "", {}, str(file.parent))
     reader = shards.SplitReader(split, "train", size=8, workers=1, limit=20)
     reader.captions()
