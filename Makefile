@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java browser demo test soak fuzz lint images push test-containers compile clean
+.PHONY: help install java browser demo test soak fuzz audit lint images push test-containers compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,11 @@ FUZZ_SECONDS ?= 60
 fuzz: $(INSTALLED)  ## give made-up files and options to what reads them: FUZZ_SECONDS=60 for each reader
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.attacks.fuzz --seconds $(FUZZ_SECONDS)
+
+audit: $(INSTALLED)  ## ask PyPI which pinned packages have known vulnerabilities
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,9 +8,16 @@ import re
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that steer a terminal or turn the direction of text, and halves of characters, which cannot be printed."""
 
+PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]+@")
+"""An address's password, which ends with the last @ before the path."""
+
 
 def printable(text: str) -> str:
-    """Return a line that shows on a terminal what is in it, and does nothing else: file names can hold anything."""
+    """Return a line that shows on a terminal what is in it but passwords, and does nothing else.
+
+    File names can hold anything, and some people write passwords into addresses.
+    """
+    text = PASSWORD.sub(r"\1***@", text)
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

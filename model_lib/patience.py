@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from model_lib.errors import first_line
+from model_lib.errors import first_line, printable
 
 log = logging.getLogger(__name__)
 PATIENCE = 600.0
@@ -41,7 +41,7 @@ def ask_again(
             pause = min(LONGEST_PAUSE, 2.0**attempt) * random.uniform(0.5, 1)  # apart from others that failed with us
             if not passing(error) or time.monotonic() - started + pause > patience:
                 raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {printable(first_line(error))}"
             level = logging.WARNING if attempt else logging.INFO  # what passes at once is no news
             log.log(level, "%s: fails (%s); asking again in %.0f s", what, reason, pause)
             time.sleep(pause)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
-from model_lib.errors import WorkError, first_line
+from model_lib.errors import WorkError, first_line, printable
 from model_lib.patience import ask_again
 from model_lib.runs import Point, Run
 
@@ -48,7 +48,7 @@ def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
     """Return what `action` has from the server at `uri`; `WorkError` within seconds if it does not answer."""
     try:
         with impatient():
-            return ask_again(f"MLflow at {uri}", action, _passing, AT_START)
+            return ask_again(printable(f"MLflow at {uri}"), action, _passing, AT_START)
     except Exception as error:
         raise WorkError(
             f"MLflow at {uri}: fails ({reason(error)}); see to the server or to MLFLOW_TRACKING_URI and start again: "
@@ -66,7 +66,7 @@ def _passing(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     """Return why a call failed, without urllib3's wrapping."""
-    text = first_line(error)
+    text = printable(first_line(error))
     return text.rpartition(": ")[2].rstrip("')\"") if "Caused by" in text else text
 
 
@@ -145,12 +145,14 @@ class MlflowRun(Run):
                 self._send()
             except Exception as error:
                 if not outage:
-                    where, why = self.client.tracking_uri, reason(error)
+                    where, why = printable(self.client.tracking_uri), reason(error)
                     log.warning("MLflow at %s: fails (%s); training goes on, and its points are kept", where, why)
                 outage, pause = True, min(2 * pause, LONGEST_PAUSE)
             else:
                 if outage:
-                    log.warning("MLflow at %s: answers again; all points have arrived", self.client.tracking_uri)
+                    log.warning(
+                        "MLflow at %s: answers again; all points have arrived", printable(self.client.tracking_uri)
+                    )
                 outage, pause = False, INTERVAL
 
     def _send(self) -> None:
@@ -179,12 +181,12 @@ class MlflowRun(Run):
                 self.monitor.finish()
             try:
                 if kind is None:
-                    ask_again(f"MLflow at {uri}", end, _passing)
+                    ask_again(printable(f"MLflow at {uri}"), end, _passing)
                 else:
                     end()
             except Exception as error:
                 if kind is not None:  # the body's reason is the one to raise
-                    log.warning("MLflow at %s: the run was not ended there (%s)", uri, reason(error))
+                    log.warning("MLflow at %s: the run was not ended there (%s)", printable(uri), reason(error))
                     return
                 raise WorkError(
                     f"MLflow at {uri}: fails ({reason(error)}); the training is done and its model is safe, but "

@@ -10,6 +10,7 @@ otherwise the pipeline's first step makes the parent and each training its own.
 import importlib.util
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from model_lib import storage
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError, first_line, printable
 from model_lib.revision import VERSION_TAG, code_version
 from model_lib.runs import NO_TRACKING, Run, Tracking
 from model_lib.sending import MlflowRun, asked, impatient
@@ -193,6 +194,7 @@ class MlflowTracking(Tracking):
         base = os.environ.get("MLFLOW_UI_URL") or self.uri
         if not base.startswith("http"):
             return None
+        base = re.sub("//[^/]*@", "//", base)  # a link is for everyone, and a password is not
         return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def knows(self, run_id: str) -> bool:
@@ -215,7 +217,7 @@ class MlflowTracking(Tracking):
     ) -> None:
         run = self._known(run_id)
         if run is None:
-            log.warning("MLflow run %s is not at %s; its scores are not logged there", run_id, self.uri)
+            log.warning("MLflow run %s is not at %s; its scores are not logged there", run_id, printable(self.uri))
             return
         self._log_final(run_id, metrics)
         self._tag(run, tags)
@@ -235,7 +237,8 @@ class MlflowTracking(Tracking):
                 known = self.client.get_run(run_id).data.metrics
                 found = {name: self.client.get_metric_history(run_id, name) for name in CURVES if name in known}
         except MlflowException as error:  # the curves are an extra: nothing is judged again for want of them
-            log.warning("the curves of MLflow run %s cannot be read from %s: %s", run_id, self.uri, first_line(error))
+            where, why = printable(self.uri), printable(first_line(error))
+            log.warning("the curves of MLflow run %s cannot be read from %s: %s", run_id, where, why)
             return {}
         # A resumed training logs some steps again: the last word counts.
         latest = {name: sorted(points, key=lambda point: point.timestamp) for name, points in found.items()}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model_lib.errors import WorkError
+from model_lib.errors import WorkError, printable
 from model_lib.judgement import FEW_PICTURES, Evaluation
 from model_lib.merging import examples
 
@@ -38,7 +38,7 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "examples": [list(pair) for pair in examples(captioned["captions"], 3)],
         "model": Evaluation.read(registered["evaluation"]).model,
         "report": registered["page"],
-        "tracking_uri": tracking_uri,
+        "tracking_uri": printable(tracking_uri),
     }
 
 
