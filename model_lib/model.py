@@ -94,6 +94,10 @@ class CaptionerConfig(PreTrainedConfig):
             given = getattr(self, name) or {}
             # A copy: transformers writes into the configurations of a model's parts.
             setattr(self, name, copy.deepcopy(given) if isinstance(given, kind) else kind(**given))
+        for name in ("image_mean", "image_std"):
+            values = np.asarray(getattr(self, name), np.float64)
+            if values.shape != (3,) or not np.isfinite(values).all() or (name == "image_std" and values.min() <= 0):
+                raise ValueError(f"{name}: {getattr(self, name)!r:.60} is not a number for each of red, green and blue")
         for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if getattr(self.decoder_config, option):
                 raise UserError(f"GPT-2 configuration: {option} is not supported; choose a standard GPT-2")

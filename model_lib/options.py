@@ -31,6 +31,7 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and int in kinds:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        require(abs(value) <= LARGEST, f"{name}: {value!r:.60} is not a number to work with")
         return float(value)
     wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
     require(type(value) in kinds, f"{name}: {value!r} is not {wanted}")

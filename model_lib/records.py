@@ -79,17 +79,20 @@ def require_name(name: str) -> str:
 
 @contextlib.contextmanager
 def believing(uri: str, what: str) -> Iterator[None]:
-    """Raise a `UserError` that `uri` is not `what` when its content lets the body fail."""
+    """Raise a `UserError` that `uri` is not `what`, "something; remedy", when its content lets the body fail."""
+    form, *remedy = what.split("; ")
     try:
         yield
     except FileNotFoundError as error:
         raise UserError(f"{uri}: no such file") from error
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{uri}: is not {what} ({first_line(error)})") from error
+        raise UserError("; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])) from error
     except OSError as error:
         if error.errno is not None or not storage.is_local(uri):
             raise
-        raise UserError(f"{uri}: is not {what} ({first_line(error)})") from error  # Parquet's reader says it so
+        raise UserError(
+            "; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])
+        ) from error  # Parquet's reader says it so
 
 
 def _texts(kind: pa.DataType) -> bool:

@@ -53,7 +53,8 @@ def read_training(folder: str) -> dict[str, Any]:
     file = Path(folder) / "training.json"
     document = storage.read_json(str(file)) if file.is_file() else {}
     kinds = {"name": str, "data_fingerprint": str, "mlflow_run_id": str | None, "configuration": dict}
-    wrong = [name for name, kind in kinds.items() if name in document and not isinstance(document[name], kind)]
-    if not isinstance(document, dict) or wrong:
-        raise UserError(f"{file}: is not what captioner train wrote ({', '.join(wrong) or 'no object'}); remove it")
+    if not isinstance(document, dict) or any(
+        not isinstance(document[name], kinds[name]) for name in kinds.keys() & document
+    ):
+        raise UserError(f"{file}: is not what captioner train wrote; remove it")
     return document

@@ -1,5 +1,6 @@
 """Files that lie, given to everything that reads them back: refused in one line, and nothing else is touched."""
 
+import contextlib
 import copy
 import json
 import math
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import batch, evaluation, judgement, listing, merging, shards, storage
+from model_lib import batch, config, evaluation, judgement, listing, merging, shards, storage
 from model_lib.annotations import read_captions, read_listing
 from model_lib.config import BatchConfig, IngestConfig
 from model_lib.errors import LONGEST, UserError
@@ -245,15 +246,26 @@ def test_an_evaluation_whose_files_disagree_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["csv", "txt", "parquet"])
 def test_lists_of_pictures_that_are_none_are_refused(tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"list.{ending}"
-    config = BatchConfig(images=str(file), output=str(tmp_path / "out"), model="m")
+    listed = BatchConfig(images=str(file), output=str(tmp_path / "out"), model="m")
     for content in (b"", b"\xff\xfe\xfa", b"\n", b"\n\n \n"):
         file.write_bytes(content)
-        refused(lambda: listing.list_pictures(config), tmp_path)
+        refused(lambda: listing.list_pictures(listed), tmp_path)
     if ending == "parquet":
         file.write_bytes(b"PAR1")
-        refused(lambda: listing.list_pictures(config), tmp_path)
+        refused(lambda: listing.list_pictures(listed), tmp_path)
         pq.write_table(pa.table({}), file)
-        refused(lambda: listing.list_pictures(config), tmp_path)
+        refused(lambda: listing.list_pictures(listed), tmp_path)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", samples.OPTIONS)
+def test_options_with_any_value_replaced_are_taken_or_refused(kind: str) -> None:
+    options = samples.OPTIONS[kind]
+    for name, strange in [(name, strange) for name in options for strange in STRANGE]:
+        with contextlib.suppress(UserError):
+            getattr(config, kind).from_options(**{**options, name: strange}).key()
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
