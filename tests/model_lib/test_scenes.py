@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from model_lib.config import EvaluateConfig, IngestConfig, ScenesConfig, TrainConfig
 from model_lib.evaluation import evaluate
 from model_lib.ingest import ingest
 from model_lib.scenes import HELD_OUT, make_scenes
-from model_lib.training import train
+from model_lib.training import Trained, train
 
 
 def captions(folder: Path, split: str) -> dict[int, list[str]]:
@@ -49,10 +50,26 @@ def test_a_smaller_set_leaves_nothing_of_a_larger_one(tmp_path: Path) -> None:
     assert len(list((tmp_path / "train2017").iterdir())) == 3
 
 
-def test_a_tiny_model_learns_to_look_at_unseen_combinations(tmp_path: Path) -> None:
-    """The demo's own setting: its true CIDEr is at least three times that of shuffled pictures."""
-    make_scenes(ScenesConfig(output=str(tmp_path / "scenes")))
-    ingest(IngestConfig(dataset=str(tmp_path / "scenes"), output=str(tmp_path / "data")))
-    trained = train(TrainConfig(data=str(tmp_path / "data"), output=str(tmp_path / "out"), preset="tiny"))
-    judged = evaluate(EvaluateConfig(model=trained.model, data=str(tmp_path / "data"), output=str(tmp_path / "judged")))
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    """The demo's own setting: its data, and the model that it trains."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_scenes(ScenesConfig(output=str(folder / "scenes")))
+    ingest(IngestConfig(dataset=str(folder / "scenes"), output=str(folder / "data")))
+    return folder / "data", train(TrainConfig(data=str(folder / "data"), output=str(folder / "out"), preset="tiny"))
+
+
+def test_a_tiny_model_learns_to_look_at_unseen_combinations(demo: tuple[Path, Trained], tmp_path: Path) -> None:
+    """Its true CIDEr is at least three times that of shuffled pictures."""
+    data, trained = demo
+    judged = evaluate(EvaluateConfig(model=trained.model, data=str(data), output=str(tmp_path)))
     assert judged.scores["CIDEr"] >= 3 * judged.shuffled_cider, (judged.scores, judged.shuffled_cider)
+
+
+def test_self_critical_training_raises_the_cider_of_unseen_combinations(
+    demo: tuple[Path, Trained], tmp_path: Path
+) -> None:
+    data, first = demo
+    stage = {"epochs": 2, "objective": "self-critical", "start": first.model}
+    second = train(TrainConfig(data=str(data), output=str(tmp_path), preset="tiny", **stage))
+    assert second.validation_cider > first.validation_cider
