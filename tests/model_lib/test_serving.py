@@ -129,7 +129,7 @@ def test_what_is_no_picture_is_refused_by_row(served: str, web: str, scenes: Pat
     (tmp_path / "text.jpg").write_text("no picture")
     junk = base64.b64encode(b"no picture at all " * 1000).decode()
     for bad, said in (
-        (str(tmp_path / "text.jpg"), "text.jpg: unreadable: not a picture in a format known here"),
+        (str(tmp_path / "text.jpg"), ": unreadable: not a picture in a format known here"),
         (str(tmp_path / "gone.jpg"), "gone.jpg: no such file"),
         (f"{web}/gone.jpg", "/gone.jpg: no such file"),
         (junk, "row 2 of 3: base64, but not of a picture"),
