@@ -86,7 +86,8 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         version, decision, now = _make_version(config, winner, folder, run_id, present, decision, tracking)
     else:
         version, now = str(before.version), present
-        settle(client, version, decision, present)
+        _say(client, version, decision, present)  # it is champion already: another may become it at this moment
+        client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
     judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
     others = [one for one in candidates if one is not best]
     trained = (one.evaluation for one in candidates)
@@ -159,16 +160,21 @@ def settle(client: Any, version: str, decision: Decision, champion: str | None) 
         decision: on it.
         champion: the version that serves until now.
     """
+    _say(client, version, decision, champion)
+    fate = CHAMPION if decision.promote else CHALLENGER
+    # The alias before the tag that ends the others' wait: killed between the two, it is champion, and they see so.
+    client.set_registered_model_alias(MODEL, fate, version)
+    client.set_model_version_tag(MODEL, version, DECISION, fate)
+
+
+def _say(client: Any, version: str, decision: Decision, champion: str | None) -> None:
+    """Tag a version with the reasons for the decision on it."""
     numbers = json.dumps([asdict(one) for one in decision.comparisons])
     tags = {REASON: decision.reason, "comparisons": numbers}
     if decision.promote and champion is not None:
         tags[REPLACED] = champion
     for name, value in tags.items():
         client.set_model_version_tag(MODEL, version, name, value)
-    fate = CHAMPION if decision.promote else CHALLENGER
-    # The alias before the tag that ends the others' wait: killed between the two, it is champion, and they see so.
-    client.set_registered_model_alias(MODEL, fate, version)
-    client.set_model_version_tag(MODEL, version, DECISION, fate)
 
 
 def _outdated(now: str | None, judged_against: str | None) -> str:

@@ -87,6 +87,8 @@ def test_of_candidates_registered_at_once_one_becomes_champion(saved_model: Path
         assert sorted(one["version"] for one in first) == ["1", "2", "3", "4", "5"]
 
         judged(0.1, "old", model=f"models:/{MODEL}/{champion}").write(str(tmp_path / "old"), "")
+        for number, folder in enumerate(evaluations):
+            judged(0.6 + number / 100, f"candidate-{number}", model=str(saved_model)).write(folder, "")
         pairs = [[one, str(tmp_path / "old")] for one in evaluations]
         second = register_at_once(address, tmp_path / "second", pairs)
         newer = one_champion(address, second, f"version {champion}")
