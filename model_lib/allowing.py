@@ -69,7 +69,8 @@ def _below(uri: str, prefix: str) -> bool:
 def _require_reachable(host: str, address: str) -> None:
     found = ipaddress.ip_address(address.partition("%")[0])
     found = getattr(found, "ipv4_mapped", None) or found
-    named = {urlsplit(one.strip()).hostname for one in os.environ.get(VARIABLE, "").split(",")}
+    servers = [urlsplit(one.strip()) for one in os.environ.get(VARIABLE, "").split(",")]
+    named = {server.hostname for server in servers if server.scheme in ("http", "https")}
     if host in named or (found.is_global if serving() else not found.is_link_local):
         return
     raise NotAllowed(f"{host}: not allowed, it is {found}, an address inside; {VARIABLE} can name it")

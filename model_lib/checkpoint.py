@@ -157,7 +157,7 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, A
 
 def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the state of a whole checkpoint."""
-    with believing(uri), storage.fetched(uri) as folder:
+    with restoring(uri), storage.fetched(uri) as folder:
         state = json.loads((folder / "state.json").read_text())
         for name in ("step", "validated", "stale"):
             if type(state[name]) is not int or state[name] < 0:
@@ -166,7 +166,7 @@ def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def believing(uri: str) -> Iterator[None]:
+def restoring(uri: str) -> Iterator[None]:
     """Raise a `UserError` if a checkpoint, whole as it is, holds something else than its run writes."""
     try:
         yield

@@ -87,12 +87,10 @@ def believing(uri: str, what: str) -> Iterator[None]:
         raise UserError(f"{uri}: no such file") from error
     except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError("; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])) from error
-    except OSError as error:
+    except OSError as error:  # Parquet's reader says so what is wrong with a page, and gives it no number
         if error.errno is not None or not storage.is_local(uri):
             raise
-        raise UserError(
-            "; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])
-        ) from error  # Parquet's reader says it so
+        raise UserError("; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])) from error
 
 
 def _texts(kind: pa.DataType) -> bool:

@@ -107,7 +107,7 @@ def _said(row: Any, problem: Exception) -> str:
 
     message = " ".join(str(problem).split())
     if isinstance(row, str):
-        short = row if len(row) <= SHOWN else f"{row[:SHOWN]}…"
+        short = row if len(row) <= SHOWN else f"{row[: SHOWN // 2]}…{row[-SHOWN // 2 :]}"
         message = f"{short}: {message}" if isinstance(problem, PictureError) else message.replace(row, short)
     return message
 

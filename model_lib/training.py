@@ -368,7 +368,7 @@ class _Run:
 
     def _restore(self, uri: str) -> None:
         tensors, state = checkpoint.load(uri)
-        with checkpoint.believing(uri):
+        with checkpoint.restoring(uri):
             self._require_same(state["origin"])
             self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), state["learner"])
             self.step, self.validated, self.stale = state["step"], state["validated"], state["stale"]

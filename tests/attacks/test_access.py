@@ -116,6 +116,9 @@ def test_a_served_model_connects_to_no_address_inside(web: str, monkeypatch: pyt
     for host in ("127.0.0.1", "localhost", "10.255.255.1", "192.168.255.1"):
         with pytest.raises(NotAllowed, match="an address inside"):
             storage.read_bytes(f"http://{host}:{port}/a.jpg")
+    monkeypatch.setenv(VARIABLE, "gs://127.0.0.1/")  # a bucket of that name is no server
+    with pytest.raises(NotAllowed, match="an address inside"):
+        storage.read_bytes(f"{web}/a.jpg")
     monkeypatch.setenv(VARIABLE, web)
     assert storage.read_bytes(f"{web}/a.jpg")
 
