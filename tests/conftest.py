@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,9 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # a kind of bucket th
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and sums are the same however many do; read at import
 os.environ["NO_GCE_CHECK"] = "true"  # Google's drivers look for its metadata server, for a long time
 
+import pipelines.train_captioner  # noqa: F401  (before torch: kfp looks through all that is imported, again and again)
+
+# isort: split
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
@@ -21,6 +23,8 @@ from model_lib.model import Captioner, CaptionerConfig
 from model_lib.scenes import make_scenes
 from model_lib.tokens import train_tokenizer
 from model_lib.training import train
+from tests.commands import prepare
+from tests.commands import run as run_command
 
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -139,20 +143,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.fixture(scope="session")
+def commands() -> None:
+    """Processes for `captioner`, which must not begin with one test's environment."""
+    prepare()
+
+
 @pytest.fixture()
-def captioner(tmp_path: Path):
-    """Return a function that runs the command line in a fresh process, in an empty folder."""
+def captioner(commands: None, tmp_path: Path):
+    """Return a function that runs the command line in a process of its own, in an empty folder."""
 
     def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        return subprocess.run(
-            [sys.executable, "-m", "model_lib", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**kept, "COLUMNS": "200", **environment},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        return run_command([*map(str, arguments)], tmp_path, {**kept, "COLUMNS": "200", **environment}, stdin)
 
     return run
