@@ -52,10 +52,14 @@ fuzz: $(INSTALLED)  ## give made-up files and options to what reads them: FUZZ_S
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.attacks.fuzz --seconds $(FUZZ_SECONDS)
 
-audit: $(INSTALLED)  ## ask PyPI which pinned packages have known vulnerabilities
+audit: $(INSTALLED)  ## ask PyPI, or ADVISORIES=a copy of PyPA's, which pinned packages have known vulnerabilities
+ifdef ADVISORIES
+	$(BIN)/python -m tests.attacks.advisories $(ADVISORIES)
+else
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet pip-audit
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -74,7 +74,8 @@ def merge(made: Plan) -> Summary:
     Raises:
         WorkError: a shard is not captioned yet, or its file holds other pictures than were planned.
     """
-    missing = made.missing()
+    # A listing may be behind, so that what it does not show is looked for itself.
+    missing = [index for index in made.missing() if not storage.exists(made.captions(made.shards[index]))]
     if missing:
         raise WorkError(f"{made.folder}: {len(missing)} of {len(made.shards)} shards are not captioned; start again")
     statuses, reasons, notable, seconds = Counter[str](), Counter[str](), Notable(), 0.0

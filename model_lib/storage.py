@@ -275,7 +275,7 @@ def list_names(uri: str) -> list[str]:
     fs, path = filesystem(uri)
     if not is_folder(uri):
         return []
-    names = (Path(entry).name for entry in patiently(uri, lambda: fs.ls(path, detail=False)))
+    names = (Path(entry).name for entry in patiently(uri, lambda: fs.ls(path, detail=False, refresh=True)))
     return sorted(name for name in names if not name.startswith("."))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import math
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -103,19 +104,8 @@ def postgres_server(programs: Path) -> Iterator[str]:
             run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
 
-@contextlib.contextmanager
-def gcs_emulator(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the environment in which gs://`bucket` is one that an emulator on loopback holds in memory."""
-    port = free_port()
-    folder.mkdir(parents=True, exist_ok=True)
-    program = str(Path(sys.executable).parent / "gcp-storage-emulator")
-    command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", bucket]
-    with running(command, f"http://127.0.0.1:{port}/", folder / "gcs.log"):
-        # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30 seconds for an answer.
-        yield {
-            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
+Answer = tuple[int, list[tuple[str, str]], bytes]
+"""Status, headers and content."""
 
 
 class Faults:
@@ -130,7 +120,10 @@ class Faults:
         self.share, self.rng = share, random.Random(seed)
         self.down_until = self.cut = 0.0
         """Until when everything fails, and the share of answers that break off in their middle."""
-        self.failed = self.asked = self.broken_off = 0
+        self.failed = self.asked = self.broken_off = self.outdated = 0
+        self.stale = 0.0
+        """Seconds for which a bucket's listing is answered as it was first asked for."""
+        self._listings: dict[str, tuple[float, Answer]] = {}
 
     def outage(self, seconds: float) -> None:
         """Let everything fail with 503 for a while."""
@@ -141,6 +134,18 @@ class Faults:
         breaks = self.rng.random() < self.cut
         self.broken_off += breaks
         return breaks
+
+    def listed(self, query: str, fetch: Callable[[], Answer]) -> Answer:
+        """Return what a bucket answers to a query for a listing, or what it answered a while ago."""
+        now = time.monotonic()
+        asked, answer = self._listings.get(query, (-math.inf, (0, [], b"")))
+        if now - asked < self.stale:
+            self.outdated += 1
+            return answer
+        answer = fetch()
+        if answer[0] == 200:
+            self._listings[query] = now, answer
+        return answer
 
     def next(self) -> int | None:
         """Return how the next request fails: a status, 0 for a broken connection, or None if it does not."""
@@ -156,9 +161,11 @@ class Faults:
 def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
     """Yield the address of a proxy before the server at `target` that fails as `faults` say."""
     host, port = target.removeprefix("http://").split(":")
+    one_by_one = threading.Lock()  # as the emulator serves: it loses what waits longer
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else each answer waits for 40 ms
 
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -170,17 +177,22 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
             if fault is not None:
                 self.answer(fault, [], b"out of order")
                 return
+            is_listing = self.command == "GET" and self.path.partition("?")[0].endswith("/o")
+            self.answer(*faults.listed(self.path, lambda: self.ask(body)) if is_listing else self.ask(body))
+
+        def ask(self, body: bytes) -> Answer:
             onward = http.client.HTTPConnection(host, int(port), timeout=60)
             try:
-                onward.request(self.command, self.path, body, dict(self.headers))
-                answer = onward.getresponse()
-                content = answer.read()
-            except OSError:  # the emulator serves few at a time
-                self.answer(503, [], b"busy")
-                return
+                with one_by_one:
+                    onward.request(self.command, self.path, body, dict(self.headers))
+                    answer = onward.getresponse()
+                    content = answer.read()
+            except OSError:
+                return 503, [], b"away"
+            finally:
+                onward.close()
             headers = [(name, value.replace(target, address)) for name, value in answer.getheaders()]
-            self.answer(answer.status, headers, content.replace(target.encode(), address.encode()))
-            onward.close()
+            return answer.status, headers, content.replace(target.encode(), address.encode())
 
         do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward
 
@@ -206,7 +218,10 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Proxy(ThreadingHTTPServer):
+        request_queue_size = 128  # of five, others are lost, and tried again after a second
+
+    proxy = Proxy(("127.0.0.1", 0), Handler)
     address = f"http://127.0.0.1:{proxy.server_port}"
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
@@ -217,16 +232,28 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def gcs_emulator(bucket: str, folder: Path, faults: Faults | None = None) -> Iterator[dict[str, str]]:
+    """Yield the environment in which gs://`bucket` is one that an emulator on loopback holds in memory."""
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    program = str(Path(sys.executable).parent / "gcp-storage-emulator")
+    command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", bucket]
+    emulator = f"http://127.0.0.1:{port}"
+    with (
+        running(command, emulator, folder / "gcs.log"),
+        faulty_proxy(emulator, faults or Faults(0.0, seed=0)) as address,  # without one, it loses requests
+    ):
+        # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30 seconds for an answer.
+        yield {"STORAGE_EMULATOR_HOST": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+
+@contextlib.contextmanager
 def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.AbstractFileSystem]:
-    """Yield the file system of an emulated bucket, its content in `folder`, behind a proxy that fails as told."""
+    """Yield the file system of an emulated bucket, its content in `folder`, that fails as told."""
     import gcsfs
 
-    with (
-        gcs_emulator(name, folder) as environment,
-        faulty_proxy(environment["STORAGE_EMULATOR_HOST"], faults) as address,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for variable, value in (environment | {"STORAGE_EMULATOR_HOST": address}).items():
+    with gcs_emulator(name, folder, faults) as environment, pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
             patch.setenv(variable, value)
         gcsfs.GCSFileSystem.clear_instance_cache()
         yield fsspec.filesystem("gs")

@@ -26,7 +26,7 @@ from model_lib.shards import read_manifest
 from model_lib.tracking import MlflowTracking
 from model_lib.training import train
 from model_lib.turns import draw, turn
-from tests.model_lib.test_survival import same_best
+from tests.model_lib.test_survival import same_best, stop_at
 
 FULL = "cannot be written: the disk is full; make room there and start again"
 
@@ -143,15 +143,8 @@ def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_orde
     jumping(monkeypatch, seed=0)
     tracking = MlflowTracking(f"sqlite:///{tmp_path}/mlflow.db")
     options = {"data": str(data), "output": str(tmp_path / "run"), "preset": "tiny", "epochs": 3}
-    learn = Learner.learn
-
-    def stopping(learner: Learner, numbers: np.ndarray, pixels: Tensor, step: int) -> dict:
-        if step == 3:
-            raise KeyboardInterrupt
-        return learn(learner, numbers, pixels, step)
-
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.learning.Learner.learn", stopping)
+        stop_at(3, patched)
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options, log_steps=1, checkpoint_steps=1), tracking)
     for number, folder in enumerate(sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)):

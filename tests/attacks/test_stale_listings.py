@@ -1,0 +1,85 @@
+"""A bucket whose listings are out of date, and what a process remembers of them: nothing is lost, done twice or taken
+for finished."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib import storage
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
+from model_lib.evaluation import evaluate
+from model_lib.ingest import ingest
+from model_lib.merging import Summary, batch
+from model_lib.training import train
+from tests.model_lib.test_survival import stop_at
+from tests.services import Faults, faulty_bucket
+
+AGE = 5.0
+"""Seconds that a listing is behind."""
+Bucket = tuple[fsspec.AbstractFileSystem, Faults]
+
+
+@pytest.fixture()
+def bucket(scenes: Path, tmp_path: Path) -> Iterator[Bucket]:
+    """A bucket with the scenes."""
+    faults = Faults(0.0, seed=0)
+    with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
+        for file in sorted(scenes.rglob("*")):
+            if file.is_file():
+                fs.pipe_file(f"b/in/{file.relative_to(scenes)}", file.read_bytes())
+        yield fs, faults
+
+
+def caption(model: Path) -> Summary:
+    return batch(BatchConfig(images="gs://b/in/val2017", output="gs://b/out", model=str(model), shard_pictures=4))
+
+
+def captioned(fs: fsspec.AbstractFileSystem) -> list[str]:
+    fs.invalidate_cache()
+    files = fs.glob("b/out/*/captions/*.parquet")
+    return sorted(row["uri"] for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist())
+
+
+def test_what_others_add_and_remove_meanwhile_is_seen(bucket: Bucket, saved_model: Path, scenes: Path) -> None:
+    """A driver of a store remembers listings for as long as its process lives."""
+    _, faults = bucket
+    assert caption(saved_model).pictures == 12 and len(storage.list_names("gs://b/in/val2017")) == 12
+    others = fsspec.filesystem("gs", skip_instance_cache=True)
+    others.pipe_file("b/in/val2017/new.jpg", (scenes / "val2017" / "000000000001.jpg").read_bytes())
+    others.rm_file("b/in/val2017/000000000002.jpg")
+    assert caption(saved_model).pictures == 12
+    uris = captioned(others)
+    assert len(uris) == len(set(uris)) == 12
+    assert "gs://b/in/val2017/new.jpg" in uris and "gs://b/in/val2017/000000000002.jpg" not in uris
+    assert "new.jpg" in storage.list_names("gs://b/in/val2017") and not faults.outdated
+
+
+def test_captions_are_whole_though_listings_are_old(bucket: Bucket, saved_model: Path) -> None:
+    fs, faults = bucket
+    faults.stale = AGE
+    for _ in range(2):
+        summary = caption(saved_model)
+        assert (summary.pictures, summary.ok) == (12, 12)
+    faults.stale = 0.0
+    assert faults.outdated and len(captioned(fs)) == 12
+
+
+def test_a_model_is_trained_and_judged_though_listings_are_old(
+    bucket: Bucket, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, faults = bucket
+    faults.stale = AGE
+    ingest(IngestConfig(dataset="gs://b/in", output="gs://b/data"))
+    config = TrainConfig(data="gs://b/data", output="gs://b/run", preset="tiny", epochs=3, checkpoint_steps=1)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        stop_at(4, patched)
+        train(config)
+    trained = train(config)
+    judged = evaluate(EvaluateConfig(model=trained.model, data="gs://b/data", output="gs://b/judged", num_beams=1))
+    expected = evaluate(
+        EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(tmp_path / "judged"), num_beams=1)
+    )
+    assert faults.outdated and judged.scores == expected.scores
