@@ -59,25 +59,13 @@ def test_every_command_explains_itself(captioner: Run, command: str) -> None:
     assert done.returncode == 0 and f"usage: captioner {command}" in done.stdout and "--json" in done.stdout
 
 
-def test_stages_run_one_after_another(captioner: Run, scenes: Path, tmp_path: Path) -> None:
+def test_a_picture_is_captioned_as_from_python(captioner: Run, saved_model: Path, scenes: Path) -> None:
+    """The other stages, one after another, are in test_documents.py."""
     picture = scenes / "val2017" / "000000000001.jpg"
-    second_stage = ("--objective", "self-critical", "--start", "out/best", "--augment", "no", "--recompute")
-    steps = [
-        ("ingest", "--dataset", scenes, "--output", "data"),
-        ("train", "--data", "data", "--output", "out", "--preset", "tiny", "--epochs", "1", "--batch-size", "16"),
-        ("train", "--data", "data", "--output", "out2", "--preset", "tiny", "--epochs", "1", *second_stage),
-        ("evaluate", "--model", "out/best", "--data", "data", "--output", "judged", "--num_beams", "1"),
-        ("register", "--evaluations", "judged"),
-        ("batch", "--images", scenes / "val2017", "--output", "captions", "--model", "models:/captioner@champion"),
-    ]
-    for step in steps:
-        done = captioner(*step, "--json")
-        assert done.returncode == 0, done.stderr
-        json.loads(done.stdout)
-    done = captioner("caption", "-f", picture, picture, "--num_beams", "2", "--max_new_tokens", "5")
-    expected = Captioner.from_pretrained(str(tmp_path / "out" / "best")).caption(
-        [str(picture)], num_beams=2, max_new_tokens=5
-    )
+    options = ("--model", saved_model, "--num_beams", "2", "--max_new_tokens", "5")
+    done = captioner("caption", "-f", picture, picture, *options)
+    model = Captioner.from_pretrained(str(saved_model))
+    expected = model.caption([str(picture)], num_beams=2, max_new_tokens=5)
     assert done.stdout.splitlines() == [f"{picture}: {expected[0].text}"] * 2
 
 
