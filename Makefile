@@ -42,7 +42,7 @@ demo: install  ## run the whole training pipeline here, on generated scenes
 
 # Two at a time: most wait for processes and servers that they start. A file's tests stay together, as do their fixtures.
 test: install browser lint  ## run the tests
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: install  ## run the attacks at full size, which take long
 	$(BIN)/pytest -m soak

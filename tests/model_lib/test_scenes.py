@@ -70,6 +70,6 @@ def test_self_critical_training_raises_the_cider_of_unseen_combinations(
     demo: tuple[Path, Trained], tmp_path: Path
 ) -> None:
     data, first = demo
-    stage = {"epochs": 2, "objective": "self-critical", "start": first.model}
+    stage = {"epochs": 1, "objective": "self-critical", "start": first.model}
     second = train(TrainConfig(data=str(data), output=str(tmp_path), preset="tiny", **stage))
     assert second.validation_cider > first.validation_cider
