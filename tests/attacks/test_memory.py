@@ -1,0 +1,106 @@
+"""Memory limits as a container has them: the kernel kills the stage; with more memory the same command ends the same.
+
+The limit is a control group's (version 1 or 2), which only root can make. `make soak` tries more limits.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib.shards import read_manifest
+from tests.model_lib.test_survival import same_best
+
+GROUPS = Path("/sys/fs/cgroup")
+JOIN = 'echo $$ > "$0" && exec "$@"'
+PLENTY = 8 * 2**30
+LIMITS = (0.7, 0.6, 0.5, 0.4)
+"""Parts of the most memory that the stage used. A little less kills nothing: code is read again and again."""
+KILLS = [1, pytest.param(3, marks=pytest.mark.soak)]
+
+
+class Group:
+    """A control group whose processes may use so much memory together."""
+
+    def __init__(self) -> None:
+        old = (GROUPS / "memory").is_dir()
+        self.folder = (GROUPS / "memory" if old else GROUPS) / f"captioner-test-{os.getpid()}"
+        self.limit = self.folder / ("memory.limit_in_bytes" if old else "memory.max")
+        self.peak = self.folder / ("memory.max_usage_in_bytes" if old else "memory.peak")
+        self.folder.mkdir()
+
+    def run(self, limit: int, *arguments: object) -> subprocess.CompletedProcess:
+        """Run `captioner` with these arguments under a limit of so many bytes."""
+        self.limit.write_text(str(limit))
+        command = ["sh", "-c", JOIN, self.folder / "cgroup.procs", sys.executable, "-m", "model_lib", *arguments]
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture()
+def group() -> Iterator[Group]:
+    try:
+        made = Group()
+    except OSError:
+        pytest.skip("a control group can be made by root only")
+    try:
+        if not made.limit.exists() or not made.peak.exists():
+            pytest.skip("the system's control groups do not limit memory")
+        yield made
+    finally:
+        made.folder.rmdir()
+
+
+def survivors(group: Group, kills: int, tmp_path: Path, *arguments: object) -> list[Path]:
+    """Run a stage with memory enough, then with ever less until so often killed, each followed by enough; return those."""
+    whole = group.run(PLENTY, *arguments, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    peak, killed = int(group.peak.read_text()), []
+    for limit in LIMITS:
+        output = tmp_path / str(limit)
+        done = group.run(int(limit * peak), *arguments, "--output", output)
+        if done.returncode != -signal.SIGKILL:
+            assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (limit, done.stderr)
+            continue
+        again = group.run(PLENTY, *arguments, "--output", output)
+        assert again.returncode == 0, (limit, again.stderr)
+        killed.append(output)
+        if len(killed) == kills:
+            break
+    print(f"{arguments[0]}: killed at {', '.join(folder.name for folder in killed)} of {peak / 2**20:.0f} MiB")
+    assert len(killed) == kills
+    return killed
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_training_ends_with_the_same_model(kills: int, group: Group, data: Path, tmp_path: Path) -> None:
+    options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
+    for output in survivors(group, kills, tmp_path, "train", *options):
+        assert same_best(output, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_ingest_ends_with_the_same_shards(kills: int, group: Group, scenes: Path, tmp_path: Path) -> None:
+    for output in survivors(group, kills, tmp_path, "ingest", "--dataset", scenes):
+        ours, theirs = (read_manifest(str(folder)) for folder in (output, tmp_path / "whole"))
+        assert [shard.sha256 for shard in ours.shards] == [shard.sha256 for shard in theirs.shards]
+        assert ours.fingerprint == theirs.fingerprint
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_batch_ends_with_the_same_captions(
+    kills: int, group: Group, scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    options = ("--images", scenes / "train2017", "--model", saved_model, "--shard_pictures", "4")
+    folders = survivors(group, kills, tmp_path, "batch", *options)
+
+    def captions(folder: Path) -> dict[str, str]:
+        rows = [row for file in folder.glob("*/captions/*.parquet") for row in pq.read_table(file).to_pylist()]
+        assert len(rows) == len({row["uri"] for row in rows}) == 64
+        return {row["uri"]: row["caption"] for row in rows}
+
+    assert all(captions(folder) == captions(tmp_path / "whole") for folder in folders)
