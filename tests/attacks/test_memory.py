@@ -56,7 +56,7 @@ def group() -> Iterator[Group]:
 
 
 def survivors(group: Group, kills: int, tmp_path: Path, *arguments: object) -> list[Path]:
-    """Run a stage with memory enough, then with ever less until so often killed, each followed by enough; return those."""
+    """Run a stage with memory enough, then with ever less until killed so often, then with enough; return those."""
     whole = group.run(PLENTY, *arguments, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     peak, killed = int(group.peak.read_text()), []
