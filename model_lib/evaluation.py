@@ -49,11 +49,16 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
     require_scorers()
     if config.spice is not None:
         require_spice(config.spice)
-    if config.output is not None:
-        storage.require_writable(config.output)
+    if config.output is None:
+        return _judge(config).evaluation
+    with storage.held(config.output):
         if config.model is not None and _left_unsent(config):
             log.warning("%s: was judged before, and only its scores are to be sent", config.output)
             return _send(config, Evaluation.read(config.output), tracking)
+        return _write(config, _judge(config), tracking)
+
+
+def _judge(config: EvaluateConfig) -> Judgement:
     judgement = _judge_model(config) if config.model is not None else _judge_results(config)
     evaluation = judgement.evaluation
     for name, why in evaluation.missing.items():
@@ -62,16 +67,20 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
         log.warning("without Java the captions are split plainly: do not compare these scores with published ones")
     if evaluation.pictures < FEW_PICTURES:
         log.warning("only %d pictures: CIDEr means little on so few", evaluation.pictures)
-    if config.output is not None:
-        from model_lib.report import render_report
+    return judgement
 
-        run_id = evaluation.mlflow_run_id
-        curves = {evaluation.name: tracking.curves(run_id)} if run_id is not None else None
-        report = render_report(judgement, curves=curves)
-        judgement.write(config.output, report)
-        if run_id is not None:
-            storage.write_json(storage.join(config.output, UNSENT), {"key": _key(config)})
-            _send(config, evaluation, tracking)
+
+def _write(config: EvaluateConfig, judgement: Judgement, tracking: Tracking) -> Evaluation:
+    """Write the output folder, and log a model's scores to its run."""
+    from model_lib.report import render_report
+
+    assert config.output is not None
+    evaluation, run_id = judgement.evaluation, judgement.evaluation.mlflow_run_id
+    curves = {evaluation.name: tracking.curves(run_id)} if run_id is not None else None
+    judgement.write(config.output, render_report(judgement, curves=curves))
+    if run_id is not None:
+        storage.write_json(storage.join(config.output, UNSENT), {"key": _key(config)})
+        _send(config, evaluation, tracking)
     return evaluation
 
 

@@ -20,10 +20,11 @@ PRELOADED = [
     "pipelines.submit",
     "torch",
     "transformers",
-    "mlflow",
+    "mlflow.pyfunc",
     "pycocoevalcap.eval",
     "model_lib.training",
     "model_lib.captioning",
+    "model_lib.registry",
 ]
 PATIENCE = 600.0
 """Seconds in which a command must end."""

@@ -1,6 +1,6 @@
 """Memory limits as a container has them: the kernel kills the stage; with more memory the same command ends the same.
 
-The limit is a control group's (version 1 or 2), which only root can make. `make soak` tries more limits.
+The limit is a control group's (version 1 or 2), which only root can make.
 """
 
 import os
@@ -21,7 +21,7 @@ JOIN = 'echo $$ > "$0" && exec "$@"'
 PLENTY = 8 * 2**30
 LIMITS = (0.7, 0.6, 0.5, 0.4)
 """Parts of the most memory that the stage used. A little less kills nothing: code is read again and again."""
-KILLS = [1, pytest.param(3, marks=pytest.mark.soak)]
+KILLS = 3
 
 
 class Group:
@@ -55,7 +55,7 @@ def group() -> Iterator[Group]:
         made.folder.rmdir()
 
 
-def survivors(group: Group, kills: int, tmp_path: Path, *arguments: object) -> list[Path]:
+def survivors(group: Group, tmp_path: Path, *arguments: object) -> list[Path]:
     """Run a stage with memory enough, then with ever less until killed so often, then with enough; return those."""
     whole = group.run(PLENTY, *arguments, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
@@ -69,34 +69,31 @@ def survivors(group: Group, kills: int, tmp_path: Path, *arguments: object) -> l
         again = group.run(PLENTY, *arguments, "--output", output)
         assert again.returncode == 0, (limit, again.stderr)
         killed.append(output)
-        if len(killed) == kills:
+        if len(killed) == KILLS:
             break
     print(f"{arguments[0]}: killed at {', '.join(folder.name for folder in killed)} of {peak / 2**20:.0f} MiB")
-    assert len(killed) == kills
+    assert len(killed) == KILLS
     return killed
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_training_ends_with_the_same_model(kills: int, group: Group, data: Path, tmp_path: Path) -> None:
+@pytest.mark.soak
+def test_training_ends_with_the_same_model(group: Group, data: Path, tmp_path: Path) -> None:
     options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
-    for output in survivors(group, kills, tmp_path, "train", *options):
+    for output in survivors(group, tmp_path, "train", *options):
         assert same_best(output, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_ingest_ends_with_the_same_shards(kills: int, group: Group, scenes: Path, tmp_path: Path) -> None:
-    for output in survivors(group, kills, tmp_path, "ingest", "--dataset", scenes):
+def test_ingest_ends_with_the_same_shards(group: Group, scenes: Path, tmp_path: Path) -> None:
+    for output in survivors(group, tmp_path, "ingest", "--dataset", scenes):
         ours, theirs = (read_manifest(str(folder)) for folder in (output, tmp_path / "whole"))
         assert [shard.sha256 for shard in ours.shards] == [shard.sha256 for shard in theirs.shards]
         assert ours.fingerprint == theirs.fingerprint
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_batch_ends_with_the_same_captions(
-    kills: int, group: Group, scenes: Path, saved_model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.soak
+def test_batch_ends_with_the_same_captions(group: Group, scenes: Path, saved_model: Path, tmp_path: Path) -> None:
     options = ("--images", scenes / "train2017", "--model", saved_model, "--shard_pictures", "4")
-    folders = survivors(group, kills, tmp_path, "batch", *options)
+    folders = survivors(group, tmp_path, "batch", *options)
 
     def captions(folder: Path) -> dict[str, str]:
         rows = [row for file in folder.glob("*/captions/*.parquet") for row in pq.read_table(file).to_pylist()]

@@ -13,7 +13,8 @@ import pytest
 
 from model_lib import UserError, storage
 from model_lib.batch import folder_of, resolved
-from model_lib.config import BatchConfig, IngestConfig, TrainConfig
+from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
+from model_lib.evaluation import evaluate
 from model_lib.ingest import ingest
 from model_lib.merging import batch
 from model_lib.training import train
@@ -38,9 +39,9 @@ def another(folder: Path | str) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-@pytest.mark.parametrize("stage", ["ingest", "train", "batch"])
+@pytest.mark.parametrize("stage", ["ingest", "train", "evaluate", "batch"])
 def test_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
-    stage: str, scenes: Path, data: Path, saved_model: Path, tmp_path: Path
+    stage: str, scenes: Path, data: Path, finished: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     batching = BatchConfig(images=str(scenes / "val2017"), output=str(output), model=str(saved_model))
@@ -48,6 +49,7 @@ def test_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
     run: dict[str, Callable[[], object]] = {
         "ingest": lambda: ingest(IngestConfig(dataset=str(scenes), output=str(output))),
         "train": lambda: train(TrainConfig(data=str(data), output=str(output), preset="tiny", epochs=1)),
+        "evaluate": lambda: evaluate(EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(output))),
         "batch": lambda: batch(batching),
     }
     with another(held) as first:

@@ -1,11 +1,10 @@
 """Several registrations at the same time: real processes against a real MLflow server, and what killed ones leave."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,19 @@ from tests.model_lib.test_promotion import judged
 from tests.services import mlflow_server
 
 AT_ONCE = 3
-ROOT = Path(__file__).parents[2]
 
 
-def register_at_once(address: str, folder: Path, evaluations: list[list[str]]) -> list[dict[str, Any]]:
-    """Register each evaluation (and the champion's) in a process of its own, all from the same moment on."""
-    folder.mkdir()
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(ROOT)}
-    processes = []
-    for number, names in enumerate(evaluations):
-        command = [
-            sys.executable,
-            "-m",
-            "tests.registering",
-            str(folder / f"ready-{number}"),
-            str(folder / "go"),
-            *names,
-        ]
-        pipe = subprocess.PIPE
-        processes.append(
-            subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT)
-        )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while len(list(folder.glob("ready-*"))) < len(processes):
-        assert time.monotonic() < deadline and all(one.poll() is None for one in processes)
-        time.sleep(0.1)
-    (folder / "go").touch()
-    made = []
-    for process in processes:
-        said, complained = process.communicate(timeout=300)
-        assert process.returncode == 0, complained
-        made.append(json.loads(said.splitlines()[-1]))
-    return made
+def register_at_once(captioner: Callable, address: str, evaluations: list[list[str]]) -> list[dict[str, Any]]:
+    """Register each evaluation, judged against the champion's if one is named, all at the same time."""
+
+    def one(evaluation: str, *champion: str) -> dict[str, Any]:
+        against = ("--champion_evaluation", *champion) if champion else ()
+        done = captioner("register", "--json", "--evaluations", evaluation, *against, MLFLOW_TRACKING_URI=address)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(len(evaluations)) as pool:
+        return list(pool.map(lambda names: one(*names), evaluations))
 
 
 def one_champion(address: str, made: list[dict[str, Any]], against: str) -> str:
@@ -75,14 +55,16 @@ def one_champion(address: str, made: list[dict[str, Any]], against: str) -> str:
     return champion
 
 
-def test_of_candidates_registered_at_once_one_becomes_champion(saved_model: Path, tmp_path: Path) -> None:
+def test_of_candidates_registered_at_once_one_becomes_champion(
+    captioner: Callable, saved_model: Path, tmp_path: Path
+) -> None:
     evaluations = []
     for number in range(AT_ONCE):
         one = judged(0.5 + number / 100, f"candidate-{number}", model=str(saved_model))
         one.write(str(tmp_path / f"evaluation-{number}"), "")
         evaluations.append(str(tmp_path / f"evaluation-{number}"))
     with mlflow_server(tmp_path / "server") as address:
-        first = register_at_once(address, tmp_path / "first", [[one] for one in evaluations])
+        first = register_at_once(captioner, address, [[one] for one in evaluations])
         champion = one_champion(address, first, "none")
         assert sorted(one["version"] for one in first) == ["1", "2", "3"]
 
@@ -90,7 +72,7 @@ def test_of_candidates_registered_at_once_one_becomes_champion(saved_model: Path
         for number, folder in enumerate(evaluations):
             judged(0.6 + number / 100, f"candidate-{number}", model=str(saved_model)).write(folder, "")
         pairs = [[one, str(tmp_path / "old")] for one in evaluations]
-        second = register_at_once(address, tmp_path / "second", pairs)
+        second = register_at_once(captioner, address, pairs)
         newer = one_champion(address, second, f"version {champion}")
         assert mlflow.MlflowClient(address).get_model_version(MODEL, newer).tags["replaced"] == champion
 
