@@ -40,9 +40,9 @@ apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
 demo: install  ## run the whole training pipeline here, on generated scenes
 	$(BIN)/captioner run --workdir runs
 
-# Three at a time: most wait for processes and servers that they start. A file's tests stay together, as do their fixtures.
+# Two at a time: most wait for processes and servers that they start. A file's tests stay together, as do their fixtures.
 test: install browser lint  ## run the tests
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: install  ## run the attacks at full size, which take long
 	$(BIN)/pytest -m soak

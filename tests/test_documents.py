@@ -80,6 +80,7 @@ def test_every_command_is_run_or_says_what_it_needs(page: Path) -> None:
         assert here or "# needs" in command or (elsewhere and (ROOT / elsewhere[0]).exists()), command
 
 
+@pytest.mark.usefixtures("java")
 def test_the_commands_and_the_python_of_the_readme_work(tmp_path: Path) -> None:
     given = [words(command)[1:] for command in [*STAGES, *SECOND]]
     run = [

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -118,6 +117,7 @@ def test_cocos_archives_are_fetched_and_ingested(server: Server, scenes: Path, t
     assert download(config) == fetched and len(server.asked) == asked, "what is there is not fetched again"
 
 
+@pytest.mark.usefixtures("java")
 def test_the_models_of_spice_are_fetched_only_when_asked_for(server: Server, scenes: Path, tmp_path: Path) -> None:
     results, annotations = tmp_path / "results.json", scenes / "annotations" / "captions_val2017.json"
     results.write_text(json.dumps([{"image_id": n, "caption": "a circle"} for n in range(1, 13)]))
@@ -132,9 +132,8 @@ def test_the_models_of_spice_are_fetched_only_when_asked_for(server: Server, sce
     server.files[place] = (tmp_path / "made.zip").read_bytes()
     download(DownloadConfig(dataset="spice", output=str(output), base=server.address))
     assert all((output / name).read_bytes() == b"no Java" for name in MODELS)
-    if shutil.which("java"):
-        with pytest.raises(WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFoundError"):
-            evaluate(config)  # everything but these models is there
+    with pytest.raises(WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFoundError"):
+        evaluate(config)  # everything but these models is there
 
 
 def test_what_breaks_off_is_resumed_to_the_byte(server: Server, tmp_path: Path) -> None:

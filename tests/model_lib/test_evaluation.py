@@ -22,7 +22,6 @@ from model_lib.tracking import Tracking
 from model_lib.training import train
 
 Run = Callable[..., CompletedProcess]
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="the official scores need Java")
 CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
 REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
 
@@ -38,7 +37,7 @@ def write_coco(folder: Path, captions: dict[int, str], references: dict[int, lis
     return str(folder / "results.json"), str(folder / "annotations.json")
 
 
-@needs_java
+@pytest.mark.usefixtures("java")
 def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None:
     expected = json.loads((coco_eval / "expected_scores.json").read_text())
     results, annotations = (str(coco_eval / expected[name]) for name in ("results", "annotations"))
@@ -50,7 +49,7 @@ def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None
     assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
 
 
-@needs_java
+@pytest.mark.usefixtures("java")
 def test_meteor_is_the_official_one_where_captions_are_word_for_word_right() -> None:
     """The example of the official toolkit has no such caption; METEOR treats it apart."""
     from pycocoevalcap.meteor.meteor import Meteor
@@ -70,7 +69,7 @@ def test_diversity_tells_what_is_said_again_and_again_and_by_heart() -> None:
     assert set(describe(captions, [], None)) == {"distinct", "vocabulary", "words"}
 
 
-@needs_java
+@pytest.mark.usefixtures("java")
 def test_without_java_meteor_is_missing_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with_java = score_captions(CAPTIONS, REFERENCES)
     monkeypatch.setattr("model_lib.metrics.shutil.which", lambda name: None)
