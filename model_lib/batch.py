@@ -373,4 +373,5 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
         table = storage.patiently(uri, read)
         wanted = {"uri": "text", "status": "text", "caption": "text", "score": "number", "error": "text"}
         require_columns(table.schema, {name: kind for name, kind in wanted.items() if not columns or name in columns})
+        table.validate(full=True)
     return table

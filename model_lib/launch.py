@@ -1,6 +1,7 @@
 """Training on all GPUs of a machine: a process for each, started and watched by torchrun's own launcher."""
 
 import logging
+import multiprocessing
 import os
 import uuid
 
@@ -9,8 +10,8 @@ import torch
 from model_lib.config import TrainConfig
 from model_lib.distributed import started_by_launcher
 from model_lib.exits import one_line
+from model_lib.runs import Trained
 from model_lib.tracking import NO_TRACKING, Tracking
-from model_lib.training import Trained, train
 
 
 def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
@@ -24,6 +25,8 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
     """
     count = processes(config)
     if count == 1 or started_by_launcher():
+        from model_lib.training import train
+
         return train(config, tracking)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -32,6 +35,7 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
     for chatty in ("torch.distributed", "torch.multiprocessing"):  # the processes say themselves what is wrong
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    multiprocessing.set_forkserver_preload(["model_lib.training"])  # imported once, and not once a process
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -41,6 +45,7 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         rdzv_endpoint="localhost:0",
         max_restarts=0,  # what failed would fail again; a lost machine is the pipeline's to retry
         monitor_interval=0.2,
+        start_method="forkserver",
     )
     try:
         results: dict[int, Trained] = elastic_launch(launch, _work)(config, tracking)
@@ -61,6 +66,8 @@ def processes(config: TrainConfig) -> int:
 
 def _work(config: TrainConfig, tracking: Tracking) -> Trained:
     """Be one of the processes."""
+    from model_lib.training import train
+
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
     with one_line():
         return train(config, tracking)

@@ -125,9 +125,13 @@ def require_columns(schema: pa.Schema, wanted: Mapping[str, str]) -> None:
 
 
 def require_values(table: pa.Table, names: list[str]) -> None:
-    """Raise `TypeError` if a value is missing in one of the columns, or in a list of it."""
+    """Raise `TypeError` if a value is missing in one of the columns, or in a list of it.
+
+    A text that is no UTF-8 raises Arrow's error: readers of Parquet take texts as they are, and Python fails later.
+    """
     for name in names:
         column = table[name]
+        column.validate(full=True)
         lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         if column.null_count or (lists and pc.list_flatten(column).null_count):
             raise TypeError(f"a value of column {name} is missing")

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from model_lib.errors import UserError, first_line
 
 TABLES = (".csv", ".jsonl", ".parquet")
@@ -33,7 +36,7 @@ def read_table(uri: str, path: Path) -> Iterator[tuple[str, str]]:
             yield file, caption or ""
     except KeyError as error:
         raise UserError(f"{uri}: has no column {error}; expected the columns file and caption") from error
-    except (UnicodeDecodeError, csv.Error, ValueError, OSError) as error:  # Arrow's errors are ValueErrors and OSErrors
+    except (pa.ArrowException, csv.Error, ValueError, OSError) as error:
         raise UserError(f"{uri}: cannot be read as a table: {first_line(error)}") from error
 
 
@@ -59,8 +62,6 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet as pq
-
     with pq.ParquetFile(path) as table:
         for name in COLUMNS:
             if name not in table.schema_arrow.names:

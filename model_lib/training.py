@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from model_lib.objectives import LearnCaptions, Objective, SelfCritical
 from model_lib.pictures import augmented
 from model_lib.progress import INTERVAL, Progress
 from model_lib.records import believing
-from model_lib.runs import Point
+from model_lib.runs import Point, Trained
 from model_lib.shards import AHEAD, Manifest, Plan, SplitReader, ahead, read_manifest, verify
 from model_lib.sources import lasting_source
 from model_lib.tokens import encode_captions
@@ -48,21 +48,6 @@ from model_lib.tracking import NO_TRACKING, Run, Tracking
 from model_lib.validation import Standing, Validator
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a finished run leaves behind."""
-
-    model: str
-    """Folder or URI of the best model, self-contained."""
-    validation_loss: float
-    """Its mean cross-entropy in nats a token, on as many captions a validation picture as it learns from."""
-    validation_cider: float
-    """Its CIDEr on the validation pictures, greedy and plainly split: what the best model is chosen by."""
-    steps: int
-    run_id: str | None
-    """The MLflow run."""
 
 
 def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:

@@ -160,6 +160,17 @@ def planned() -> bytes:
     return samples.parquet({"uri": samples.NAMES, "bytes": [1] * samples.ROWS, "version": [""] * samples.ROWS})
 
 
+def as_file(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def no_text(rows: int) -> pa.Array:
+    """Return a column that says that it is text, and is no UTF-8."""
+    return pa.array([b"\x8c"] * rows, pa.binary()).view(pa.string())
+
+
 PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str]]] = {
     "train-00000.parquet": (samples.shard, read_split, list(shards.COLUMNS)),
     "pictures.parquet": (
@@ -190,18 +201,15 @@ def test_what_is_no_such_table_is_refused(tmp_path: Path, name: str) -> None:
         value = 1.5 if kind == pa.float64() else "x"
         other = table.set_column(place, column, pa.array([value] * len(table), kind))
         again = table.append_column(column, table[column])
-        for lie in (table.drop_columns([column]), other, again):
-            sink = pa.BufferOutputStream()
-            pq.write_table(lie, sink)
-            lies.append(sink.getvalue().to_pybytes())
+        lies += [as_file(lie) for lie in (table.drop_columns([column]), other, again)]
+        if table.schema.field(column).type == pa.string():
+            lies.append(as_file(table.set_column(place, column, no_text(len(table)))))
+    narrow = as_file(table.append_column("more", pa.array([1] * len(table), pa.int8())))
+    lies.append(narrow.replace(b"\x13\x08\x11", b"\x13\x04\x11"))  # whole numbers of 4 bits, says its footer
     for content in lies:
         file.write_bytes(content)
         assert str(file) in refused(lambda: read(file), tmp_path), content
-    sink = pa.BufferOutputStream()
-    more = "more"
-    extra = table.append_column(more, pa.array([1.0] * len(table)))
-    pq.write_table(extra, sink)
-    file.write_bytes(sink.getvalue().to_pybytes())
+    file.write_bytes(as_file(table.append_column("more", pa.array([1.0] * len(table)))))
     if name != "listing-0.parquet":  # which a plan of this version alone writes and reads
         read(file)
     file.write_bytes(whole)
@@ -217,6 +225,14 @@ def test_a_shard_with_a_value_missing_is_refused(tmp_path: Path, column: str) ->
     )
     pq.write_table(table, tmp_path / "t.parquet")
     assert column in refused(lambda: read_split(tmp_path / "t.parquet"), tmp_path)
+
+
+def test_a_shard_whose_captions_are_no_text_is_refused(tmp_path: Path) -> None:
+    table = pq.read_table(pa.BufferReader(samples.shard()))
+    captions = pa.ListArray.from_arrays(range(len(table) + 1), no_text(len(table)))
+    file = tmp_path / "t.parquet"
+    file.write_bytes(as_file(table.set_column(table.column_names.index("captions"), "captions", captions)))
+    assert "UTF8" in refused(lambda: read_split(file), tmp_path)
 
 
 def test_a_shard_whose_picture_is_none_is_refused_by_its_name(tmp_path: Path) -> None:

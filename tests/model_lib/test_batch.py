@@ -314,8 +314,8 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
 ) -> None:
     fs, _ = bucket
     options = {"images": "gs://b/in", "model": str(saved_model), "shard_pictures": 4}
-    kills = killed("batch", options, "gs://b", seed=0, kills=4)
-    assert sum(map(len, kills)) == 4
+    kills = killed("batch", options, "gs://b", seed=0, kills=2)
+    assert sum(map(len, kills)) == 2
     for number in range(len(kills)):
         found = in_bucket(fs, f"killed-{number}")
         assert len(found) == len({row["uri"] for row in found}) == 65

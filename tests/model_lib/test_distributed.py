@@ -43,11 +43,15 @@ def trained_to(step: int, output: Path, run: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+def children(process: int) -> list[int]:
+    lists = [file.read_text().split() for file in Path(f"/proc/{process}/task").glob("*/children")]
+    return sorted(int(child) for found in lists for child in found)
+
+
 def workers(run: subprocess.Popen) -> list[int]:
-    """Return the processes that train, in the order of their start."""
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    lines = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
-    return sorted(child for child, line in lines.items() if "spawn_main" in line)
+    """Return the processes that train, in the order of their start: they are forked from a server's process."""
+    (server,) = (child for child in children(run.pid) if "forkserver" in Path(f"/proc/{child}/cmdline").read_text())
+    return children(server)
 
 
 @pytest.fixture(scope="module")

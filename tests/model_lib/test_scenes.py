@@ -9,8 +9,9 @@ from PIL import Image
 from model_lib.config import EvaluateConfig, IngestConfig, ScenesConfig, TrainConfig
 from model_lib.evaluation import evaluate
 from model_lib.ingest import ingest
+from model_lib.runs import Trained
 from model_lib.scenes import HELD_OUT, make_scenes
-from model_lib.training import Trained, train
+from model_lib.training import train
 
 
 def captions(folder: Path, split: str) -> dict[int, list[str]]:

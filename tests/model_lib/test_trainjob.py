@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -95,11 +95,12 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     options = config(data, tmp_path / "run").to_dict()
     code = (
         "import json, sys; from model_lib import trainjob; from model_lib.config import TrainConfig;"
-        "trainjob.POLL = 0.2; from tests.model_lib.test_trainjob import MACHINES;"
-        "print(json.dumps(trainjob.train_on(MACHINES, TrainConfig.from_options(**json.loads(sys.argv[1])), 'f')))"
+        "trainjob.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
+        "config = TrainConfig.from_options(**options);"
+        "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
-    arguments = json.dumps({name: value for name, value in options.items() if value is not None})
-    command = [sys.executable, "-c", code, arguments]
+    arguments = {name: value for name, value in options.items() if value is not None}
+    command = [sys.executable, "-c", code, json.dumps(asdict(MACHINES)), json.dumps(arguments)]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
         step = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
