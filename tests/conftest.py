@@ -39,7 +39,6 @@ from model_lib.training import train
 from tests.commands import prepare
 from tests.commands import run as run_command
 
-WITHOUT_JAVA = os.environ["PATH"]
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -11,7 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import Captioner, generate_caption
-from tests.conftest import WITHOUT_JAVA
+from model_lib.config import RegisterConfig
+from model_lib.registry import register
+from model_lib.tracking import require_mlflow, tracking_from_environment
+from tests.model_lib.test_promotion import judged
 
 Run = Callable[..., CompletedProcess]
 CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])
@@ -22,35 +25,66 @@ def embedded_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
+def in_mlflow(work: Path, store: str, candidates: list[str]) -> None:
+    """Check that each candidate is under a run, finished and judged, and that the files are in the folder."""
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("captioner")
+    assert experiment.artifact_location == f"{work}/mlartifacts"
+    runs = client.search_runs([experiment.experiment_id])
+    parents = {run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags}
+    nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert sorted(str(run.info.run_name) for run in nested) == candidates
+    assert {run.data.tags["mlflow.parentRunId"] for run in nested} <= parents
+    assert all(run.info.status == "FINISHED" and "val_METEOR" in run.data.metrics for run in nested)
+
+
 @pytest.mark.usefixtures("java")
-def test_from_scenes_to_captions_and_once_more_with_a_broken_picture(captioner: Run, tmp_path: Path) -> None:
+def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
+    captioner: Run, saved_model: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    judged(0.1, "untrained", model=str(saved_model)).write(str(tmp_path / "judged"), "")
+    tracking = require_mlflow(tracking_from_environment(str(work)))
+    register(RegisterConfig(evaluations=(str(tmp_path / "judged"),)), tracking)
+
     command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
-    first = captioner(*command, "--candidates", CANDIDATES)
-    assert first.returncode == 0, first.stderr
+    done = captioner(*command, "--candidates", CANDIDATES)
+    assert done.returncode == 0, done.stderr
     for word in ("step ingest", "step train", "step evaluate", "step register", "step caption", "48 scenes"):
-        assert word in first.stderr, word
+        assert word in done.stderr, word
     for word in (
         "Pictures    48 to learn from, 48 to judge on; quarantined: none",
         "slow",
         "fast",
         "CIDEr shuffled",
-        "Winner",
-        "version 1",
+        "Winner      fast, version 2, is the champion now:",
+        "fast has CIDEr",
+        "the champion 0.0",
+        "Captions    48 of 48 pictures",
         "Report",
         "Parquet",
         "mlflow ui",
     ):
-        assert word in first.stdout, word
+        assert word in done.stdout, (word, done.stdout)
+    model = Captioner.from_pretrained(str(work / "best"))
+    assert model.training_record["name"] == "fast"
+    assert generate_caption(model, work / "scenes" / "val2017" / "000000000001.jpg") is not None
+    in_mlflow(work, tracking.uri, ["fast", "slow"])
 
-    model = Captioner.from_pretrained(str(tmp_path / "work" / "best"))
-    assert model.training_record["name"] in ("slow", "fast")
-    assert generate_caption(model, tmp_path / "work" / "scenes" / "val2017" / "000000000001.jpg") is not None
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("java")
+def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_picture_keeps_it(
+    captioner: Run, tmp_path: Path
+) -> None:
+    command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
+    first = captioner(*command, "--candidates", CANDIDATES)
+    assert first.returncode == 0 and "version 1, is the champion now:" in first.stdout, first.stderr
 
     shutil.copytree(tmp_path / "work" / "scenes", tmp_path / "set")
     (tmp_path / "set" / "train2017" / "000000000007.jpg").write_bytes(b"broken")
     again = ("run", "--workdir", "work", "--dataset", "set", "--epochs", "1", "--num_beams", "1", "--json")
-    candidates = ("--candidates", '[{"name": "slow", "learning_rate": 1e-6}]')
-    second = captioner(*again, *candidates, PATH=WITHOUT_JAVA)  # which METEOR was started with for the first
+    second = captioner(*again, "--candidates", '[{"name": "slow", "learning_rate": 1e-6}]')
     assert second.returncode == 0, second.stderr
     summary = json.loads(second.stdout)
     assert summary["quarantined"] == {"unreadable": 1} and summary["pictures"] == {"train": 47, "val": 48}
@@ -60,17 +94,7 @@ def test_from_scenes_to_captions_and_once_more_with_a_broken_picture(captioner: 
     assert summary["captioned"]["pictures"] == summary["captioned"]["ok"] == 48
     assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
     assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()
-
-    client = mlflow.MlflowClient(summary["tracking_uri"])
-    experiment = client.get_experiment_by_name("captioner")
-    assert experiment.artifact_location == f"{tmp_path}/work/mlartifacts"
-    runs = client.search_runs([experiment.experiment_id])
-    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
-    assert len(parents) == 2 and sorted(run.info.run_name for run in nested) == ["fast", "slow", "slow"]
-    assert {run.data.tags["mlflow.parentRunId"] for run in nested} <= {run.info.run_id for run in parents}
-    assert all(run.info.status == "FINISHED" for run in nested)
-    assert ["val_METEOR" in run.data.metrics for run in nested] == [False, True, True], "the newest is first"
+    in_mlflow(tmp_path / "work", summary["tracking_uri"], ["fast", "slow", "slow"])
 
 
 def test_a_data_set_without_a_usable_picture_is_refused_in_one_line(captioner: Run, tmp_path: Path) -> None:
