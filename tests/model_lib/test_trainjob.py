@@ -84,7 +84,7 @@ def test_a_failure_is_raised_with_the_machines_last_lines(
     cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(WorkError, match=r"TrainJob captioner-[0-9a-f]{16} failed: jobset failed due to one or more"):
-        train_on(MACHINES, config(tmp_path / "nothing", tmp_path / "run"), "fingerprint")
+        train_on(replace(MACHINES, count=1), config(tmp_path / "nothing", tmp_path / "run"), "fingerprint")
     assert f"{tmp_path}/nothing: no such data set" in capfd.readouterr().err
     assert not cluster.jobs
 
@@ -100,7 +100,7 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
     arguments = {name: value for name, value in options.items() if value is not None}
-    command = [sys.executable, "-c", code, json.dumps(asdict(MACHINES)), json.dumps(arguments)]
+    command = [sys.executable, "-c", code, json.dumps(asdict(replace(MACHINES, count=1))), json.dumps(arguments)]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
         step = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+from model_lib.config import RegisterConfig
 from model_lib.judgement import Judgement
+from model_lib.registry import register
+from model_lib.tracking import require_mlflow, tracking_from_environment
 from tests.model_lib.test_promotion import judged
 
 Run = Callable[..., CompletedProcess]
@@ -27,15 +30,16 @@ def test_rolling_back_goes_back_version_by_version(captioner: Run, saved_model: 
     assert json.loads(said("models", "--json")) == []
     assert said("rollback", code=2).startswith("captioner: error: models:/captioner@champion: there is no champion at")
 
+    tracking = require_mlflow(tracking_from_environment(str(tmp_path / "runs")))
     for number, cider in enumerate((0.5, 0.6, 0.55, 0.7)):
         candidate = written(tmp_path, f"e{number}", judged(cider, f"model-{number}", model=str(saved_model)))
         champion = {1: (1, 0.5), 2: (2, 0.6), 3: (2, 0.6)}.get(number)
-        options = []
+        options = {}
         if champion:
             version, before = champion
             judgement = judged(before, "before", model=f"models:/captioner/{version}")
-            options = ["--champion_evaluation", written(tmp_path, f"c{number}", judgement)]
-        said("register", "--evaluations", candidate, *options)
+            options = {"champion_evaluation": written(tmp_path, f"c{number}", judgement)}
+        register(RegisterConfig(evaluations=(candidate,), **options), tracking)
 
     listed = json.loads(said("models", "--json"))
     assert [(one["version"], one["name"]) for one in listed] == [(str(n + 1), f"model-{n}") for n in (3, 2, 1, 0)]
