@@ -44,7 +44,7 @@ demo: install  ## run the whole training pipeline here, on generated scenes
 test: install browser lint  ## run the tests
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: install  ## run the attacks at full size, which take long
+soak: install  ## run what takes long: attacks at full size, the second stage, a pipeline twice
 	$(BIN)/pytest -m soak
 
 FUZZ_SECONDS ?= 60

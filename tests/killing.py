@@ -127,9 +127,8 @@ def main() -> None:
     while sum(map(len, rounds)) < kills:
         fell: list[bool] = []
         output = f"{folder}/killed-{len(rounds)}"
-        so_far = sum(map(len, rounds))
-        for number in range(so_far, min(so_far + rng.randint(1, MOST), kills)):
-            one = kill_once(stage, options, output, rng.uniform(0, whole), in_a_save=number % 2 == 1)
+        for _ in range(min(rng.randint(1, MOST), kills - sum(map(len, rounds)))):
+            one = kill_once(stage, options, output, rng.uniform(0, whole), in_a_save=rng.random() < 0.5)
             if one is None:
                 break
             fell.append(one)
