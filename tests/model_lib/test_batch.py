@@ -309,6 +309,7 @@ def test_one_request_in_twenty_failing_loses_nothing(
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
 
 
+@pytest.mark.soak
 def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
     bucket: tuple[fsspec.AbstractFileSystem, Faults], saved_model: Path, tmp_path: Path
 ) -> None:

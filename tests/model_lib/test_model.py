@@ -135,11 +135,16 @@ def test_decoder_logits_and_gradients_are_those_of_transformers() -> None:
     assert logits < 1e-5 and max(gradients.values()) < 1e-5, (logits, max(gradients.values()))
 
 
-def test_full_size_decoder_is_transformers_in_single_precision_and_in_bfloat16(full_size_model: Captioner) -> None:
-    # In bfloat16 one row a picture: with two, ours are summed in one product, and theirs from two passes.
-    for dtype, rows, limit in ((torch.float32, 2, 1e-5), (torch.bfloat16, 1, 1e-2)):
-        logits, gradients = parity(full_size_model, dtype, rows)
-        assert logits < limit and max(gradients.values()) < limit, (dtype, logits, max(gradients.values()))
+# In bfloat16 one row a picture: with two, ours are summed in one product, and theirs from two passes. It is slow on CPUs.
+@pytest.mark.parametrize(
+    ("dtype", "rows", "limit"),
+    [(torch.float32, 2, 1e-5), pytest.param(torch.bfloat16, 1, 1e-2, marks=pytest.mark.soak)],
+)
+def test_full_size_decoder_is_transformers_own(
+    full_size_model: Captioner, dtype: torch.dtype, rows: int, limit: float
+) -> None:
+    logits, gradients = parity(full_size_model, dtype, rows)
+    assert logits < limit and max(gradients.values()) < limit, (logits, max(gradients.values()))
 
 
 @pytest.mark.parametrize("size", ["small", "full"])

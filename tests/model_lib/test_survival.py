@@ -68,6 +68,7 @@ def curves(database: Path) -> dict[str, dict[int, set[float]]]:
     return found
 
 
+@pytest.mark.soak
 def test_killed_at_random_moments_it_gives_the_same_curves_and_model_bit_for_bit(data: Path, tmp_path: Path) -> None:
     options = {"data": str(data), "preset": "tiny", "epochs": 3, "batch_size": 8, "validate_every": 5, **RECIPE}
     options |= {"checkpoint_steps": 1, "log_steps": 1}
