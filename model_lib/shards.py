@@ -288,7 +288,7 @@ class _ShardFile:
                 raise UserError(
                     f"{self.uri}: the manifest names this shard, but it is not there; ingest anew"
                 ) from error
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, UnicodeDecodeError, OSError) as error:  # a column's name may be no UTF-8
                 # Parquet's reader says in an OSError what is wrong with a page or its header; one of this machine's
                 # files has a number then, and a store that fails may pass.
                 said = error.errno is None and storage.is_local(self.uri) if isinstance(error, OSError) else True

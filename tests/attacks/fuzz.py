@@ -97,7 +97,7 @@ def command_line(file: Path) -> None:
 
 def shard(file: Path) -> None:
     rows = samples.ROWS
-    with contextlib.suppress(pa.ArrowException, OSError):
+    with contextlib.suppress(pa.ArrowException, ValueError, OSError):
         rows = pq.ParquetFile(file).metadata.num_rows  # as a manifest would that lies with it
     about = shards.Shard(str(file), "train", rows, file.stat().st_size, "")
     split = shards.Manifest(1, [about], {"train": about.rows}, {}, "", {}, str(file.parent))

@@ -204,6 +204,7 @@ def test_what_is_no_such_table_is_refused(tmp_path: Path, name: str) -> None:
         lies += [as_file(lie) for lie in (table.drop_columns([column]), other, again)]
         if table.schema.field(column).type == pa.string():
             lies.append(as_file(table.set_column(place, column, no_text(len(table)))))
+        lies.append(whole.replace(column.encode(), b"\xe7" + column.encode()[1:]))
     narrow = as_file(table.append_column("more", pa.array([1] * len(table), pa.int8())))
     lies.append(narrow.replace(b"\x13\x08\x11", b"\x13\x04\x11"))  # whole numbers of 4 bits, says its footer
     for content in lies:

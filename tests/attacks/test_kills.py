@@ -1,6 +1,6 @@
 """SIGKILL at random moments of every stage, fifty of each: started again, it ends as if nothing had happened.
 
-Deselected by default, as it takes minutes: make soak. The stages' own tests kill each a few times.
+Deselected by default, as it takes minutes: make soak. So are the kills in a bucket, in test_batch.py.
 """
 
 import json

@@ -135,7 +135,7 @@ def test_decoder_logits_and_gradients_are_those_of_transformers() -> None:
     assert logits < 1e-5 and max(gradients.values()) < 1e-5, (logits, max(gradients.values()))
 
 
-# In bfloat16 one row a picture: with two, ours are summed in one product, and theirs from two passes. It is slow on CPUs.
+# In bfloat16, slow on CPUs, one row a picture: with two, ours are summed in one product, and theirs from two passes.
 @pytest.mark.parametrize(
     ("dtype", "rows", "limit"),
     [(torch.float32, 2, 1e-5), pytest.param(torch.bfloat16, 1, 1e-2, marks=pytest.mark.soak)],
