@@ -27,14 +27,16 @@ import torch
 
 from benchmarks.timing import peak_gb
 from model_lib import Captioner, CaptionerConfig
-from model_lib.batch import caption_shards, plan, resolved
-from model_lib.captioning import caption_pixels, load_pixels
-from model_lib.config import BatchConfig, ScenesConfig
-from model_lib.merging import merge
-from model_lib.precision import choose_device, inference_dtype
+from model_lib.batch.captions import caption_shards
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import merge
+from model_lib.batch.planning import plan, resolved
+from model_lib.ingest.config import ScenesConfig
+from model_lib.ingest.scenes import make_scenes
+from model_lib.model.captioning import caption_pixels, load_pixels
+from model_lib.model.precision import choose_device, inference_dtype
+from model_lib.model.tokens import train_tokenizer
 from model_lib.presets import PRESETS
-from model_lib.scenes import make_scenes
-from model_lib.tokens import train_tokenizer
 
 
 def model_of(preset: str, device: str) -> Captioner:

@@ -22,9 +22,9 @@ from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, CaptionerConfig, DecodeConfig
-from model_lib.decoding import decode
-from model_lib.model import normalise
-from model_lib.precision import inference_dtype
+from model_lib.model.captioner import normalise
+from model_lib.model.decoding import decode
+from model_lib.model.precision import inference_dtype
 from model_lib.presets import PRESETS
 
 TOKENS, ROWS, TOP_P = 20, 5, 0.9

@@ -33,13 +33,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from benchmarks.timing import peak_gb
 from benchmarks.train import coco_like_captions
 from model_lib.background import Background
-from model_lib.checkpoint import Checkpoints, snapshot
-from model_lib.config import TrainConfig
-from model_lib.distributed import World, join_world
-from model_lib.learning import Learner
-from model_lib.model import Captioner, CaptionerConfig
-from model_lib.objectives import LearnCaptions
+from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.presets import PRESETS
+from model_lib.train.checkpoint import Checkpoints, snapshot
+from model_lib.train.config import TrainConfig
+from model_lib.train.distributed import World, join_world
+from model_lib.train.learning import Learner
+from model_lib.train.objectives import LearnCaptions
 
 
 class Sharded(World):

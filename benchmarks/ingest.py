@@ -44,8 +44,8 @@ def one(output: Path, file: Path) -> None:
 
 
 def ours(folder: Path, output: Path) -> Callable[[], object]:
-    from model_lib.config import IngestConfig
-    from model_lib.ingest import ingest
+    from model_lib.ingest.config import IngestConfig
+    from model_lib.ingest.ingesting import ingest
 
     lists, images = folder / "captions.json", folder / "images"
     config = IngestConfig(annotations=str(lists), images=str(images), output=str(output), split="train")

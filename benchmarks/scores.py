@@ -16,10 +16,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-from model_lib.annotations import read_captions
-from model_lib.evaluation import read_results
-from model_lib.metrics import score_captions
-from model_lib.significance import corpus_scores, intervals
+from model_lib.evaluate.evaluation import read_results
+from model_lib.ingest.annotations import read_captions
+from model_lib.scores.metrics import score_captions
+from model_lib.scores.significance import corpus_scores, intervals
 
 Captions = Mapping[int, str]
 References = Mapping[int, list[str]]

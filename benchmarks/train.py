@@ -37,16 +37,17 @@ from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, CaptionerConfig
-from model_lib.config import IngestConfig, ScenesConfig, TrainConfig
-from model_lib.ingest import ingest
-from model_lib.loss import caption_loss
-from model_lib.precision import autocast, autocast_dtype
+from model_lib.data.shards import SplitReader, read_manifest
+from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.ingest.scenes import make_scenes
+from model_lib.model.precision import autocast, autocast_dtype
+from model_lib.model.tokens import IGNORED, side_by_side, train_tokenizer
 from model_lib.presets import PRESETS
-from model_lib.scenes import make_scenes
-from model_lib.shards import SplitReader, read_manifest
-from model_lib.tokens import IGNORED, side_by_side, train_tokenizer
-from model_lib.tracking import Run, Tracking
-from model_lib.training import Trained, train
+from model_lib.tracking.server import Run, Tracking
+from model_lib.train.config import TrainConfig
+from model_lib.train.loss import caption_loss
+from model_lib.train.training import Trained, train
 
 CAPTIONS = 5
 COCO_PICTURES = 118_287

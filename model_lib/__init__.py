@@ -13,12 +13,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Caption": "model_lib.captioning",
-    "Captioner": "model_lib.model",
-    "CaptionerConfig": "model_lib.model",
-    "DecodeConfig": "model_lib.config",
+    "Caption": "model_lib.model.captioning",
+    "Captioner": "model_lib.model.captioner",
+    "CaptionerConfig": "model_lib.model.captioner",
+    "DecodeConfig": "model_lib.model.config",
     "UserError": "model_lib.errors",
-    "generate_caption": "model_lib.captioning",
+    "generate_caption": "model_lib.model.captioning",
 }
 __all__ = ["Caption", "Captioner", "CaptionerConfig", "DecodeConfig", "UserError", "generate_caption"]
 

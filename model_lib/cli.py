@@ -24,26 +24,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import tyro
 
 from model_lib import storage
-from model_lib.config import (
-    BatchConfig,
-    DecodeConfig,
-    EvaluateConfig,
-    IngestConfig,
-    ModelsConfig,
-    Precision,
-    RegisterConfig,
-    RollbackConfig,
-    ScenesConfig,
-    TrainConfig,
-)
-from model_lib.download import DownloadConfig
+from model_lib.batch.config import BatchConfig
 from model_lib.errors import UserError, printable
+from model_lib.evaluate.config import EvaluateConfig
 from model_lib.exits import one_line
-from model_lib.options import StageConfig, option
+from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.download import DownloadConfig
+from model_lib.model.config import DecodeConfig
+from model_lib.options import Precision, StageConfig, option
 from model_lib.presets import PRESETS
+from model_lib.registry.config import ModelsConfig, RegisterConfig, RollbackConfig
+from model_lib.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from model_lib.captioning import Caption
+    from model_lib.model.captioning import Caption
 
 CHAMPION_URI = "models:/captioner@champion"
 
@@ -97,7 +91,7 @@ def info(config: InfoConfig) -> Output:
     def count(preset: str) -> dict[str, Any]:
         import torch
 
-        from model_lib.model import Captioner, CaptionerConfig
+        from model_lib.model.captioner import Captioner, CaptionerConfig
 
         with torch.device("meta"):
             model = Captioner(CaptionerConfig.of(PRESETS[preset]))
@@ -130,7 +124,7 @@ def info(config: InfoConfig) -> Output:
 
 
 def scenes(config: ScenesConfig) -> Output:
-    from model_lib.scenes import make_scenes
+    from model_lib.ingest.scenes import make_scenes
 
     make_scenes(config)
     line = f"{config.train} training and {config.val} validation pictures in {config.output}"
@@ -138,7 +132,7 @@ def scenes(config: ScenesConfig) -> Output:
 
 
 def download(config: DownloadConfig) -> Output:
-    from model_lib.download import download as run
+    from model_lib.ingest.download import download as run
 
     fetched = run(config)
     lines = [f"{archive.uri}: {archive.bytes / 1e9:.2f} GB, {archive.files:,} files" for archive in fetched]
@@ -146,7 +140,7 @@ def download(config: DownloadConfig) -> Output:
 
 
 def ingest(config: IngestConfig) -> Output:
-    from model_lib.ingest import ingest as run
+    from model_lib.ingest.ingesting import ingest as run
 
     manifest = run(config)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
@@ -156,8 +150,8 @@ def ingest(config: IngestConfig) -> Output:
 
 
 def train(config: TrainConfig) -> Output:
-    from model_lib.launch import train_here
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.tracking.server import tracking_from_environment
+    from model_lib.train.launch import train_here
 
     trained = train_here(config, tracking_from_environment())
     scores = f"validation CIDEr {trained.validation_cider:.3f}, loss {trained.validation_loss:.4f}"
@@ -165,8 +159,8 @@ def train(config: TrainConfig) -> Output:
 
 
 def evaluate(config: EvaluateConfig) -> Output:
-    from model_lib.evaluation import evaluate as run
-    from model_lib.tracking import NO_TRACKING, tracking_from_environment
+    from model_lib.evaluate.evaluation import evaluate as run
+    from model_lib.tracking.server import NO_TRACKING, tracking_from_environment
 
     tracking = NO_TRACKING if config.model is None else tracking_from_environment()
     evaluation = run(config, tracking)
@@ -181,8 +175,8 @@ def evaluate(config: EvaluateConfig) -> Output:
 
 
 def register(config: RegisterConfig) -> Output:
-    from model_lib.registry import register as run
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.registry.registry import register as run
+    from model_lib.tracking.server import tracking_from_environment
 
     registered = run(config, tracking_from_environment())
     fate = "is the champion now" if registered.promoted else f"does not replace version {registered.champion_version}"
@@ -191,9 +185,9 @@ def register(config: RegisterConfig) -> Output:
 
 
 def models(config: ModelsConfig) -> Output:
-    from model_lib.model_uris import MODEL
-    from model_lib.tracking import require_mlflow, tracking_from_environment
-    from model_lib.versions import list_versions, versions_table
+    from model_lib.registry.versions import list_versions, versions_table
+    from model_lib.tracking.model_uris import MODEL
+    from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     tracking = require_mlflow(tracking_from_environment())
     found = list_versions(tracking)
@@ -202,8 +196,8 @@ def models(config: ModelsConfig) -> Output:
 
 
 def rollback(config: RollbackConfig) -> Output:
-    from model_lib.tracking import tracking_from_environment
-    from model_lib.versions import rollback as run
+    from model_lib.registry.versions import rollback as run
+    from model_lib.tracking.server import tracking_from_environment
 
     made = run(tracking_from_environment())
     line = f"version {made.champion} is the champion again; version {made.rolled_back} was rolled back"
@@ -211,8 +205,8 @@ def rollback(config: RollbackConfig) -> Output:
 
 
 def caption(config: CaptionConfig) -> Output:
-    from model_lib.captioning import caption_each, find_pictures
-    from model_lib.model import Captioner
+    from model_lib.model.captioner import Captioner
+    from model_lib.model.captioning import caption_each, find_pictures
     from model_lib.pictures import PictureError
 
     _find_registry(config.model)
@@ -242,7 +236,7 @@ def caption(config: CaptionConfig) -> Output:
         if failed and count > 1:
             print(f"captioner: {failed} of {count} pictures without a caption", file=sys.stderr)
         if config.explain is not None:
-            from model_lib.explain import render_explanation
+            from model_lib.model.explain import render_explanation
 
             storage.write_bytes(config.explain, render_explanation(model, explained).encode())
 
@@ -251,7 +245,7 @@ def caption(config: CaptionConfig) -> Output:
 
 
 def batch(config: BatchConfig) -> Output:
-    from model_lib.merging import batch as run
+    from model_lib.batch.merging import batch as run
 
     _find_registry(config.model)
     summary = run(config)
@@ -263,7 +257,7 @@ def batch(config: BatchConfig) -> Output:
 def _find_registry(source: str) -> None:
     """Let `models:/…` be looked up where the environment says, or in the embedded store."""
     if source.startswith("models:/"):
-        from model_lib.tracking import require_mlflow, tracking_from_environment
+        from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
         require_mlflow(tracking_from_environment())
 

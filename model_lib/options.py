@@ -11,6 +11,8 @@ from model_lib.errors import UserError
 
 LARGEST = 2**63 - 1
 """Largest whole number: that of a seed."""
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
+"""Number formats of weights and training."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageOps
 
+from model_lib import storage
+
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jfif"}
 """Endings of the files that count as pictures when a folder is searched."""
 MAX_PIXELS = 128 * 1024 * 1024
@@ -31,10 +33,23 @@ class PictureError(Exception):
         self.detail = detail
 
 
+def read_picture(uri: str) -> bytes:
+    """Return the bytes of a picture's file.
+
+    Raises:
+        UserError: it is missing, or no file.
+        WorkError: its store or server failed.
+        PictureError: it is too large to be a picture, which is not read to its end.
+    """
+    content = storage.read_bytes(uri, LARGEST_FILE)
+    require_readable(len(content))
+    return content
+
+
 def require_readable(size: int) -> None:
     """Raise `PictureError` if a file of `size` bytes is too large to be read as a picture."""
     if size > LARGEST_FILE:
-        raise PictureError("too_large", f"a file of {size:,} bytes, more than {LARGEST_FILE:,}")
+        raise PictureError("too_large", f"a file of more than {LARGEST_FILE:,} bytes")
 
 
 def open_picture(content: bytes) -> Image.Image:

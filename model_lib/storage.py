@@ -6,14 +6,13 @@ whole or absent: a local file is written beside its place and renamed, object st
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,9 +26,9 @@ from model_lib.patience import ask_again
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # and this, which rights it tried before it found some
-log = logging.getLogger(__name__)
-LOCK = ".lock"
-"""File in an output folder that a run locks; it stays, as removing it would let two runs hold two files of one name."""
+NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+CHUNK = 2**20
+"""Bytes of a web page that are asked for at once."""
 _ANSWER = TypeVar("_ANSWER")
 fsspec.config.conf.setdefault("http", {})["get_client"] = web_session
 _UMASK = os.umask(0)
@@ -111,16 +110,45 @@ def is_folder(uri: str) -> bool:
     return patiently(uri, lambda: bool(fs.isdir(path)))
 
 
-def read_bytes(uri: str) -> bytes:
-    """Return the content of `uri`.
+def read_bytes(uri: str, most: int | None = None) -> bytes:
+    """Return the content of `uri`, or the start of a longer one.
+
+    Args:
+        uri: path or URI.
+        most: bytes beyond which no more than one is read, whatever a store says of the size.
 
     Raises:
-        UserError: it is missing, a folder or not readable.
+        UserError: it is missing, a folder, a device or not readable.
         WorkError: its store or server failed.
     """
     fs, path = filesystem(uri)
     with _one_line(uri):
-        return bytes(fs.cat_file(path))
+        if most is None:
+            return bytes(fs.cat_file(path))
+        if is_local(uri):
+            if not stat.S_ISREG(Path(path).stat().st_mode):
+                raise UserError(f"{uri}: is not a file")  # others may never end, or never begin
+            with Path(path).open("rb") as file:
+                return file.read(most + 1)
+        return _start(fs, path, most + 1)
+
+
+def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
+    """Return at most so many bytes of a file that is elsewhere."""
+    if "http" not in fs.protocol:
+        try:
+            return bytes(fs.cat_file(path, 0, most))
+        except FileNotFoundError:
+            raise
+        except Exception:
+            if fs.size(path) == 0:  # of which there is no range to ask for
+                return b""
+            raise
+    content = bytearray()
+    with fs.open(path, "rb", block_size=0) as stream:  # a web server may know no ranges, nor tell the size
+        while len(content) < most and (part := stream.read(min(CHUNK, most - len(content)))):
+            content += part
+    return bytes(content)
 
 
 @contextlib.contextmanager
@@ -135,6 +163,8 @@ def _one_line(uri: str) -> Iterator[None]:
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{uri}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # each driver has exceptions of its own
+        if is_local(uri) and (isinstance(error, ValueError) or getattr(error, "errno", 0) in NO_NAME):
+            raise UserError(f"{encodable(uri)}: is not the name of a file: {first_line(error)}") from error
         raise WorkError(f"{uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -202,47 +232,6 @@ def require_writable(folder: str) -> None:
         remove(probe)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
-
-
-@contextlib.contextmanager
-def held(folder: str) -> Iterator[None]:
-    """Make an output folder ready and keep other runs out of it: what a kill left half-written is gone.
-
-    The lock of a local folder goes away with the process, however that ends. Other stores know no locks: two runs at
-    the same time in one folder of a bucket are not noticed.
-
-    Raises:
-        UserError: it cannot be written to, or another run is at work in it.
-    """
-    with _locked(folder) if is_local(folder) else contextlib.nullcontext():
-        require_writable(folder)
-        if is_local(folder):
-            for part in Path(filesystem(folder)[1]).rglob(".part-*"):
-                part.unlink(missing_ok=True)
-        yield
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    try:
-        os.makedirs(path := filesystem(folder)[1], exist_ok=True)
-        lock = Path(path, LOCK).open("a+")  # noqa: SIM115 (what goes wrong in the body is another thing)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().strip() or "another process"
-            raise UserError(f"{folder}: {who} is at work there; wait for it, or choose another output") from None
-        except OSError as error:  # a network's disk without locks
-            log.warning("%s: cannot be locked (%s): let no other run write there meanwhile", folder, error.strerror)
-        with contextlib.suppress(OSError):  # a full disk: who holds the lock is only said
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
-        yield
 
 
 def require_room(folder: str, need: int, what: str) -> None:

@@ -12,7 +12,7 @@ from components.close.component import close
 from components.merge.component import merge
 from components.plan.component import plan
 from components.preflight.component import preflight
-from model_lib.config import BatchConfig
+from model_lib.batch.config import BatchConfig
 from pipelines import placement
 from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from model_lib.tracking import FROM_SECRET
+from model_lib.tracking.server import FROM_SECRET
 
 USER = 1000
 """The images' user and group."""

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from model_lib import storage
 from model_lib.cli import Output
-from model_lib.config import ScenesConfig
 from model_lib.errors import UserError
+from model_lib.ingest.config import ScenesConfig
 from model_lib.options import StageConfig, option
-from model_lib.preflight import check_candidates
-from model_lib.tracking import require_mlflow, tracking_from_environment
+from model_lib.steps.preflight import check_candidates
+from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
 from pipelines.summary import read_summary, summary_lines
 from pipelines.train_captioner import CANDIDATES, define
@@ -104,7 +104,7 @@ def _dataset(config: RunConfig, work: Path) -> str:
         if not storage.exists(annotations):
             raise UserError(f"{annotations}: not found; --dataset expects COCO's layout, with train2017/ and val2017/")
         return storage.absolute(config.dataset)
-    from model_lib.scenes import make_scenes
+    from model_lib.ingest.scenes import make_scenes
 
     scenes = ScenesConfig(output=str(work / "scenes"), train=config.scenes, val=min(ScenesConfig.val, config.scenes))
     say(f"drawing {scenes.train:,} scenes to learn from and {scenes.val} of unseen combinations")

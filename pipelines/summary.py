@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model_lib.batch.merging import examples
 from model_lib.errors import WorkError, printable
-from model_lib.judgement import FEW_PICTURES, Evaluation
-from model_lib.merging import examples
+from model_lib.evaluate.judgement import FEW_PICTURES, Evaluation
 
 LOOKING = 3
 """How many times the shuffled CIDEr a model reaches that really looks at its pictures."""

@@ -18,7 +18,11 @@ from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
 from components.train_job.component import train_job
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from model_lib.batch.config import BatchConfig
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.ingest.config import IngestConfig
+from model_lib.registry.config import RegisterConfig
+from model_lib.train.config import TrainConfig
 from pipelines import placement
 from pipelines.caption_bucket import NO_OPTIONS, PARALLEL, caption_pictures
 from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, variables

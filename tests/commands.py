@@ -22,9 +22,9 @@ PRELOADED = [
     "transformers",
     "mlflow.pyfunc",
     "pycocoevalcap.eval",
-    "model_lib.training",
-    "model_lib.captioning",
-    "model_lib.registry",
+    "model_lib.train.training",
+    "model_lib.model.captioning",
+    "model_lib.registry.registry",
 ]
 PATIENCE = 600.0
 """Seconds in which a command must end."""

@@ -30,12 +30,13 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 
-from model_lib.config import IngestConfig, ScenesConfig, TrainConfig
-from model_lib.ingest import ingest
-from model_lib.model import Captioner, CaptionerConfig
-from model_lib.scenes import make_scenes
-from model_lib.tokens import train_tokenizer
-from model_lib.training import train
+from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.ingest.scenes import make_scenes
+from model_lib.model.captioner import Captioner, CaptionerConfig
+from model_lib.model.tokens import train_tokenizer
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
 from tests.commands import prepare
 from tests.commands import run as run_command
 

@@ -22,17 +22,19 @@ from pathlib import Path
 import mlflow.pyfunc  # noqa: F401  (before the forks, as all that follows)
 import torch
 
-import model_lib.captioning
-import model_lib.clipscore
-import model_lib.report  # noqa: F401
-from model_lib import storage, turns
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
-from model_lib.evaluation import evaluate
-from model_lib.ingest import ingest
-from model_lib.merging import batch
-from model_lib.registry import register
-from model_lib.tracking import MlflowTracking, tracking_from_environment
-from model_lib.training import train
+from model_lib import storage
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import batch
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.registry import turns
+from model_lib.registry.config import RegisterConfig
+from model_lib.registry.registry import register
+from model_lib.tracking.server import MlflowTracking, tracking_from_environment
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
 
 MOST = 6
 """Kills a round."""

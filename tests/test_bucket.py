@@ -14,9 +14,9 @@ import pytest
 from torch import Tensor
 
 from model_lib import UserError
-from model_lib.config import TrainConfig
-from model_lib.learning import Learner
-from model_lib.training import train
+from model_lib.train.config import TrainConfig
+from model_lib.train.learning import Learner
+from model_lib.train.training import train
 from tests.services import Faults, faulty_bucket, gcs_emulator
 
 Run = Callable[..., CompletedProcess]
@@ -109,7 +109,7 @@ def each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> No
         act(step)
         return learn(learner, batch, pixels, step)
 
-    monkeypatch.setattr("model_lib.learning.Learner.learn", acting)
+    monkeypatch.setattr("model_lib.train.learning.Learner.learn", acting)
 
 
 def test_training_outlasts_a_bucket_that_fails(

@@ -28,10 +28,10 @@ RUN_BY = {
     "make test": "tests",
     "make soak": "tests/attacks/test_kills.py",
     "make fuzz": "tests/attacks/fuzz.py",
-    "mlflow models serve": "tests/model_lib/test_serving.py",
-    "curl localhost:5001/invocations": "tests/model_lib/test_serving.py",
-    "captioner models": "tests/model_lib/test_versions.py",
-    "captioner rollback": "tests/model_lib/test_versions.py",
+    "mlflow models serve": "tests/model_lib/registry/test_serving.py",
+    "curl localhost:5001/invocations": "tests/model_lib/registry/test_serving.py",
+    "captioner models": "tests/model_lib/registry/test_versions.py",
+    "captioner rollback": "tests/model_lib/registry/test_versions.py",
 }
 """What runs the commands that begin so, where this file does not."""
 PROCESS = """

@@ -22,14 +22,28 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "model_lib").glob("*.py")), ids=lambda file: file.name)
+LIBRARY = ROOT / "model_lib"
+LAYERS = (
+    ("cli",),
+    ("steps",),
+    ("registry", "batch"),
+    ("evaluate", "train"),
+    ("ingest",),
+    ("data", "scores"),
+    ("model",),
+    ("tracking", "pages"),
+)
+"""The packages of the library, each above those that it may import; the library's other modules lie below them all."""
+
+
+@pytest.mark.parametrize("file", sorted(LIBRARY.rglob("*.py")), ids=lambda file: str(file.relative_to(LIBRARY)))
 def test_the_library_never_reaches_up(file: Path) -> None:
     assert not imported(file) & FORBIDDEN
 
 
 def arrows() -> dict[str, set[str]]:
     """Return for each module of the library those that it imports, at its top or where they are used."""
-    files = {file.stem: file for file in (ROOT / "model_lib").glob("*.py")}
+    files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in LIBRARY.rglob("*.py")}
     found: dict[str, set[str]] = {}
     for name, file in files.items():
         tree = ast.parse(file.read_text())
@@ -37,8 +51,8 @@ def arrows() -> dict[str, set[str]]:
         only_types = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
         skipped = {inner for node in only_types for inner in ast.walk(node)}
         imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node not in skipped]
-        modules = {(node.module or "").removeprefix("model_lib.") for node in imports}
-        names = {alias.name for node in imports if node.module == "model_lib" for alias in node.names}
+        modules = {node.module or "" for node in imports}
+        names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
         found[name] = (modules | names) & files.keys()
     return found
 
@@ -46,17 +60,29 @@ def arrows() -> dict[str, set[str]]:
 def test_no_arrow_of_the_library_points_backwards() -> None:
     """But one: `Captioner.caption` is there so that a user needs one name, and calls what is built on the model."""
     left = arrows()
-    left["model"].remove("captioning")
+    left["model_lib.model.captioner"].remove("model_lib.model.captioning")
     while ready := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in ready}
     assert not left, "these modules import one another in a circle"
 
 
+def test_packages_import_only_what_lies_below_them() -> None:
+    height = {package: len(LAYERS) - number for number, packages in enumerate(LAYERS) for package in packages}
+    assert height.keys() == {"cli", *(folder.name for folder in LIBRARY.iterdir() if (folder / "__init__.py").exists())}
+    for module, needs in arrows().items():
+        if module in ("model_lib.__init__", "model_lib.__main__"):
+            continue
+        above = module.split(".")[1]
+        for needed in needs - {"model_lib.__init__"}:
+            below = needed.split(".")[1]
+            both_on_the_ground = not {above, below} & height.keys()
+            assert above == below or both_on_the_ground or height.get(above, 0) > height.get(below, 0), (module, needed)
+
+
 def test_the_architecture_page_names_every_module() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    packages = ("model_lib", "pipelines")
-    modules = {file.name for package in packages for file in (ROOT / package).glob("*.py") if file.name[0] != "_"}
-    assert modules == set(re.findall(r"`(\w+\.py)`", page))
+    modules = {file.name for package in (LIBRARY, ROOT / "pipelines") for file in package.rglob("*.py")}
+    assert {name for name in modules if name[0] != "_"} == set(re.findall(r"`(\w+\.py)`", page))
 
 
 PYTHON = [
@@ -80,8 +106,8 @@ def python(code: str, *arguments: object) -> None:
 def test_importing_the_library_and_ingesting_need_no_torch(scenes: Path, tmp_path: Path) -> None:
     python(
         "import sys, model_lib\n"
-        "from model_lib.config import IngestConfig\n"
-        "from model_lib.ingest import ingest\n"
+        "from model_lib.ingest.config import IngestConfig\n"
+        "from model_lib.ingest.ingesting import ingest\n"
         "ingest(IngestConfig(dataset=sys.argv[1], output=sys.argv[2]))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n",
         scenes,
@@ -96,8 +122,8 @@ def test_training_and_captioning_work_with_the_bare_packages(data: Path, scenes:
         "for name in ('mlflow', 'kfp', 'tyro', 'jinja2', 'pycocoevalcap', 'gcsfs', 'pandas'):\n"
         "    sys.modules[name] = None\n"
         "from model_lib import Captioner, generate_caption\n"
-        "from model_lib.config import TrainConfig\n"
-        "from model_lib.training import train\n"
+        "from model_lib.train.config import TrainConfig\n"
+        "from model_lib.train.training import train\n"
         "made = train(TrainConfig(data=sys.argv[1], output=sys.argv[2], preset='tiny', epochs=1))\n"
         "generate_caption(Captioner.from_pretrained(made.model), sys.argv[3], num_beams=2)\n",
         data,

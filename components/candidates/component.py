@@ -21,7 +21,7 @@ def candidates(
     precision: str,
 ) -> list[dict]:
     """Return for each candidate the data's fingerprint and its training options: the common ones, its own over them."""
-    from model_lib.candidates import configure_candidates
+    from model_lib.steps.candidates import configure_candidates
 
     return configure_candidates(
         data,

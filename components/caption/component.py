@@ -8,8 +8,8 @@ from components import MODEL
 @dsl.component(base_image=MODEL, install_kfp_package=False)
 def caption(shard: dict) -> str:
     """Caption a shard of a plan, unless its file is there; return the plan's folder."""
-    from model_lib.batch import caption_planned
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.batch.captions import caption_planned
+    from model_lib.tracking.server import tracking_from_environment
 
     tracking_from_environment()
     caption_planned(shard["folder"], int(shard["shard"]))  # in a document all numbers arrive as fractions

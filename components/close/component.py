@@ -11,8 +11,8 @@ def close(status: dsl.PipelineTaskFinalStatus, run_name: str, registers: bool, i
 
     By `status` a step is known as one that ends a run; what it says is not used, see `close_pipeline`.
     """
-    from model_lib.closing import close_pipeline, last_steps
-    from model_lib.tracking import do_not_wait_long, tracking_from_environment
+    from model_lib.steps.closing import close_pipeline, last_steps
+    from model_lib.tracking.server import do_not_wait_long, tracking_from_environment
 
     do_not_wait_long()
     close_pipeline(run_name, last_steps(registers, images), tracking_from_environment)

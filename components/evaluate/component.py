@@ -16,9 +16,9 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
 ) -> str:
     """Judge the candidate's model, keep the evaluation beside it, and return the evaluation's URI."""
-    from model_lib.candidates import candidate_config, judge_model
+    from model_lib.steps.candidates import candidate_config, judge_model
     from model_lib.storage import join, read_bytes, write_bytes
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.tracking.server import tracking_from_environment
 
     config = candidate_config(candidate)
     options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}

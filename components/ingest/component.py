@@ -12,8 +12,8 @@ def ingest(dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.D
     "Ingested", [("manifest", str), ("fingerprint", str)]
 ):
     """Write shards under `output`; the artifact is their manifest, which names them by URI."""
-    from model_lib.config import IngestConfig
-    from model_lib.ingest import ingest as run
+    from model_lib.ingest.config import IngestConfig
+    from model_lib.ingest.ingesting import ingest as run
     from model_lib.storage import join, write_json
 
     manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))

@@ -8,8 +8,8 @@ from components import JUDGE
 @dsl.component(base_image=JUDGE, install_kfp_package=False)
 def judge(data: str, fingerprint: str, num_beams: int, limit: int, clip: str, output: str) -> str:
     """Return the URI of the champion's evaluation under `output`, or an empty string if there is no champion yet."""
-    from model_lib.candidates import judge_champion, require_same_data
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.steps.candidates import judge_champion, require_same_data
+    from model_lib.tracking.server import tracking_from_environment
 
     require_same_data(data, fingerprint)
     options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}

@@ -15,11 +15,11 @@ def merge(
     """Check the shards of a plan once they are captioned, each of which tells its folder; count what they hold."""
     from dataclasses import asdict
 
-    from model_lib.batch import read_plan
-    from model_lib.merging import merge as run
-    from model_lib.merging import summary_markdown
+    from model_lib.batch.merging import merge as run
+    from model_lib.batch.merging import summary_markdown
+    from model_lib.batch.planning import read_plan
     from model_lib.storage import read_bytes, write_bytes, write_json
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.tracking.server import tracking_from_environment
 
     merged = run(read_plan(folders[0]))
     write_json(captions.path, asdict(merged))

@@ -11,10 +11,10 @@ def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: i
 
     If none is left it is the first: kfp.local needs one.
     """
-    from model_lib.batch import plan as run
-    from model_lib.batch import resolved
-    from model_lib.config import BatchConfig
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.batch.config import BatchConfig
+    from model_lib.batch.planning import plan as run
+    from model_lib.batch.planning import resolved
+    from model_lib.tracking.server import tracking_from_environment
 
     tracking_from_environment()
     named = {"images": images, "output": output, "model": model}

@@ -25,8 +25,8 @@ def preflight(
     train_nodes: int,
 ) -> None:
     """Check places, weights, MLflow and secrets (empty: not needed), then open the pipeline's run in MLflow."""
-    from model_lib.preflight import Needs, preflight, training_sources
-    from model_lib.tracking import adopt_secret, do_not_wait_long, tracking_from_environment
+    from model_lib.steps.preflight import Needs, preflight, training_sources
+    from model_lib.tracking.server import adopt_secret, do_not_wait_long, tracking_from_environment
 
     adopt_secret()
     do_not_wait_long()

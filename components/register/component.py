@@ -18,12 +18,12 @@ def register(
     model: dsl.Output[dsl.Model],
 ) -> str:
     """Register the winner among `evaluations`; return the champion's model URI."""
-    from model_lib.candidates import decision_markdown, tell_outcome
-    from model_lib.config import RegisterConfig
-    from model_lib.model_uris import version_uri
-    from model_lib.registry import register as run
+    from model_lib.registry.config import RegisterConfig
+    from model_lib.registry.registry import register as run
+    from model_lib.steps.candidates import decision_markdown, tell_outcome
     from model_lib.storage import read_bytes, write_bytes
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.tracking.model_uris import version_uri
+    from model_lib.tracking.server import tracking_from_environment
 
     config = RegisterConfig(
         evaluations=tuple(evaluations),

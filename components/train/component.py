@@ -10,9 +10,9 @@ def train(candidate: dict, model: dsl.Output[dsl.Model]) -> str:
     """Train the candidate, or go on from its last checkpoint; return its model's URI."""
     from dataclasses import asdict
 
-    from model_lib.candidates import candidate_config
-    from model_lib.launch import train_here
-    from model_lib.tracking import tracking_from_environment
+    from model_lib.steps.candidates import candidate_config
+    from model_lib.tracking.server import tracking_from_environment
+    from model_lib.train.launch import train_here
 
     config = candidate_config(candidate)
     trained = train_here(config, tracking_from_environment())

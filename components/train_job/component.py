@@ -22,8 +22,8 @@ def train_job(
     model: dsl.Output[dsl.Model],
 ) -> str:
     """Train the candidate on several machines, or go on from its last checkpoint; return its model's URI."""
-    from model_lib.candidates import candidate_config
-    from model_lib.trainjob import Machines, train_on
+    from model_lib.steps.candidates import candidate_config
+    from model_lib.train.trainjob import Machines, train_on
 
     config = candidate_config(candidate)
     machines = Machines(

@@ -23,9 +23,14 @@ with atheris.instrument_imports(include=["model_lib"]):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from model_lib import annotations, batch, cli, config, download, evaluation, judgement, listing, places, shards
+    from model_lib import cli
+    from model_lib.batch import listing, planning, rows
+    from model_lib.batch.config import BatchConfig
+    from model_lib.data import shards
     from model_lib.errors import UserError, WorkError
-    from model_lib.options import StageConfig
+    from model_lib.evaluate import evaluation, judgement
+    from model_lib.ingest import annotations, places
+    from model_lib.ingest.config import IngestConfig
     from model_lib.pictures import PictureError
 
 from tests.attacks import samples
@@ -61,7 +66,7 @@ def table(file: Path) -> None:
 
 def listed(file: Path, option: str) -> None:
     options = {option: str(file), "images": str(file.parent), "output": "unused"}
-    annotations.read_listing(config.IngestConfig(**options)).digest()
+    annotations.read_listing(IngestConfig(**options)).digest()
 
 
 def results(file: Path) -> None:
@@ -73,7 +78,7 @@ def scores(file: Path) -> None:
 
 
 def plan(file: Path) -> None:
-    batch.read_plan(str(file.parent)).missing()
+    planning.read_plan(str(file.parent)).missing()
 
 
 def options(file: Path) -> None:
@@ -81,8 +86,7 @@ def options(file: Path) -> None:
     with contextlib.suppress(ValueError, RecursionError):
         document = json.loads(file.read_bytes())
     if isinstance(document, dict):
-        kinds = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, StageConfig)]
-        for kind in [*kinds, download.DownloadConfig]:
+        for kind in map(cli.config_class, cli.COMMANDS.values()):
             given = document.get(kind.__name__)
             if isinstance(given, dict):
                 kind.from_options(**given).key()
@@ -96,10 +100,10 @@ def command_line(file: Path) -> None:
 
 
 def shard(file: Path) -> None:
-    rows = samples.ROWS
+    count = samples.ROWS
     with contextlib.suppress(pa.ArrowException, ValueError, OSError):
-        rows = pq.ParquetFile(file).metadata.num_rows  # as a manifest would that lies with it
-    about = shards.Shard(str(file), "train", rows, file.stat().st_size, "")
+        count = pq.ParquetFile(file).metadata.num_rows  # as a manifest would that lies with it
+    about = shards.Shard(str(file), "train", count, file.stat().st_size, "")
     split = shards.Manifest(1, [about], {"train": about.rows}, {}, "", {}, str(file.parent))
     reader = shards.SplitReader(split, "train", size=8, workers=1, limit=20)
     reader.captions()
@@ -112,11 +116,11 @@ def pictures(file: Path) -> None:
 
 
 def captions(file: Path) -> None:
-    batch.read_shard(str(file))
+    rows.read_shard(str(file))
 
 
 def list_of_pictures(file: Path) -> None:
-    listing.list_pictures(config.BatchConfig(images=str(file), output="unused", model="unused"))
+    listing.list_pictures(BatchConfig(images=str(file), output="unused", model="unused"))
 
 
 def archive(file: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib.judgement import Pictures, View, _parquet
-from model_lib.shards import FORMAT_VERSION
+from model_lib.data.shards import FORMAT_VERSION
+from model_lib.evaluate.judgement import Pictures, View, _parquet
 from tests.attacks.mutations import encoded, picture
 
 ROWS = 6
@@ -68,7 +68,7 @@ OPTIONS = {
     "EvaluateConfig": {"model": "m", "data": "d", "output": "o"},
     "IngestConfig": {"dataset": "d", "output": "o", "split": "auto"},
     "ScenesConfig": {"output": "o", "train": 3},
-    "DecodeConfig": {"num_beams": 2, "temperature": 0.5},
+    "CaptionConfig": {"files": ["a.jpg"], "top_p": 0.9, "temperature": 0.5},
 }
 ARGUMENTS = [
     ["train", "--data", "d", "--output", "o", "--epochs=2", "--learning_rate", "1e-3"],

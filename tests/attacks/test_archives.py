@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from model_lib.annotations import read_captions
-from model_lib.config import IngestConfig
 from model_lib.errors import UserError
-from model_lib.ingest import ingest
+from model_lib.ingest.annotations import read_captions
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.ingest.places import Archive, open_zip
 from model_lib.pictures import PictureError
-from model_lib.places import Archive, open_zip
 from tests.attacks import samples
 from tests.attacks.lies import fingerprint, refused
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib.config import BatchConfig, IngestConfig
-from model_lib.ingest import ingest
-from model_lib.merging import batch
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import batch
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
 from tests.services import Faults, faulty_bucket
 
 

@@ -15,18 +15,21 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from model_lib.checkpoint import Checkpoints
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import batch
+from model_lib.data.shards import read_manifest
 from model_lib.errors import WorkError
-from model_lib.evaluation import evaluate
-from model_lib.ingest import ingest
-from model_lib.learning import Learner
-from model_lib.merging import batch
-from model_lib.shards import read_manifest
-from model_lib.tracking import MlflowTracking
-from model_lib.training import train
-from model_lib.turns import draw, turn
-from tests.model_lib.test_survival import same_best, stop_at
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.registry.turns import draw, turn
+from model_lib.tracking.server import MlflowTracking
+from model_lib.train.checkpoint import Checkpoints
+from model_lib.train.config import TrainConfig
+from model_lib.train.learning import Learner
+from model_lib.train.training import train
+from tests.model_lib.train.test_survival import same_best, stop_at
 
 FULL = "cannot be written: the disk is full; make room there and start again"
 
@@ -86,7 +89,7 @@ def test_no_room_for_the_best_model_is_one_line_and_the_run_goes_on(
         return learn(learner, numbers, pixels, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.learning.Learner.learn", filling)
+        patched.setattr("model_lib.train.learning.Learner.learn", filling)
         with pytest.raises(
             WorkError, match=r"run/best: cannot be written: the disk is full; make room there and start"
         ):
@@ -113,7 +116,7 @@ def test_an_evaluation_on_a_full_disk_leaves_whole_files_and_is_written_after_ro
 
 LITTLE_MEMORY = """
 import resource, sys
-import model_lib.ingest
+import model_lib.ingest.ingesting
 from model_lib.cli import main
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 6 * 2**20, now + 6 * 2**20))  # less than a thread's stack
@@ -161,8 +164,8 @@ def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_orde
 
 def test_a_turn_under_a_clock_that_jumps_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow's own clock is this one here: a version that waits may be passed over, but two never decide at once."""
-    monkeypatch.setattr("model_lib.turns.POLL", 0.01)
-    monkeypatch.setattr("model_lib.turns.LONGEST", 1.0)
+    monkeypatch.setattr("model_lib.registry.turns.POLL", 0.01)
+    monkeypatch.setattr("model_lib.registry.turns.LONGEST", 1.0)
     jumping(monkeypatch, seed=1)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     for number in range(6):

@@ -14,10 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import batch, config, evaluation, judgement, listing, merging, shards, storage
-from model_lib.annotations import read_captions, read_listing
-from model_lib.config import BatchConfig, IngestConfig
+from model_lib import cli, storage
+from model_lib.batch import listing, merging, planning, rows
+from model_lib.batch.config import BatchConfig
+from model_lib.data import shards
 from model_lib.errors import LONGEST, UserError
+from model_lib.evaluate import evaluation, judgement
+from model_lib.ingest.annotations import read_captions, read_listing
+from model_lib.ingest.config import IngestConfig
 from tests.attacks import samples
 from tests.attacks.lies import broken, refused, write
 
@@ -33,7 +37,7 @@ def listed(option: str, file: Path) -> object:
 
 JSON: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "manifest.json": (samples.MANIFEST, lambda file: shards.read_manifest(str(file))),
-    "plan.json": (samples.PLAN, lambda file: batch.read_plan(str(file.parent))),
+    "plan.json": (samples.PLAN, lambda file: planning.read_plan(str(file.parent))),
     "scores.json": (samples.SCORES, lambda file: judgement.Evaluation.read(str(file.parent))),
     "results.json": (samples.RESULTS, lambda file: evaluation.read_results(str(file))),
     "captions.json": (samples.COCO, lambda file: read_captions(str(file))),
@@ -112,7 +116,7 @@ def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: str) ->
     refused(lambda: shards.read_manifest(str(tmp_path)), tmp_path)
     for lie in ({"listing": name}, {"shards": [{"file": name, "pictures": 1}]}):
         write(tmp_path / "plan.json", {**samples.PLAN, **lie})
-        refused(lambda: batch.read_plan(str(tmp_path)), tmp_path)
+        refused(lambda: planning.read_plan(str(tmp_path)), tmp_path)
     if name in ("sub/x", "", "."):
         return  # a picture may lie in a folder below
     images = [{"id": 1, "file_name": name}]
@@ -152,7 +156,8 @@ def read_split(file: Path) -> object:
 
 
 def read_listing_of_plan(file: Path) -> object:
-    made = batch.Plan(str(file.parent), samples.PLAN["configuration"], file.name, [batch.Shard("x", samples.ROWS)])
+    listed = [planning.Shard("x", samples.ROWS)]
+    made = planning.Plan(str(file.parent), samples.PLAN["configuration"], file.name, listed)
     return made.pictures(0)
 
 
@@ -178,7 +183,7 @@ PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str
         lambda file: judgement._read_pictures(str(file)),
         [*judgement.COLUMNS, "CIDEr"],
     ),
-    "part-0.parquet": (samples.captions, lambda file: batch.read_shard(str(file)), merging.COLUMNS),
+    "part-0.parquet": (samples.captions, lambda file: rows.read_shard(str(file)), merging.COLUMNS),
     "listing-0.parquet": (planned, read_listing_of_plan, ["uri"]),
     "table.parquet": (
         lambda: next(samples.of("table.parquet")),
@@ -277,12 +282,15 @@ def test_lists_of_pictures_that_are_none_are_refused(tmp_path: Path, ending: str
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+KINDS = {kind.__name__: kind for kind in map(cli.config_class, cli.COMMANDS.values())}
+
+
 @pytest.mark.parametrize("kind", samples.OPTIONS)
 def test_options_with_any_value_replaced_are_taken_or_refused(kind: str) -> None:
     options = samples.OPTIONS[kind]
     for name, strange in [(name, strange) for name in options for strange in STRANGE]:
         with contextlib.suppress(UserError):
-            getattr(config, kind).from_options(**{**options, name: strange}).key()
+            KINDS[kind].from_options(**{**options, name: strange}).key()
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

@@ -15,15 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model_lib import batch, checkpoint, merging, shards
-from model_lib.annotations import Rejected
-from model_lib.checkpoint import Checkpoints
-from model_lib.config import BatchConfig, IngestConfig, TrainConfig
+from model_lib.batch import merging, planning, rows
+from model_lib.batch.config import BatchConfig
+from model_lib.data import shards
 from model_lib.errors import WorkError
-from model_lib.ingest import ingest
-from model_lib.journal import Finished, Journal
-from model_lib.model import Captioner
-from model_lib.training import train
+from model_lib.ingest.annotations import Rejected
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.ingest.journal import Finished, Journal
+from model_lib.model.captioner import Captioner
+from model_lib.train import checkpoint
+from model_lib.train.checkpoint import Checkpoints
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
 from tests.attacks import samples
 from tests.attacks.lies import broken, fingerprint, refused, write
 
@@ -270,7 +274,7 @@ def test_captions_of_other_pictures_or_without_what_a_row_has_are_not_merged(
     captioned: tuple[BatchConfig, Path],
 ) -> None:
     config, out = captioned
-    made = batch.read_plan(str(out))
+    made = planning.read_plan(str(out))
     file = next(out.glob("captions/*.parquet"))
     table = pq.read_table(file)
     for column, value in (("uri", "x"), ("status", "x"), ("caption", None), ("score", None), ("status", "error")):
@@ -278,5 +282,5 @@ def test_captions_of_other_pictures_or_without_what_a_row_has_are_not_merged(
         pq.write_table(table.set_column(place, column, pa.array([value] * len(table), kind)), file)
         refused(lambda: merging.merge(made), Path(config.output), WorkError)
     for about in (b"[]", b"{}", b"x", b'{"seconds": "x"}'):
-        pq.write_table(table.replace_schema_metadata({batch.ABOUT: about}), file)
+        pq.write_table(table.replace_schema_metadata({rows.ABOUT: about}), file)
         refused(lambda: merging.merge(made), Path(config.output))

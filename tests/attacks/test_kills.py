@@ -10,9 +10,9 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib.registry import MODEL
+from model_lib.registry.registry import MODEL
 from tests.attacks.killed import killed
-from tests.model_lib.test_survival import RECIPE, curves, same_best
+from tests.model_lib.train.test_survival import RECIPE, curves, same_best
 
 KILLS = 50
 pytestmark = pytest.mark.soak
@@ -69,8 +69,8 @@ def test_evaluate(data: Path, finished: Path, tmp_path: Path) -> None:
 
 
 def test_register(data: Path, finished: Path, tmp_path: Path) -> None:
-    from model_lib.config import EvaluateConfig
-    from model_lib.evaluation import evaluate
+    from model_lib.evaluate.config import EvaluateConfig
+    from model_lib.evaluate.evaluation import evaluate
 
     evaluate(EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(tmp_path / "judged")))
     for output in rounds("register", {"evaluations": str(tmp_path / "judged")}, tmp_path, seed=4):

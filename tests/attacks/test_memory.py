@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib.shards import read_manifest
-from tests.model_lib.test_survival import same_best
+from model_lib.data.shards import read_manifest
+from tests.model_lib.train.test_survival import same_best
 
 GROUPS = Path("/sys/fs/cgroup")
 JOIN = 'echo $$ > "$0" && exec "$@"'

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from model_lib.config import EvaluateConfig, TrainConfig
 from model_lib.errors import WorkError
-from model_lib.evaluation import evaluate
-from model_lib.learning import Learner
-from model_lib.sending import IMPATIENCE
-from model_lib.tracking import MlflowTracking
-from model_lib.training import train
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.tracking.sending import IMPATIENCE
+from model_lib.tracking.server import MlflowTracking
+from model_lib.train.config import TrainConfig
+from model_lib.train.learning import Learner
+from model_lib.train.training import train
 from tests.services import Faults, faulty_proxy, free_port, mlflow_server
 
 
@@ -57,9 +58,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little patience, so that a test has it as well."""
-    monkeypatch.setattr("model_lib.sending.INTERVAL", 0.02)
-    monkeypatch.setattr("model_lib.sending.LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr("model_lib.sending.AT_START", 0.1)
+    monkeypatch.setattr("model_lib.tracking.sending.INTERVAL", 0.02)
+    monkeypatch.setattr("model_lib.tracking.sending.LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr("model_lib.tracking.sending.AT_START", 0.1)
     monkeypatch.setenv("CAPTIONER_PATIENCE", "0.1")
 
 
@@ -72,7 +73,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[],
         learned.append(step)
         return learn(learner, batch, pixels, step)
 
-    monkeypatch.setattr("model_lib.learning.Learner.learn", acting)
+    monkeypatch.setattr("model_lib.train.learning.Learner.learn", acting)
     return learned
 
 
@@ -206,12 +207,12 @@ def test_away_when_an_evaluation_is_logged_the_same_command_only_sends(
             evaluate(config, tracking)
         files = {file.name: file.read_bytes() for file in (tmp_path / "judged").iterdir()}
         assert {"scores.json", "results.json", "report.html", "pictures.parquet"} < files.keys()
-        patched.setattr("model_lib.captioning.caption_pixels", None)
+        patched.setattr("model_lib.model.captioning.caption_pixels", None)
         with pytest.raises(WorkError, match="is written, but"):
             evaluate(config, tracking)
     server.back()
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.captioning.caption_pixels", None)
+        patched.setattr("model_lib.model.captioning.caption_pixels", None)
         evaluation = evaluate(config, tracking)
     found = tracking.client.get_run(model.run_id).data.metrics
     assert evaluation.scores["CIDEr"] in found.values()

@@ -10,14 +10,17 @@ from subprocess import CompletedProcess
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import batch
 from model_lib.errors import UserError
-from model_lib.evaluation import evaluate
-from model_lib.ingest import ingest
-from model_lib.merging import batch
-from model_lib.tokens import train_tokenizer
-from model_lib.tracking import embedded_uri
-from model_lib.training import train
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.model.tokens import train_tokenizer
+from model_lib.tracking.server import embedded_uri
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
 from tests.conftest import small_model
 
 STRANGE = "-a b::c [d]*{e} ü図é #?%20 'q\" =f|g;$h~ \u202ertl\nnext"

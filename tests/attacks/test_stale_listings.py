@@ -9,12 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import storage
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
-from model_lib.evaluation import evaluate
-from model_lib.ingest import ingest
-from model_lib.merging import Summary, batch
-from model_lib.training import train
-from tests.model_lib.test_survival import stop_at
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import Summary, batch
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
+from tests.model_lib.train.test_survival import stop_at
 from tests.services import Faults, faulty_bucket
 
 AGE = 5.0

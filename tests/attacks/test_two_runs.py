@@ -1,30 +1,60 @@
-"""Two runs in one output folder at the same time: the second is refused in one line, and a kill leaves no lock."""
+"""Two runs in one output folder at the same time: the second is refused in one line, and a kill leaves no lock.
 
+In a bucket too, where a file is the lock, and one that its run does not change any more is none.
+"""
+
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from model_lib import UserError, storage
-from model_lib.batch import folder_of, resolved
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, TrainConfig
-from model_lib.evaluation import evaluate
-from model_lib.ingest import ingest
-from model_lib.merging import batch
-from model_lib.training import train
+from model_lib import UserError, holding, storage
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import batch
+from model_lib.batch.planning import folder_of, resolved
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.holding import held
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
+from tests.services import gcs_emulator
 
 HOLDS = """
 import sys, time
-from model_lib import storage
-with storage.held(sys.argv[1]):
+from model_lib.holding import held
+with held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
+"""
+
+BOTH = """
+import sys, threading
+from model_lib.errors import UserError
+from model_lib.holding import held
+done = threading.Barrier(2)
+
+def run():
+    try:
+        with held(sys.argv[1]):
+            done.wait()
+            print("held")
+    except UserError:
+        print("refused")
+        done.wait()
+
+for thread in [threading.Thread(target=run) for _ in range(2)]:
+    thread.start()
 """
 
 
@@ -67,8 +97,61 @@ def test_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
 
 def test_a_folder_that_was_held_is_free_again_also_after_a_failure(tmp_path: Path) -> None:
     for _ in range(2):
-        with pytest.raises(KeyError), storage.held(str(tmp_path)):
+        with pytest.raises(KeyError), held(str(tmp_path)):
             raise KeyError
-    with storage.held(str(tmp_path)), storage.held(str(tmp_path / "other")):
+    with held(str(tmp_path)), held(str(tmp_path / "other")):
         pass
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+# ---- buckets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket for this process and those that it starts."""
+    with pytest.MonkeyPatch.context() as patched, gcs_emulator("held", tmp_path_factory.mktemp("gcs")) as environment:
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        fsspec.filesystem("gs").clear_instance_cache()
+        yield "gs://held"
+
+
+def test_in_a_bucket_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
+    store: str, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "SILENCE", 20.0)
+    config = IngestConfig(dataset=str(scenes), output=f"{store}/data")
+    with another(f"{store}/data") as first:
+        with pytest.raises(UserError, match=f"process {first.pid} on {socket.gethostname()} is at work there; wait"):
+            ingest(config)
+        assert not storage.exists(f"{store}/data/manifest.json")
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert storage.exists(f"{store}/data/{holding.LOCK}")
+        ingest(config)
+    assert not storage.exists(f"{store}/data/{holding.LOCK}")
+
+
+def test_the_lock_of_a_machine_that_gives_no_sign_of_life_is_none(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "SILENCE", 0.5)
+    storage.write_json(f"{store}/far/.lock", {"who": "x", "host": "elsewhere", "pid": 1, "run": "a", "beats": 7})
+    with held(f"{store}/far"):
+        assert storage.read_json(f"{store}/far/.lock")["pid"] == os.getpid()
+    storage.write_bytes(f"{store}/far/.lock", b"no lock of ours")
+    with held(f"{store}/far"):
+        pass
+
+
+def test_of_two_that_begin_at_once_one_goes_on(store: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", BOTH, f"{store}/both"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and sorted(process.stdout.read().split()) == ["held", "refused"]
+
+
+def test_a_run_that_was_taken_for_dead_ends_when_another_took_over(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holding, "BEAT", 0.1)
+    with pytest.raises(KeyboardInterrupt), held(f"{store}/taken"):
+        there = storage.read_json(f"{store}/taken/.lock")
+        storage.write_json(f"{store}/taken/.lock", {**there, "run": "another"})
+        time.sleep(60)
+    assert json.loads(storage.read_bytes(f"{store}/taken/.lock"))["run"] == "another", "the lock of the other stays"

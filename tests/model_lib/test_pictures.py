@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from model_lib.model import normalise
+from model_lib.ingest.reducing import reduced
+from model_lib.model.captioner import normalise
 from model_lib.pictures import PictureError, augmented, open_picture, to_pixels
-from model_lib.reducing import reduced
 
 BROKEN = {
     "broken.png": "unreadable",

@@ -15,8 +15,12 @@ import pytest
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
-from model_lib.config import BatchConfig, EvaluateConfig, IngestConfig, RegisterConfig, TrainConfig
+from model_lib.batch.config import BatchConfig
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.ingest.config import IngestConfig
 from model_lib.options import StageConfig
+from model_lib.registry.config import RegisterConfig
+from model_lib.train.config import TrainConfig
 from pipelines import caption_bucket, train_captioner
 from pipelines.compile import CompileConfig, compile_all
 from tests.pipelines.kfp_server import parse_strictly

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import Captioner, generate_caption
-from model_lib.config import RegisterConfig
-from model_lib.registry import register
-from model_lib.tracking import require_mlflow, tracking_from_environment
-from tests.model_lib.test_promotion import judged
+from model_lib.registry.config import RegisterConfig
+from model_lib.registry.registry import register
+from model_lib.tracking.server import require_mlflow, tracking_from_environment
+from tests.model_lib.registry.test_promotion import judged
 
 Run = Callable[..., CompletedProcess]
 CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])

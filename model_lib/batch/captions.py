@@ -1,0 +1,146 @@
+"""Captioning a plan's shards: pictures are read and decoded ahead, and each shard's file is whole or not there."""
+
+import itertools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_lib import __version__, allowing, storage
+from model_lib.background import Background
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.listing import Picture
+from model_lib.batch.planning import Plan, read_plan
+from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
+from model_lib.errors import UserError, WorkError
+from model_lib.pictures import PictureError, open_picture, read_picture, require_readable, to_pixels
+from model_lib.progress import Progress
+
+if TYPE_CHECKING:
+    from model_lib.model.captioner import Captioner
+
+AHEAD = 4
+"""Batches that are read and decoded before the model asks for them."""
+PATIENCE = 60.0
+"""Seconds for which a picture is asked for again while its store fails."""
+
+
+def caption_shards(made: Plan, indices: Sequence[int], model: "Captioner") -> None:
+    """Caption the pictures of some shards and write their files, each whole or not at all.
+
+    Pictures are fetched and decoded ahead on threads, into the next shards too, and files are written on another, so
+    that the model waits for neither.
+    """
+    config = made.config
+    schema = pa.schema([*FIELDS, *(SEVERAL if config.num_captions > 1 else [])])
+    total = sum(made.shards[index].pictures for index in indices)
+    with Progress("caption", total, "pictures") as progress, Background() as writing:
+        began = time.monotonic()
+        for index, rows in _captioned(made, indices, model, progress):
+            seconds, began = time.monotonic() - began, time.monotonic()
+            about = {"version": __version__, "seconds": round(seconds, 3), "configuration": made.configuration}
+            table = pa.Table.from_pylist(rows, schema.with_metadata({ABOUT: json.dumps(about)}))
+            writing.start(partial(_write, table, made.captions(made.shards[index])))
+
+
+def _write(table: pa.Table, uri: str) -> None:
+    with storage.whole_file(uri) as part:
+        pq.write_table(table, part)
+
+
+def _captioned(
+    made: Plan, indices: Sequence[int], model: "Captioner", progress: Progress
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield each shard's rows, in order."""
+    config = made.config
+    with ThreadPoolExecutor(config.workers or 2 * (os.cpu_count() or 1)) as pool:
+        pictures = (picture for index in indices for picture in made.pictures(index))
+        loading = (pool.submit(_load, picture, model.image_size, config.images) for picture in pictures)
+        ahead = deque(itertools.islice(loading, AHEAD * config.batch_size))
+        for index in indices:
+            rows: list[dict[str, Any]] = []
+            while len(rows) < made.shards[index].pictures:
+                count = min(config.batch_size, made.shards[index].pictures - len(rows))
+                batch = [ahead.popleft() for _ in range(count)]
+                ahead.extend(itertools.islice(loading, count))
+                rows += _caption_batch(batch, model, config)
+                progress.advance(count)
+            yield index, rows
+
+
+def _caption_batch(batch: list[Future], model: "Captioner", config: BatchConfig) -> list[dict[str, Any]]:
+    from model_lib.model.captioning import caption_pixels
+
+    loaded = [future.result() for future in batch]
+    good = [pixels for _, pixels in loaded if pixels is not None]
+    captioned = iter(caption_pixels(model, np.stack(good), config) if good else [])
+    rows = []
+    for row, pixels in loaded:
+        if pixels is not None:
+            captions = next(captioned)
+            if config.rank:
+                captions = sorted(captions, key=lambda caption: -caption.score)
+            row.update(status="ok", caption=captions[0].text, score=captions[0].score)
+            row.update(captions=[one.text for one in captions], scores=[one.score for one in captions])
+        rows.append({**row, "model": config.model, "captioned_at": datetime.now(UTC)})
+    return rows
+
+
+def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Read and decode one picture: its row so far, and its pixels unless it cannot be used."""
+    row: dict[str, Any] = {"uri": picture.uri, "status": "error"}
+    try:
+        allowing.require_listed(picture.uri, source)
+        require_readable(picture.bytes)
+        content = storage.patiently(picture.uri, lambda: read_picture(picture.uri), PATIENCE)
+        row["bytes"] = len(content)
+        if _changed(picture, content):
+            raise PictureError("changed", "is another file than was listed; the next run captions it")
+        image = open_picture(content)
+        row.update(width=image.width, height=image.height)
+        return row, to_pixels(image, size)
+    except PictureError as error:
+        row["error"] = str(error)
+    except (UserError, WorkError) as error:
+        row["error"] = f"{_reason(error)}: {error}"
+    return row, None
+
+
+def _changed(picture: Picture, content: bytes) -> bool:
+    """Whether a picture is not the one that was listed: by its size and, here, by its time."""
+    if picture.bytes >= 0 and len(content) != picture.bytes:
+        return True
+    if not picture.version or not storage.is_local(picture.uri):
+        return False
+    return picture.version != str(os.stat(picture.uri).st_mtime)
+
+
+def _reason(error: UserError | WorkError) -> str:
+    cause = error.__cause__
+    if isinstance(error, allowing.NotAllowed):
+        return "not_allowed"
+    if isinstance(cause, PermissionError) or getattr(cause, "status", None) == 403 or "Forbidden" in str(cause):
+        return "forbidden"
+    return "missing" if isinstance(error, UserError) else "unreachable"
+
+
+def caption_planned(folder: str, index: int) -> None:
+    """Caption one shard of the plan in `folder`, unless its file is there."""
+    made = read_plan(folder)
+    if index in made.missing():
+        caption_shards(made, [index], load_model(made.config))
+
+
+def load_model(config: BatchConfig) -> "Captioner":
+    from model_lib.model.captioner import Captioner
+
+    return Captioner.from_pretrained(config.model, device=config.device, precision=config.precision)

@@ -1,0 +1,99 @@
+"""Which pictures there are: under a folder or a bucket's prefix, listed once, or in a list that somebody wrote."""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_lib import storage
+from model_lib.batch.config import BatchConfig
+from model_lib.errors import UserError, first_line
+from model_lib.pictures import EXTENSIONS
+
+LISTS = {".parquet", ".csv", ".txt"}
+"""Endings of files that list pictures."""
+COLUMNS = ("uri", "file", "file_name", "path")
+"""Names of the column that holds a list's pictures; without one of them it is the first."""
+
+
+@dataclass(frozen=True, order=True)
+class Picture:
+    """A picture as it was listed."""
+
+    uri: str
+    bytes: int = -1
+    """Of the file; -1: a list does not say."""
+    version: str = ""
+    """What tells two contents of the file apart, as its store names it; empty: a list does not say."""
+
+
+def list_pictures(config: BatchConfig) -> list[Picture]:
+    """Return the pictures that `config.images` stands for, each once, sorted by URI.
+
+    Raises:
+        UserError: there is no such folder or list, or no picture in it.
+    """
+    ending = PurePosixPath(config.images).suffix.lower()
+    from_list = ending in LISTS and not storage.is_folder(config.images)
+    pictures = _from_list(config.images, ending) if from_list else _below(config)
+    found = sorted({picture.uri: picture for picture in pictures}.values())
+    if not found:
+        what = "no pictures in it" if from_list else f"no pictures in it ({', '.join(sorted(EXTENSIONS))})"
+        patterns = "; look at --include and --exclude" if config.include or config.exclude else ""
+        raise UserError(f"{config.images}: {what}{patterns}")
+    return found
+
+
+def _below(config: BatchConfig) -> Iterable[Picture]:
+    fs, path = storage.filesystem(config.images)
+    if not storage.is_folder(config.images):
+        raise UserError(f"{config.images}: no such folder of pictures")
+    depth = None if config.recursive else 1
+    files = storage.patiently(config.images, lambda: fs.find(path, maxdepth=depth, detail=True))
+    inside = storage.absolute(config.output) + "/"
+    for name, info in files.items():
+        uri = name if storage.is_local(config.images) else fs.unstrip_protocol(name)
+        relative = name.removeprefix(path).lstrip("/")
+        if PurePosixPath(name).suffix.lower() not in EXTENSIONS or uri.startswith(inside):
+            continue
+        if config.include and not _matches(relative, config.include):
+            continue
+        if config.exclude and _matches(relative, config.exclude):
+            continue
+        yield Picture(storage.encodable(uri), int(info["size"]), "/".join(storage.version(info)))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a path, or its last part, matches a pattern such as "*.jpg" or "2024/*"."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(PurePosixPath(name).name, pattern) for pattern in patterns)
+
+
+def _from_list(uri: str, ending: str) -> Iterable[Picture]:
+    content = storage.read_bytes(uri)
+    try:
+        if ending == ".parquet":
+            table = pq.ParquetFile(io.BytesIO(content)).read()
+            names = table[_column(table.column_names)].to_pylist()
+        elif ending == ".csv":
+            rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
+            place = rows[0].index(_column(rows[0])) if rows else 0
+            headed = bool(rows) and rows[0][place] in COLUMNS
+            names = [row[place] for row in rows[1 if headed else 0 :] if len(row) > place]
+        else:
+            names = content.decode("utf-8-sig").splitlines()
+    except (pa.ArrowException, ValueError, LookupError, csv.Error, OSError) as error:
+        raise UserError(f"{uri}: is not a list of pictures as {ending[1:]}: {first_line(error)}") from error
+    folder = storage.absolute(uri).rpartition("/")[0]
+    for name in names:
+        text = str(name or "").strip()
+        if text:
+            yield Picture(text if "://" in text or text.startswith("/") else storage.join(folder, text))
+
+
+def _column(names: list[str]) -> str:
+    return next((name for name in COLUMNS if name in names), names[0])

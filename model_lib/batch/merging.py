@@ -1,0 +1,183 @@
+"""The end of captioning: every picture that was listed has its row; counts, a summary, and a page for people."""
+
+import base64
+import heapq
+import json
+import math
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from model_lib import storage
+from model_lib.batch.captions import caption_shards, load_model
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.planning import Plan, folder_of, plan, resolved
+from model_lib.batch.rows import ABOUT, read_shard
+from model_lib.errors import UserError, WorkError
+from model_lib.holding import held
+from model_lib.pages.page import render_page, thumbnail
+from model_lib.pictures import PictureError, open_picture, read_picture
+from model_lib.records import believing
+
+SHOWN = 60
+"""Captioned pictures in the report's gallery …"""
+WORST = 24
+"""… those with the lowest scores besides, and rows without a caption of each reason."""
+COLUMNS = ["uri", "status", "caption", "score", "error"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over the whole output."""
+
+    pictures: int
+    ok: int
+    errors: dict[str, int]
+    """Pictures without a caption, a reason."""
+    captions: str
+    """Folder of the Parquet files."""
+    report: str
+    """The page for people."""
+    model: str
+    pictures_per_second: float
+    """On one device, over all shards, with their reading and writing."""
+
+
+@dataclass
+class Notable:
+    """Rows that the report shows."""
+
+    gallery: list[dict[str, Any]] = field(default_factory=list)
+    worst: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+    failed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def batch(config: BatchConfig) -> Summary:
+    """Caption everything that `config.images` stands for, here and now.
+
+    Raises:
+        UserError: pictures, model or output cannot be used.
+    """
+    config = resolved(config)
+    model = load_model(config)
+    with held(folder_of(config)):
+        made = plan(config)
+        missing = made.missing()
+        if missing:
+            caption_shards(made, missing, model)
+        return merge(made)
+
+
+def merge(made: Plan) -> Summary:
+    """Check that every listed picture has its row, count them, and write summary.json, report.html and latest.json.
+
+    Raises:
+        WorkError: a shard is not captioned yet, or its file holds other pictures than were planned.
+    """
+    # A listing may be behind, so that what it does not show is looked for itself.
+    missing = [index for index in made.missing() if not storage.exists(made.captions(made.shards[index]))]
+    if missing:
+        raise WorkError(f"{made.folder}: {len(missing)} of {len(made.shards)} shards are not captioned; start again")
+    statuses, reasons, notable, seconds = Counter[str](), Counter[str](), Notable(), 0.0
+    rng, seen = random.Random(0), 0
+    for index, shard in enumerate(made.shards):
+        uri = made.captions(shard)
+        table = read_shard(uri, COLUMNS)
+        if table["uri"].to_pylist() != [picture.uri for picture in made.pictures(index)] or not _filled(table):
+            raise WorkError(f"{uri}: does not hold the planned pictures; remove it and start again")
+        with believing(uri, "captions that captioner batch wrote"):
+            seconds += float(json.loads((table.schema.metadata or {}).get(ABOUT, b'{"seconds": 0}'))["seconds"])
+        for row in table.to_pylist():
+            statuses[row["status"]] += 1
+            if row["status"] != "ok":
+                reason = row["error"].partition(":")[0]
+                reasons[reason] += 1
+                notable.failed.setdefault(reason, [])
+                if reasons[reason] <= WORST:
+                    notable.failed[reason].append(row)
+                continue
+            seen += 1
+            if seen <= SHOWN:
+                notable.gallery.append(row)
+            elif (place := rng.randrange(seen)) < SHOWN:  # each row with the same chance
+                notable.gallery[place] = row
+            score = row["score"] if math.isfinite(row["score"]) else -math.inf
+            heapq.heappush(notable.worst, (-score, row["uri"], row))
+            if len(notable.worst) > WORST:
+                heapq.heappop(notable.worst)
+    captions, report = storage.join(made.folder, "captions"), storage.join(made.folder, "report.html")
+    pictures, rate = statuses.total(), statuses.total() / seconds if seconds else 0.0
+    summary = Summary(
+        pictures=pictures,
+        ok=statuses["ok"],
+        errors=dict(reasons),
+        captions=captions,
+        report=report,
+        model=made.config.model,
+        pictures_per_second=round(rate, 3),
+    )
+    storage.write_bytes(report, _page(summary, made, notable).encode())
+    for uri in (storage.join(made.folder, "summary.json"), storage.join(made.config.output, "latest.json")):
+        storage.write_json(uri, asdict(summary))
+    return summary
+
+
+def _filled(table: pa.Table) -> bool:
+    """Return whether each row has its caption and score, or its error."""
+    rows = table.select(["status", "caption", "score", "error"]).to_pylist()
+    return all(
+        row["error"] is not None
+        if row["status"] == "error"
+        else row["status"] == "ok" and None not in (row["caption"], row["score"])
+        for row in rows
+    )
+
+
+def _page(summary: Summary, made: Plan, notable: Notable) -> str:
+    worst = [row for _, _, row in sorted(notable.worst, key=lambda entry: (-entry[0], entry[1]))]
+    gallery = sorted(notable.gallery, key=lambda row: str(row["uri"]))
+    with ThreadPoolExecutor(16) as pool:
+        rows = [*worst, *gallery]
+        for row, thumbnail in zip(rows, pool.map(lambda row: _thumbnail(row["uri"]), rows), strict=True):
+            row["thumbnail"] = thumbnail
+    return render_page(
+        "batch.html",
+        summary=summary,
+        images=made.config.images,
+        configuration=made.configuration,
+        gallery=gallery,
+        worst=worst,
+        failed=notable.failed,
+    )
+
+
+def _thumbnail(uri: str) -> str | None:
+    """Return a small picture for the page, or None if it is not there any more."""
+    try:
+        return base64.b64encode(thumbnail(open_picture(read_picture(uri)))).decode()
+    except (UserError, WorkError, PictureError):
+        return None
+
+
+def summary_markdown(summary: Summary) -> str:
+    """Return the summary as Markdown for the pipeline's page."""
+    lines = [f"## {summary.ok:,} of {summary.pictures:,} pictures captioned", "", f"`{summary.captions}`", ""]
+    lines += [f"by `{summary.model}`", ""]
+    if summary.errors:
+        lines += ["| without a caption | pictures |", "|---|---:|"]
+        lines += [f"| {reason} | {count:,} |" for reason, count in sorted(summary.errors.items())]
+    return "\n".join(lines) + "\n"
+
+
+def examples(captions: str, count: int) -> list[tuple[str, str]]:
+    """Return the first `count` captioned pictures' URIs and captions, from the folder of the Parquet files."""
+    found: list[tuple[str, str]] = []
+    for name in storage.list_names(captions):
+        for row in read_shard(storage.join(captions, name), ["uri", "caption"]).to_pylist():
+            if row["caption"] is not None:
+                found.append((row["uri"], row["caption"]))
+    return sorted(found)[:count]

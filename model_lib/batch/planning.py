@@ -1,0 +1,195 @@
+"""What is to be captioned: pictures listed once, in shards, without what is captioned already. Needs no torch."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_lib import storage
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.listing import Picture, list_pictures
+from model_lib.batch.rows import read_shard
+from model_lib.errors import UserError
+from model_lib.records import as_record, believing, require_columns, require_name
+
+if TYPE_CHECKING:
+    pass
+
+ANOTHER_TIME = ("unreachable", "changed")
+"""Reasons that may be gone the next time."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Pictures that are captioned together."""
+
+    file: str
+    """Name of its Parquet file."""
+    pictures: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be captioned, by what, in which shards."""
+
+    folder: str
+    """Where everything of this model and its options lies."""
+    configuration: dict[str, Any]
+    """The `BatchConfig`, its model named so that it means the same later."""
+    listing: str
+    """Name of the file that holds the shards' pictures."""
+    shards: list[Shard]
+
+    @property
+    def config(self) -> BatchConfig:
+        return BatchConfig.from_options(**self.configuration)
+
+    def pictures(self, index: int) -> list[Picture]:
+        """Return the pictures of a shard."""
+        uri = storage.join(self.folder, self.listing)
+        fs, path = storage.filesystem(uri)
+
+        def read() -> list[dict[str, Any]]:
+            with fs.open(path, "rb") as file:
+                parquet = pq.ParquetFile(file)
+                require_columns(parquet.schema_arrow, {"uri": "text", "bytes": "whole number", "version": "text"})
+                return list(parquet.read_row_group(index).to_pylist())
+
+        with believing(uri, "the listing of a plan that captioner batch wrote"):
+            pictures = [as_record(Picture, row) for row in storage.patiently(uri, read)]
+            if len(pictures) != self.shards[index].pictures:
+                raise ValueError(f"row group {index} has {len(pictures)} pictures, not {self.shards[index].pictures}")
+        return pictures
+
+    def captions(self, shard: Shard) -> str:
+        """Return the URI of a shard's captions."""
+        return storage.join(self.folder, "captions", shard.file)
+
+    def missing(self) -> list[int]:
+        """Return the shards that are still to be captioned."""
+        there = set(storage.list_names(storage.join(self.folder, "captions")))
+        return [index for index, shard in enumerate(self.shards) if shard.file not in there]
+
+
+def read_plan(folder: str) -> Plan:
+    """Read the plan in `folder`; `UserError` if there is none."""
+    uri = storage.join(folder, "plan.json")
+    document = storage.patiently(uri, lambda: storage.read_json(uri))
+    with believing(uri, "a plan that captioner batch wrote"):
+        made = as_record(Plan, {**document, "folder": folder})
+        for name in (made.listing, *(shard.file for shard in made.shards)):
+            require_name(name)
+        try:
+            made.config  # noqa: B018  refuses options that this version does not have
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return made
+
+
+def resolved(config: BatchConfig) -> BatchConfig:
+    """Return the configuration with its model named so that it means the same later: an alias as its version."""
+    from model_lib.model.sources import lasting_source
+
+    return replace(config, model=lasting_source(config.model))
+
+
+def folder_of(config: BatchConfig) -> str:
+    """Return where everything of a `resolved` configuration's model and options lies."""
+    name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
+    return storage.join(config.output, f"{name}-{config.key()[:8]}")
+
+
+def plan(config: BatchConfig) -> Plan:
+    """List the pictures once, and leave in the output what is to be done and what is done already.
+
+    Args:
+        config: as `resolved` returns it.
+
+    Raises:
+        UserError: there are no pictures, or the output cannot be written.
+    """
+    pictures = list_pictures(config)
+    folder = folder_of(config)
+    storage.require_writable(folder)
+    wanted = {picture.uri: picture for picture in pictures}
+    kept = _kept(folder, wanted) if storage.exists(storage.join(folder, "plan.json")) else []
+    groups = [*kept, *_split(list(wanted.values()), config)]
+    listing = f"listing-{_digest([_digest(group) for group in groups])}.parquet"
+    with storage.whole_file(storage.join(folder, listing)) as part:
+        schema = pa.schema([("uri", pa.string()), ("bytes", pa.int64()), ("version", pa.string())])
+        with pq.ParquetWriter(part, schema) as writer:
+            for group in groups:
+                writer.write_table(pa.Table.from_pylist([asdict(picture) for picture in group], schema), len(group))
+    shards = [Shard(f"part-{_digest(group)}.parquet", len(group)) for group in groups]
+    made = Plan(folder, config.to_dict(), listing, shards)
+    document = {name: value for name, value in asdict(made).items() if name != "folder"}
+    storage.write_json(storage.join(folder, "plan.json"), document)
+    _remove_strangers(made)
+    return made
+
+
+def _digest(parts: Sequence[Picture | str]) -> str:
+    return hashlib.sha256(json.dumps(list(parts), default=asdict).encode()).hexdigest()[:16]
+
+
+def _split(pictures: list[Picture], config: BatchConfig) -> Iterator[list[Picture]]:
+    """Split pictures into shards by count and by bytes."""
+    group: list[Picture] = []
+    size = 0
+    for picture in pictures:
+        size += max(0, picture.bytes)
+        if group and (len(group) == config.shard_pictures or size > config.shard_mb * 1_000_000):
+            yield group
+            group, size = [], max(0, picture.bytes)
+        group.append(picture)
+    if group:
+        yield group
+
+
+def _kept(folder: str, wanted: dict[str, Picture]) -> list[list[Picture]]:
+    """Return the shards of the plan before that stay, and take their pictures out of `wanted`.
+
+    A shard that is not captioned stays if it is wanted as it was. One that is stays with the pictures that are still
+    wanted and need not be tried another time: if that is not all, its file is written again with their rows.
+    """
+    before, kept = read_plan(folder), []
+    missing = set(before.missing())
+    for index, shard in enumerate(before.shards):
+        pictures = before.pictures(index)
+        table = None if index in missing else read_shard(before.captions(shard))
+        again = set() if table is None else _another_time(table)
+        stay = [picture for picture in pictures if wanted.get(picture.uri) == picture and picture.uri not in again]
+        if not stay or (table is None and stay != pictures):
+            continue
+        if stay != pictures and table is not None:
+            rows = pa.array(uri in {picture.uri for picture in stay} for uri in table["uri"].to_pylist())
+            name = f"part-{_digest(stay)}.parquet"
+            with storage.whole_file(storage.join(folder, "captions", name)) as part:
+                pq.write_table(table.filter(rows), part)
+        for picture in stay:
+            del wanted[picture.uri]
+        kept.append(stay)
+    return kept
+
+
+def _another_time(table: pa.Table) -> set[str]:
+    """Return the pictures whose row may be better the next time."""
+    pairs = zip(table["uri"].to_pylist(), table["error"].to_pylist(), strict=True)
+    return {uri for uri, error in pairs if error is not None and error.startswith(ANOTHER_TIME)}
+
+
+def _remove_strangers(made: Plan) -> None:
+    """Remove what plans before left: captions of shards that are no more, and their listings."""
+    captions = storage.join(made.folder, "captions")
+    known = {shard.file for shard in made.shards}
+    for name in storage.list_names(captions):
+        if name not in known and name.startswith("part-"):
+            storage.remove(storage.join(captions, name))
+    for name in storage.list_names(made.folder):
+        if name.startswith("listing-") and name != made.listing:
+            storage.remove(storage.join(made.folder, name))

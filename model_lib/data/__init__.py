@@ -1,0 +1,1 @@
+"""The data set on disk: what ingest wrote, read back in batches."""

@@ -1,0 +1,262 @@
+"""Captions and their pictures, turned into Parquet shards and a manifest.
+
+    captioner ingest --dataset coco --output data
+    captioner ingest --annotations my.json --images my_pictures --output data
+
+What cannot be used goes to `quarantine.parquet` with its reason and the rest goes on. The same input and options give
+the same bytes, whatever the number of workers, and however often it was killed in between.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from model_lib import storage
+from model_lib.data.shards import FORMAT_VERSION, Manifest, Shard
+from model_lib.errors import UserError
+from model_lib.holding import held
+from model_lib.ingest.annotations import Entry, Listing, Rejected, read_listing
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.journal import Finished, Journal, sha256_of, shard_name
+from model_lib.ingest.reducing import original, reduced
+from model_lib.pictures import PictureError
+from model_lib.progress import Progress
+
+log = logging.getLogger(__name__)
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),
+        ("split", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image", pa.binary()),
+        ("captions", pa.list_(pa.string())),
+        ("sha256", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema([("file_name", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+ROW_GROUP = 256
+"""Pictures a row group: the unit that a training loader reads and shuffles by."""
+AHEAD = 32
+"""Pictures a worker that may wait until those before them are stored: enough to go on while a row group is written."""
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""mallopt's names: from which size on memory comes from the system by itself, and how much may lie unused."""
+Row = dict[str, Any]
+Result = tuple[Row, str] | Rejected
+"""A picture's row with the digest of its content, or why it has none."""
+
+
+def _store(entry: Entry, config: IngestConfig) -> Result:
+    """Read, decode, reduce and encode one picture."""
+    try:
+        content = entry.place.read(entry.file_name)
+        if config.store == "original":
+            stored = original(content)
+        else:
+            stored = reduced(content, config.shortest_side, config.jpeg_quality)
+    except UserError as error:
+        return Rejected(entry.file_name, "missing", str(error))
+    except PictureError as error:
+        return Rejected(entry.file_name, error.reason, error.detail)
+    row = {
+        "image_id": entry.image_id,
+        "file_name": entry.file_name,
+        "split": entry.split,
+        "width": stored.width,
+        "height": stored.height,
+        "image": stored.content,
+        "captions": list(entry.captions),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "source": entry.uri,
+    }
+    digest = hashlib.sha256(stored.content).hexdigest()
+    return row, repr((entry.image_id, entry.file_name, digest, row["sha256"], row["captions"]))
+
+
+def _in_order(entries: Iterable[Entry], config: IngestConfig) -> Iterator[Result]:
+    """Store entries on threads (codecs work outside the interpreter's lock), results in order, memory bounded."""
+    workers = config.workers or os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future] = deque()
+    try:
+        for entry in entries:
+            pending.append(pool.submit(_store, entry, config))
+            if len(pending) > AHEAD * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _ShardFile:
+    """A shard that is being written, a row group at a time.
+
+    Args:
+        path: to write to.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        # Pictures are all different: a dictionary of them would only be thrown away.
+        self.writer = pq.ParquetWriter(
+            path, SCHEMA, compression="zstd", use_dictionary=["split"], write_page_checksum=True
+        )
+        self.group: list[Row] = []
+        self.rows = self.pictures = 0
+        self.content = hashlib.sha256()
+
+    def add(self, row: Row, digest: str) -> None:
+        self.group.append(row)
+        self.rows += 1
+        self.pictures += len(row["image"])
+        self.content.update(digest.encode())
+        if len(self.group) == ROW_GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.group:
+            self.writer.write_table(pa.Table.from_pylist(self.group, SCHEMA), row_group_size=ROW_GROUP)
+            self.group = []
+
+    def close(self, uri: str, split: str) -> Shard:
+        """Finish the file and return what the manifest says of it."""
+        self.flush()
+        self.writer.close()
+        size = self.path.stat().st_size
+        return Shard(uri=uri, split=split, rows=self.rows, bytes=size, sha256=sha256_of(self.path))
+
+
+def _write_shard(
+    results: Iterator[tuple[int, Result]], rejected: list[Rejected], name: str, split: str, config: IngestConfig
+) -> Finished | None:
+    """Write the next shard of a split, or return None if no usable picture is left; add to `rejected` on the way."""
+    for first in results:  # a shard without rows is none
+        if not isinstance(first[1], Rejected):
+            break
+        rejected.append(first[1])
+    else:
+        return None
+    with storage.whole_file(storage.join(config.output, name)) as part:
+        file = _ShardFile(part)
+        for place, result in chain([first], results):
+            end = place + 1
+            if isinstance(result, Rejected):
+                rejected.append(result)
+                continue
+            file.add(*result)
+            if file.pictures >= config.shard_mb * 1_000_000:
+                break
+        shard = file.close(name, split)
+    return Finished(shard, end, file.content.hexdigest(), list(rejected))
+
+
+def _write_split(
+    split: str, entries: list[Entry], config: IngestConfig, journal: Journal, progress: Progress
+) -> tuple[list[Finished], list[Rejected]]:
+    """Write the shards of a split that are not there yet; return all of them, and what could not be used."""
+    finished = list(journal.read(split, len(entries)))
+    start = finished[-1].end if finished else 0
+    progress.resume(start)
+
+    def counted() -> Iterator[tuple[int, Result]]:
+        for place, result in enumerate(_in_order(entries[start:], config), start):
+            progress.advance()
+            yield place, result
+
+    results, rejected = counted(), list[Rejected]()
+    while (made := _write_shard(results, rejected, shard_name(split, len(finished)), split, config)) is not None:
+        journal.write(made)
+        finished.append(made)
+        rejected.clear()
+    return finished, [row for one in finished for row in one.rejected] + rejected
+
+
+def ingest(config: IngestConfig) -> Manifest:
+    """Write shards, quarantine and, last, the manifest; return the manifest.
+
+    Raises:
+        UserError: the input is not what it should be, has no usable picture, or the output cannot be written.
+    """
+    _keep_memory()
+    listing = read_listing(config)
+    with held(config.output):
+        return _ingest(config, listing)
+
+
+def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
+    storage.remove(storage.join(config.output, "manifest.json"))  # a half-done ingest is not a data set
+    journal = Journal(config.output, config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP)))
+    splits: dict[str, list[Entry]] = {}
+    for entry in listing.entries:
+        splits.setdefault(entry.split, []).append(entry)
+    finished: dict[str, list[Finished]] = {}
+    quarantine = list(listing.rejected)
+    with Progress("ingest", len(listing.entries), "pictures") as progress:
+        for split in sorted(splits):
+            made, rejected = _write_split(split, splits[split], config, journal, progress)
+            quarantine += rejected
+            if made:
+                finished[split] = made
+    reasons = dict(Counter(row.reason for row in quarantine))
+    if not finished:
+        said = ", ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "the list is empty"
+        raise UserError(f"{', '.join(listing.names)}: no usable picture among {len(quarantine)} listed ({said})")
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        shards=[one.shard for made in finished.values() for one in made],
+        counts={split: sum(one.shard.rows for one in made) for split, made in finished.items()},
+        quarantined=reasons,
+        fingerprint=_fingerprint(config, finished),
+        configuration=config.to_dict(),
+        uri=storage.absolute(config.output),
+        cleaned_captions=listing.cleaned,
+    )
+    _conclude(config.output, manifest, quarantine)
+    journal.close()
+    return manifest
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what it frees: else each picture's pixels are new memory, whose pages threads queue up for."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
+
+
+def _conclude(output: str, manifest: Manifest, quarantine: list[Rejected]) -> None:
+    """Write quarantine and manifest; remove an earlier ingest's shards, which whoever reads *.parquet would take."""
+    with storage.whole_file(storage.join(output, "quarantine.parquet")) as part:
+        pq.write_table(pa.Table.from_pylist([vars(row) for row in quarantine], QUARANTINE_SCHEMA), part)
+    named = {shard.uri for shard in manifest.shards}
+    for name in storage.list_names(output):
+        if re.fullmatch(r"(train|val|test)-\d{5}\.parquet", name) and name not in named:
+            storage.remove(storage.join(output, name))
+    storage.write_json(storage.join(output, "manifest.json"), manifest.to_dict())
+    if manifest.cleaned_captions:
+        log.warning("%d captions lost control characters", manifest.cleaned_captions)
+
+
+def _fingerprint(config: IngestConfig, finished: dict[str, list[Finished]]) -> str:
+    """Digest the pictures, their captions and the options that shaped them, not where they came from or lie."""
+    shaping = [config.split, config.store, config.shard_mb]
+    if config.store == "reduced":
+        shaping += [config.shortest_side, config.jpeg_quality]
+    content = [(split, [one.content for one in made]) for split, made in finished.items()]
+    return hashlib.sha256(repr((FORMAT_VERSION, shaping, content)).encode()).hexdigest()

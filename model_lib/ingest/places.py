@@ -1,0 +1,155 @@
+"""Where pictures and lists of them lie: a folder, an address, or a zip archive that is read without unpacking it."""
+
+import contextlib
+import errno
+import io
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from model_lib import storage
+from model_lib.errors import UserError, first_line
+from model_lib.pictures import PictureError, read_picture, require_readable
+
+BOMB_SIZE, BOMB_RATIO = 2**28, 100
+"""A list of pictures is refused that is larger than this when inflated, and so many times its size in the archive."""
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Raise as `BadZipFile` whatever Python's reader of zip archives raises on what is none, or damaged."""
+    try:
+        yield
+    except zipfile.BadZipFile:
+        raise
+    except (zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError, OverflowError) as error:
+        raise zipfile.BadZipFile(first_line(error)) from error  # RuntimeError: encrypted, or packed in an unknown way
+    except OSError as error:
+        if error.errno != errno.EINVAL and str(error) != "Invalid data stream":  # an offset before the start; bz2's
+            raise
+        raise zipfile.BadZipFile(first_line(error)) from error
+
+
+class Folder:
+    """Pictures of a folder, bucket or web server.
+
+    Args:
+        root: path or URI that names are appended to.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.local = Path(storage.filesystem(root)[1]) if storage.is_local(root) else None
+
+    def uri(self, name: str) -> str:
+        return storage.join(self.root, name)
+
+    def read(self, name: str) -> bytes:
+        """Return a picture's bytes; `UserError` if it is missing."""
+        uri = self.uri(name)
+        if self.local is not None:
+            return read_picture(str(self.local / name))
+        return storage.patiently(uri, lambda: read_picture(uri))
+
+
+class Archive:
+    """Pictures of a zip archive, by their names in it, or in the folder that it is named after.
+
+    Args:
+        root: path or URI of the archive.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.zip = open_zip(root)
+        self.top = Path(root).stem
+
+    def uri(self, name: str) -> str:
+        """Return the address that fsspec understands."""
+        return f"zip://{self._member(name)}::{self.root}"
+
+    def read(self, name: str) -> bytes:
+        """Return a picture's bytes, checked against the archive's CRC; `UserError` if it is missing."""
+        try:
+            info = self.zip.getinfo(self._member(name))
+            require_readable(info.file_size)
+            with _damage(), self.zip.open(info) as file:
+                return file.read(info.file_size + 1)  # of a member that is larger than it says, no more is inflated
+        except KeyError as error:
+            raise UserError(f"{self.root}: has no {name}") from error
+        except zipfile.BadZipFile as error:
+            raise PictureError("unreadable", f"damaged in the archive: {first_line(error)}") from error
+
+    def _member(self, name: str) -> str:
+        inside = f"{self.top}/{name}"
+        return inside if name not in self.zip.NameToInfo and inside in self.zip.NameToInfo else name
+
+
+Place = Folder | Archive
+
+
+def open_zip(uri: str) -> zipfile.ZipFile:
+    """Open a zip archive for several threads; `UserError` if it is missing or damaged."""
+    if not storage.exists(uri):
+        raise UserError(f"{uri}: no such file")
+    fs, path = storage.filesystem(uri)
+    try:
+        with _damage():
+            return zipfile.ZipFile(path if storage.is_local(uri) else fs.open(path, "rb"))
+    except (zipfile.BadZipFile, IsADirectoryError) as error:
+        raise UserError(f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew") from error
+
+
+def pictures_at(uri: str) -> Place:
+    """Return the pictures at a folder, address or zip archive; `UserError` if it is not there."""
+    if uri.lower().endswith(".zip"):
+        return Archive(uri)
+    if not uri.startswith(("http://", "https://")) and not storage.is_folder(uri):  # the web knows no folders
+        raise UserError(f"{uri}: no such folder of pictures")
+    return Folder(uri)
+
+
+class _Member(io.RawIOBase):
+    """A member of an archive; damage is a `UserError` where it is read."""
+
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self.file, self.uri = file, uri
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            with _damage():
+                content = self.file.read(len(buffer))
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{self.uri}: is damaged in the archive ({first_line(error)}); fetch it anew") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+
+@contextlib.contextmanager
+def opened(uri: str) -> Iterator[IO[bytes]]:
+    """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to end."""
+    if uri.startswith("zip://"):
+        member, _, archive = uri.removeprefix("zip://").partition("::")
+        with open_zip(archive) as zipped:
+            try:
+                info = zipped.getinfo(member)
+                if info.file_size > max(BOMB_SIZE, BOMB_RATIO * info.compress_size):
+                    raise zipfile.BadZipFile(
+                        f"{info.compress_size:,} bytes that say they are {info.file_size:,}: a zip bomb"
+                    )
+                with _damage():
+                    file = zipped.open(info)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise UserError(f"{archive}: {member} cannot be read ({first_line(error)})") from error
+            with file:
+                yield io.BufferedReader(_Member(file, uri))
+    else:
+        with storage.local_file(uri) as path, path.open("rb") as file:
+            yield file

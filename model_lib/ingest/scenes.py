@@ -1,0 +1,217 @@
+"""Generated scenes: a small COCO-format data set from which a tiny model can really learn to look.
+
+Coloured shapes, large or small, one to three of a kind or two in a spatial relation, on varied backgrounds, with
+five differently worded captions each. Some combinations of size, colour and shape occur only in the validation
+pictures: a model that names them has learned to see each apart, and no picture by heart.
+"""
+
+import io
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from model_lib import storage
+from model_lib.ingest.config import ScenesConfig
+
+Colour = tuple[int, int, int]
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (35, 85, 205),
+    "yellow": (248, 214, 40),
+    "purple": (130, 50, 165),
+    "orange": (245, 130, 30),
+    "pink": (250, 150, 190),
+    "brown": (120, 75, 40),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+BACKGROUNDS = {"white": (244, 244, 244), "gray": (188, 188, 188), "beige": (232, 214, 178)}
+OUTLINE = (20, 20, 20)
+"""Every shape has the same dark line, so that its form shows whatever its colour and ground."""
+RADIUS = {"small": 0.13, "large": 0.22}
+"""Radius as a share of the picture's side."""
+JITTER = 0.03
+"""How far a place may lie from the middle of its quarter."""
+HELD_OUT = {
+    (size, colour, shape)
+    for s, size in enumerate(RADIUS)
+    for c, colour in enumerate(COLOURS)
+    for n, shape in enumerate(SHAPES)
+    if (3 * s + c + n) % len(SHAPES) == 0
+}
+"""Combinations that training never shows: of each colour, one shape in small and another in large."""
+NUMBERS = {2: "two", 3: "three"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn kind of object."""
+
+    size: str
+    colour: str
+    shape: str
+
+    @property
+    def one(self) -> str:
+        return f"a {self.size} {self.colour} {self.shape}"
+
+    @property
+    def plain(self) -> str:
+        return f"a {self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: `count` of `first`, or `first` beside `second` in `relation` to it."""
+
+    background: str
+    first: Thing
+    count: int = 1
+    second: Thing | None = None
+    relation: str = ""
+
+    def captions(self) -> list[str]:
+        """Return five descriptions in different words."""
+        first, second, ground = self.first, self.second, self.background
+        if second is not None:
+            inverse = {"left of": "right of", "above": "below"}[self.relation]
+            return [
+                f"{first.one} {self.relation} {second.one}",
+                f"{second.one} is {inverse} {first.one}",
+                f"there is {first.plain} {self.relation} {second.plain} on {ground}",
+                f"a {ground} background with {first.plain} and {second.plain}",
+                f"a picture of {first.one} and {second.one}",
+            ]
+        if self.count > 1:
+            number = NUMBERS[self.count]
+            kind = f"{first.colour} {first.shape}{'es' if first.shape.endswith('s') else 's'}"
+            return [
+                f"{number} {first.size} {kind} on a {ground} background",
+                f"{number} {kind} on {ground}",
+                f"there are {number} {first.size} {kind}",
+                f"a {ground} background with {number} {kind}",
+                f"a picture of {number} {first.size} {kind}",
+            ]
+        return [
+            f"{first.one} on a {ground} background",
+            f"{first.plain} on {ground}",
+            f"there is {first.one}",
+            f"a {ground} background with {first.plain}",
+            f"a picture of {first.one}",
+        ]
+
+
+def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
+    """Draw a scene's content; with `held_out` its first thing is a combination that training never sees."""
+
+    def thing(from_held_out: bool) -> Thing:
+        while True:
+            made = rng.choice(list(RADIUS)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+            if (made in HELD_OUT) == from_held_out:
+                return Thing(*made)
+
+    background, first = rng.choice(list(BACKGROUNDS)), thing(held_out)
+    if rng.random() < 0.5:
+        return Scene(background, first, rng.randint(1, 3))
+    second = thing(False)
+    while (second.colour, second.shape) == (first.colour, first.shape):
+        second = thing(False)
+    pair = (first, second) if rng.random() < 0.5 else (second, first)
+    return Scene(background, pair[0], second=pair[1], relation=rng.choice(("left of", "above")))
+
+
+def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:
+    """Return the corners of a star-like polygon in the unit circle: at radius 1 and, between them, at `inner`."""
+    corners = []
+    for corner in range(2 * points):
+        angle, reach = turn + math.pi * corner / points, inner if corner % 2 else 1.0
+        corners.append((reach * math.sin(angle), -reach * math.cos(angle)))
+    return corners
+
+
+def _plus(arm: float) -> list[tuple[float, float]]:
+    """Return the corners of a cross in the unit square, its arms `arm` wide to each side."""
+    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+    return [corner for turn in range(4) for corner in (_quarter_turns(x, y, turn) for x, y in quarter)]
+
+
+def _quarter_turns(x: float, y: float, count: int) -> tuple[float, float]:
+    for _ in range(count):
+        x, y = -y, x
+    return x, y
+
+
+POLYGONS = {
+    "square": _star(4, math.sqrt(0.5), math.pi / 4),
+    "triangle": _star(3, 0.5),
+    "star": _star(5, 0.42),
+    "cross": _plus(0.36),
+}
+"""Corners about the centre, in units of the radius; the other shapes are round."""
+
+
+def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, ground: Colour) -> None:
+    fill, line = COLOURS[thing.colour], max(2, round(radius * 0.11))
+    if thing.shape in POLYGONS:
+        corners = [(x + radius * a, y + radius * b) for a, b in POLYGONS[thing.shape]]
+        canvas.polygon(corners, fill=fill, outline=OUTLINE, width=line)
+        return
+    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=OUTLINE, width=line)
+    if thing.shape == "ring":
+        hole = radius * 0.5
+        canvas.ellipse((x - hole, y - hole, x + hole, y + hole), fill=ground, outline=OUTLINE, width=line)
+
+
+def _places(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float]]:
+    """Return each object with the centre of its place, as shares of the side: near the middle of a quarter."""
+
+    def near(quarter: int) -> float:
+        return 0.25 + 0.5 * quarter + rng.uniform(-JITTER, JITTER)
+
+    if scene.second is not None:
+        line = rng.randrange(2)
+        places = [(0, line), (1, line)] if scene.relation == "left of" else [(line, 0), (line, 1)]
+        things = [scene.first, scene.second]
+    else:
+        places = rng.sample([(0, 0), (1, 0), (0, 1), (1, 1)], scene.count)
+        things = [scene.first] * scene.count
+    return [(thing, near(x), near(y)) for thing, (x, y) in zip(things, places, strict=True)]
+
+
+def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
+    """Draw a scene as an RGB picture of `size` x `size` pixels, on a slightly varied background."""
+    scale = 2  # drawn larger and reduced, for smooth edges
+    shade = rng.randint(-10, 10)
+    red, green, blue = (max(0, min(255, value + shade)) for value in BACKGROUNDS[scene.background])
+    ground = (red, green, blue)
+    image = Image.new("RGB", (size * scale, size * scale), ground)
+    canvas = ImageDraw.Draw(image)
+    for thing, x, y in _places(scene, rng):
+        radius = RADIUS[thing.size] * rng.uniform(0.93, 1.07)
+        side = size * scale
+        _draw_thing(canvas, thing, x * side, y * side, radius * side, ground)
+    return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def make_scenes(config: ScenesConfig) -> None:
+    """Write the data set in COCO's layout under `config.output`; the same configuration writes the same bytes."""
+    storage.require_writable(config.output)
+    for split, count, held_out in (("train", config.train, False), ("val", config.val, True)):
+        rng = random.Random(f"{config.seed}/{split}")
+        storage.remove(storage.join(config.output, f"{split}2017"))  # pictures of an earlier, larger set
+        images: list[dict] = []
+        annotations: list[dict] = []
+        for number in range(1, count + 1):
+            scene = draw_scene(rng, held_out=held_out)
+            encoded = io.BytesIO()
+            render(scene, config.size, rng).save(encoded, "JPEG", quality=92)
+            name = f"{number:012d}.jpg"
+            storage.write_bytes(storage.join(config.output, f"{split}2017", name), encoded.getvalue())
+            images.append({"id": number, "file_name": name, "width": config.size, "height": config.size})
+            for caption in scene.captions():
+                annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": caption})
+        document = {"info": {"description": "generated scenes"}, "images": images, "annotations": annotations}
+        storage.write_json(storage.join(config.output, "annotations", f"captions_{split}2017.json"), document)

@@ -1,0 +1,1 @@
+"""The captioner: its network and weights, words to numbers, and how captions are decoded."""

@@ -1,0 +1,64 @@
+"""Where the model looked for each word: a picture with the attention laid over it, word by word, as one HTML file."""
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model_lib.model.captioner import Captioner
+from model_lib.model.captioning import Caption, load_pixels
+from model_lib.pages.page import render_page
+
+
+def word_attention(model: Captioner, pixels: np.ndarray, caption: Caption) -> list[tuple[str, np.ndarray]]:
+    """Return each word of a caption with its attention over the picture's patches.
+
+    Args:
+        model: the captioner.
+        pixels: the model's view of the picture, uint8 [3, image_size, image_size].
+        caption: what the model said of it.
+
+    Returns:
+        For each word its text and float32 [P, P], the mean over its tokens, layers and heads; P patches a side. They
+        sum to less than one: the rest is on CLIP's class token.
+    """
+    end = model.tokenizer.eos_token_id
+    fed = torch.tensor([[[end, *caption.tokens[:-1]]]], device=model.device)
+    with torch.inference_mode():
+        features = model.encode(torch.from_numpy(pixels).unsqueeze(0).to(model.device))
+        maps = model.attention(features, fed)[0, 0, :, 1:].cpu().numpy()
+    side = round(maps.shape[1] ** 0.5)
+    words: list[tuple[str, list[np.ndarray]]] = []
+    for token, weights in zip(caption.tokens, maps.reshape(-1, side, side), strict=True):
+        text = model.tokenizer.decode([token])
+        if token == end:
+            continue
+        if words and not text.startswith(" "):  # GPT-2's tokens carry the space before a word
+            words[-1] = (words[-1][0] + text, [*words[-1][1], weights])
+        else:
+            words.append((text, [weights]))
+    return [(text.strip(), np.mean(weights, axis=0)) for text, weights in words]
+
+
+def render_explanation(model: Captioner, captions: Sequence[tuple[object, Caption]]) -> str:
+    """Return an HTML page for pictures and their captions, without anything loaded from elsewhere."""
+    shown = []
+    for image, caption in captions:
+        pixels = load_pixels(image, model.image_size)
+        looked = word_attention(model, pixels, caption)
+        words = [(text, _overlay(pixels.transpose(1, 2, 0), weights)) for text, weights in looked]
+        shown.append({"name": str(image), "caption": caption.text, "words": words})
+    return render_page("explain.html", captions=shown)
+
+
+def _overlay(pixels: np.ndarray, weights: np.ndarray) -> str:
+    """Return a data URI of the picture, uint8 [size, size, 3], bright where the weights [P, P] are largest."""
+    scaled = weights / max(float(weights.max()), 1e-9)
+    light = Image.fromarray((scaled * 255).astype(np.uint8)).resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)
+    strength = 0.25 + 0.75 * np.asarray(light, dtype=np.float32)[..., None] / 255
+    out = io.BytesIO()
+    Image.fromarray((pixels * strength).astype(np.uint8)).save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,60 @@
+"""Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry. Needs no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from model_lib import storage
+from model_lib.errors import UserError
+
+
+def folder_or_hub_name(source: str) -> str:
+    """Return a local folder for a path or URI, and a hub name unchanged."""
+    if "://" in source:
+        return storage.local_folder(source)
+    if source.startswith((".", "/", "~")) or Path(source).exists():
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{source}: no such folder")
+        return str(folder)
+    if source.count("/") > 1:
+        raise UserError(f"{source}: no such folder, and not a hub name of the form owner/name")
+    return source
+
+
+def resolve_captioner(source: str) -> str:
+    """Return a local folder (or a hub name) that holds a captioner; `UserError` if it does not."""
+    source = str(source)
+    if source.startswith("models:/"):
+        from model_lib.tracking.model_uris import download_model
+
+        return download_model(source)
+    folder = folder_or_hub_name(source)
+    if Path(folder).is_dir():
+        config = Path(folder) / "config.json"
+        document = storage.read_json(str(config)) if config.is_file() else None
+        if not isinstance(document, dict) or document.get("model_type") != "captioner":
+            raise UserError(f"{source}: not a captioner model folder (its config.json should say so)")
+        if not any(Path(folder).glob("*.safetensors")):
+            raise UserError(f"{source}: the model folder holds no safetensors weights")
+    return folder
+
+
+def lasting_source(source: str) -> str:
+    """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
+    if source.startswith("models:/"):
+        from model_lib.tracking.model_uris import pin_version
+
+        return pin_version(source)
+    return storage.absolute(source) if storage.is_folder(source) else source
+
+
+def read_training(folder: str) -> dict[str, Any]:
+    """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it wrote nothing."""
+    file = Path(folder) / "training.json"
+    document = storage.read_json(str(file)) if file.is_file() else {}
+    kinds = {"name": str, "data_fingerprint": str, "mlflow_run_id": str | None, "configuration": dict}
+    if not isinstance(document, dict) or any(
+        not isinstance(document[name], kinds[name]) for name in kinds.keys() & document
+    ):
+        raise UserError(f"{file}: is not what captioner train wrote; remove it")
+    return document

@@ -1,0 +1,37 @@
+"""The configurations of what the registry does: register, list versions, roll back."""
+
+from dataclasses import dataclass
+
+from model_lib.options import StageConfig, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig(StageConfig):
+    """Make the best candidate a version of the registered model, and the champion if it beats the present one."""
+
+    evaluations: tuple[str, ...]
+    """Folders that evaluate wrote, one a candidate."""
+    champion_evaluation: str | None = None
+    """Folder that evaluate wrote for the champion on the same data; needed once there is a champion."""
+    metric: str = "CIDEr"
+    """The score that decides."""
+    min_gain: float = option(0.0, minimum=0)
+    """How much better than the champion a candidate must be; it must be really better, beyond chance, too."""
+    max_loss: float = option(0.05, minimum=0)
+    """Share by which another score than the deciding one may fall below the champion's."""
+    max_slowdown: float = option(0.5, minimum=0)
+    """Share by which captioning may become slower than the champion's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.evaluations) > 0, "evaluations: none given; name at least one folder that evaluate wrote")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig(StageConfig):
+    """List the registered versions, newest first: scores, data, aliases, and why each was decided so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackConfig(StageConfig):
+    """Make the version champion again that the present champion replaced; a second time goes back further."""

@@ -1,0 +1,142 @@
+"""The captioner as a self-contained MLflow model: weights, code, signature, example, requirements and model card."""
+
+import base64
+import importlib.metadata
+import io
+import tempfile
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from PIL import Image
+
+import model_lib
+from model_lib import storage
+from model_lib.evaluate.judgement import Evaluation
+from model_lib.model.config import DecodeConfig
+from model_lib.model.sources import read_training
+from model_lib.pages.page import render_markdown
+from model_lib.presets import PRESETS
+from model_lib.tracking.server import MlflowTracking
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+STORES = ("aiohttp", "requests", "gcsfs", "s3fs")
+"""Packages that read web addresses and buckets, pinned where they are installed."""
+LONGEST_CARD = 5000
+"""Characters of a description that MLflow's database holds."""
+MEANINGS = {
+    "distinct": "distinct from all others",
+    "vocabulary": "different words",
+    "words": "words a caption",
+    "ended": "ended by themselves",
+    "learned": "word for word in the training captions",
+}
+
+
+def render_card(winner: Evaluation, folder: str) -> str:
+    """Return the model card, Markdown.
+
+    Args:
+        winner: the model's evaluation.
+        folder: the model's.
+    """
+    config = storage.read_json(storage.join(folder, "config.json")) if Path(folder).is_dir() else {}
+    record = read_training(folder)
+    training = record.get("configuration", {})
+    preset = PRESETS.get(training.get("preset", ""))
+    start = training.get("start")
+    names = {
+        part: f"as in {start}" if start else training.get(part) or (preset and getattr(preset, part)) or "of its own"
+        for part in ("vision", "decoder")
+    }
+    return render_markdown(
+        "card.md",
+        evaluation=winner,
+        training=training,
+        learned=record.get("data_fingerprint"),
+        names=names,
+        scratch=config.get("train_everything", False),
+        vision=config.get("vision_config", {}),
+        decoder=config.get("decoder_config", {}),
+        meanings=MEANINGS,
+        version=model_lib.__version__,
+    )
+
+
+def signature() -> "ModelSignature":
+    """Return the model's signature: a column of pictures in, captions out, and the options of decoding."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    kinds = get_type_hints(DecodeConfig)
+    params = [
+        ParamSpec(field.name, "long" if int in (get_args(kinds[field.name]) or (kinds[field.name],)) else "double",
+                  field.default)
+        for field in fields(DecodeConfig)
+        if field.name != "num_captions"  # a row has one answer
+    ]  # fmt: skip
+    strings = Schema([ColSpec("string")])  # a column without a name takes lists and data frames alike
+    return ModelSignature(inputs=strings, outputs=strings, params=ParamSchema(params))
+
+
+def example() -> list[str]:
+    """Return an input example: one white picture of 8 x 8 pixels, a PNG in base64."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(encoded, "PNG")
+    return [base64.b64encode(encoded.getvalue()).decode()]
+
+
+def requirements(winner: Evaluation) -> list[str]:
+    """Return the pinned packages with which the model was judged, and those that read addresses and buckets."""
+    versions = {"mlflow": importlib.metadata.version("mlflow-skinny"), **winner.packages}
+    for package in STORES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return [f"{package}=={at}" for package, at in versions.items()]
+
+
+def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking) -> str:
+    """Upload the model to its MLflow run; return the id that MLflow gave it.
+
+    MLflow's own way of logging would predict the example, for which a process that registers has no torch.
+
+    Args:
+        name: of the logged model.
+        winner: the model's evaluation.
+        folder: with its files.
+        card: its model card.
+        run_id: the run.
+        tracking: where the run is.
+    """
+    import mlflow
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.models import Model
+
+    mlflow.set_tracking_uri(tracking.uri)
+    client = mlflow.MlflowClient(tracking.uri)
+    logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, name=name, source_run_id=run_id)
+    identity: dict[str, Any] = {"model_id": logged.model_id, "model_uuid": logged.model_id, "run_id": run_id}
+    ended = LoggedModelStatus.FAILED
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = Path(scratch, "model")
+            mlflow.pyfunc.save_model(
+                str(files),
+                mlflow_model=Model(artifact_path=logged.artifact_location, **identity),
+                python_model=str(Path(__file__).parent / "serving.py"),
+                artifacts={"model": folder},
+                code_paths=[str(Path(model_lib.__file__).parent)],
+                pip_requirements=requirements(winner),
+                signature=signature(),
+                input_example=example(),
+            )
+            (files / "README.md").write_text(card)
+            client.log_model_artifacts(logged.model_id, str(files))
+        ended = LoggedModelStatus.READY
+    finally:
+        client.finalize_logged_model(logged.model_id, ended)
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return str(logged.model_id)

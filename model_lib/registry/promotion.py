@@ -1,0 +1,124 @@
+"""The promotion rule: which candidate wins, and whether it takes the champion's place. Pure functions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from model_lib.errors import UserError
+from model_lib.evaluate.judgement import Evaluation, Judgement
+from model_lib.scores.significance import Comparison, compare
+
+COMPARABLE = ("data_fingerprint", "split", "pictures", "tokenizer", "decoding", "clip")
+"""What two evaluations must have in common before their scores may be compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What a challenger must show."""
+
+    metric: str = "CIDEr"
+    """The score that decides; higher is better."""
+    min_gain: float = 0.0
+    """How much better the challenger must be, on the score's scale."""
+    max_loss: float = 0.05
+    """Share of the champion's value by which each other score may fall, if it falls for certain."""
+    max_slowdown: float = 0.5
+    """Share of the champion's pictures a second by which the challenger may be slower."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the challenger becomes the champion, and why."""
+
+    promote: bool
+    reason: str
+    """In a sentence."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    """With the champion, score by score; none where there was no champion."""
+
+
+def score_of(evaluation: Evaluation, metric: str) -> float:
+    """Return the deciding score; `UserError` if the evaluation lacks it."""
+    if metric not in evaluation.scores:
+        why = evaluation.missing.get(metric, f"only {', '.join(evaluation.scores)} were computed")
+        raise UserError(f"metric {metric}: the evaluation of {evaluation.model} has no such score: {why}")
+    return evaluation.scores[metric]
+
+
+def require_comparable(judgements: Sequence[Judgement]) -> None:
+    """Raise `UserError` unless all were judged on the same pictures in the same way."""
+    first = judgements[0]
+    for other in judgements[1:]:
+        both = f"evaluations of {first.evaluation.model} and {other.evaluation.model}"
+        for name in COMPARABLE:
+            ours, theirs = getattr(first.evaluation, name), getattr(other.evaluation, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{both} differ in {name} ({ours} and {theirs}); judge both on the same data with the same options"
+                )
+        if first.pictures.image_ids != other.pictures.image_ids:
+            raise UserError(f"{both} are of other pictures; judge both on the same data")
+
+
+def choose_winner(candidates: Sequence[Judgement], metric: str) -> Judgement:
+    """Return the candidate with the highest score; among equals the first by name, then by place."""
+    require_comparable(candidates)
+
+    def rank(candidate: Judgement) -> tuple[float, str, str]:
+        score = score_of(candidate.evaluation, metric)
+        return (math.inf if math.isnan(score) else -score, candidate.evaluation.name, candidate.evaluation.model)
+
+    return min(candidates, key=rank)
+
+
+def decide(champion: Judgement | None, challenger: Judgement, policy: Policy) -> Decision:
+    """Compare the challenger with the champion, both judged on the same pictures with the same code.
+
+    It is promoted if it is better by the minimum gain, if the difference is real, and if no guard says no: another
+    score that falls for certain and by more than the policy allows, or captioning that is much slower.
+
+    Args:
+        champion: None if there is none yet.
+        challenger: the winner among the candidates.
+        policy: what is asked of it.
+
+    Raises:
+        UserError: the two cannot be compared, or lack the score that decides.
+    """
+    name, metric = challenger.evaluation.name, policy.metric
+    new = score_of(challenger.evaluation, metric)
+    if math.isnan(new):
+        return Decision(False, f"{name} has no valid {metric}")
+    if champion is None:
+        return Decision(True, f"{name} has {metric} {new:.4f} and there was no champion yet")
+    require_comparable([champion, challenger])
+    score_of(champion.evaluation, metric)
+    compared = compare(challenger.pictures.statistics, champion.pictures.statistics)
+    one = compared[metric]
+    said = (
+        f"{name} has {metric} {one.new:.4f}, the champion {one.old:.4f} on the same pictures "
+        f"({one.gain:+.4f}, 95 % interval {one.low:+.4f} to {one.high:+.4f})"
+    )
+    if one.gain <= 0 or one.gain < policy.min_gain:
+        needed = "more" if policy.min_gain == 0 else f"{policy.min_gain:+.4f}"
+        reason, promote = f"{said}; it needed {needed}", False
+    elif not one.real:
+        reason, promote = f"{said}; that may be chance", False
+    elif guarded := _guards(champion.evaluation, challenger.evaluation, list(compared.values()), policy):
+        reason, promote = f"{said}, but {'; '.join(guarded)}", False
+    else:
+        reason, promote = said, True
+    return Decision(promote, reason, list(compared.values()))
+
+
+def _guards(champion: Evaluation, challenger: Evaluation, compared: Sequence[Comparison], policy: Policy) -> list[str]:
+    """Return what forbids the promotion."""
+    found = [
+        f"its {one.metric} falls from {one.old:.4f} to {one.new:.4f}, by more than {policy.max_loss:.0%}"
+        for one in compared
+        if one.metric != policy.metric and one.high < 0 and one.new < one.old * (1 - policy.max_loss)
+    ]
+    old, new = champion.pictures_per_second, challenger.pictures_per_second
+    if old is not None and new is not None and new < old * (1 - policy.max_slowdown):
+        found.append(f"it captions {new:,.1f} pictures a second where the champion does {old:,.1f}")
+    return found

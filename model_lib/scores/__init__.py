@@ -1,0 +1,1 @@
+"""What captions are worth: each metric, and how sure its figures are."""

@@ -1,0 +1,196 @@
+"""What a pipeline needs, checked before anything is started: all that is missing is named at once, within a minute.
+
+Every check is tried even if others failed, each in a thread of its own, because a bucket or server that cannot be
+reached tends not to answer at all.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from model_lib import storage
+from model_lib.errors import UserError, first_line
+from model_lib.presets import PRESETS
+from model_lib.train.config import TrainConfig
+from model_lib.train.trainjob import require_trainer
+
+PATIENCE = 40.0
+"""Seconds after which a check that has no answer counts as failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What must be there before a pipeline starts; empty strings are left out."""
+
+    dataset: str = ""
+    """Folder or URI in COCO's layout that is read."""
+    folders: Sequence[str] = ()
+    """Folders or URIs that are read."""
+    outputs: Sequence[str] = ()
+    """Folders or URIs that are written."""
+    weights: Sequence[str] = ()
+    """Models: hub names, folders, URIs or `models:/…`."""
+    tokenizers: Sequence[str] = ()
+    """Tokenizers that lie apart from their models: hub names, folders or URIs."""
+    machines: int = 1
+    """Machines that train one candidate: more than one need Kubeflow Trainer."""
+    pairs: Mapping[str, str] = field(default_factory=dict)
+    """Parameters by name, of which all or none are to be given."""
+    secret: str = "captioner"
+    """Name of the Kubernetes secret from which the steps' environment comes …"""
+    keys: Sequence[str] = ()
+    """… and the keys that it must have."""
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
+def training_sources(
+    candidates: list[dict[str, Any]], preset: str, vision: str, decoder: str, tokenizer: str
+) -> tuple[list[str], list[str]]:
+    """Return the sources of the weights and of the tokenizers apart that the candidates start from.
+
+    Raises:
+        UserError: a candidate has an unknown option or one out of range, or no name of its own.
+    """
+    weights: set[str] = set()
+    tokenizers: set[str] = set()
+    if not candidates:
+        return [], []
+    for config in check_candidates(candidates, preset=preset, vision=vision, decoder=decoder, tokenizer=tokenizer):
+        parts = PRESETS[config.preset]
+        if config.start is not None:
+            weights.add(config.start)
+        elif parts.vision is not None and parts.decoder is not None:
+            weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
+            tokenizers |= {config.tokenizer} if config.tokenizer else set()
+    return sorted(weights), sorted(tokenizers)
+
+
+def check_candidates(candidates: Any, **common: Any) -> list[TrainConfig]:
+    """Return each candidate's configuration, its place left open; empty strings stand for None.
+
+    Raises:
+        UserError: an option is unknown or out of range, or two candidates have one name.
+    """
+    if not isinstance(candidates, list) or not candidates or not all(isinstance(c, dict) for c in candidates):
+        raise UserError('candidates: expected a JSON list of objects, [{"name": "a", "learning_rate": 1e-3}]')
+    configs = []
+    for candidate in candidates:
+        for fixed in ("data", "output"):
+            if fixed in candidate:
+                raise UserError(f"candidate {candidate}: {fixed} is set by the pipeline; leave it out")
+        options = {name: value for name, value in {**common, **candidate}.items() if value not in ("", None)}
+        configs.append(TrainConfig.from_options(**options, data="-", output="-"))
+    names = [config.name for config in configs]
+    if len(set(names)) < len(names):
+        raise UserError(f"candidates: each needs a name of its own, not {', '.join(names)}")
+    return configs
+
+
+def preflight(needs: Needs) -> None:
+    """Check everything that is needed.
+
+    Raises:
+        UserError: something is missing; the message names all of it.
+    """
+    checks: list[tuple[str, Callable[[], str | None]]] = [
+        ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
+        *([(f"reading {needs.dataset}", partial(_annotations, needs.dataset))] if needs.dataset else []),
+        *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
+        *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
+        *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
+        *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
+        *([("Kubeflow Trainer", require_trainer)] if needs.machines > 1 else []),
+    ]
+    problems = [
+        f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"
+        for key in needs.keys
+        if not needs.environment.get(key)
+    ]
+    if any(needs.pairs.values()):
+        problems += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
+    answers: dict[str, str | None] = {}
+
+    def attempt(name: str, check: Callable[[], str | None]) -> None:
+        try:
+            answers[name] = check()
+        except UserError as error:
+            answers[name] = str(error)
+        except Exception as error:  # whatever a driver raises: its reason is the answer
+            answers[name] = f"{name}: {type(error).__name__}: {first_line(error)}"
+
+    # Daemons, so that one which hangs does not keep the step from ending.
+    threads = [threading.Thread(target=attempt, args=check, daemon=True) for check in checks]
+    deadline = time.monotonic() + PATIENCE
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    problems += [
+        f"{name}: no answer within {PATIENCE:.0f} seconds" if name not in answers else answers[name] or ""
+        for name, _ in checks
+    ]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _readable(folder: str) -> str | None:
+    return None if storage.exists(folder) else f"{folder}: not there, or these credentials may not see it"
+
+
+def _annotations(dataset: str) -> str | None:
+    return _readable(storage.join(dataset, "annotations", "captions_train2017.json"))
+
+
+def _tracking(uri: str | None) -> str | None:
+    """Ask MLflow for its experiments."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if not uri:
+        return None  # the embedded store
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        return f"MLflow at {uri}: {first_line(error)}"
+    return None
+
+
+def _weights(source: str) -> str | None:
+    if source.startswith("models:/"):
+        from model_lib.tracking.model_uris import require_version
+
+        require_version(source)
+        return None
+    if "://" not in source and not storage.exists(source):
+        return _on_hub(source)
+    names = storage.list_names(source)
+    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    return None if whole else f"{source}: holds no model (config.json and safetensors weights)"
+
+
+def _tokenizer(source: str) -> str | None:
+    if "://" not in source and not storage.exists(source):
+        return _on_hub(source)
+    names = set(storage.list_names(source))
+    whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
+    return None if whole else f"{source}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+
+
+def _on_hub(name: str) -> str | None:
+    """Ask the hub for a repository's configuration."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    remedy = "mirror it into the bucket and name that URI, or let the cluster reach the hub"
+    try:
+        found = file_exists(name, "config.json")
+    except RepositoryNotFoundError:
+        return f"{name}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); {remedy}"
+    except Exception as error:
+        return f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}"
+    return None if found else f"{name}: that hub repository holds no model"

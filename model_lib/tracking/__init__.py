@@ -1,0 +1,1 @@
+"""Runs and models on an MLflow server, which may be away."""

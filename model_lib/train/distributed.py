@@ -1,0 +1,189 @@
+"""The processes that train one model together: which of them this one is, what it takes on, and how they agree.
+
+torchrun and Kubeflow Trainer start the processes and tell each its place in the environment. One process alone is a
+world of size 1, in which nothing here costs anything.
+"""
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model_lib.errors import UserError, exit_code
+from model_lib.model.precision import choose_device
+
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for the others, while one fills a cache for example; one that died is noticed at once."""
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a training run, and this one's place among them.
+
+    Args:
+        device: on which this process computes.
+        rank: of this process, from 0.
+        size: number of processes.
+        local_rank: rank among the processes of this machine.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that logs, shows progress and writes."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def share(self, batch: np.ndarray) -> np.ndarray:
+        """Return this process's pictures of a batch, in turn with the others; its first if there is none left over.
+
+        See `idle`: every process has to take part in every step.
+        """
+        mine = batch[self.rank :: self.size]
+        return mine if len(mine) else batch[:1]
+
+    def idle(self, batch: np.ndarray) -> bool:
+        """Return whether a batch is too small to have a picture for this process."""
+        return len(batch) <= self.rank
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the processes of a tensor on the device."""
+        if not self.alone:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set in any process, without waiting for the device."""
+        if self.alone:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return [bool(value) for value in values]
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """Return the value of each process, in the order of their ranks."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def lead(self, work: Callable[[], _Value]) -> _Value:
+        """Return in each process what `work` returned in the first; if it failed there, that raises and others end."""
+        results = self.gather(self.together(lambda: work() if self.leads else None))
+        return results[0]  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], _Value]) -> _Value:
+        """Return what `work` returns in this process; if it fails in some, the first of them raises and all others end.
+
+        So nobody waits for a process that failed, and one reason is told instead of many.
+        """
+        if self.alone:
+            return work()
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        codes = self.gather(0 if failure is None else exit_code(failure))
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed and failure is not None and failed[0] == self.rank:
+            raise failure
+        if failed:
+            time.sleep(1)  # the launcher ends all when one has ended: the first is to tell why
+            raise SystemExit(codes[failed[0]])
+        return result  # type: ignore[return-value]
+
+    def once(self, error: Exception) -> BaseException:
+        """Return what to raise for an error that all processes have: the first tells it, the others end."""
+        if self.leads:
+            return error
+        time.sleep(1)
+        return SystemExit(exit_code(error))
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """Return the module with its gradients averaged over the processes, while the backward pass goes on."""
+        if self.alone:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():  # of an option's new name, which torch 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def adding_up(self, module: nn.Module, last: bool) -> AbstractContextManager:
+        """Return the context of a backward pass: only a step's last one brings the processes together."""
+        return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun, or something like it, started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ)
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """Yield this process's place among those that its launcher started, or a world of its own.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        UserError: the device is not there, or not made for several processes.
+    """
+    rank, size, local = (int(os.environ.get(name, number)) for name, number in _ALONE.items())
+    if not started_by_launcher() or size == 1:
+        yield World(choose_device(device))
+        return
+    unknown = World(torch.device("cpu"), rank, size, local)
+    try:
+        place = _own_device(device, local)
+    except UserError as error:
+        raise unknown.once(error) from None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield replace(unknown, device=place)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise SystemExit(1) from None  # another process is gone, and tells why itself
+    dist.destroy_process_group()  # not after a failure: it would wait for those that are gone
+
+
+_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def _own_device(device: str, local_rank: int) -> torch.device:
+    """Return the device of a process among several of this machine."""
+    kind = choose_device(device).type
+    if kind == "mps":
+        raise UserError("device mps: trains in one process; start captioner train without torchrun")
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"processes: more of them than this machine's {count} GPUs; give --processes {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def shared(items: Sequence[_Value], world: World) -> Sequence[_Value]:
+    """Return this process's part of some items, in turn with the others."""
+    return items[world.rank :: world.size]

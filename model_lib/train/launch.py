@@ -1,0 +1,73 @@
+"""Training on all GPUs of a machine: a process for each, started and watched by torchrun's own launcher."""
+
+import logging
+import multiprocessing
+import os
+import uuid
+
+import torch
+
+from model_lib.exits import one_line
+from model_lib.tracking.runs import Trained
+from model_lib.tracking.server import NO_TRACKING, Tracking
+from model_lib.train.config import TrainConfig
+from model_lib.train.distributed import started_by_launcher
+
+
+def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
+    """Train one candidate with all GPUs of this machine, or with `config.processes` processes.
+
+    A process that torchrun or Kubeflow Trainer started is one of theirs already, and starts no others.
+
+    Raises:
+        UserError: see `train`.
+        SystemExit: the processes failed, each telling why; with the exit code of the one that did first.
+    """
+    count = processes(config)
+    if count == 1 or started_by_launcher():
+        from model_lib.train.training import train
+
+        return train(config, tracking)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for chatty in ("torch.distributed", "torch.multiprocessing"):  # the processes say themselves what is wrong
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    multiprocessing.set_forkserver_preload(["model_lib.train.training"])  # imported once, and not once a process
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,  # what failed would fail again; a lost machine is the pipeline's to retry
+        monitor_interval=0.2,
+        start_method="forkserver",
+    )
+    try:
+        results: dict[int, Trained] = elastic_launch(launch, _work)(config, tracking)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        raise SystemExit(2 if 2 in codes else next((code for code in codes if code > 1), 1)) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+    return results[0]
+
+
+def processes(config: TrainConfig) -> int:
+    """Return how many processes train on this machine."""
+    if config.processes:
+        return config.processes
+    return max(1, torch.cuda.device_count()) if config.device in ("auto", "cuda") else 1
+
+
+def _work(config: TrainConfig, tracking: Tracking) -> Trained:
+    """Be one of the processes."""
+    from model_lib.train.training import train
+
+    logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
+    with one_line():
+        return train(config, tracking)

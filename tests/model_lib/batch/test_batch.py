@@ -1,0 +1,325 @@
+"""Captioning a folder: one row for each picture listed, whatever is wrong with some, killed or not, once or again."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib import Captioner, UserError, storage
+from model_lib.batch import captions as captions_module
+from model_lib.batch.captions import caption_planned
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import Summary, batch, merge
+from model_lib.batch.planning import plan, read_plan, resolved
+from model_lib.batch.rows import ABOUT
+from model_lib.errors import WorkError
+from tests.attacks.killed import killed
+from tests.services import Faults, faulty_bucket
+
+
+def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
+    named = {"images": str(images), "output": str(output), "model": str(model), "shard_pictures": 5}
+    return BatchConfig.from_options(**{**named, **options})
+
+
+def rows(summary: Summary) -> list[dict]:
+    files = sorted(Path(summary.captions).iterdir())
+    return sorted((row for file in files for row in pq.read_table(file).to_pylist()), key=lambda row: row["uri"])
+
+
+def written(summary: Summary) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in Path(summary.captions).iterdir()}
+
+
+@pytest.fixture()
+def pictures(scenes: Path, tmp_path: Path) -> Path:
+    """A folder of twelve pictures that a test may change."""
+    shutil.copytree(scenes / "val2017", tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_has_one_row_with_a_status(odd_images: Path, saved_model: Path, tmp_path: Path) -> None:
+    summary = batch(config(odd_images, tmp_path, saved_model))
+    table = pq.read_table(summary.captions)
+    names = ["uri", "status", "caption", "score", "error", "width", "height", "bytes", "model", "captioned_at"]
+    kinds = ["string"] * 3 + ["float", "string", "int32", "int32", "int64", "string", "timestamp[us, tz=UTC]"]
+    assert [(f.name, str(f.type)) for f in table.schema] == list(zip(names, kinds, strict=True))
+    assert [row["uri"] for row in rows(summary)] == sorted(str(file) for file in odd_images.iterdir())
+    for row in rows(summary):
+        assert row["model"] == str(saved_model) and row["bytes"] == Path(row["uri"]).stat().st_size
+        if row["status"] == "ok":
+            assert row["caption"] is not None and row["score"] < 0 and row["error"] is None and row["width"] > 0
+        else:
+            assert row["status"] == "error" and row["caption"] is None and row["error"]
+    assert summary.pictures == 26 and summary.ok == 19
+    assert summary.errors == {"unreadable": 3, "truncated": 3, "too_large": 1}
+    assert json.loads((tmp_path / "latest.json").read_text())["ok"] == 19
+
+
+def test_captions_are_those_of_the_model_one_by_one(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+    summary = batch(config(scenes / "val2017", tmp_path, saved_model, batch_size=4))
+    model = Captioner.from_pretrained(str(saved_model))
+    for row in rows(summary):
+        (alone,) = model.caption([row["uri"]])
+        assert row["caption"] == alone.text and row["score"] == pytest.approx(alone.score, abs=1e-4)
+
+
+def test_a_file_says_how_its_captions_can_be_made_again(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    options = {"top_p": 0.9, "temperature": 1.5, "num_captions": 3, "rank": True, "seed": 7}
+    summary = batch(config(pictures, tmp_path / "out", saved_model, **options))
+    (file, *_) = Path(summary.captions).iterdir()
+    about = json.loads(pq.ParquetFile(file).schema_arrow.metadata[ABOUT])
+    again = BatchConfig.from_options(**{**about["configuration"], "output": str(tmp_path / "again")})
+    told = [(row["uri"], row["captions"], row["scores"]) for row in rows(summary)]
+    assert [(row["uri"], row["captions"], row["scores"]) for row in rows(batch(again))] == told
+    assert any(len(set(captions)) > 1 for _, captions, _ in told)
+    for row in rows(summary):
+        assert row["scores"] == sorted(row["scores"], reverse=True) and len(row["captions"]) == 3
+        assert (row["caption"], row["score"]) == (row["captions"][0], row["scores"][0])
+
+
+def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_reason(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = resolved(config(pictures, tmp_path / "out", saved_model, shard_pictures=20))
+    monkeypatch.setattr("model_lib.pictures.LARGEST_FILE", 10_000)
+    (pictures / "big.png").write_bytes(bytes(20_000))
+    made = plan(options)
+    first, second, third, *_ = sorted(pictures.glob("0*.jpg"))
+    first.unlink()
+    shutil.copy(third, second)
+    original = storage.read_bytes
+
+    def forbidden(uri: str, most: int | None = None) -> bytes:
+        if uri == str(third):
+            raise UserError(f"{uri}: cannot be read: Permission denied") from PermissionError(13, "Permission denied")
+        return original(uri, most)
+
+    monkeypatch.setattr("model_lib.storage.read_bytes", forbidden)  # root may read everything
+    caption_planned(made.folder, 0)
+    summary = merge(made)
+    assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
+    assert (summary.pictures, summary.ok) == (13, 9)
+
+
+# ---- again -----------------------------------------------------------------------------------------------------------
+
+
+def test_broken_off_and_started_again_only_the_missing_is_done(
+    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config(scenes / "val2017", tmp_path, saved_model)
+    original, calls = captions_module._caption_batch, []
+
+    def break_off(*arguments: object) -> list[dict]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(captions_module, "_caption_batch", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        batch(options)
+    (first,) = tmp_path.glob("*/captions/*.parquet")
+    before = first.stat().st_mtime_ns
+    summary = batch(options)
+    assert summary.pictures == 12 and len(calls) == 4 and first.stat().st_mtime_ns == before
+    uris = [row["uri"] for row in rows(summary)]
+    assert len(uris) == len(set(uris)) == 12
+
+
+def test_a_second_run_captions_only_what_is_new_or_changed(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    options = config(pictures, tmp_path / "out", saved_model)
+    before = batch(options)
+    files, captioned = written(before), {row["uri"]: row["captioned_at"] for row in rows(before)}
+    untouched, changed, gone = (str(pictures / f"0000000000{number}.jpg") for number in ("12", "01", "02"))
+    shutil.copy(pictures / "000000000003.jpg", pictures / "new.jpg")
+    shutil.copy(pictures / "000000000004.jpg", changed)
+    Path(gone).unlink()
+    after = batch(options)
+    assert (after.pictures, after.ok) == (12, 12) and after.captions == before.captions
+    again = {row["uri"] for row in rows(after) if row["captioned_at"] != captioned.get(row["uri"])}
+    assert again == {changed, str(pictures / "new.jpg")}
+    assert gone not in {row["uri"] for row in rows(after)} and untouched in captioned
+    kept = {name: time for name, time in written(after).items() if name in files}
+    assert len(kept) == 2 and kept.items() <= files.items(), "of three files, one lost two rows"
+    assert written(batch(options)) == written(after), "and then nothing is left to do"
+
+
+def test_a_picture_whose_store_failed_is_tried_again(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, down = config(pictures, tmp_path / "out", saved_model), str(pictures / "000000000003.jpg")
+    original = storage.read_bytes
+
+    def failing(uri: str, most: int | None = None) -> bytes:
+        if uri == down:
+            raise WorkError(f"{uri}: cannot be read: ConnectionResetError")
+        return original(uri, most)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("model_lib.storage.read_bytes", failing)
+        assert batch(options).errors == {"unreachable": 1}
+    summary = batch(options)
+    assert (summary.pictures, summary.ok, summary.errors) == (12, 12, {})
+
+
+def test_another_model_or_other_options_are_another_output_and_not_a_mixture(
+    pictures: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved_model, tmp_path / "second")
+    made = [batch(config(pictures, tmp_path / "out", model)) for model in (saved_model, tmp_path / "second")]
+    made.append(batch(config(pictures, tmp_path / "out", saved_model, num_beams=2)))
+    assert len({summary.captions for summary in made}) == 3
+    assert [summary.pictures for summary in made] == [12, 12, 12]
+    assert {row["model"] for row in rows(made[1])} == {str(tmp_path / "second")}
+    assert json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == made[2].captions
+
+
+def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
+    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pipeline does it: each step knows only the plan's folder and the number of its shard."""
+    whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
+    made = plan(resolved(config(scenes / "val2017", tmp_path / "apart", saved_model)))
+    with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
+        merge(made)
+    for index in made.missing():
+        caption_planned(made.folder, index)
+    apart = merge(read_plan(made.folder))
+    assert (apart.pictures, apart.ok) == (whole.pictures, whole.ok) == (12, 12)
+    assert [row["caption"] for row in rows(apart)] == [row["caption"] for row in rows(whole)]
+
+    monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
+    caption_planned(made.folder, 0)
+    with pytest.raises(UserError, match=r"gone/plan\.json: no such file"):
+        caption_planned(str(tmp_path / "gone"), 0)
+
+
+# ---- what is listed --------------------------------------------------------------------------------------------------
+
+
+def listed(*arguments: object, **options: object) -> list[str]:
+    made = plan(resolved(config(*arguments, **options)))  # type: ignore[arg-type]
+    return [Path(picture.uri).name for index in range(len(made.shards)) for picture in made.pictures(index)]
+
+
+def test_patterns_and_depth_choose_what_is_captioned(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    (pictures / "deep").mkdir()
+    shutil.copy(pictures / "000000000001.jpg", pictures / "deep" / "x.jpg")
+    shutil.copy(pictures / "000000000001.jpg", pictures / "y.png")
+    (pictures / "notes.md").write_text("no picture")
+    everything = (pictures, tmp_path / "out", saved_model)
+    assert len(listed(*everything)) == 14
+    assert listed(*everything, include=("*.png", "deep/*")) == ["x.jpg", "y.png"]
+    assert len(listed(*everything, exclude=("0*",))) == 2
+    assert "x.jpg" not in listed(*everything, recursive=False)
+    with pytest.raises(UserError, match=r"no pictures in it .*; look at --include and --exclude"):
+        listed(*everything, include=("*.tif",))
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "headless.csv", "parquet"])
+def test_a_list_of_pictures_is_captioned_too(kind: str, pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    names = ["000000000001.jpg", "pictures/gone.jpg", str(pictures / "000000000003.jpg"), "000000000001.jpg"]
+    names[0] = names[3] = f"pictures/{names[0]}"
+    file = tmp_path / f"list.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"id": [1, 2, 3, 4], "uri": names}), file)
+    elif kind == "csv":
+        file.write_text("id,uri\n" + "".join(f"{number},{name}\n" for number, name in enumerate(names)))
+    else:
+        file.write_text("\n".join(names) + "\n\n")
+    summary = batch(config(file, tmp_path / "out", saved_model))
+    assert (summary.pictures, summary.ok, summary.errors) == (3, 2, {"missing": 1})
+
+
+def test_shards_are_bounded_by_count_and_by_bytes(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        (pictures / f"big-{number}.jpg").write_bytes(bytes(600_000))
+    made = plan(resolved(config(pictures, tmp_path / "out", saved_model, shard_mb=1)))
+    assert [shard.pictures for shard in made.shards] == [5, 5, 3, 1, 1, 1]
+    assert [len(made.pictures(index)) for index in range(6)] == [5, 5, 3, 1, 1, 1]
+
+
+def test_an_output_inside_the_pictures_is_not_captioned(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    (pictures / "out").mkdir()
+    shutil.copy(pictures / "000000000001.jpg", pictures / "out" / "x.jpg")
+    assert len(listed(pictures, pictures / "out", saved_model)) == 12
+    assert len(listed(pictures, tmp_path / "o", saved_model)) == 13
+
+
+def test_no_pictures_or_no_folder_is_refused(tmp_path: Path, saved_model: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        batch(config(tmp_path / "gone", tmp_path / "out", saved_model))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no pictures"):
+        batch(config(tmp_path / "empty", tmp_path / "out", saved_model))
+    with pytest.raises(UserError, match=r"typo"):
+        batch(config(tmp_path / "empty", tmp_path / "out", Path("./typo")))
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_counts_reasons_and_pictures_and_nothing_from_elsewhere(
+    odd_images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(odd_images, tmp_path / "<b>odd")
+    page = Path(batch(config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report).read_text()
+    assert "19 of 26 pictures captioned" in page and page.count("data:image/jpeg;base64,") == 2 * 19
+    assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace("http-equiv", "")
+    assert len(page) < 3_000_000
+
+
+# ---- kills and faults, in a bucket -----------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def bucket(scenes: Path, tmp_path: Path) -> Iterator[tuple[fsspec.AbstractFileSystem, Faults]]:
+    """A bucket with 64 pictures and a broken one, behind a proxy."""
+    faults = Faults(0.0, seed=0)
+    with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
+        fs.put(f"{scenes / 'train2017'}/", "b/in/", recursive=True)
+        fs.pipe_file("b/in/broken.jpg", b"no picture")
+        yield fs, faults
+
+
+def in_bucket(fs: fsspec.AbstractFileSystem, output: str) -> list[dict]:
+    fs.invalidate_cache()
+    files = fs.glob(f"b/{output}/*/captions/*.parquet")
+    return [row for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()]
+
+
+def test_one_request_in_twenty_failing_loses_nothing(
+    bucket: tuple[fsspec.AbstractFileSystem, Faults], saved_model: Path
+) -> None:
+    fs, faults = bucket
+    faults.share = 0.05
+    summary = batch(config("gs://b/in", "gs://b/out", saved_model, shard_pictures=10))
+    assert faults.failed > 5
+    assert (summary.pictures, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
+    assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
+
+
+@pytest.mark.soak
+def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
+    bucket: tuple[fsspec.AbstractFileSystem, Faults], saved_model: Path, tmp_path: Path
+) -> None:
+    fs, _ = bucket
+    options = {"images": "gs://b/in", "model": str(saved_model), "shard_pictures": 4}
+    kills = killed("batch", options, "gs://b", seed=0, kills=2)
+    assert sum(map(len, kills)) == 2
+    for number in range(len(kills)):
+        found = in_bucket(fs, f"killed-{number}")
+        assert len(found) == len({row["uri"] for row in found}) == 65
+        assert sum(row["status"] == "ok" for row in found) == 64

@@ -1,0 +1,216 @@
+"""Scores that everyone else would get, and what an evaluation leaves behind."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from model_lib import UserError
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.evaluate.judgement import Evaluation, Judgement
+from model_lib.evaluate.report import render_report
+from model_lib.evaluate.scorecard import evaluation_metrics
+from model_lib.scores.diversity import describe
+from model_lib.scores.metrics import score_captions
+from model_lib.scores.significance import corpus_scores, meteor
+from model_lib.tracking.server import Tracking
+from model_lib.train.config import TrainConfig
+from model_lib.train.training import train
+
+Run = Callable[..., CompletedProcess]
+CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
+REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
+
+
+def write_coco(folder: Path, captions: dict[int, str], references: dict[int, list[str]]) -> tuple[str, str]:
+    notes = [{"image_id": i, "caption": text} for i, texts in references.items() for text in texts]
+    document = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in references],
+        "annotations": [{"id": n, **note} for n, note in enumerate(notes)],
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+    (folder / "results.json").write_text(json.dumps([{"image_id": i, "caption": c} for i, c in captions.items()]))
+    return str(folder / "results.json"), str(folder / "annotations.json")
+
+
+@pytest.mark.usefixtures("java")
+def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None:
+    expected = json.loads((coco_eval / "expected_scores.json").read_text())
+    results, annotations = (str(coco_eval / expected[name]) for name in ("results", "annotations"))
+    evaluation = evaluate(EvaluateConfig(results=results, annotations=annotations, output=str(tmp_path)))
+    assert evaluation.tokenizer == "PTB" and evaluation.pictures == 1000
+    official = expected["pycocoevalcap_1_2"]
+    assert evaluation.scores == pytest.approx(official, abs=1e-6)
+    assert Evaluation.read(str(tmp_path)) == evaluation
+    assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
+
+
+@pytest.mark.usefixtures("java")
+def test_meteor_is_the_official_one_where_captions_are_word_for_word_right() -> None:
+    """The example of the official toolkit has no such caption; METEOR treats it apart."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    captions = {1: "a small orange ring", 2: "two red squares here", 3: "dogs", 4: "a cat runs", 5: "a ring a ring"}
+    references = {1: ["a ring", "a small orange ring"], 2: ["a red square"], 3: ["dog"], 4: ["a ring"], 5: ["a ring"]}
+    official, each = Meteor().compute_score(references, {i: [text] for i, text in captions.items()})
+    counts = score_captions(captions, references).statistics["METEOR"]
+    assert meteor(counts) == pytest.approx(each, abs=1e-12)
+    assert meteor(counts.sum(0)) == pytest.approx(official, abs=1e-12) and each[0] == 1
+
+
+def test_diversity_tells_what_is_said_again_and_again_and_by_heart() -> None:
+    captions = ["A red circle.", "a red circle", "two blue squares", "three"]
+    found = describe(captions, [True, True, False, True], ["a Red circle", "four green stars"])
+    assert found == {"distinct": 0.75, "vocabulary": 7, "words": 2.5, "ended": 0.75, "learned": 0.5}
+    assert set(describe(captions, [], None)) == {"distinct", "vocabulary", "words"}
+
+
+@pytest.mark.usefixtures("java")
+def test_without_java_meteor_is_missing_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_java = score_captions(CAPTIONS, REFERENCES)
+    monkeypatch.setattr("model_lib.scores.metrics.shutil.which", lambda name: None)
+    without = score_captions(CAPTIONS, REFERENCES)
+    assert "Java" in without.missing["METEOR"] and "METEOR" not in without.statistics
+    assert with_java.tokenizer == "PTB" and without.tokenizer == "plain"
+    assert without.statistics["CIDEr"] == pytest.approx(with_java.statistics["CIDEr"], rel=1e-6)
+
+
+def test_empty_captions_score_nothing_and_break_nothing() -> None:
+    scores = score_captions({1: "", 2: "a cat sits", 3: "..."}, REFERENCES)
+    cider = scores.statistics["CIDEr"][:, 0]
+    assert cider[0] == 0 and cider[1] > 0 and cider[2] == 0
+    assert all(0 <= value < 1 for name, value in corpus_scores(scores.statistics).items() if name != "CIDEr")
+
+
+def test_shuffled_captions_never_stay_with_their_owner() -> None:
+    texts = {n: f"word{n} alone" for n in range(7)}
+    scores = score_captions(texts, {n: [text] for n, text in texts.items()})
+    assert scores.statistics["CIDEr"].mean() > 3 and scores.shuffled_cider < 0.5
+
+
+@pytest.fixture(scope="module")
+def judged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    folder = tmp_path_factory.mktemp("judged")
+    trained = train(TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=2, name="x"))
+    config = EvaluateConfig(model=trained.model, data=str(data), output=str(folder / "judged"), num_beams=2)
+    return folder / "judged", evaluate(config)
+
+
+def test_a_model_is_judged_on_every_picture_of_the_split(judged: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = judged
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["image_id"] for row in results] == list(range(1, 13))
+    assert all(set(row) == {"image_id", "caption"} for row in results)
+    assert evaluation.split == "val" and evaluation.pictures == 12 and evaluation.decoding["num_beams"] == 2
+    assert evaluation.frequencies == "the reference captions of these 12 pictures"
+    assert evaluation.pictures_per_second is not None and evaluation.pictures_per_second > 0
+    assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "learned"}
+    assert all(low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items())
+    assert Evaluation.read(str(folder)) == evaluation
+
+
+def test_every_picture_is_kept_and_some_with_where_the_model_looked(judged: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = judged
+    pictures = Judgement.read(str(folder)).pictures
+    results = {row["image_id"]: row["caption"] for row in json.loads((folder / "results.json").read_text())}
+    assert dict(zip(pictures.image_ids, pictures.captions, strict=True)) == results
+    assert pictures.main().mean() == pytest.approx(evaluation.scores["CIDEr"])
+    assert sorted(pictures.views) == pictures.image_ids
+    for image_id, view in pictures.views.items():
+        assert " ".join(word for word, _ in view.words) == results[image_id]
+        assert all(weights.shape == (4, 4) and weights.max() == 255 for _, weights in view.words)
+
+
+def test_a_folder_of_another_version_is_refused_in_one_line(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    folder = shutil.copytree(judged[0], tmp_path / "judged")
+    document = json.loads((folder / "scores.json").read_text())
+    (folder / "scores.json").write_text(json.dumps({**document, "novelty": 1}))
+    with pytest.raises(UserError, match=r"scores\.json: is not what this captioner evaluate writes .*novelty"):
+        Judgement.read(str(folder))
+    (folder / "scores.json").write_text(json.dumps(document))
+    (folder / "pictures.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=r"pictures\.parquet: is not what captioner evaluate writes"):
+        Judgement.read(str(folder))
+
+
+def test_the_command_says_how_sure_it_is(captioner: Run, tmp_path: Path) -> None:
+    results, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
+    done = captioner("evaluate", "--results", results, "--annotations", annotations)
+    assert done.returncode == 0 and "3 pictures of" in done.stdout and "CIDEr            " in done.stdout
+    assert "only 3 pictures: CIDEr means little on so few" in done.stderr
+    assert "n-grams' frequencies are from the reference captions of these 3 pictures" in done.stdout
+
+
+def test_its_results_file_scores_the_same_without_the_model(judged: tuple[Path, Evaluation], scenes: Path) -> None:
+    folder, evaluation = judged
+    annotations = str(scenes / "annotations" / "captions_val2017.json")
+    alone = evaluate(EvaluateConfig(results=str(folder / "results.json"), annotations=annotations))
+    assert alone.scores == pytest.approx(evaluation.scores)
+
+
+def test_the_report_is_self_contained_and_shows_text_as_text(judged: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = judged
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 12
+    assert "http://" not in page and "https://" not in page
+    found = Judgement.read(str(folder))
+    hostile = "<script>alert(1)</script>"
+    pictures = replace(found.pictures, captions=[hostile] * 12, file_names=[hostile] * 12, references=[[hostile]] * 12)
+    page = render_report(Judgement(replace(evaluation, name=hostile), pictures))
+    assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
+
+
+class Remembering(Tracking):
+    """Tracking with one curve, which remembers what is added."""
+
+    def __init__(self) -> None:
+        self.added: dict[str, float] = {}
+
+    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
+        return {"val_loss": [(1, 2.0), (2, 1.0)]}
+
+    def add(
+        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], files: Mapping[str, bytes]
+    ) -> None:
+        self.added |= metrics
+        assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
+
+
+def test_a_tracked_models_report_has_its_curves(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    _, evaluation = judged
+    model = tmp_path / "model"
+    shutil.copytree(evaluation.model, model)
+    about = json.loads((model / "training.json").read_text())
+    (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
+    data = str(about["configuration"]["data"])
+    tracking = Remembering()
+    again = evaluate(EvaluateConfig(model=str(model), data=data, output=str(tmp_path / "judged")), tracking)
+    assert "<polyline" in (tmp_path / "judged" / "report.html").read_text()
+    assert tracking.added == evaluation_metrics(again)
+    assert {"CIDEr", "CIDEr_shuffled", "diversity_distinct", "pictures_per_second"} <= again.figures().keys()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "{}", "[]", "[1]", '[{"image_id": "1", "caption": "a"}]', '[{"image_id": 1}]', '[{"caption": "a"}]'],
+)
+def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
+    _, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=r"results\.json"):
+        evaluate(EvaluateConfig(results=str(tmp_path / "results.json"), annotations=annotations))
+
+
+def test_results_for_unknown_pictures_or_twice_are_refused(tmp_path: Path) -> None:
+    results, annotations = write_coco(tmp_path, {**CAPTIONS, 9: "a ghost"}, REFERENCES)
+    with pytest.raises(UserError, match="image_id 9 has no reference captions"):
+        evaluate(EvaluateConfig(results=results, annotations=annotations))
+    rows = [{"image_id": 1, "caption": "a"}] * 2
+    Path(results).write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="image_id 1 occurs twice"):
+        evaluate(EvaluateConfig(results=results, annotations=annotations))

@@ -1,0 +1,325 @@
+"""The evaluation report: a page that works alone, in a sandboxed frame, whatever it is told."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Frame, Page
+
+from model_lib.evaluate.gallery import cards, to_show
+from model_lib.evaluate.judgement import Evaluation, Judgement, Pictures, View
+from model_lib.evaluate.report import render_report
+from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
+from model_lib.pages.page import thumbnail
+from model_lib.registry.promotion import Policy, decide
+from model_lib.scores.significance import corpus_scores, intervals
+from tests.browser import browser_page
+
+CURVES = {
+    "new": {"train_loss": [(n, 5 / n) for n in range(1, 400)], "val_loss": [(200, 2.0), (399, 1.5)]},
+    "old": {"val_slice_CIDEr": [(200, 0.5), (399, float("nan"))], "learning_rate": [(1, 0.1)]},
+}
+HOSTILE = [
+    "<script>document.title='ran'</script>",
+    "</script><img src=x onerror=\"document.title='ran'\">",
+    "\"' onmouseover=document.title='ran' x='",
+    "\x1b[31mred\x1b[0m \x00nothing",
+    "\u202egnp.exe\u202c \u2067right to left",
+    "{{ 7 * 7 }} {% raw %} &amp; <!-- ]]>",
+]
+
+
+def judged(
+    name: str,
+    cider: Sequence[float],
+    *,
+    captions: Sequence[str] = (),
+    size: tuple[int, int] = (40, 30),
+    views: int = 99,
+) -> Judgement:
+    """Return a judgement with these CIDEr values, a picture each, whose maps are dark but for the top left patch."""
+    count = len(cider)
+    said = list(captions) or [f"{name} caption {n} of a dog" for n in range(count)]
+    rng = np.random.default_rng(0)
+    statistics = {"CIDEr": np.array(cider, float)[:, None], "ROUGE_L": rng.random((count, 1))}
+    looked = np.zeros((4, 4), np.uint8)
+    looked[0, 0] = 255
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 200, 200)).save(file, "JPEG")
+    shown = {n: View(file.getvalue(), [(word, looked) for word in said[n].split()]) for n in range(min(count, views))}
+    evaluation = Evaluation(
+        name=name,
+        model=f"runs/{name}/best",
+        split="val",
+        pictures=count,
+        scores=corpus_scores(statistics),
+        intervals=intervals(statistics),
+        shuffled_cider=0.25,
+        frequencies=f"the reference captions of these {count} pictures",
+        diversity={"distinct": 0.5, "vocabulary": 30.0, "words": 7.25, "ended": 1.0},
+        tokenizer="PTB",
+        missing={"METEOR": "needs Java"},
+        decoding={"num_beams": 5, "top_p": None},
+        pictures_per_second=12.5,
+        data_fingerprint="f00d" * 16,
+    )
+    names, references = [f"{n:04}.jpg" for n in range(count)], [[f"reference {n}", "a cat"] for n in range(count)]
+    return Judgement(evaluation, Pictures(list(range(count)), names, said, references, statistics, shown))
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser_page() as page:
+        page.set_default_timeout(5000)
+        yield page
+
+
+@pytest.fixture()
+def troubles(page: Page) -> Iterator[list[str]]:
+    """What the page says to the console or asks for, but for itself and what it holds."""
+    seen: list[str] = []
+    listeners = {
+        "console": lambda message: seen.append(message.text),
+        "pageerror": lambda error: seen.append(str(error)),
+        "dialog": lambda dialog: seen.append(dialog.message),
+        "request": lambda asked: None if asked.url.startswith(("file:", "data:")) else seen.append(asked.url),
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)  # type: ignore[call-overload]
+    yield seen
+    for event, listener in listeners.items():
+        page.remove_listener(event, listener)
+
+
+def show(page: Page, folder: Path, report: str, *, framed: bool = False) -> Frame:
+    """Open a report, on its own or in a frame as the Kubeflow Pipelines UI shows it; return its frame."""
+    (folder / "report.html").write_text(report)
+    if framed:
+        frame = '<!doctype html><iframe sandbox="allow-scripts" src="report.html" width="1200" height="800"></iframe>'
+        (folder / "frame.html").write_text(frame)
+    page.goto((folder / ("frame.html" if framed else "report.html")).as_uri())
+    shown = page.frames[-1]
+    shown.wait_for_selector("#controls:visible")
+    return shown
+
+
+def shown_names(frame: Frame) -> list[str]:
+    return frame.locator(".card:visible .file").all_inner_texts()
+
+
+@pytest.fixture(scope="module")
+def compared() -> str:
+    new, old = judged("new", [2.0, 0.5, 1.0, 3.0]), judged("old", [0.1, 0.9, 0.95, 0.2])
+    return render_report(new, others=[judged("third", [1, 1, 1, 1])], champion=old, curves=CURVES)
+
+
+@pytest.mark.parametrize("framed", [False, True], ids=["alone", "sandboxed"])
+def test_it_sorts_filters_and_asks_for_nothing(
+    page: Page, troubles: list[str], tmp_path: Path, compared: str, framed: bool
+) -> None:
+    frame = show(page, tmp_path, compared, framed=framed)
+    assert shown_names(frame) == ["0001.jpg", "0002.jpg", "0000.jpg", "0003.jpg"], "the worst first"
+    for order, wanted in (("cider down", "3021"), ("gain up", "1203"), ("gain down", "3021"), ("cider up", "1203")):
+        frame.select_option("#sort", order)
+        assert shown_names(frame) == [f"000{n}.jpg" for n in wanted]
+    for text, wanted in (
+        ("0002.JPG", "2"),
+        ("REFERENCE 3", "3"),
+        ("old caption 1", "1"),
+        ("cat dog", "1203"),
+        ("x", ""),
+    ):
+        frame.fill("#filter", text)
+        assert shown_names(frame) == [f"000{n}.jpg" for n in wanted]
+        assert frame.locator("#count").inner_text() == f"{len(wanted)} of 4 shown"
+    assert frame.locator("#none").is_visible()
+    assert not troubles
+
+
+def test_the_browser_forbids_what_comes_from_elsewhere(page: Page, tmp_path: Path, compared: str) -> None:
+    frame = show(page, tmp_path, compared)
+    forbidden = """
+        new Promise((tell) => {
+          document.addEventListener("securitypolicyviolation", (event) => tell(event.effectiveDirective));
+          ASK;
+        })
+    """
+    for ask, directive in (
+        ("fetch('https://example.org/').catch(() => null)", "connect-src"),
+        ("new Image().src = 'https://example.org/a.png'", "img-src"),
+        (
+            "document.body.append(Object.assign(document.createElement('script'), {src: 'https://x/'}))",
+            "script-src-elem",
+        ),
+    ):
+        assert frame.evaluate(forbidden.replace("ASK", ask)) == directive
+
+
+@pytest.mark.parametrize("size", [(80, 40), (40, 80), (40, 40), (300, 40)], ids=str)
+def test_a_words_map_lies_on_the_centre_square(
+    page: Page, troubles: list[str], tmp_path: Path, size: tuple[int, int]
+) -> None:
+    frame = show(page, tmp_path, render_report(judged("new", [1.0], size=size)))
+    word, overlay = frame.locator(".word", has_text="dog"), frame.locator(".map")
+    assert not overlay.is_visible()
+    word.hover()
+    picture, square = (frame.locator(name).bounding_box() for name in (".picture img:first-child", ".map"))
+    assert picture and square
+    assert picture["width"] / picture["height"] == pytest.approx(size[0] / size[1], rel=0.02)
+    assert square["width"] == pytest.approx(square["height"], abs=0.5)
+    assert square["width"] == pytest.approx(min(picture["width"], picture["height"]), abs=0.5)
+    for corner, side in (("x", "width"), ("y", "height")):
+        middle = [box[corner] + box[side] / 2 for box in (picture, square)]  # type: ignore[literal-required]
+        assert middle[0] == pytest.approx(middle[1], abs=0.5)
+    image = Image.open(io.BytesIO(page.screenshot())).convert("L")
+    left, top, width = square["x"], square["y"], square["width"]
+    bright, dark = (image.getpixel((int(left + at * width), int(top + at * width))) for at in (0.05, 0.8))
+    assert isinstance(bright, int) and isinstance(dark, int) and bright > 150 and dark < 80
+    page.mouse.move(1, 1)
+    assert not overlay.is_visible() and not troubles
+
+
+def test_the_keyboard_goes_from_word_to_word(page: Page, tmp_path: Path, compared: str) -> None:
+    frame = show(page, tmp_path, compared)
+    page.mouse.move(1, 1)
+    frame.locator(".word").first.focus()
+    assert frame.locator(".word.lit").inner_text() == "new" and frame.locator(".map:visible").count() == 1
+    page.keyboard.press("ArrowRight")
+    assert frame.locator(".word.lit").inner_text() == "caption"
+    page.keyboard.press("Tab")  # to the next picture
+    assert frame.locator(".map:visible").count() == 1
+    page.keyboard.press("Escape")
+    assert frame.locator(".map:visible").count() == 0
+
+
+def test_whatever_it_is_told_stands_there_as_text(page: Page, troubles: list[str], tmp_path: Path) -> None:
+    count = len(HOSTILE)
+    judgement = judged("x", [1.0 + n for n in range(count)], captions=HOSTILE)
+    pictures = replace(judgement.pictures, file_names=HOSTILE, references=[[text] for text in HOSTILE])
+    for n, text in enumerate(HOSTILE):
+        told = {"name": text, "model": text, "split": text, "frequencies": text, "missing": {text: text}, "clip": text}
+        one = Judgement(replace(judgement.evaluation, **told, decoding={"num_beams": 1, text: text}), pictures)
+        curves = {text: CURVES["new"]}
+        decision = replace(decide(None, one, Policy()), reason=text)
+        report = render_report(one, others=[one], champion=one, decision=decision, curves=curves)
+        frame = show(page, tmp_path, report)
+        visible = "".join(chr(0x2400 + ord(letter)) if ord(letter) < 32 else letter for letter in text)
+        assert frame.locator("h1 bdi").first.text_content() == visible
+        assert frame.locator(".decision p").text_content() == visible
+        card = frame.locator(".card").nth(n)
+        assert card.locator(".file").text_content() == visible
+        assert card.locator("li").text_content() == visible
+        assert card.locator(".rival bdi").text_content() == visible
+        assert (card.locator(".caption").text_content() or "").split() == visible.split()
+        for word in card.locator(".word").all():
+            word.hover()
+        assert (
+            frame.locator("script").count() == 1 and frame.locator("img[src=x], [onerror], [onmouseover]").count() == 0
+        )
+        assert page.title() == f"Captions of {visible}"
+    assert not troubles
+
+
+def test_a_real_difference_is_told_from_chance(page: Page, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    base = rng.random(150)
+    new, old = judged("new", base + 1, views=3), judged("old", base)
+    frame = show(page, tmp_path, render_report(new, champion=old, decision=decide(old, new, Policy())))
+    verdicts = frame.locator(".verdict").all_inner_texts()
+    assert verdicts == ["real gain", "may be chance"], "CIDEr and ROUGE-L"
+    assert "Becomes the champion" in frame.locator(".decision").inner_text()
+    assert frame.locator(".warning").count() == 0
+    frame = show(page, tmp_path, render_report(old, champion=new, decision=decide(new, old, Policy())))
+    assert frame.locator(".verdict").first.inner_text() == "real loss"
+    assert "Does not become the champion" in frame.locator(".decision").inner_text()
+    assert "it needed more" in frame.locator(".decision").inner_text()
+
+
+def test_scores_say_of_what_and_few_pictures_are_warned_of(page: Page, tmp_path: Path, compared: str) -> None:
+    frame = show(page, tmp_path, compared)
+    assert "CIDEr 1.625 on val" in frame.locator("h1").inner_text()
+    assert "Only 4 pictures" in frame.locator(".warning").inner_text()
+    text = frame.locator("body").inner_text()
+    assert "Scores on val, 4 pictures" in text and "METEOR of new is missing: needs Java" in text
+    assert "CIDEr counts how rare a word is in the reference captions of these 4 pictures" in text
+    heads = frame.locator("thead th bdi").all_inner_texts()
+    assert heads == ["new", "third", "old"]
+    assert frame.locator("tbody tr").first.locator("td").first.inner_text().split()[0] == "1.625"
+    assert frame.locator(".chart").count() == 2 and frame.locator("polyline").count() == 3
+    assert frame.locator("circle title").first.text_content() == "new, train: 5 at step 1"
+
+
+def test_without_pictures_the_captions_stand_alone(page: Page, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = show(page, tmp_path, render_report(judged("results.json", rng.random(500), views=0)))
+    assert frame.locator(".card").count() == 120 and frame.locator(".card img").count() == 0
+
+
+def test_a_champion_on_other_pictures_is_not_compared() -> None:
+    new, old = judged("new", [1.0, 2.0]), judged("old", [1.0, 2.0, 3.0])
+    assert 'class="verdict' not in render_report(new, champion=old)
+
+
+def test_it_reads_on_a_phone_and_in_the_dark(page: Page, tmp_path: Path, compared: str) -> None:
+    size = page.viewport_size
+    assert size is not None
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.emulate_media(color_scheme="dark")
+    try:
+        frame = show(page, tmp_path, compared)
+        assert frame.evaluate("document.documentElement.scrollWidth") <= 360
+        colours = frame.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        assert max(colours) < 60
+    finally:
+        page.set_viewport_size(size)
+        page.emulate_media(color_scheme="light")
+
+
+def test_120_photographs_stay_below_4_megabytes() -> None:
+    """Rough noise, whose thumbnails are somewhat larger than those of COCO's photographs."""
+    rng = np.random.default_rng(0)
+    caption = "a group of people standing on top of a snow covered slope"
+    views = {}
+    for n in range(120):
+        rough = Image.fromarray(rng.integers(0, 256, (36, 48, 3), np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
+        noise = rng.integers(0, 256, (480, 640, 1), np.uint8)
+        picture = Image.fromarray((0.75 * np.asarray(rough) + 0.25 * noise).astype(np.uint8))
+        maps = [(word, rng.integers(0, 256, (16, 16), np.uint8)) for word in caption.split()]
+        views[n] = View(thumbnail(picture), maps)
+    judgement = judged("new", rng.random(120), captions=[caption] * 120)
+    references = [[caption] * 5] * 120
+    judgement = Judgement(judgement.evaluation, replace(judgement.pictures, views=views, references=references))
+    assert 12_000 < np.mean([len(view.thumbnail) for view in views.values()]) < 20_000
+    assert len(render_report(judgement, champion=judgement, curves=CURVES).encode()) < 4_000_000
+
+
+def test_the_worst_are_shown_and_some_of_the_rest() -> None:
+    cider = np.random.default_rng(0).random(1000)
+    shown = to_show(cider)
+    assert len(set(shown)) == 120 and shown[:60] == np.argsort(cider)[:60].tolist()
+    assert cider[shown].max() == cider.max()
+    assert to_show(cider[:7]) == np.argsort(cider[:7]).tolist()
+
+
+def test_cards_pair_captions_by_picture() -> None:
+    new, old = judged("new", [2.0, 1.0]), judged("old", [0.5])
+    first, second = cards(new.pictures, old.pictures)
+    assert (first.name, first.rival) == ("0001.jpg", None)
+    assert second.rival is not None and second.rival.gain == 1.5 and second.rival.caption == "old caption 0 of a dog"
+
+
+def test_axes_end_at_round_numbers() -> None:
+    assert ticks(0.13, 4.7, 5) == [0, 1, 2, 3, 4, 5]
+    assert ticks(-0.02, 0.031, 5) == [-0.02, 0, 0.02, 0.04]
+    points = [(float(n), float(n)) for n in range(1000)]
+    kept = thinned(points)
+    assert len(kept) == MOST_POINTS and kept[0] == points[0] and kept[-1] == points[-1]
+    assert line_chart("", "step", [Series("a", 0, False, [(1, float("nan"))])]) is None
+    flat = line_chart("", "step", [Series("a", 0, False, [(0, 2.0)])])
+    assert flat is not None and len(flat.lines[0].corners) == 1 and len(flat.y_ticks) > 1

@@ -1,0 +1,302 @@
+"""Every kind of input: archives, Karpathy's splits, tables, and captions that are not what they should be."""
+
+import csv
+import json
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib import UserError
+from model_lib.data.leaks import require_apart, require_unseen
+from model_lib.data.shards import Manifest, read_manifest
+from model_lib.ingest import json_stream
+from model_lib.ingest.annotations import LONGEST_CAPTION, read_captions
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+
+
+def rows(manifest: Manifest) -> list[dict]:
+    """Return the data set's rows without where they came from."""
+    found = [row for shard in read_manifest(manifest.uri).shards for row in pq.read_table(shard.uri).to_pylist()]
+    return [{name: value for name, value in row.items() if name != "source"} for row in found]
+
+
+def quarantine(manifest: Manifest) -> list[dict]:
+    return pq.read_table(Path(manifest.uri) / "quarantine.parquet").to_pylist()
+
+
+def zipped(archive: Path, folder: Path, *parts: str) -> None:
+    with zipfile.ZipFile(archive, "w") as made:
+        for part in parts:
+            for file in sorted((folder / part).iterdir()):
+                made.write(file, f"{part}/{file.name}")
+
+
+@pytest.fixture()
+def unpacked(scenes: Path, tmp_path: Path) -> Manifest:
+    """The scenes, ingested from folders."""
+    return ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "unpacked")))
+
+
+@pytest.fixture()
+def archives(scenes: Path, tmp_path: Path) -> Path:
+    """The scenes as COCO's own archives."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    zipped(folder / "annotations_trainval2017.zip", scenes, "annotations")
+    for split in ("train2017", "val2017"):
+        zipped(folder / f"{split}.zip", scenes, split)
+    return folder
+
+
+def test_cocos_archives_are_read_in_place(archives: Path, unpacked: Manifest, tmp_path: Path) -> None:
+    manifest = ingest(IngestConfig(dataset=str(archives), output=str(tmp_path / "out")))
+    assert rows(manifest) == rows(unpacked) and manifest.fingerprint == unpacked.fingerprint
+    assert sorted(file.name for file in archives.iterdir()) == [
+        "annotations_trainval2017.zip",
+        "train2017.zip",
+        "val2017.zip",
+    ]
+    source = pq.read_table(tmp_path / "out" / "val-00000.parquet")["source"][0].as_py()
+    import fsspec
+
+    assert fsspec.open(source).open().read(2) == b"\xff\xd8"
+
+
+def test_an_archive_may_be_in_a_bucket_and_hold_pictures_at_its_top(
+    archives: Path, scenes: Path, tmp_path: Path
+) -> None:
+    from model_lib.storage import upload_folder
+
+    upload_folder(str(archives), "memory://zips")
+    assert ingest(IngestConfig(dataset="memory://zips", output=str(tmp_path / "a"))).counts == {"train": 64, "val": 12}
+    with zipfile.ZipFile(tmp_path / "flat.zip", "w") as flat:
+        for file in (scenes / "val2017").iterdir():
+            flat.write(file, file.name)
+    lists = scenes / "annotations" / "captions_val2017.json"
+    config = IngestConfig(annotations=str(lists), images=str(tmp_path / "flat.zip"), output=str(tmp_path / "b"))
+    assert sum(ingest(config).counts.values()) == 12
+
+
+def test_a_damaged_member_is_quarantined_and_a_damaged_archive_refused(archives: Path, tmp_path: Path) -> None:
+    archive = archives / "val2017.zip"
+    content = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as listed:
+        info = listed.infolist()[3]
+    content[info.header_offset + 30 + len(info.filename) + info.file_size // 2] ^= 0xFF
+    archive.write_bytes(content)
+    manifest = ingest(IngestConfig(dataset=str(archives), output=str(tmp_path / "out")))
+    assert manifest.counts["val"] == 11 and manifest.quarantined == {"unreadable": 1}
+    assert "CRC" in quarantine(manifest)[0]["detail"]
+    archive.write_bytes(content[:-30])
+    with pytest.raises(UserError, match=r"val2017\.zip: is not a whole zip archive"):
+        ingest(IngestConfig(dataset=str(archives), output=str(tmp_path / "out")))
+
+
+@pytest.fixture()
+def website(scenes: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(scenes)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_pictures_may_be_on_a_web_server(website: str, scenes: Path, tmp_path: Path) -> None:
+    lists = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
+    lists["images"].append({"id": 999, "file_name": "gone.jpg"})
+    lists["annotations"].append({"id": 10**6, "image_id": 999, "caption": "gone"})
+    (tmp_path / "captions.json").write_text(json.dumps(lists))
+    config = IngestConfig(
+        annotations=str(tmp_path / "captions.json"), images=f"{website}/val2017", output=str(tmp_path / "out")
+    )
+    manifest = ingest(config)
+    assert sum(manifest.counts.values()) == 12 and manifest.quarantined == {"missing": 1}
+
+
+# ---- Karpathy's splits -----------------------------------------------------------------------------------------
+
+
+def karpathy(scenes: Path, file: Path, splits: list[str], names: bool = True) -> Path:
+    """Write Karpathy's list of the training scenes, split as told, in turn."""
+    images, captions = read_captions(str(scenes / "annotations" / "captions_train2017.json"))
+    listed = []
+    for number, (image_id, name) in enumerate(images):
+        sentences = [{"raw": text, "imgid": number, "tokens": text.split()} for text in captions[image_id]]
+        picture = {"filepath": "train2017", "filename": name if names else f"COCO_train2014_{name}", "imgid": number}
+        split = splits[number % len(splits)]
+        listed.append({**picture, "cocoid": image_id, "split": split, "sentences": sentences})
+    file.write_text(json.dumps({"images": listed, "dataset": "coco"}))
+    return file
+
+
+@pytest.mark.parametrize("layout", ["dataset", "images"])
+def test_karpathys_splits_and_restval_counts_as_train(scenes: Path, tmp_path: Path, layout: str) -> None:
+    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "restval", "val", "test"], layout == "images")
+    if layout == "dataset":  # of scenes alone that have ids of their own
+        lists = tmp_path / "set" / "annotations" / "captions_val2017.json"
+        shutil.copytree(scenes, tmp_path / "set")
+        lists.write_text('{"images": [], "annotations": []}')
+    place = {layout: str(tmp_path / "set" if layout == "dataset" else scenes)}
+    manifest = ingest(IngestConfig(karpathy=str(listed), output=str(tmp_path / "out"), **place))
+    assert manifest.counts == {"test": 16, "train": 32, "val": 16} and manifest.quarantined == {}
+    theirs = {row["cocoid"]: row for row in json.loads(listed.read_text())["images"]}
+    for row in rows(manifest):
+        assert row["captions"] == [sentence["raw"] for sentence in theirs[row["image_id"]]["sentences"]]
+        assert row["split"] == {"restval": "train"}.get(split := theirs[row["image_id"]]["split"], split)
+
+
+def test_a_list_that_leaks_its_test_pictures_is_refused(scenes: Path, tmp_path: Path) -> None:
+    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
+    document = json.loads(listed.read_text())
+    document["images"].append({**document["images"][1], "split": "restval"})
+    listed.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="leaks: image 2 is in both test and train"):
+        ingest(IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_on_train2017_and_judging_on_karpathys_test_is_a_leak(
+    scenes: Path, unpacked: Manifest, tmp_path: Path
+) -> None:
+    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "train", "test", "val"])
+    manifest = ingest(IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "k")))
+    whole, split = read_manifest(unpacked.uri), read_manifest(manifest.uri)
+    with pytest.raises(UserError, match=r"leaks: 16 of its training pictures .* are test pictures of .*--karpathy"):
+        require_apart(whole, split, "test")
+    record = {"configuration": {"data": unpacked.uri}, "data_fingerprint": unpacked.fingerprint}
+    with pytest.raises(UserError, match="leaks: 16"):
+        require_unseen(record, split, "test")
+    require_unseen(record, split, "train")
+    require_unseen({**record, "data_fingerprint": "of data that is no longer there"}, split, "test")
+    require_unseen({}, split, "test")
+    require_apart(split, split, "test")
+    require_apart(split, split, "val")
+    require_apart(whole, whole, "val")  # the ids are the same, the pictures are not
+
+
+def test_karpathys_list_given_as_annotations_is_named(scenes: Path, tmp_path: Path) -> None:
+    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
+    with pytest.raises(UserError, match="give it as --karpathy"):
+        ingest(IngestConfig(annotations=str(listed), images=str(scenes), output=str(tmp_path / "out")))
+    lists = scenes / "annotations" / "captions_val2017.json"
+    with pytest.raises(UserError, match="is not Karpathy's splits"):
+        ingest(IngestConfig(karpathy=str(lists), images=str(scenes), output=str(tmp_path / "out")))
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+
+def write_table(file: Path, table: list[tuple[str, str]]) -> None:
+    if file.suffix == ".csv":
+        with file.open("w", newline="", encoding="utf-8-sig") as opened:
+            csv.writer(opened).writerows([("file", "caption"), *table])
+    elif file.suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps({"file": name, "caption": text}) for name, text in table))
+    else:
+        pq.write_table(pa.table({"file": [name for name, _ in table], "caption": [text for _, text in table]}), file)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_rows_of_one_file_are_its_captions(scenes: Path, tmp_path: Path, ending: str) -> None:
+    names = [f"00000000000{n}.jpg" for n in range(1, 6)]
+    table = [(name, f'caption {n}, "quoted"\nof two lines') for n in range(3) for name in names]
+    write_table(file := tmp_path / f"captions.{ending}", table)
+    made = {}
+    for count in (5, 4):  # the order of rows, and other rows, do not matter to a picture
+        kept = [row for row in table if row[0] in names[:count]]
+        write_table(file, kept)
+        images, output = str(scenes / "train2017"), str(tmp_path / str(count))
+        manifest = ingest(IngestConfig(annotations=str(file), images=images, output=output))
+        made[count] = {row["file_name"]: row for row in rows(manifest)}
+        assert sum(manifest.counts.values()) == count and min(row["image_id"] for row in made[count].values()) > 0
+    assert made[5][names[0]]["captions"] == [f'caption {n}, "quoted" of two lines' for n in range(3)]
+    assert all(made[4][name] == made[5][name] for name in names[:4])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", "name,caption\na.jpg,x\n", "no column 'file'"),
+        ("a.csv", "", "no column 'file'"),
+        ("a.csv", b"file,caption\na.jpg,\xff\n", "cannot be read as a table"),
+        ("a.jsonl", '{"file": "a.jpg"}\n', "no column 'caption'"),
+        ("a.jsonl", '{"file": "a.jpg", "caption": 7}\n', "row 1: caption 7 is not text"),
+        ("a.jsonl", '{"file": "", "caption": "x"}\n', "row 1: file '' is not a file's name"),
+        ("a.jsonl", "[]\n", "row 1 is not an object"),
+        ("a.jsonl", "{\n", "cannot be read as a table"),
+        ("a.parquet", "no parquet", "cannot be read as a table"),
+        ("a.csv", "file,caption\n../a.jpg,x\n", "leaves the image folder"),
+    ],
+)
+def test_a_table_of_another_form_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: str | bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=said) as refused:
+        ingest(IngestConfig(annotations=str(tmp_path / name), images=str(tmp_path), output=str(tmp_path / "out")))
+    assert "\n" not in str(refused.value) and name in str(refused.value)
+
+
+# ---- captions that are not what they should be -----------------------------------------------------------------
+
+
+def test_what_is_wrong_with_captions_is_counted_and_quarantined(scenes: Path, tmp_path: Path) -> None:
+    shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "a.jpg")
+    images = [(1, "a.jpg"), (1, "a.jpg"), (2, "a.jpg"), (3, "a.jpg"), (4, "a\x00.jpg"), (5, "a.jpg")]
+    texts = [(1, "a\x00 b\ud800\tc"), (1, " \n\x07"), (1, "x" * (LONGEST_CAPTION + 1)), (1, "plain"), (3, "\u200e\x1f")]
+    texts += [(4, "named"), (9, "no picture"), (9, "no picture"), (5, "ok " * 333)]
+    document = {
+        "images": [{"id": number, "file_name": name} for number, name in images],
+        "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(document))
+    config = IngestConfig(
+        annotations=str(tmp_path / "captions.json"), images=str(tmp_path), output=str(tmp_path / "out"), split="train"
+    )
+    manifest = ingest(config)
+    found = {row["image_id"]: row["captions"] for row in rows(manifest)}
+    assert found[1] == ["a b c", "plain"] and 2 not in found and 4 not in found and 5 in found
+    assert manifest.quarantined == {
+        "duplicate_id": 1,
+        "caption_empty": 1,
+        "caption_too_long": 1,
+        "no_captions": 1,
+        "bad_name": 1,
+        "caption_without_picture": 1,
+    }
+    assert manifest.cleaned_captions == 1 and len(quarantine(manifest)) == 6
+    assert read_manifest(manifest.uri).cleaned_captions == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10**6])
+def test_a_long_document_is_read_a_piece_at_a_time(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    document = {"info": {"n": 1.5}, "images": [{"id": 12, "file_name": "é,]}.jpg"}, {"id": 3, "file_name": '"'}]}
+    document |= {"x": [], "annotations": [{"id": n, "image_id": 12, "caption": f"{n} \\ ü"} for n in (2, 1)], "y": 1234}
+    (tmp_path / "c.json").write_text(json.dumps(document, ensure_ascii=False, indent=1))
+    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    images, captions = read_captions(str(tmp_path / "c.json"))
+    assert images == [(12, "é,]}.jpg"), (3, '"')] and captions == {12: ["1 \\ ü", "2 \\ ü"], 3: []}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"images": [1, 2', '{"images" []}', '{"images": [}', '{"a": 1} x', '{"a": tru}', "\xff", "", '{"a": "x']
+)
+def test_a_damaged_document_is_not_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "c.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"c\.json: is not (JSON|COCO captions)"):
+        read_captions(str(tmp_path / "c.json"))

@@ -1,0 +1,135 @@
+"""Calling the model with pictures in every form, and finding them under every name."""
+
+import functools
+import io
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_lib import Caption, Captioner, UserError, generate_caption
+from model_lib.errors import WorkError
+from model_lib.model.captioning import caption_each, find_pictures, load_pixels
+from model_lib.model.config import DecodeConfig
+from model_lib.model.explain import render_explanation, word_attention
+
+
+@pytest.fixture()
+def web(scenes: Path) -> Iterator[str]:
+    """The scenes' address on a web server."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if self.path == "/fails.jpg":
+                self.send_error(500)
+            else:
+                super().do_GET()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(scenes)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_picture_in_every_form_gets_the_same_caption(model: Captioner, scenes: Path, web: str) -> None:
+    file = scenes / "val2017" / "000000000001.jpg"
+    fsspec.filesystem("memory").pipe_file("/pictures/a.jpg", file.read_bytes())
+    image = Image.open(file).convert("RGB")
+    array = np.asarray(image)
+    forms = [file, str(file), file.as_uri(), "memory://pictures/a.jpg", f"{web}/val2017/000000000001.jpg"]
+    forms += [file.read_bytes(), image, array, array.transpose(2, 0, 1), torch.from_numpy(array.copy())]
+    captions = model.caption(forms, max_new_tokens=8)
+    assert len({(caption.text, tuple(caption.tokens)) for caption in captions}) == 1
+    assert isinstance(captions[0], Caption) and captions[0].score < 0
+    assert generate_caption(model, image, max_new_tokens=8) == captions[0].text
+
+
+def test_grey_arrays_are_grey_pictures(model: Captioner) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
+    assert model.caption([grey]) == model.caption([np.stack([grey] * 3, -1)])
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)])
+def test_an_array_that_is_no_picture_is_refused(model: Captioner, array: np.ndarray) -> None:
+    with pytest.raises(UserError, match="expected uint8"):
+        model.caption([array])
+
+
+def test_several_captions_of_a_picture_lie_side_by_side(model: Captioner, scenes: Path) -> None:
+    files = sorted((scenes / "val2017").iterdir())[:3]
+    options = {"top_p": 0.9, "temperature": 1.2, "max_new_tokens": 6, "seed": 5}
+    captions = model.caption(files, num_captions=2, **options)
+    assert len(captions) == 6 and captions == model.caption(files, num_captions=2, **options)
+    beams = model.caption(files, num_beams=4, num_captions=4, max_new_tokens=6)
+    assert [beams[0], beams[4], beams[8]] == model.caption(files, num_beams=4, max_new_tokens=6)
+
+
+def test_captions_come_as_they_are_ready(model: Captioner, scenes: Path) -> None:
+    """A list without an end: only what is needed is taken from it."""
+    taken = []
+
+    def names() -> Iterator[str]:
+        while True:
+            taken.append(str(scenes / "val2017" / "000000000001.jpg"))
+            yield taken[-1]
+
+    ready = caption_each(model, names(), DecodeConfig(max_new_tokens=2), batch_size=2)
+    assert isinstance(next(ready), list) and len(taken) <= 6
+
+
+def test_names_stand_for_pictures(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jpg", "b.PNG", "notes.txt", "sub/c.webp", "odd[1].jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert list(find_pictures(["set"], [])) == ["set/a.jpg", "set/b.PNG", "set/odd[1].jpg", "set/sub/c.webp"]
+    assert next(find_pictures([str(tmp_path / "set" / "*.jpg")], [])) == str(tmp_path / "set" / "a.jpg")
+    assert list(find_pictures(["set/*/*"], [])) == ["set/sub/c.webp"]
+    assert list(find_pictures(["gone.jpg", "set/odd[1].jpg"], [])) == ["gone.jpg", "set/odd[1].jpg"]
+    listed = io.StringIO("x.jpg\n\ngs://b/y.jpg\n")
+    assert list(find_pictures(["http://a/b?c=*", "-", "z.jpg"], listed)) == [
+        "http://a/b?c=*",
+        "x.jpg",
+        "gs://b/y.jpg",
+        "z.jpg",
+    ]
+    fsspec.filesystem("memory").pipe_file("/found/a.jpg", b"")
+    assert list(find_pictures(["memory://found"], [])) == ["memory:///found/a.jpg"]
+    (tmp_path / "sub").mkdir()
+    found = [str(name) for name in find_pictures(["set/*.gif", "a.jpg", "sub", "nowhere://x", "b.jpg"], [])]
+    assert found[:3] == ["set/*.gif: matches nothing", "a.jpg", "sub: has no pictures in it"]
+    assert found[3].startswith("nowhere://x: ") and found[4] == "b.jpg"
+
+
+def test_what_cannot_be_had_costs_the_others_nothing(model: Captioner, scenes: Path, web: str) -> None:
+    good = f"{web}/val2017/000000000001.jpg"
+    names = [good, f"{web}/gone.jpg", f"{web}/fails.jpg", "http://127.0.0.1:9/a.jpg", "nowhere://x", good]
+    results = list(caption_each(model, find_pictures(names, []), DecodeConfig(max_new_tokens=2)))
+    assert isinstance(results[0], list) and results[0] == results[5]
+    kinds = [UserError, WorkError, WorkError, UserError]
+    for name, result, kind in zip(names[1:5], results[1:5], kinds, strict=True):
+        assert type(result) is kind and str(result).startswith(f"{name}: "), result
+
+
+def test_each_word_has_its_attention_over_the_patches(model: Captioner, scenes: Path) -> None:
+    file = scenes / "val2017" / "000000000001.jpg"
+    tokens = model.tokenizer("a red circle")["input_ids"]
+    caption = Caption("a red circle", -1.0, [*tokens, model.tokenizer.eos_token_id])
+    words = word_attention(model, load_pixels(file, model.image_size), caption)
+    assert [text for text, _ in words] == ["a", "red", "circle"]
+    side = model.image_size // model.config.vision_config.patch_size
+    assert all(weights.shape == (side, side) and 0 < weights.sum() < 1 for _, weights in words)
+
+    page = render_explanation(model, [(str(file), Caption("<script>x", -1.0, caption.tokens))])
+    assert page.count("<figure>") == 3 and "data:image/jpeg;base64," in page
+    assert "://" not in page and "<script>" not in page and "&lt;script&gt;x" in page

@@ -1,0 +1,169 @@
+"""The registered model as MLflow serves it: whole, and asked over HTTP."""
+
+import base64
+import functools
+import json
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from model_lib import Captioner
+from model_lib.registry.config import RegisterConfig
+from model_lib.registry.registry import register
+from model_lib.tracking.server import MlflowTracking
+from tests.model_lib.registry.test_promotion import judged
+from tests.services import free_port, running
+
+PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
+
+
+@pytest.fixture(scope="module")
+def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An embedded store in which the small captioner is champion; its tracking URI."""
+    folder = tmp_path_factory.mktemp("registry")
+    judged(0.5, "small", model=str(saved_model), packages=PACKAGES).write(str(folder / "evaluation"), "")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("captioner", artifact_location=str(folder / "artifacts"))
+    register(RegisterConfig(evaluations=(str(folder / "evaluation"),)), MlflowTracking(uri, experiment))
+    yield uri
+    mlflow.set_tracking_uri(None)
+
+
+def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(registry)
+    client = mlflow.MlflowClient(registry)
+    version = client.get_model_version_by_alias("captioner", "champion")
+    files = Path(mlflow.artifacts.download_artifacts("models:/captioner@champion", dst_path=str(tmp_path)))
+    card = (files / "README.md").read_text()
+    assert version.description == card and len(card) < 5000
+    for words in ("# small", "| CIDEr | 0.5000 | 0.4", "CIDEr's document frequencies come from these", "CC BY 4.0"):
+        assert words in card, card
+    assert "data `f`" in card and "OpenAI's model card" in card and "modified MIT" in card and "torch 2.11.0" in card
+    pinned = (files / "requirements.txt").read_text().split()
+    assert {"torch==2.11.0", "transformers==5.17.0", f"mlflow=={mlflow.__version__}"} <= set(pinned)
+    assert all("==" in line for line in pinned) and any(line.startswith("aiohttp==") for line in pinned)
+    assert (files / "code" / "model_lib" / "pages" / "templates" / "card.md").is_file()
+
+    model = yaml.safe_load((files / "MLmodel").read_text())
+    assert json.loads(model["signature"]["inputs"]) == [{"type": "string", "required": True}]
+    params = {one["name"]: (one["type"], one["default"]) for one in json.loads(model["signature"]["params"])}
+    assert params["num_beams"] == ("long", 1) and params["top_p"] == ("double", None) and "num_captions" not in params
+    loaded = mlflow.pyfunc.load_model(str(files))
+    (caption,) = loaded.predict(loaded.input_example)
+    assert isinstance(caption, str)
+    # The run that trained it, or stands for it, shows it.
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert logged.status == "READY" and '"version": 1' in logged.tags["mlflow.modelVersions"]
+    assert client.get_run(version.run_id).outputs.model_outputs[0].model_id == logged.model_id
+
+
+@pytest.fixture(scope="module")
+def web(scenes: Path) -> Iterator[str]:
+    """The address of a web server with the validation pictures."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(scenes / "val2017"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def served(registry: str, web: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the champion's `mlflow models serve`."""
+    port = free_port()
+    environment = [f"CAPTIONER_ALLOW={tmp_path_factory.getbasetemp()}/, {web}/", f"MLFLOW_TRACKING_URI={registry}"]
+    environment += [f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
+    command = ["env", *environment, sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["--model-uri", "models:/captioner@champion", "--host", "127.0.0.1", "--port", str(port)]
+    log = tmp_path_factory.mktemp("served") / "serve.log"
+    with running(command, f"http://127.0.0.1:{port}/ping", log):
+        yield f"http://127.0.0.1:{port}/invocations"
+
+
+def ask(address: str, document: Any) -> tuple[int, Any]:
+    """Return status and body of the answer."""
+    request = urllib.request.Request(address, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_a_path_an_address_and_base64_are_captioned(served: str, web: str, saved_model: Path, scenes: Path) -> None:
+    picture = scenes / "val2017" / "000000000001.jpg"
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    model = Captioner.from_pretrained(str(saved_model))
+    expected = model.caption([str(picture)])[0].text
+    rows = [str(picture), f"{web}/{picture.name}", encoded, f"data:image/jpeg;base64,{encoded}"]
+    for document in (
+        {"inputs": rows},
+        {"instances": rows},
+        {"dataframe_split": {"columns": ["image"], "data": [[row] for row in rows]}},
+        {"dataframe_records": [{"image": row} for row in rows]},
+    ):
+        assert ask(served, document) == (200, {"predictions": [expected] * 4}), list(document)
+    beams = model.caption([str(picture)], num_beams=3, max_new_tokens=5)[0].text
+    asked = {"inputs": rows[:1], "params": {"num_beams": 3, "max_new_tokens": 5}}
+    assert ask(served, asked) == (200, {"predictions": [beams]})
+
+
+def test_what_is_no_picture_is_refused_by_row(served: str, web: str, scenes: Path, tmp_path: Path) -> None:
+    picture = str(scenes / "val2017" / "000000000001.jpg")
+    (tmp_path / "text.jpg").write_text("no picture")
+    junk = base64.b64encode(b"no picture at all " * 1000).decode()
+    for bad, said in (
+        (str(tmp_path / "text.jpg"), ": unreadable: not a picture in a format known here"),
+        (str(tmp_path / "gone.jpg"), "gone.jpg: no such file"),
+        (f"{web}/gone.jpg", "/gone.jpg: no such file"),
+        (junk, "row 2 of 3: base64, but not of a picture"),
+        (f"data:image/png;base64,{junk}", "row 2 of 3: base64, but not of a picture"),
+        ("data:image/png;base64,???", "row 2 of 3: a data URI, but not of base64"),
+        ("", "row 2 of 3: is not the path, URI or base64 of a picture"),
+        (None, "row 2 of 3: is not the path, URI or base64 of a picture"),
+        ("nowhere://x/y.jpg", "nowhere"),
+        ("/etc/passwd", "/etc/passwd: not allowed here, a path; send base64, or set CAPTIONER_ALLOW on the server"),
+        ("http://169.254.169.254/a.jpg", "not allowed here, http://"),
+        (base64.b64encode(Path(picture).read_bytes()[:-300]).decode(), "row 2 of 3: truncated"),
+    ):
+        status, body = ask(served, {"dataframe_split": {"columns": ["image"], "data": [[picture], [bad], [picture]]}})
+        assert (status, body["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), body
+        assert body["message"].startswith("row 2 of 3: ") and said in body["message"], body
+        assert "\n" not in body["message"] and len(body["message"]) < 400 and "Traceback" not in str(body)
+    status, body = ask(served, {"inputs": [*["gone.jpg"] * 7, picture]})
+    assert status == 400 and body["message"].startswith("row 1 of 8: ") and body["message"].endswith("; 2 more rows")
+
+
+def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> None:
+    picture = str(scenes / "val2017" / "000000000001.jpg")
+    for document in (
+        {"inputs": []},
+        {"dataframe_split": {"columns": [], "data": [[]]}},
+        {"inputs": [1, 2]},
+        {"pictures": [picture]},
+        {"inputs": [picture], "params": {"top_p": 7.0}},
+        {"inputs": [picture], "params": {"num_beams": "many"}},
+        [picture],
+    ):
+        status, body = ask(served, document)
+        assert status == 400 and "Traceback" not in str(body), (document, body)
+    assert ask(served, {"dataframe_split": {"columns": ["image"], "data": []}}) == (200, {"predictions": []})
+    # MLflow leaves out columns beyond the signature's.
+    one, two = ({"columns": columns, "data": [[picture, "x"][: len(columns)]]} for columns in (["a"], ["a", "b"]))
+    assert ask(served, {"dataframe_split": one}) == ask(served, {"dataframe_split": two})

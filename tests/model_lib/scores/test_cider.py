@@ -1,0 +1,56 @@
+"""CIDEr-D: the official toolkit's scores."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from model_lib.scores.cider import END, CiderD, corpus_cider, words
+
+REFERENCES = {
+    1: ["a red circle on a white background", "one red circle", "a circle"],
+    2: ["two blue squares", "blue squares on white"],
+    3: ["a green triangle left of a red circle", "a triangle and a circle"],
+}
+
+
+def official(captions: dict[int, str], references: dict[int, list[str]]) -> tuple[float, list[float]]:
+    """Return the official CIDEr of captions that are split already."""
+    from pycocoevalcap.cider.cider import Cider
+
+    score, each = Cider().compute_score(references, {key: [text] for key, text in captions.items()})
+    return float(score), list(each)
+
+
+def test_scores_are_the_official_toolkits_on_coco(coco_eval: Path) -> None:
+    references = defaultdict(list)
+    for row in json.loads(next(coco_eval.glob("captions_*_1000.json")).read_text())["annotations"]:
+        references[row["image_id"]].append(" ".join(words(row["caption"])))
+    results = json.loads(next(coco_eval.glob("*fakecap*.json")).read_text())
+    captions = {row["image_id"]: " ".join(words(row["caption"])) for row in results}
+    wanted, each = official(captions, {key: references[key] for key in captions})
+    assert corpus_cider(captions, references) == pytest.approx(wanted, abs=1e-9)
+    scorer = CiderD([text.split() for text in references[key]] for key in captions)
+    for key, one in zip(captions, each, strict=True):
+        vectors = [scorer.vector(text.split()) for text in references[key]]
+        assert scorer.score(scorer.vector(captions[key].split()), vectors) == pytest.approx(one, abs=1e-9)
+
+
+@pytest.mark.parametrize("caption", ["", "a", "a a a a a a", "a red circle on a white background", "unheard of words"])
+def test_odd_captions_score_as_officially(caption: str) -> None:
+    captions = {1: caption, 2: "two blue squares", 3: caption}
+    assert corpus_cider(captions, REFERENCES) == pytest.approx(official(captions, REFERENCES)[0], abs=1e-9)
+
+
+def test_with_the_end_as_a_word_a_truncated_sentence_scores_less() -> None:
+    references = [[[*text.split(), END] for text in texts] for texts in REFERENCES.values()]
+    scorer = CiderD(references)
+
+    def score(text: str) -> float:
+        return scorer.score(scorer.vector(text.split()), [scorer.vector(one) for one in references[0]])
+
+    # Without it "a red circle on a", which shares every n-gram with the whole sentence, would be nearly as good.
+    assert score("a red circle on a") < 0.8 * score(f"a red circle on a white background {END}")
+    assert score("a red circle on a white background") < score(f"a red circle on a white background {END}")
+    assert score(f"one red circle {END}") > score("one red circle")

@@ -1,0 +1,123 @@
+"""What a pipeline needs is checked at once, against a real MLflow server: all that is missing is named in one line."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from model_lib import UserError
+from model_lib.steps import preflight
+from model_lib.steps.preflight import Needs, check_candidates, training_sources
+from model_lib.tracking.server import do_not_wait_long
+from tests.services import free_port, mlflow_server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address:
+        yield address
+
+
+def test_what_is_there_is_accepted(
+    server: str, scenes: Path, saved_model: Path, gpt2_tokenizer: Path, tmp_path: Path
+) -> None:
+    preflight.preflight(
+        Needs(
+            dataset=str(scenes),
+            folders=[str(scenes), ""],
+            outputs=[str(tmp_path / "out"), str(scenes / "captions")],
+            weights=[str(saved_model)],
+            tokenizers=[str(gpt2_tokenizer)],
+            pairs={"images": "", "output": ""},
+            keys=["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"],
+            environment={"MLFLOW_TRACKING_URI": server, "MLFLOW_TRACKING_PASSWORD": "x"},
+        )
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_everything_that_is_missing_is_named_at_once(
+    server: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    needs = Needs(
+        folders=[str(tmp_path / "gone"), str(scenes)],
+        outputs=["/proc/x"],
+        dataset=str(tmp_path / "empty"),
+        weights=[str(tmp_path / "empty"), "models:/captioner@champion", "models:/captioner/99"],
+        tokenizers=[str(tmp_path / "empty")],
+        machines=2,
+        pairs={"caption_images": "x", "caption_output": ""},
+        secret="mine",
+        keys=["MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_URI"],
+        environment={"MLFLOW_TRACKING_URI": server},
+    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    with pytest.raises(UserError) as refused:
+        preflight.preflight(needs)
+    for words in (
+        f"{tmp_path}/gone: not there",
+        "/proc/x: cannot be written to",
+        f"{tmp_path}/empty: holds no model",
+        "several machines: this is no Kubernetes cluster",
+        f"{tmp_path}/empty: holds no tokenizer",
+        f"{tmp_path}/empty/annotations/captions_train2017.json: not there",
+        "models:/captioner/99: not in the model registry",
+        "models:/captioner@champion: not in the model registry",
+        "caption_output: is empty",
+        "secret mine: no key MLFLOW_TRACKING_PASSWORD",
+    ):
+        assert words in str(refused.value), str(refused.value)
+    assert "MLFLOW_TRACKING_URI" not in str(refused.value) and str(scenes) not in str(refused.value)
+
+
+def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPTIONER_PATIENCE", "10")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # so that they are put back as they were
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    do_not_wait_long()
+    started = time.monotonic()
+    address = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match=f"MLflow at {address}: "):
+        preflight.preflight(Needs(environment={"MLFLOW_TRACKING_URI": address}))
+    assert time.monotonic() - started < 60
+
+
+def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket behind a firewall answers neither yes nor no."""
+    monkeypatch.setattr(preflight, "PATIENCE", 0.5)
+    monkeypatch.setattr(preflight, "_readable", lambda folder: time.sleep(30))
+    with pytest.raises(UserError, match="reading gs://far/away: no answer within"):
+        preflight.preflight(Needs(folders=["gs://far/away"], environment={}))
+
+
+def test_the_hubs_absence_is_said_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"):
+        preflight.preflight(Needs(weights=["openai/clip-vit-large-patch14"], environment={}))
+
+
+def test_the_weights_that_candidates_start_from() -> None:
+    common = {"vision": "", "decoder": "", "tokenizer": ""}
+    assert training_sources([], "clip-l-gpt2-medium", **common) == ([], [])
+    assert training_sources([{"name": "a"}], "tiny", **common) == ([], [])
+    two = [{"name": "a"}, {"name": "b", "decoder": "gs://b/gpt2", "tokenizer": "gs://b/bpe"}]
+    weights, tokenizers = training_sources(two, "clip-l-gpt2-medium", **common)
+    assert weights == ["gs://b/gpt2", "openai-community/gpt2-medium", "openai/clip-vit-large-patch14"]
+    assert tokenizers == ["gs://b/bpe"]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "words"),
+    [
+        ([], "expected a JSON list"),
+        ({"name": "a"}, "expected a JSON list"),
+        ([{"name": "a", "lerning_rate": 1}], "lerning_rate"),
+        ([{"name": "a"}, {"name": "a"}], "a name of its own"),
+        ([{"name": "a", "output": "x"}], "output is set by the pipeline"),
+        ([{"name": "a", "epochs": -1}], "epochs: -1"),
+    ],
+)
+def test_wrong_candidates_are_refused(candidates: object, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_candidates(candidates, preset="tiny")

@@ -1,0 +1,360 @@
+"""A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from model_lib import __version__
+from model_lib.steps.closing import close_pipeline, last_steps
+from model_lib.tracking.server import (
+    NO_TRACKING,
+    MlflowTracking,
+    adopt_secret,
+    require_mlflow,
+    tracking_from_environment,
+)
+from tests.services import free_port, mlflow_server, postgres_programs, postgres_server, webhook
+
+NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server over SQLite, or over a new PostgreSQL if CAPTIONER_TEST_POSTGRES is set (docs/mlflow.md)."""
+    with ExitStack() as stack:
+        store = None
+        if os.environ.get("CAPTIONER_TEST_POSTGRES"):
+            programs = postgres_programs()
+            assert programs is not None, "PostgreSQL is not installed"
+            store = stack.enter_context(postgres_server(programs))
+        yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
+
+
+@pytest.fixture()
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    mlflow.set_tracking_uri(None)
+
+
+def step(environment: pytest.MonkeyPatch, **variables: str) -> MlflowTracking:
+    """Return the tracking that a step with these environment variables finds."""
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    return require_mlflow(tracking_from_environment())
+
+
+@pytest.fixture()
+def told(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """What the webhook in the environment has been told."""
+    with webhook() as (address, told):
+        environment.setenv("WEBHOOK_URL", address)
+        yield told
+
+
+def test_candidates_are_nested_under_the_pipelines_run(server: str, environment: pytest.MonkeyPatch) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-1")
+    tracking.open_pipeline("train-captioner 1")
+    tracking.open_pipeline("train-captioner 1")  # a retry
+    with tracking.start("one", None, params={"epochs": 3}, tags={"a": "b"}) as one:
+        one.log({"loss": 1.0}, 1)
+    left_open = tracking.start("two", None, params={}, tags={})
+
+    client = mlflow.MlflowClient(server)
+    parent = tracking.parent()
+    runs = {run.info.run_name: run for run in client.search_runs([tracking.experiment_id])}
+    assert set(runs) == {"train-captioner 1", "one", "two"} and runs["train-captioner 1"].info.run_id == parent
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("one", "two")} == {parent}
+
+    assert tracking.close_pipeline(succeeded=True) == f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
+    status = {run.info.run_name: run.info.status for run in client.search_runs([tracking.experiment_id])}
+    assert status == {"train-captioner 1": "FINISHED", "one": "FINISHED", "two": "FAILED"}
+    assert left_open.run_id is not None
+
+
+def test_curves_are_read_as_the_last_try_logged_them(server: str, environment: pytest.MonkeyPatch) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    with tracking.start("curves", "key", params={}, tags={}) as run:
+        run.log({"train_loss": 3.0, "gradient_norm": 1.0}, 10)
+        run.log({"train_loss": 2.0, "val_loss": 2.5}, 20)
+    with tracking.start("curves", "key", params={}, tags={}) as run:  # resumed before the second point
+        time.sleep(0.01)
+        run.log({"train_loss": 1.5}, 20)
+    assert run.run_id is not None
+    assert tracking.curves(run.run_id) == {"train_loss": [(10, 3.0), (20, 1.5)], "val_loss": [(20, 2.5)]}
+    assert tracking.curves("0" * 32) == {} and NO_TRACKING.curves(run.run_id) == {}
+
+
+def test_without_a_server_there_are_no_curves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert MlflowTracking(f"http://127.0.0.1:{free_port()}").curves("0" * 32) == {}
+    assert "cannot be read" in caplog.text
+
+
+def test_nested_runs_are_closed_however_many_pages_they_fill(server: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setattr("model_lib.tracking.server.PAGE", 2)
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-many")
+    tracking.open_pipeline("many")
+    runs = [str(tracking.start(f"candidate-{n}", None, params={}, tags={}).run_id) for n in range(7)]
+    client = mlflow.MlflowClient(server)
+    client.set_terminated(runs[0])
+    tracking.close_pipeline(succeeded=False)
+    assert [client.get_run(run).info.status for run in runs] == ["FINISHED", *["FAILED"] * 6]
+    assert client.get_run(tracking.parent()).info.status == "FAILED"
+
+
+KILLED = """
+import os, signal, time
+import model_lib.tracking.sending
+from model_lib.tracking.server import tracking_from_environment
+model_lib.tracking.sending.INTERVAL = 0.05
+with tracking_from_environment().start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
+    run.log({"loss": 2.0}, 1)
+    while run.unsent():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server)
+
+    def killed() -> str:
+        """Let a process start or go on with the candidate, and die; return its run."""
+        done = subprocess.run([sys.executable, "-c", KILLED], env=dict(os.environ), timeout=120)
+        assert done.returncode == -signal.SIGKILL
+        (run,) = client.search_runs([tracking.experiment_id], "tags.`captioner.run` = 'key-of-killed'")
+        assert run.info.status == "RUNNING", "nobody could end it"
+        return str(run.info.run_id)
+
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-first")
+    tracking.open_pipeline("first")
+    first = tracking.parent()
+    run_id = killed()
+    assert killed() == run_id, "a retry goes on in the same run"
+    tracking.close_pipeline(succeeded=False)
+    assert client.get_run(run_id).info.status == "FAILED"
+
+    tracking = step(environment, KFP_RUN_ID="kfp-second")
+    tracking.open_pipeline("second")
+    assert killed() == run_id
+    tracking.close_pipeline(succeeded=False)
+    assert client.get_run(run_id).info.status == "FAILED", "it is closed with the pipeline run that went on with it"
+    with tracking.start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
+        assert client.get_run(run_id).info.status == "RUNNING"
+        run.log({"loss": 1.0}, 2)
+    found = client.get_run(run_id)
+    assert run.run_id == run_id and found.info.status == "FINISHED" and found.data.params == {"epochs": "3"}
+    assert found.data.tags["mlflow.parentRunId"] == tracking.parent() != first
+    assert found.data.tags["kfp.pipeline_run_id"] == "kfp-second"
+    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [2.0, 2.0, 2.0, 1.0]
+
+
+def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server)
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-trains")
+    tracking.open_pipeline("trains")
+    with tracking.start("done", "key-of-done", {}, {}) as run:
+        run.log({"loss": 2.0}, 1)
+    before = client.get_run(run.run_id)
+    parent = tracking.parent()
+    tracking = step(environment, KFP_RUN_ID="kfp-reruns")
+    tracking.open_pipeline("reruns")
+    with tracking.start("done", "key-of-done", {}, {}) as again:
+        pass
+    after = client.get_run(run.run_id)
+    assert (again.run_id, after.info.end_time) == (
+        run.run_id,
+        before.info.end_time,
+    ) and after.data.tags == before.data.tags
+    with tracking.start("done", "key-of-done", {}, {}) as again:  # its checkpoints were lost: it trains again
+        again.log({"loss": 2.0}, 1)
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+    assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == tracking.parent() != parent
+
+
+def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    """MLflow was away when the exit handler ran, or the workflow was deleted with its exit handler."""
+    client = mlflow.MlflowClient(server)
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    month = 30 * 24 * 3600 * 1000
+    ours = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-dead"}
+    begun = {
+        "dead": (ours, month + 9999),
+        "alive": (ours, month - 9999),
+        "theirs": ({"kfp.pipeline_run_id": "x"}, month * 2),
+    }
+    now = int(time.time() * 1000)
+    runs = {
+        name: client.create_run(tracking.experiment_id, start_time=now - age, run_name=name, tags=tags).info.run_id
+        for name, (tags, age) in begun.items()
+    }
+    nested = {
+        name: client.create_run(tracking.experiment_id, tags={"mlflow.parentRunId": runs[name]}).info.run_id
+        for name in runs
+    }
+    alone = client.create_run(tracking.experiment_id, start_time=now - 2 * month, tags={"captioner.version": "1"})
+    step(environment, KFP_RUN_ID="kfp-next").open_pipeline("next")
+
+    def status(run_id: str) -> str:
+        return str(client.get_run(run_id).info.status)
+
+    assert {name: status(run) for name, run in runs.items() if status(nested[name]) == status(run)} == {
+        "dead": "FAILED",
+        "alive": "RUNNING",
+        "theirs": "RUNNING",
+    }
+    assert status(alone.info.run_id) == "RUNNING"
+
+
+def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient(server)
+    address = "https://kfp.example.com/#/runs/details/kfp-tags"
+    kfp = {
+        "kfp.pipeline_run_id": "kfp-tags",
+        "kfp.pipeline_run_url": address,
+        "kfp.pipeline_id": "p",
+        "kfp.pipeline_version_id": "v",
+    }
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-tags")
+    parent = client.create_run(tracking.experiment_id, run_name="theirs", tags=kfp).info.run_id
+    tracking.open_pipeline("ours")
+    with tracking.start("one", None, {}, {}) as run:
+        pass
+    assert kfp.items() <= client.get_run(run.run_id).data.tags.items()
+    assert tracking.parent() == parent, "a nested run with the same tags is not the parent"
+    link = f"[This run in Kubeflow Pipelines]({address})"
+    assert client.get_run(parent).data.tags["mlflow.note.content"].strip() == link
+    tracking.conclude({"val_CIDEr": 1.5}, {"captioner.winner": "one", "captioner.nothing": ""}, "## Won")
+    found = client.get_run(parent).data
+    assert found.tags["mlflow.note.content"] == f"{link}\n\n## Won" and found.metrics == {"val_CIDEr": 1.5}
+    assert found.tags["captioner.winner"] == "one" and "captioner.nothing" not in found.tags
+
+
+def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    """Kubeflow Pipelines 2.17 with its MLflow plugin: parent and nested run are there before the step starts."""
+    client = mlflow.MlflowClient(server)
+    experiment = client.create_experiment("theirs")
+    parent = client.create_run(experiment, run_name="run of captioner", tags={"kfp.pipeline_run_id": "kfp-2"}).info
+    own = client.create_run(experiment, run_name="train", tags={"mlflow.parentRunId": parent.run_id}).info
+    given = {"MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": own.run_id, "KFP_RUN_ID": "kfp-2"}
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, **given)
+    tracking.open_pipeline("ours")
+    assert tracking.parent() == parent.run_id, "no second parent"
+    with tracking.start("five-captions", None, params={"epochs": 3}, tags={"a": "b"}) as run:
+        run.log({"loss": 1.0}, 1)
+    assert run.run_id == own.run_id
+    found = client.get_run(own.run_id)
+    assert found.info.run_name == "five-captions" and found.info.status == "FINISHED"
+    assert found.data.params == {"epochs": "3"} and found.data.tags["a"] == "b" and found.data.metrics == {"loss": 1.0}
+    assert len(client.search_runs([experiment])) == 2
+
+
+def test_links_lead_where_people_see_mlflow(server: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, MLFLOW_UI_URL="https://mlflow.example.com/")
+    assert tracking.run_url("r") == f"https://mlflow.example.com/#/experiments/{tracking.experiment_id}/runs/r"
+    environment.delenv("MLFLOW_UI_URL")
+    environment.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+    assert step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r") is None
+
+
+@pytest.mark.parametrize(
+    ("marks", "images", "state", "status"),
+    [
+        ([], "", "FAILED", "FAILED"),
+        (["register"], "", "SUCCEEDED", "FINISHED"),
+        (["register"], "gs://b/in", "FAILED", "FAILED"),
+        (["register", "merge"], "gs://b/in", "SUCCEEDED", "FINISHED"),
+    ],
+)
+def test_the_outcome_is_read_from_the_last_steps_marks_and_posted(
+    server: str,
+    environment: pytest.MonkeyPatch,
+    told: list[dict],
+    caplog: pytest.LogCaptureFixture,
+    marks: list[str],
+    images: str,
+    state: str,
+    status: str,
+) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID=f"kfp-3-{len(marks)}-{len(images)}")
+    tracking.open_pipeline("nightly")
+    for name in marks:
+        tracking.mark(name)
+    close_pipeline("nightly", last_steps(True, images), tracking_from_environment)
+    (post,) = told
+    assert (post["state"], post["run"]) == (state, "nightly")
+    assert post["text"].startswith(f"captioner: nightly {state.lower()} (http") and post["mlflow"] in post["text"]
+    assert mlflow.MlflowClient(server).get_run(tracking.parent()).info.status == status
+    assert "s3cret" not in caplog.text
+
+
+def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, told: list[dict]) -> None:
+    step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
+    close_pipeline("nightly", ["merge"], tracking_from_environment)
+    assert told[0]["text"] == "captioner: nightly failed"
+
+
+def test_with_mlflow_away_the_webhook_is_told_what_is_known(
+    environment: pytest.MonkeyPatch, told: list[dict], caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    environment.setenv("KFP_RUN_ID", "kfp-away")
+    close_pipeline("nightly", ["merge"], tracking_from_environment)
+    assert told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
+    assert "MLflow's runs were not closed" in caplog.text
+
+
+def test_a_webhook_that_is_away_is_tried_again_and_never_shown(
+    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)
+    environment.setenv("WEBHOOK_URL", f"http://127.0.0.1:{free_port()}/s3cret")
+    close_pipeline("nightly", ["merge"], lambda: NO_TRACKING)
+    assert "attempt 3" in caplog.text and "s3cret" not in caplog.text
+
+
+def test_the_secrets_variables_give_way_to_the_servers() -> None:
+    variables = {
+        "CAPTIONER_MLFLOW_TRACKING_URI": "http://ours",
+        "CAPTIONER_MLFLOW_UI_URL": "http://people",
+        "MLFLOW_TRACKING_URI": "http://theirs",
+    }
+    adopt_secret(variables)
+    assert (variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_UI_URL"]) == ("http://theirs", "http://people")
+
+
+def test_a_run_knows_its_code_and_its_machine(server: str, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    with tracking.start("alone", None, params={}, tags={"data": "d"}) as run:
+        time.sleep(3)
+    found = mlflow.MlflowClient(server).get_run(str(run.run_id))
+    assert found.data.metrics["system/cpu_utilization_percentage"] >= 0
+    assert found.data.tags["captioner.version"] == __version__ and found.data.tags["data"] == "d"
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    if head.returncode == 0:
+        commit = found.data.tags["mlflow.source.git.commit"]
+        assert commit.removesuffix("-dirty") == head.stdout.strip()

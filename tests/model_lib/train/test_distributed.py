@@ -1,0 +1,125 @@
+"""Training in several processes: the same curves as in one, each picture once, and every end of a process heeded."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model_lib.tracking.server import MlflowTracking, tracking_from_environment
+from model_lib.train.distributed import World, shared
+from model_lib.train.training import train
+from tests.model_lib.train.test_survival import curves, newest_step, same_best
+from tests.model_lib.train.test_training import config
+
+OPTIONS = {"epochs": 3, "batch_size": 9, "validate_every": 5, "log_steps": 1, "ema": 0.9, "checkpoint_steps": 1}
+"""64 pictures make seven batches of nine and one of a single picture, in which a process has none."""
+
+
+def command(data: Path, output: Path, *more: str) -> list[str]:
+    options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    return ["-m", "model_lib", "train", f"--data={data}", f"--output={output}", "--preset=tiny", *options, *more]
+
+
+def start(arguments: list[str], output: Path) -> subprocess.Popen:
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
+    with output.with_suffix(".log").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, *arguments], env=environment, cwd=output.parent, stdout=log, stderr=log
+        )
+
+
+def trained_to(step: int, output: Path, run: subprocess.Popen) -> None:
+    """Wait until there is a checkpoint of `step`."""
+    deadline = time.monotonic() + 120
+    while not list(output.glob(f"checkpoints/step-{step:08d}*/manifest.json")):
+        assert run.poll() is None and time.monotonic() < deadline, output.with_suffix(".log").read_text()
+        time.sleep(0.01)
+
+
+def children(process: int) -> list[int]:
+    lists = [file.read_text().split() for file in Path(f"/proc/{process}/task").glob("*/children")]
+    return sorted(int(child) for found in lists for child in found)
+
+
+def workers(run: subprocess.Popen) -> list[int]:
+    """Return the processes that train, in the order of their start: they are forked from a server's process."""
+    (server,) = (child for child in children(run.pid) if "forkserver" in Path(f"/proc/{child}/cmdline").read_text())
+    return children(server)
+
+
+@pytest.fixture(scope="module")
+def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing disturbed."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    run = start(command(data, output, "--processes=2"), output)
+    assert run.wait(300) == 0, output.with_suffix(".log").read_text()
+    return output
+
+
+def test_two_processes_give_the_curves_and_weights_of_one(data: Path, two: Path, tmp_path: Path) -> None:
+    environment = pytest.MonkeyPatch()
+    with environment.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/one.db")
+        tracking = tracking_from_environment()
+        assert isinstance(tracking, MlflowTracking)
+        train(config(data, tmp_path / "one", **OPTIONS), tracking)
+    ours, theirs = curves(two.with_suffix(".db")), curves(tmp_path / "one.db")
+    assert set(ours) == set(theirs) and len(theirs["train_loss"]) == 24
+    for name, points in theirs.items():
+        assert {step: len(values) for step, values in ours[name].items()} == dict.fromkeys(points, 1), name
+        one, other = ([value for step in sorted(points) for value in curve[step]] for curve in (points, ours[name]))
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6), name
+    weights = [load_file(folder / "best" / "model.safetensors") for folder in (two, tmp_path / "one")]
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-3), name
+
+
+def test_progress_and_validations_are_shown_once(two: Path) -> None:
+    said = two.with_suffix(".log").read_text()
+    assert said.count("train candidate: 24/24 steps") == 1 and said.count("validate candidate: 14/14") == 5, (
+        "7 of 12 a split"
+    )
+    assert "Traceback" not in said and "Warning" not in said
+
+
+def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Path, two: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run = start(command(data, output, "--processes=2"), output)
+    trained_to(3, output, run)
+    os.kill(workers(run)[1], signal.SIGKILL)
+    assert run.wait(60) == 1 and "Traceback" not in output.with_suffix(".log").read_text()
+    run = start(command(data, output, "--processes=2"), output)
+    trained_to(newest_step(output) + 2, output, run)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+    assert f"stopped by SIGTERM after step {newest_step(output)}" in output.with_suffix(".log").read_text()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = start([*launcher, *command(data, output)], output)
+    assert run.wait(120) == 0, output.with_suffix(".log").read_text()
+    assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(output, two)
+
+
+def test_a_mistake_is_told_once_and_in_one_line(tmp_path: Path) -> None:
+    run = start(command(tmp_path / "nothing", tmp_path / "out", "--processes=2"), tmp_path / "out")
+    assert run.wait(120) == 2
+    said = (tmp_path / "out.log").read_text().splitlines()
+    assert len(said) == 1 and said[0].startswith(f"captioner: error: {tmp_path}/nothing: no such data set")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("pictures", [1, 2, 7, 64])
+def test_each_picture_of_a_batch_is_learned_once(size: int, pictures: int) -> None:
+    batch = np.arange(pictures)
+    worlds = [World(torch.device("cpu"), rank, size) for rank in range(size)]
+    learned = [number for world in worlds if not world.idle(batch) for number in world.share(batch)]
+    assert sorted(learned) == batch.tolist()
+    assert all(len(world.share(batch)) for world in worlds), "each takes part in each step"
+    measured = [number for world in worlds for number in shared(batch.tolist(), world)]
+    assert sorted(measured) == batch.tolist()
