@@ -280,6 +280,9 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else a test's
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what bucket drivers leave unfinished at exit
     with one_line():
@@ -306,8 +309,18 @@ def _run(argv: list[str]) -> int:
         if not wants_json:
             print(printable(line), flush=True)
     if wants_json:
-        print(json.dumps(output.document, indent=2, ensure_ascii=False))
+        print(_json(output.document))
     return output.exit_code
+
+
+def _json(document: Any) -> str:
+    """Return a document as it can be printed: names of files may be no text, and a terminal may know few letters."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return json.dumps(document, indent=2)
+    return text
 
 
 def config_class(function: Callable[[Any], Output]) -> type:

@@ -12,13 +12,13 @@ from typing import NoReturn
 
 from model_lib.errors import UserError, WorkError, first_line, printable
 
-NO_MEMORY = ("can't allocate memory", "can't start new thread", "Cannot allocate memory")
-"""How torch, Python and the system say that the memory is used up, in exceptions of other kinds."""
+NO_MEMORY = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "out of memory")
+"""How torch, Python, the system and GPUs say that the memory is used up, in exceptions of other kinds."""
 
 
 def _out_of_memory(error: Exception) -> NoReturn:
     said = f" ({printable(first_line(error))})" if str(error) else ""
-    print(f"captioner: failed: the machine's memory is used up{said}; give it more, or less to do", file=sys.stderr)
+    print(f"captioner: failed: the memory is used up{said}; give it more, or less to do at once", file=sys.stderr)
     sys.exit(1)
 
 
@@ -40,7 +40,7 @@ def one_line() -> Iterator[None]:
             _out_of_memory(error)
         if not type(error).__module__.startswith("mlflow."):
             raise
-        print(f"captioner: failed: MLflow: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"captioner: failed: MLflow: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

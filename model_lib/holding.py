@@ -45,9 +45,17 @@ def held(folder: str) -> Iterator[None]:
         return
     with _locked(folder):
         storage.require_writable(folder)
-        for part in Path(storage.filesystem(folder)[1]).rglob(".part-*"):
-            part.unlink(missing_ok=True)
+        _remove_parts(Path(storage.filesystem(folder)[1]))
         yield
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove what kills left half-written, but not in folders below that are other runs' outputs."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(place, name, LOCK).exists()]
+        for name in files:
+            if name.startswith(".part-"):
+                Path(place, name).unlink(missing_ok=True)
 
 
 def _at_work(folder: str, who: str) -> UserError:
@@ -131,7 +139,7 @@ class _Lease:
     def _read(self) -> dict[str, Any] | None:
         """Return what the file says, or nothing if there is none that a run wrote."""
         try:
-            document = storage.patiently(self.uri, lambda: storage.read_json(self.uri))
+            document = storage.read_json(self.uri)
             return {name: document[name] for name in ("who", "host", "pid", "run", "beats")}
         except (UserError, LookupError, TypeError):
             return None

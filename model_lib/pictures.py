@@ -16,6 +16,8 @@ from model_lib import storage
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jfif"}
 """Endings of the files that count as pictures when a folder is searched."""
+FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "HEIF", "AVIF", "PPM")
+"""Pillow's names of the formats that are read, whatever a file's ending says."""
 MAX_PIXELS = 128 * 1024 * 1024
 """Pictures with more pixels are refused: decoding one would need more than half a gigabyte."""
 LARGEST_FILE = 256 * 2**20
@@ -25,7 +27,11 @@ SMALLEST_CROP = 0.85
 
 
 class PictureError(Exception):
-    """A picture that cannot be used: `reason` is one of unreadable, truncated, too_large, empty; `detail` says more."""
+    """A picture that cannot be used: `reason` is a word that is counted, and `detail` says more.
+
+    The reasons are unreadable, truncated, too_large and empty; not_storable where it cannot be kept; and changed where
+    it is another than was listed.
+    """
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -33,15 +39,19 @@ class PictureError(Exception):
         self.detail = detail
 
 
-def read_picture(uri: str) -> bytes:
+def read_picture(uri: str, patience: float | None = 0.0) -> bytes:
     """Return the bytes of a picture's file.
+
+    Args:
+        uri: path, URI or address.
+        patience: seconds for which a store that fails is asked again; None: as long as a stage's own files.
 
     Raises:
         UserError: it is missing, or no file.
         WorkError: its store or server failed.
         PictureError: it is too large to be a picture, which is not read to its end.
     """
-    content = storage.read_bytes(uri, LARGEST_FILE)
+    content = storage.read_bytes(uri, LARGEST_FILE, patience)
     require_readable(len(content))
     return content
 
@@ -69,7 +79,7 @@ def open_picture(content: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb is refused below; other warnings are no news to the user
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=_formats())
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError("too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
             image.load()
@@ -79,10 +89,17 @@ def open_picture(content: bytes) -> Image.Image:
         raise PictureError("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise PictureError("unreadable", "not a picture in a format known here") from error
-    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError) as error:
-        # Pillow's decoders raise all of these on damaged files.
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
         reason = "truncated" if "truncated" in str(error) else "unreadable"
         raise PictureError(reason, str(error) or type(error).__name__) from error
+
+
+def _formats() -> list[str]:
+    """Return the formats that are read, as far as they are installed: Pillow alone would try every one it knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

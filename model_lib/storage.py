@@ -12,10 +12,9 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import fsspec
@@ -26,7 +25,8 @@ from model_lib.patience import ask_again
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # and this, which rights it tried before it found some
-NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+OF_THE_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+"""What is wrong with one file here, and not with the machine."""
 CHUNK = 2**20
 """Bytes of a web page that are asked for at once."""
 _ANSWER = TypeVar("_ANSWER")
@@ -44,14 +44,14 @@ def patiently(uri: str, action: Callable[[], _ANSWER], patience: float | None = 
     if is_local(uri):
         return action()
     try:
-        return ask_again(uri, action, _passing, patience)
+        return ask_again(uri, action, may_pass, patience)
     except (OSError, ValueError, UserError, WorkError):
         raise
     except Exception as error:  # each driver has exceptions of its own
         raise WorkError(f"{uri}: its store fails: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _passing(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Return whether a remote store's failure may pass: too many requests, an error of its own, a lost connection."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
@@ -62,7 +62,7 @@ def _passing(error: Exception) -> bool:
         of_this_machine = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
         return error.errno not in of_this_machine and not str(error).startswith("Forbidden")  # gcsfs's 403
     if isinstance(error, WorkError):
-        return isinstance(error.__cause__, Exception) and _passing(error.__cause__)
+        return isinstance(error.__cause__, Exception) and may_pass(error.__cause__)
     return type(error).__module__.split(".")[0] in ("aiohttp", "asyncio", "botocore", "gcsfs", "requests", "urllib3")
 
 
@@ -110,31 +110,34 @@ def is_folder(uri: str) -> bool:
     return patiently(uri, lambda: bool(fs.isdir(path)))
 
 
-def read_bytes(uri: str, most: int | None = None) -> bytes:
+def read_bytes(uri: str, most: int | None = None, patience: float | None = None) -> bytes:
     """Return the content of `uri`, or the start of a longer one.
 
     Args:
         uri: path or URI.
         most: bytes beyond which no more than one is read, whatever a store says of the size.
+        patience: seconds for which a store that fails is asked again; by default those of `ask_again`.
 
     Raises:
         UserError: it is missing, a folder, a device or not readable.
         WorkError: its store or server failed.
     """
     fs, path = filesystem(uri)
-    with _one_line(uri):
-        if most is None:
-            return bytes(fs.cat_file(path))
-        if is_local(uri):
-            if not stat.S_ISREG(Path(path).stat().st_mode):
-                raise UserError(f"{uri}: is not a file")  # others may never end, or never begin
-            with Path(path).open("rb") as file:
-                return file.read(most + 1)
-        return _start(fs, path, most + 1)
+
+    def read() -> bytes:
+        with _one_line(uri):
+            return bytes(fs.cat_file(path)) if most is None else _start(fs, path, most + 1)
+
+    return patiently(uri, read, patience)
 
 
 def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
-    """Return at most so many bytes of a file that is elsewhere."""
+    """Return at most so many bytes of a file."""
+    if "file" in fs.protocol:
+        if Path(path).exists() and not Path(path).is_file():
+            raise UserError(f"{path}: is not a file")  # others may never end, or never begin
+        with Path(path).open("rb") as file:
+            return file.read(most)
     if "http" not in fs.protocol:
         try:
             return bytes(fs.cat_file(path, 0, most))
@@ -145,7 +148,8 @@ def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
                 return b""
             raise
     content = bytearray()
-    with fs.open(path, "rb", block_size=0) as stream:  # a web server may know no ranges, nor tell the size
+    # A stream, and no question for the size before it: a web server may know no ranges, and answer what it likes.
+    with fs.open(path, "rb", block_size=0, size=1) as stream:
         while len(content) < most and (part := stream.read(min(CHUNK, most - len(content)))):
             content += part
     return bytes(content)
@@ -163,8 +167,8 @@ def _one_line(uri: str) -> Iterator[None]:
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{uri}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # each driver has exceptions of its own
-        if is_local(uri) and (isinstance(error, ValueError) or getattr(error, "errno", 0) in NO_NAME):
-            raise UserError(f"{encodable(uri)}: is not the name of a file: {first_line(error)}") from error
+        if is_local(uri) and (isinstance(error, ValueError) or getattr(error, "errno", 0) in OF_THE_FILE):
+            raise UserError(f"{encodable(uri)}: cannot be read: {first_line(error)}") from error
         raise WorkError(f"{uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -281,11 +285,31 @@ def version(info: Mapping[str, Any]) -> list[str]:
     return [str(info[key]) for key in ("etag", "ETag", "generation", "mtime", "LastModified") if key in info]
 
 
-def _fetch(uri: str, names: list[str], target: Path) -> None:
-    """Copy the files `names` of the remote folder `uri` into the local folder `target`."""
+def find(uri: str) -> dict[str, dict[str, Any]]:
+    """Return all files in and below the folder `uri`, by their paths on its file system, and what is known of each.
+
+    Raises:
+        OSError: a part of it could not be listed, which fsspec would leave out without a word.
+    """
+    fs, path = filesystem(uri)
+    strictly = {"on_error": _unless_gone} if is_local(uri) else {}
+    found: dict[str, dict[str, Any]] = patiently(uri, lambda: fs.find(path, detail=True, **strictly))
+    return found
+
+
+def _unless_gone(error: Exception) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _fetch(uri: str, names: Iterable[str], target: Path) -> None:
+    """Copy the files `names` of the remote folder `uri` into `target`; `UserError` if one would leave that."""
     fs, path = filesystem(uri)
     for name in names:
-        local = target / name.removeprefix(path).lstrip("/")
+        below = PurePosixPath(name.removeprefix(path).lstrip("/"))
+        if ".." in below.parts:  # a key of a bucket may be anything
+            raise UserError(f"{uri}: holds {name}, which leaves the folder; remove it there")
+        local = target / below
         local.parent.mkdir(parents=True, exist_ok=True)
         patiently(uri, functools.partial(fs.get_file, name, str(local)))
 
@@ -293,12 +317,11 @@ def _fetch(uri: str, names: list[str], target: Path) -> None:
 @contextlib.contextmanager
 def fetched(uri: str) -> Iterator[Path]:
     """Yield a local folder with the content of the folder `uri`; a copy of a remote one is gone after the body."""
-    fs, path = filesystem(uri)
     if is_local(uri):
-        yield Path(path)
+        yield Path(filesystem(uri)[1])
         return
     with tempfile.TemporaryDirectory() as scratch:
-        _fetch(uri, patiently(uri, lambda: fs.find(path)), Path(scratch))
+        _fetch(uri, find(uri), Path(scratch))
         yield Path(scratch)
 
 
@@ -332,10 +355,9 @@ def local_folder(uri: str) -> str:
     The cache (`$XDG_CACHE_HOME/captioner`) is keyed by the names, sizes and versions of the remote files, so a
     changed remote folder is fetched anew.
     """
-    fs, path = filesystem(uri)
     if is_local(uri):
-        return path
-    files = sorted(fs.find(path, detail=True).items())
+        return filesystem(uri)[1]
+    files = sorted(find(uri).items())
     if not files:
         raise UserError(f"{uri}: no such folder, or nothing in it")
     listing = [[name, info.get("size"), version(info)] for name, info in files]
@@ -345,8 +367,10 @@ def local_folder(uri: str) -> str:
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
-        _fetch(uri, [name for name, _ in files], part)
-        with contextlib.suppress(OSError):  # another process may have finished the same folder first
-            part.rename(target)
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            _fetch(uri, [name for name, _ in files], part)
+            with contextlib.suppress(OSError):  # another process may have finished the same folder first
+                part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return str(target)

@@ -101,7 +101,7 @@ def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.
     try:
         allowing.require_listed(picture.uri, source)
         require_readable(picture.bytes)
-        content = storage.patiently(picture.uri, lambda: read_picture(picture.uri), PATIENCE)
+        content = read_picture(picture.uri, PATIENCE)
         row["bytes"] = len(content)
         if _changed(picture, content):
             raise PictureError("changed", "is another file than was listed; the next run captions it")

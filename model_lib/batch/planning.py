@@ -79,7 +79,7 @@ class Plan:
 def read_plan(folder: str) -> Plan:
     """Read the plan in `folder`; `UserError` if there is none."""
     uri = storage.join(folder, "plan.json")
-    document = storage.patiently(uri, lambda: storage.read_json(uri))
+    document = storage.read_json(uri)
     with believing(uri, "a plan that captioner batch wrote"):
         made = as_record(Plan, {**document, "folder": folder})
         for name in (made.listing, *(shard.file for shard in made.shards)):

@@ -89,7 +89,7 @@ def read_manifest(uri: str) -> Manifest:
     file = uri if uri.endswith(".json") or not storage.is_folder(uri) else storage.join(uri, "manifest.json")
     if not storage.exists(file):
         raise UserError(f"{file}: no such data set; make one with captioner ingest")
-    document = storage.patiently(file, lambda: storage.read_json(file))
+    document = storage.read_json(file)
     with believing(file, "a manifest that captioner ingest wrote"):
         if document["format_version"] != FORMAT_VERSION:
             raise UserError(f"{file}: format version {document['format_version']} is not {FORMAT_VERSION}; ingest anew")

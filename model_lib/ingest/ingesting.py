@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from model_lib import storage
 from model_lib.data.shards import FORMAT_VERSION, Manifest, Shard
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.holding import held
 from model_lib.ingest.annotations import Entry, Listing, Rejected, read_listing
 from model_lib.ingest.config import IngestConfig
@@ -73,6 +73,10 @@ def _store(entry: Entry, config: IngestConfig) -> Result:
         return Rejected(entry.file_name, "missing", str(error))
     except PictureError as error:
         return Rejected(entry.file_name, error.reason, error.detail)
+    except WorkError as error:
+        if storage.may_pass(error):
+            raise
+        return Rejected(entry.file_name, "forbidden", str(error))
     row = {
         "image_id": entry.image_id,
         "file_name": entry.file_name,

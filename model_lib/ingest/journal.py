@@ -67,7 +67,7 @@ class Journal:
     def _record(self, uri: str) -> Finished | None:
         """Return a record, or nothing if it is not one: what it says was finished is made again."""
         try:
-            document = storage.patiently(uri, lambda: storage.read_json(uri))
+            document = storage.read_json(uri)
             with believing(uri, "a record of this ingest"):
                 return as_record(Finished, document)
         except UserError as error:

@@ -50,10 +50,7 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """Return a picture's bytes; `UserError` if it is missing."""
-        uri = self.uri(name)
-        if self.local is not None:
-            return read_picture(str(self.local / name))
-        return storage.patiently(uri, lambda: read_picture(uri))
+        return read_picture(self.uri(name) if self.local is None else str(self.local / name), patience=None)
 
 
 class Archive:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,11 @@ class Checkpoints:
             log.warning("%s: not removed: %s", self._uri(name), first_line(error))
 
     def newest(self) -> str | None:
-        """Return the URI of the newest whole checkpoint, or None if there is none."""
+        """Return the URI of the newest whole checkpoint, or None if there is none.
+
+        Raises:
+            WorkError: a checkpoint cannot be read, whole or not.
+        """
         for name in reversed(self._names()):
             try:
                 with storage.fetched(self._uri(name)) as folder:
@@ -118,9 +123,14 @@ class Checkpoints:
                         raise ValueError(f"its manifest does not name {' and '.join(sorted(FILES))}")
                     if all(_entry(folder / file) == entry for file, entry in entries.items()):
                         return self._uri(name)
-            except (OSError, ValueError, RecursionError, UserError) as error:
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as error:
                 log.warning("checkpoint %s is not whole (%s); trying the one before", self._uri(name), error)
                 continue
+            except OSError as error:  # it may be whole: to begin anew would be to lose it
+                raise WorkError(
+                    f"{self._uri(name)}: cannot be read: {first_line(error)}; see to its store, or to room in "
+                    f"{tempfile.gettempdir()}, and start again"
+                ) from error
             log.warning("checkpoint %s is damaged; removing it and trying the one before", self._uri(name))
             self._remove_quietly(name)
         return None

@@ -3,10 +3,12 @@
 import logging
 import multiprocessing
 import os
+import signal
 import uuid
 
 import torch
 
+from model_lib.errors import WorkError
 from model_lib.exits import one_line
 from model_lib.tracking.runs import Trained
 from model_lib.tracking.server import NO_TRACKING, Tracking
@@ -21,6 +23,7 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
 
     Raises:
         UserError: see `train`.
+        WorkError: a process was killed.
         SystemExit: the processes failed, each telling why; with the exit code of the one that did first.
     """
     count = processes(config)
@@ -51,6 +54,12 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         results: dict[int, Trained] = elastic_launch(launch, _work)(config, tracking)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
+        if killed := [code for code in codes if code < 0]:  # which could not tell why
+            name = signal.Signals(-killed[0]).name
+            raise WorkError(
+                f"{config.name}: one of {count} processes was ended by {name}, as happens where memory runs out; start "
+                "again: it goes on from its last checkpoint"
+            ) from None
         raise SystemExit(2 if 2 in codes else next((code for code in codes if code > 1), 1)) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None

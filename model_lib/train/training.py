@@ -375,7 +375,7 @@ class _Run:
         """Return what the run is known by in MLflow: written before anything else, so that it outlasts every kill."""
         file = storage.join(self.config.output, "run.json")
         if storage.exists(file):
-            document = storage.patiently(file, lambda: storage.read_json(file))
+            document = storage.read_json(file)
             with believing(file, "what captioner train wrote; choose another output"):
                 self._require_same(document["origin"])
                 return str(document["key"])

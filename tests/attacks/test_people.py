@@ -94,6 +94,19 @@ def test_captions_steer_no_terminal_and_no_page(
     assert not set(done.stdout) & set("\x1b\x07\u202e") and len(done.stdout.splitlines()) == len(files)
     done = captioner("caption", "-f", *files, *given, "--json")
     assert "\x1b" in "".join(row["caption"] for row in json.loads(done.stdout)) and "\x1b" not in done.stdout
+
     done = captioner("batch", "--images", scenes / "val2017", "--output", tmp_path / "out", *given)
     (page,) = (tmp_path / "out").glob("*/report.html")
     assert "&lt;" in page.read_text() and "<img src=x" not in page.read_text()
+
+
+def test_a_picture_whose_name_is_no_text_is_captioned_and_told(
+    captioner: Callable[..., CompletedProcess], saved_model: Path, scenes: Path, tmp_path: Path
+) -> None:
+    file = os.fsdecode(bytes(tmp_path) + b"/\xff.jpg")
+    shutil.copy(scenes / "val2017" / "000000000001.jpg", file)
+    done = captioner("caption", "-f", file, "--model", saved_model, "--json")
+    (row,) = json.loads(done.stdout)
+    assert done.returncode == 0 and row["uri"] == file
+    done = captioner("caption", "-f", file, "--model", saved_model)
+    assert done.returncode == 0 and "\\udcff.jpg: " in done.stdout

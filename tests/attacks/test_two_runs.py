@@ -104,6 +104,18 @@ def test_a_folder_that_was_held_is_free_again_also_after_a_failure(tmp_path: Pat
     assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
+def test_what_others_are_writing_below_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".part-store").mkdir()
+    for file in (".part-a", "deeper/.part-b", "another/.part-c"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("")
+    with another(tmp_path / "another"):
+        (tmp_path / "another" / ".part-d").write_text("")
+        with held(str(tmp_path)):
+            left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob(".part-*")}
+    assert left == {".part-store", "another/.part-d"}
+
+
 # ---- buckets ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Pictures of every kind become upright RGB or one clear error, and the model sees what CLIP would see."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,21 @@ def test_views_keep_most_of_the_picture_and_its_colours() -> None:
         assert pixels[:, 16, 16].min() > 240 and pixels[:, 0, 0].tolist() == [10, 200, 30]
         again = augmented(image, 32, [], np.random.default_rng(seed))
         assert np.array_equal(pixels, again)
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({"DDS", "EPS", "PCX", "ICO", "TGA", "SGI", "PDF", "XBM", "IM"} & Image.SAVE.keys())
+)
+def test_formats_that_nobody_photographs_in_are_not_tried(kind: str) -> None:
+    content = io.BytesIO()
+    Image.new("1" if kind == "XBM" else "RGB", (8, 8)).save(content, kind)
+    with pytest.raises(PictureError, match="not a picture in a format known here"):
+        open_picture(content.getvalue())
+
+
+def test_whatever_a_decoder_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's reader of DDS raises NotImplementedError for a kind that it does not know."""
+    header = struct.pack("<4s7I44x2I4s20x5I", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 4, b"DX10", 0x1000, 0, 0, 0, 0)
+    monkeypatch.setattr("model_lib.pictures.FORMATS", ("DDS",))
+    with pytest.raises(PictureError, match="unreadable"):
+        open_picture(header + struct.pack("<5I", 9999, 3, 0, 1, 0))

@@ -1,0 +1,156 @@
+"""Stores that lie, refuse, fail or never end: nothing is written elsewhere, and nothing good is lost."""
+
+import errno
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+
+from model_lib import UserError, pictures, storage
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.merging import batch
+from model_lib.errors import WorkError
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.pictures import PictureError, read_picture
+from model_lib.train.checkpoint import Checkpoints
+from tests.services import Faults, faulty_proxy
+
+
+class Website(BaseHTTPRequestHandler):
+    """Serves a file for ever, one that inflates, one that is forbidden, and those of `folder`."""
+
+    protocol_version = "HTTP/1.1"
+    folder = Path()
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        if name == "forbidden.jpg":
+            self.send_error(403)
+        elif name == "endless.jpg":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            try:
+                while True:
+                    self.wfile.write(bytes(2**16))
+            except ConnectionError:
+                pass
+        else:
+            inflates = name == "inflates.jpg"
+            content = zlib.compress(bytes(50 * 2**20)) if inflates else (self.folder / name).read_bytes()
+            self.send_response(200)
+            if inflates:
+                self.send_header("Content-Encoding", "deflate")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture()
+def website(scenes: Path) -> Iterator[str]:
+    handler = type("Handler", (Website,), {"folder": scenes / "val2017"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory").store
+    whole = fsspec.filesystem("memory")
+    whole.pipe_file("/stranger/m/config.json", b"{}")
+    store["/stranger/m/../../../../escaped"] = store["/stranger/m/config.json"]
+    try:
+        with pytest.raises(UserError, match="escaped, which leaves the folder"):
+            storage.local_folder("memory://stranger/m")
+        with pytest.raises(UserError, match="escaped, which leaves the folder"), storage.fetched("memory://stranger/m"):
+            pass
+    finally:
+        store.clear()
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
+    assert list((tmp_path / "cache" / "captioner").iterdir()) == [], "nor is anything half-fetched left"
+
+
+@pytest.mark.parametrize("name", ["endless.jpg", "inflates.jpg"])
+def test_an_answer_that_is_too_large_for_a_picture_is_not_read_to_its_end(
+    name: str, website: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "LARGEST_FILE", 2**20)
+    with pytest.raises(PictureError, match="too_large"):
+        read_picture(f"{website}/{name}")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "{tmp}/pipe"])
+def test_what_is_no_file_is_not_opened(path: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is not a file"):
+        read_picture(path.format(tmp=tmp_path))
+
+
+def test_a_list_of_hostile_addresses_has_a_row_for_each(
+    website: str, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "LARGEST_FILE", 2**20)
+    names = ["000000000001.jpg", "endless.jpg", "forbidden.jpg", "000000000002.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join([*(f"{website}/{name}" for name in names), "/dev/zero"]))
+    made = batch(BatchConfig(images=str(tmp_path / "list.txt"), output=str(tmp_path / "out"), model=str(saved_model)))
+    assert (made.pictures, made.ok) == (5, 2)
+    assert made.errors == {"too_large": 1, "forbidden": 1, "missing": 1}
+
+
+def test_a_picture_that_its_server_refuses_costs_itself(website: str, tmp_path: Path) -> None:
+    names = ["000000000001.jpg", "forbidden.jpg", "000000000002.jpg"]
+    document = {
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
+        "annotations": [{"id": n, "image_id": n, "caption": "something"} for n in range(3)],
+    }
+    (tmp_path / "list.json").write_text(json.dumps(document))
+    options = {"annotations": str(tmp_path / "list.json"), "images": website, "output": str(tmp_path / "data")}
+    made = ingest(IngestConfig(**options, split="train"))
+    assert made.counts == {"train": 2} and made.quarantined == {"forbidden": 1}
+    (row,) = pq.read_table(tmp_path / "data" / "quarantine.parquet").to_pylist()
+    assert row["file_name"] == "forbidden.jpg" and "403" in row["detail"]
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again_by_whoever_reads(website: str) -> None:
+    faults = Faults(0.0, seed=0)
+    with faulty_proxy(website, faults) as address:
+        faults.outage(0.5)
+        assert storage.read_bytes(f"{address}/000000000001.jpg")[:2] == b"\xff\xd8"
+    assert faults.failed >= 1
+
+
+def test_checkpoints_that_cannot_be_read_are_not_passed_over(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To begin anew would be to lose them, and the best model with them."""
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoints = Checkpoints(str(tmp_path / "run"))
+    newest = checkpoints.newest()
+    assert newest is not None
+
+    def full(path: Path, *_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", full)
+        with pytest.raises(WorkError, match=r"step-\d+-validated: cannot be read: .*No space left on device"):
+            checkpoints.newest()
+    assert checkpoints.newest() == newest
