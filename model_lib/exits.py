@@ -12,8 +12,14 @@ from typing import NoReturn
 
 from model_lib.errors import UserError, WorkError, first_line, printable
 
-NO_MEMORY = ("can't allocate memory", "can't start new thread", "Cannot allocate memory", "out of memory")
-"""How torch, Python, the system and GPUs say that the memory is used up, in exceptions of other kinds."""
+NO_MEMORY = (
+    "can't allocate memory",  # torch
+    "could not create a primitive",  # oneDNN, below torch
+    "can't start new thread",  # Python
+    "Cannot allocate memory",  # the system
+    "out of memory",  # GPUs
+)
+"""How it is said that the memory is used up, in exceptions of other kinds than `MemoryError`."""
 
 
 def _out_of_memory(error: Exception) -> NoReturn:

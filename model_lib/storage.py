@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -31,8 +32,6 @@ CHUNK = 2**20
 """Bytes of a web page that are asked for at once."""
 _ANSWER = TypeVar("_ANSWER")
 fsspec.config.conf.setdefault("http", {})["get_client"] = web_session
-_UMASK = os.umask(0)
-os.umask(_UMASK)  # which can only be read by setting it
 
 
 def patiently(uri: str, action: Callable[[], _ANSWER], patience: float | None = None) -> _ANSWER:
@@ -187,12 +186,11 @@ def whole_file(uri: str) -> Any:
     folder = str(Path(path).parent) if is_local(uri) else None
     if folder:
         os.makedirs(folder, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=".part-", dir=folder)
-    os.close(handle)
+    part = str(Path(folder or tempfile.gettempdir(), f".part-{uuid.uuid4().hex}"))
+    Path(part).touch(0o666 if folder else 0o600, exist_ok=False)  # mkstemp makes files that nobody else can read
     try:
         yield part
         if folder:
-            os.chmod(part, 0o666 & ~_UMASK)  # mkstemp makes files that nobody else can read
             with Path(part).open("rb") as written:
                 os.fsync(written.fileno())  # or a machine that loses its power leaves an empty file under the name
             os.replace(part, path)
