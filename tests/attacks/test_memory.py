@@ -1,6 +1,7 @@
 """Memory limits as a container has them: the kernel kills the stage; with more memory the same command ends the same.
 
-The limit is a control group's (version 1 or 2), which only root can make.
+The limit is a control group's (version 1 or 2), which only root can make; or a process's own limit of addresses, under
+which libraries below Python may abort by themselves.
 """
 
 import os
@@ -17,6 +18,7 @@ from model_lib.data.shards import read_manifest
 from tests.model_lib.train.test_survival import same_best
 
 GROUPS = Path("/sys/fs/cgroup")
+ADDRESSES = 'ulimit -v "$0" && exec "$@"'
 JOIN = 'echo $$ > "$0" && exec "$@"'
 PLENTY = 8 * 2**30
 LIMITS = (0.7, 0.6, 0.5, 0.4)
@@ -81,6 +83,33 @@ def test_training_ends_with_the_same_model(group: Group, data: Path, tmp_path: P
     options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
     for output in survivors(group, tmp_path, "train", *options):
         assert same_best(output, tmp_path / "whole")
+
+
+@pytest.mark.soak
+def test_training_under_a_limit_of_addresses_tells_or_goes_on_the_same(data: Path, tmp_path: Path) -> None:
+    ended: dict[int, list[int]] = {}
+    options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
+    command = ["sh", "-c", ADDRESSES, None, sys.executable, "-m", "model_lib", "train", *options, "--output"]
+
+    def run(megabytes: int | str, output: Path) -> subprocess.CompletedProcess:
+        command[3] = str(megabytes if megabytes == "unlimited" else int(megabytes) * 1024)
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
+        given = [str(part) for part in (*command, output)]
+        return subprocess.run(given, capture_output=True, text=True, timeout=300, env=environment)
+
+    assert run("unlimited", tmp_path / "whole").returncode == 0
+    for megabytes in range(2000, 3600, 100):
+        output = tmp_path / str(megabytes)
+        done = run(megabytes, output)
+        ended.setdefault(done.returncode, []).append(megabytes)
+        assert done.returncode in (0, 1, -signal.SIGABRT, -signal.SIGSEGV, 127), done.stderr
+        if done.returncode == 1:
+            assert "captioner: failed: " in done.stderr and "Traceback" not in done.stderr, (megabytes, done.stderr)
+        if output.exists() and done.returncode:
+            assert run("unlimited", output).returncode == 0
+            assert same_best(output, tmp_path / "whole")
+    print(f"exit codes, and the limits in MB that gave them: {ended}")
+    assert len(ended[1]) > 3 and ended[0]
 
 
 def test_ingest_ends_with_the_same_shards(group: Group, scenes: Path, tmp_path: Path) -> None:

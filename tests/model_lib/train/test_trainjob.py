@@ -94,7 +94,7 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
 ) -> None:
     options = config(data, tmp_path / "run").to_dict()
     code = (
-        "import json, sys; from model_lib import trainjob; from model_lib.train.config import TrainConfig;"
+        "import json, sys; from model_lib.train import trainjob; from model_lib.train.config import TrainConfig;"
         "trainjob.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
         "config = TrainConfig.from_options(**options);"
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
@@ -103,7 +103,7 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     command = [sys.executable, "-c", code, json.dumps(asdict(replace(MACHINES, count=1))), json.dumps(arguments)]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
-        step = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+        step = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while not until():
             assert step.poll() is None and time.monotonic() < deadline
@@ -117,7 +117,7 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     step.kill()
     step.wait()
     assert len(cluster.jobs) == 1, "nobody could remove it"
-    last = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    last = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=200)
     assert last.returncode == 0, last.stderr
     assert "of an attempt before is removed" in last.stderr and len(cluster.created) == 3
     assert json.loads(last.stdout)["model"] == f"{tmp_path}/run/best" and not cluster.jobs
