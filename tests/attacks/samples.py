@@ -62,6 +62,13 @@ MANIFEST = {
     "uri": "/data",
     "cleaned_captions": 0,
 }
+RECORD = {
+    "shard": {"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"},
+    "end": ROWS,
+    "content": "0",
+    "rejected": [{"file_name": "a.jpg", "reason": "missing", "detail": "no such file"}],
+}
+STATE = {"step": 3, "validated": 2, "stale": 0, "best": [0.5, -1.0], "origin": "0", "unsent": [["loss", 1.0, 5, 3]]}
 OPTIONS = {
     "TrainConfig": {"data": "d", "output": "o", "epochs": 2, "learning_rate": 0.1},
     "BatchConfig": {"images": "i", "output": "o", "model": "m", "include": ["*.jpg"]},
@@ -72,9 +79,9 @@ OPTIONS = {
 }
 ARGUMENTS = [
     ["train", "--data", "d", "--output", "o", "--epochs=2", "--learning_rate", "1e-3"],
-    ["batch", "--images", "i", "--output", "o", "--model", "m", "--include", "*.jpg"],
-    ["caption", "-f", "a.jpg", "--num-beams=2", "--no-rank", "--json"],
-    ["ingest", "--output", "o", "--dataset", "d", "--split", "val"],
+    ["batch", "--images", "i", "--output", "o", "--model", "m", "--include", "*.jpg", "--no-recursive"],
+    ["caption", "-f", "a.jpg", "--num-beams=2"],
+    ["ingest", "--output", "o", "--annotations", "a", "--images", "i", "--split", "val"],
 ]
 
 
@@ -130,6 +137,8 @@ def of(name: str) -> Iterator[bytes]:
         "results.json": RESULTS,
         "scores.json": SCORES,
         "plan.json": PLAN,
+        "train-00000.parquet.json": RECORD,
+        "state.json": STATE,
     }
     if name in documents:
         yield json.dumps(documents[name]).encode()
@@ -155,6 +164,11 @@ def of(name: str) -> Iterator[bytes]:
         yield b"uri,more\na.jpg,1\ngs://b/c.jpg,2\n"
     elif name == "list.parquet":
         yield parquet({"uri": NAMES})
+    elif name == "listing-0.parquet":
+        yield parquet({"uri": NAMES, "bytes": pa.array([1] * ROWS, pa.int64()), "version": ["1"] * ROWS})
+    elif name == "a.jpg":
+        for kind in ("jpg", "png", "gif", "webp", "bmp", "tif"):
+            yield encoded(picture(np.random.default_rng(0), 32, 24), kind)
     elif name == "archive.zip":
         for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
             yield archive(compression)
