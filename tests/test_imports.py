@@ -53,6 +53,7 @@ def arrows() -> dict[str, set[str]]:
         imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node not in skipped]
         modules = {node.module or "" for node in imports}
         names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         found[name] = (modules | names) & files.keys()
     return found
 

@@ -46,9 +46,9 @@ def packed(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP
 @pytest.fixture(scope="module")
 def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An archive of 1 MB with 1 GB of zeros as a picture, and of spaces as a list."""
-    path = tmp_path_factory.mktemp("bomb") / "bomb.zip"
+    path = tmp_path_factory.mktemp("large") / "archive.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as zipped:
-        for name, byte in (("bomb.jpg", b"\0"), ("bomb.json", b" ")):
+        for name, byte in (("large.jpg", b"\0"), ("large.json", b" ")):
             with zipped.open(name, "w", force_zip64=True) as file:
                 for _ in range(1024 if byte == b"\0" else 300):
                     file.write(byte * MEGABYTE)
@@ -66,8 +66,8 @@ def test_a_bomb_is_not_inflated(bomb: Path) -> None:
     assert bomb.stat().st_size < 10 * MEGABYTE
     with memory(20 * MEGABYTE):
         with pytest.raises(PictureError, match="too_large"):
-            Archive(str(bomb)).read("bomb.jpg")
-        assert "bomb" in refused(lambda: read_captions(f"zip://bomb.json::{bomb}"), bomb.parent)
+            Archive(str(bomb)).read("large.jpg")
+        assert "a zip bomb" in refused(lambda: read_captions(f"zip://large.json::{bomb}"), bomb.parent)
 
 
 @pytest.mark.parametrize("said", [10, 2**27])
@@ -106,6 +106,11 @@ def test_what_archives_hold_is_quarantined_and_never_unpacked(bomb: Path, tmp_pa
     manifest = ingest(IngestConfig(**options, output=str(tmp_path / "out")))
     assert manifest.counts == {"train": 1} and manifest.quarantined == {"unreadable": 4}
     assert fingerprint(pictures.parent) == before
+    for name in ("../outside.jpg", str(tmp_path / "absolute.jpg")):
+        document["images"][0]["file_name"] = name
+        (pictures.parent / "captions.json").write_text(json.dumps(document))
+        said = refused(lambda: ingest(IngestConfig(**options, output=str(tmp_path / "out"))), tmp_path)
+        assert f"file_name {name!r} of image 0 leaves the image folder" in said
     assert {file.name for file in tmp_path.iterdir()} == {"in", "out"}
 
 

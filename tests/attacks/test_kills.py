@@ -24,6 +24,7 @@ def rounds(stage: str, options: dict, folder: Path, seed: int) -> list[Path]:
     assert sum(map(len, kills)) == KILLS
     in_a_save = sum(map(sum, kills))
     print(f"{stage}: {KILLS} kills in {len(kills)} rounds, {in_a_save} of them while files were half-written")
+    assert in_a_save >= KILLS // 5, "what a kill in a save leaves was not tried"
     return [folder / f"killed-{number}" for number in range(len(kills))]
 
 

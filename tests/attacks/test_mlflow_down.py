@@ -179,13 +179,17 @@ def test_a_server_that_hangs_holds_up_no_step(
     log_batch = mlflow.MlflowClient.log_batch
 
     def hang(client: mlflow.MlflowClient, run_id: str, metrics: object = (), **others: object) -> None:
-        if metrics and threading.current_thread().name == "mlflow":
+        if metrics and not go.is_set():
             hanging.set()
-            assert go.wait(60)
+            assert go.wait(60), "steps were held up"
         log_batch(client, run_id, metrics=metrics, **others)
 
     monkeypatch.setattr("mlflow.MlflowClient.log_batch", hang)
-    before_step(monkeypatch, {2: lambda: hanging.wait(60), 11: go.set})  # type: ignore[dict-item]
+
+    def hangs() -> None:
+        assert hanging.wait(60)
+
+    before_step(monkeypatch, {2: hangs, 11: go.set})
     train(options(data, tmp_path / "hanging"), tracking)
     assert curve(tracking, only_run(tracking, "hanging")) == list(range(1, 13))
 

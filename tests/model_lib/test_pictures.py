@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,14 @@ def test_formats_that_nobody_photographs_in_are_not_tried(kind: str) -> None:
     Image.new("1" if kind == "XBM" else "RGB", (8, 8)).save(content, kind)
     with pytest.raises(PictureError, match="not a picture in a format known here"):
         open_picture(content.getvalue())
+
+
+def test_a_picture_of_more_pixels_than_half_a_gigabyte_holds_is_refused_by_its_header() -> None:
+    content = bytearray(encoded(Image.new("1", (8, 8))))
+    content[16:24] = struct.pack(">II", 15_000, 10_000)  # fewer than Pillow itself calls a bomb
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    with pytest.raises(PictureError, match="too_large: 15000x10000 pixels"):
+        open_picture(bytes(content))
 
 
 def test_whatever_a_decoder_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

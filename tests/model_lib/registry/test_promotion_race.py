@@ -1,7 +1,6 @@
 """Several registrations at the same time: real processes against a real MLflow server, and what killed ones leave."""
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -91,10 +90,8 @@ def test_what_a_killed_registration_left_is_passed_over(
     crowned = draw(client, MODEL, "file:///crowned", {})
     client.set_registered_model_alias(MODEL, "champion", crowned.version)  # killed between alias and tag
     mine = draw(client, MODEL, "file:///mine", {})
-    began = time.monotonic()
     with turn(client, mine):
         assert champion_version(client.tracking_uri) == str(crowned.version)
-    assert 1 < time.monotonic() - began < 20
     decisions = [client.get_model_version(MODEL, str(version)).tags for version in (1, 2, 3)]
     assert [tags["decision"] for tags in decisions] == ["abandoned", "champion", "pending"]
     assert decisions[0]["reason"] == "no sign of life when version 3 waited for it"
