@@ -54,6 +54,12 @@ def download_model(source: str) -> str:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=source))
     except MlflowException as error:
         raise _unknown(source) from error
-    for config in sorted(folder.glob("artifacts/*/config.json")):
-        return str(config.parent)
-    raise UserError(f"{source}: is a registered model, but not a captioner")
+    captioner = captioner_in(folder)
+    if captioner is None:
+        raise UserError(f"{source}: is a registered model, but not a captioner")
+    return str(captioner)
+
+
+def captioner_in(files: Path) -> Path | None:
+    """Return the captioner's folder among the files of an MLflow model, or None if it holds none."""
+    return next((config.parent for config in sorted(files.glob("artifacts/*/config.json"))), None)

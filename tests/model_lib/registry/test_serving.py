@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import shutil
 import sys
 import threading
 import urllib.error
@@ -16,7 +17,8 @@ import mlflow
 import pytest
 import yaml
 
-from model_lib import Captioner
+from model_lib import Captioner, UserError
+from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
@@ -65,6 +67,21 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert logged.status == "READY" and '"version": 1' in logged.tags["mlflow.modelVersions"]
     assert client.get_run(version.run_id).outputs.model_outputs[0].model_id == logged.model_id
+
+
+def test_weights_that_were_not_judged_are_not_registered(registry: str, saved_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(saved_model, tmp_path / "model")
+    tracking = MlflowTracking(registry)
+    client = mlflow.MlflowClient(registry)
+    judged(0.9, "better", model=str(model), weights=weights_digest(str(model))).write(str(tmp_path / "evaluation"), "")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # training went on
+    (model / "model.safetensors").write_bytes(weights)
+    before = client.search_logged_models([tracking.experiment_id])
+    with pytest.raises(UserError, match=r"/model: holds other weights than those that were judged; judge it again$"):
+        register(RegisterConfig(evaluations=(str(tmp_path / "evaluation"),), champion_evaluation="none"), tracking)
+    assert len(client.search_logged_models([tracking.experiment_id])) == len(before)
+    assert len(client.search_model_versions("name = 'captioner'")) == 1
 
 
 @pytest.fixture(scope="module")
