@@ -151,6 +151,7 @@ def test_what_is_no_picture_is_refused_by_row(served: str, web: str, scenes: Pat
         (f"{web}/gone.jpg", "/gone.jpg: no such file"),
         (junk, "row 2 of 3: base64, but not of a picture"),
         (f"data:image/png;base64,{junk}", "row 2 of 3: base64, but not of a picture"),
+        (base64.b64encode(b"DDS " + bytes([124, *[0] * 400])).decode(), "row 2 of 3: base64, but not of a picture"),
         ("data:image/png;base64,???", "row 2 of 3: a data URI, but not of base64"),
         ("", "row 2 of 3: is not the path, URI or base64 of a picture"),
         (None, "row 2 of 3: is not the path, URI or base64 of a picture"),
@@ -184,3 +185,16 @@ def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> Non
     # MLflow leaves out columns beyond the signature's.
     one, two = ({"columns": columns, "data": [[picture, "x"][: len(columns)]]} for columns in (["a"], ["a", "b"]))
     assert ask(served, {"dataframe_split": one}) == ask(served, {"dataframe_split": two})
+
+
+def test_a_request_has_an_upper_bound(served: str, scenes: Path) -> None:
+    picture = str(scenes / "val2017" / "000000000001.jpg")
+    for rows, params, said in (
+        (1, {"num_beams": 17}, "num_beams: 17 is more than the 16 that a request may have here"),
+        (1, {"max_new_tokens": 201}, "max_new_tokens: 201 is more than the 200 that a request may have here"),
+        (257, {}, "257 rows: are more than the 256 that a request may have here; send several"),
+    ):
+        status, body = ask(served, {"inputs": [picture] * rows, "params": params})
+        assert (status, body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": said})
+    status, body = ask(served, {"inputs": [picture], "params": {"num_beams": 16, "max_new_tokens": 3}})
+    assert status == 200 and len(body["predictions"]) == 1
