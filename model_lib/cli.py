@@ -179,8 +179,7 @@ def register(config: RegisterConfig) -> Output:
     from model_lib.tracking.server import tracking_from_environment
 
     registered = run(config, tracking_from_environment())
-    fate = "is the champion now" if registered.promoted else f"does not replace version {registered.champion_version}"
-    line = f"version {registered.version} ({registered.winner}) {fate}: {registered.reason}"
+    line = f"version {registered.version} ({registered.winner}) {registered.fate}: {registered.reason}"
     return Output(asdict(registered), [line])
 
 

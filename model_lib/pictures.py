@@ -169,3 +169,14 @@ def augmented(image: Image.Image, size: int, captions: Iterable[str], rng: np.ra
     if rng.random() < 0.5 and not any(SIDED.search(caption) for caption in captions):
         pixels = pixels[:, :, ::-1]
     return np.ascontiguousarray(pixels)
+
+
+def is_picture(content: bytes) -> bool:
+    """Whether bytes begin as pictures in the formats that are read do; the rest may be damaged all the same."""
+    try:
+        Image.open(io.BytesIO(content), formats=_formats())
+    except (Image.DecompressionBombError, MemoryError):
+        return True  # which is for `open_picture` to refuse
+    except Exception:  # see there
+        return False
+    return True

@@ -20,14 +20,14 @@ def register(
     """Register the winner among `evaluations`; return the champion's model URI."""
     from model_lib.registry.config import RegisterConfig
     from model_lib.registry.registry import register as run
-    from model_lib.steps.candidates import decision_markdown, tell_outcome
+    from model_lib.steps.candidates import decision_markdown, serving_model, tell_outcome
     from model_lib.storage import read_bytes, write_bytes
     from model_lib.tracking.model_uris import version_uri
     from model_lib.tracking.server import tracking_from_environment
 
     config = RegisterConfig(
         evaluations=tuple(evaluations),
-        champion_evaluation=champion_evaluation or None,
+        champion_evaluation=champion_evaluation,
         metric=metric,
         min_gain=min_gain,
         max_loss=max_loss,
@@ -40,5 +40,6 @@ def register(
     decision.metadata.update(registered.to_dict())
     model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
     tell_outcome(registered, tracking)
+    serving = serving_model(registered)
     tracking.mark("register")
-    return version_uri(registered.champion_version)
+    return serving

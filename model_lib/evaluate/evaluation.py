@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -176,6 +177,7 @@ def _judge_model(config: EvaluateConfig) -> Judgement:
     assert config.model is not None and config.data is not None
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
+    weights = _digest(source)  # before they are loaded: it is then never that of others which came meanwhile
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
     require_unseen(model.training_record, manifest, config.split)
     reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
@@ -209,10 +211,21 @@ def _judge_model(config: EvaluateConfig) -> Judgement:
         # A registered model was judged in its own run before it was registered; this judgement is another pipeline's.
         mlflow_run_id=None if source.startswith("models:/") else model.training_record.get("mlflow_run_id"),
         packages={name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES},  # not torch's +cpu
+        weights=weights,
     )
     places = to_show(pictures.main())
     views = _views(model, reader, [order[n] for n in places], [captions[n] for n in places])
     return Judgement(evaluation, replace(pictures, views=views))
+
+
+def _digest(source: str) -> str | None:
+    """Return the digest of a model in a folder; None if its source means the same for good, or is a hub's name."""
+    from model_lib.model.sources import resolve_captioner, weights_digest
+
+    if source.startswith("models:/"):
+        return None
+    folder = resolve_captioner(source)
+    return weights_digest(folder) if Path(folder).is_dir() else None
 
 
 def _score(

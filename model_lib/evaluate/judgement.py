@@ -67,6 +67,8 @@ class Evaluation:
     mlflow_run_id: str | None = None
     packages: dict[str, str] = field(default_factory=dict)
     """Versions of the packages with which the model captioned."""
+    weights: str | None = None
+    """Digest of a model in a folder, where other weights may lie later: see `sources.weights_digest`."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from model_lib.options import StageConfig, option, require
 
+NO_CHAMPION = "none"
+"""In place of a champion's evaluation: there was no champion when the candidates were judged."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterConfig(StageConfig):
@@ -12,7 +15,8 @@ class RegisterConfig(StageConfig):
     evaluations: tuple[str, ...]
     """Folders that evaluate wrote, one a candidate."""
     champion_evaluation: str | None = None
-    """Folder that evaluate wrote for the champion on the same data; needed once there is a champion."""
+    """Folder that evaluate wrote for the champion on the same data, or none if there was no champion to judge; needed
+    once there is one. Another that became champion since then stays."""
     metric: str = "CIDEr"
     """The score that decides."""
     min_gain: float = option(0.0, minimum=0)

@@ -7,17 +7,19 @@ import tempfile
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from PIL import Image
 
 import model_lib
 from model_lib import storage
+from model_lib.errors import UserError
 from model_lib.evaluate.judgement import Evaluation
 from model_lib.model.config import DecodeConfig
-from model_lib.model.sources import read_training
+from model_lib.model.sources import read_training, weights_digest
 from model_lib.pages.page import render_markdown
 from model_lib.presets import PRESETS
+from model_lib.tracking.model_uris import captioner_in
 from model_lib.tracking.server import MlflowTracking
 
 if TYPE_CHECKING:
@@ -110,6 +112,9 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
         card: its model card.
         run_id: the run.
         tracking: where the run is.
+
+    Raises:
+        UserError: the folder holds other weights than those that were judged.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -117,26 +122,36 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
 
     mlflow.set_tracking_uri(tracking.uri)
     client = mlflow.MlflowClient(tracking.uri)
-    logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, name=name, source_run_id=run_id)
-    identity: dict[str, Any] = {"model_id": logged.model_id, "model_uuid": logged.model_id, "run_id": run_id}
-    ended = LoggedModelStatus.FAILED
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            files = Path(scratch, "model")
-            mlflow.pyfunc.save_model(
-                str(files),
-                mlflow_model=Model(artifact_path=logged.artifact_location, **identity),
-                python_model=str(Path(__file__).parent / "serving.py"),
-                artifacts={"model": folder},
-                code_paths=[str(Path(model_lib.__file__).parent)],
-                pip_requirements=requirements(winner),
-                signature=signature(),
-                input_example=example(),
-            )
-            (files / "README.md").write_text(card)
+    with tempfile.TemporaryDirectory() as scratch:
+        files, model = Path(scratch, "model"), Model(run_id=run_id)
+        mlflow.pyfunc.save_model(
+            str(files),
+            mlflow_model=model,
+            python_model=str(Path(__file__).parent / "serving.py"),
+            artifacts={"model": folder},
+            code_paths=[str(Path(model_lib.__file__).parent)],
+            pip_requirements=requirements(winner),
+            signature=signature(),
+            input_example=example(),
+        )
+        _require_judged(winner, files)
+        logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, name=name, source_run_id=run_id)
+        model.model_id = model.model_uuid = logged.model_id
+        model.artifact_path = logged.artifact_location
+        model.save(str(files / "MLmodel"))
+        (files / "README.md").write_text(card)
+        ended = LoggedModelStatus.FAILED
+        try:
             client.log_model_artifacts(logged.model_id, str(files))
-        ended = LoggedModelStatus.READY
-    finally:
-        client.finalize_logged_model(logged.model_id, ended)
+            ended = LoggedModelStatus.READY
+        finally:
+            client.finalize_logged_model(logged.model_id, ended)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return str(logged.model_id)
+
+
+def _require_judged(winner: Evaluation, files: Path) -> None:
+    """Raise `UserError` if the copy that is to be uploaded holds other weights than those with the winner's scores."""
+    copy = captioner_in(files)
+    if winner.weights is not None and copy is not None and weights_digest(str(copy)) != winner.weights:
+        raise UserError(f"{winner.model}: holds other weights than those that were judged; judge it again")

@@ -1,6 +1,5 @@
 """The promotion rule: which candidate wins, and whether it takes the champion's place. Pure functions."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -65,8 +64,8 @@ def choose_winner(candidates: Sequence[Judgement], metric: str) -> Judgement:
     require_comparable(candidates)
 
     def rank(candidate: Judgement) -> tuple[float, str, str]:
-        score = score_of(candidate.evaluation, metric)
-        return (math.inf if math.isnan(score) else -score, candidate.evaluation.name, candidate.evaluation.model)
+        evaluation = candidate.evaluation
+        return -score_of(evaluation, metric), evaluation.name, evaluation.model
 
     return min(candidates, key=rank)
 
@@ -87,8 +86,6 @@ def decide(champion: Judgement | None, challenger: Judgement, policy: Policy) ->
     """
     name, metric = challenger.evaluation.name, policy.metric
     new = score_of(challenger.evaluation, metric)
-    if math.isnan(new):
-        return Decision(False, f"{name} has no valid {metric}")
     if champion is None:
         return Decision(True, f"{name} has {metric} {new:.4f} and there was no champion yet")
     require_comparable([champion, challenger])

@@ -13,18 +13,22 @@ from model_lib.errors import UserError
 from model_lib.evaluate.judgement import Evaluation, Judgement
 from model_lib.evaluate.report import render_report
 from model_lib.model.sources import resolve_captioner
-from model_lib.registry.config import RegisterConfig
+from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
 from model_lib.registry.promotion import Decision, Policy, choose_winner, decide
 from model_lib.registry.turns import CHAMPION, DECISION, REASON, draw, turn
+from model_lib.scores.significance import Comparison
 from model_lib.tracking.model_uris import MODEL, version_uri
 from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
 
 CHALLENGER = "challenger"
+COMPARISONS = "comparisons"
+"""Tag of a version: each score of it and of the champion that it was judged against, as JSON."""
 EVALUATION = "evaluation"
 """Tag of a version: sha256 of the evaluation that it was registered by."""
 REPLACED = "replaced"
 """Tag of a version that became champion: the version that was it before."""
+REMEDY = f"captioner evaluate --model models:/{MODEL}@{CHAMPION} --data … --output …, then --champion_evaluation"
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,22 @@ class Registered:
     promoted: bool
     reason: str
     champion_version: str
+    """The version that serves now; empty if none does."""
     evaluation: str
     """Folder of the winner's evaluation."""
     page: str
     """The HTML page of the decision."""
     candidates: list[dict[str, Any]]
     """Every candidate's name, scores and MLflow run."""
+
+    @property
+    def fate(self) -> str:
+        """What became of the version, as it is said after its name."""
+        if self.promoted:
+            return "is the champion now"
+        if not self.champion_version:
+            return "is a challenger, and there is no champion"
+        return f"does not replace version {self.champion_version}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,8 +77,11 @@ def champion_version(uri: str) -> str | None:
 def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     """Register the best candidate, and make it the champion if it beats the present one.
 
+    A call for a winner that an earlier one made champion, before it was killed maybe, answers what that one decided.
+
     Raises:
-        UserError: evaluations are missing or cannot be compared, or the champion was not judged.
+        UserError: evaluations are missing or cannot be compared, the champion was not judged, or the winner's model is
+            not the one that was judged.
     """
     import mlflow
 
@@ -72,37 +89,39 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     candidates = [Judgement.read(folder) for folder in config.evaluations]
     best = choose_winner(candidates, config.metric)
     winner = best.evaluation
-    folder = resolve_captioner(winner.model)
+    judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
+    page = storage.join(judged, "decision.html")
     client = mlflow.MlflowClient(tracking.uri)
     present = champion_version(tracking.uri)
     before = _registered_before(client, winner, present)
+    champion: Judgement | None = None
     if before is not None:
-        present = before.tags.get(REPLACED)
-    champion = _champion_judgement(config, present)
-    policy = Policy(**{f.name: getattr(config, f.name) for f in fields(Policy)})
-    decision = decide(champion, best, policy)
-    run_id = _winners_run(winner, tracking)
-    if before is None:
-        version, decision, now = _make_version(config, winner, folder, run_id, present, decision, tracking)
-    else:
-        version, now = str(before.version), present
-        _say(client, version, decision, present)  # it is champion already: another may become it at this moment
+        run_id, version, now = str(before.run_id), str(before.version), present
+        decision = _decided(before)
         client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
-    judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
-    others = [one for one in candidates if one is not best]
-    trained = (one.evaluation for one in candidates)
-    curves = {one.name: tracking.curves(one.mlflow_run_id) for one in trained if one.mlflow_run_id is not None}
-    page = render_report(best, others=others, champion=champion, decision=decision, curves=curves).encode()
-    storage.write_bytes(storage.join(judged, "decision.html"), page)
-    tracking.add(run_id, {}, {}, {"evaluation/decision.html": page})
+    else:
+        folder = resolve_captioner(winner.model)
+        champion = _champion_judgement(config, present)
+        policy = Policy(**{f.name: getattr(config, f.name) for f in fields(Policy)})
+        decision = decide(champion, best, policy)
+        storage.remove(page)  # of another decision on the same evaluation
+        run_id = _winners_run(winner, tracking)
+        version, decision, now = _make_version(config, winner, folder, run_id, champion, decision, tracking)
+    if not storage.exists(page):
+        others = [one for one in candidates if one is not best]
+        trained = (one.evaluation for one in candidates)
+        curves = {one.name: tracking.curves(one.mlflow_run_id) for one in trained if one.mlflow_run_id is not None}
+        html = render_report(best, others=others, champion=champion, decision=decision, curves=curves)
+        storage.write_bytes(page, html.encode())
+    tracking.add(run_id, {}, {}, {"evaluation/decision.html": storage.read_bytes(page)})
     return Registered(
         winner=winner.name,
         version=version,
         promoted=decision.promote,
         reason=decision.reason,
-        champion_version=version if decision.promote else str(now or ""),
+        champion_version=version if decision.promote else now or "",
         evaluation=judged,
-        page=storage.join(judged, "decision.html"),
+        page=page,
         candidates=[
             {"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider, "mlflow_run_id": e.mlflow_run_id}
             for e in (candidate.evaluation for candidate in candidates)
@@ -118,6 +137,12 @@ def _registered_before(client: Any, winner: Evaluation, champion: str | None) ->
     return found if found.tags.get(EVALUATION) == _digest(winner) else None
 
 
+def _decided(version: Any) -> Decision:
+    """Return the decision by which a version became champion: what to judge it against is no champion any more."""
+    compared = json.loads(version.tags.get(COMPARISONS, "[]"))
+    return Decision(True, version.tags.get(REASON, ""), [Comparison(**one) for one in compared])
+
+
 def _digest(evaluation: Evaluation) -> str:
     return hashlib.sha256(json.dumps(evaluation.to_dict(), sort_keys=True).encode()).hexdigest()
 
@@ -127,7 +152,7 @@ def _make_version(
     winner: Evaluation,
     folder: str,
     run_id: str,
-    present: str | None,
+    champion: Judgement | None,
     decision: Decision,
     tracking: MlflowTracking,
 ) -> tuple[str, Decision, str | None]:
@@ -135,16 +160,17 @@ def _make_version(
     import mlflow
 
     client = mlflow.MlflowClient(tracking.uri)
+    against = None if champion is None else champion.evaluation.model.removeprefix(version_uri(""))
     card = render_card(winner, folder)
     # What takes long is done before the number is drawn, as others wait for the decision on it.
     model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
     about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
-    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, present), **about)
+    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, against), **about)
     version = str(drawn.version)
     with turn(client, drawn):
         now = champion_version(tracking.uri)
-        if now != present:
-            decision = replace(decision, promote=False, reason=_outdated(now, present))
+        if now != against:
+            decision = replace(decision, promote=False, reason=_outdated(now, against))
         settle(client, version, decision, now)
     shown = json.dumps([{"name": MODEL, "version": int(version)}])  # from the model to its version in MLflow's pages
     client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
@@ -170,7 +196,7 @@ def settle(client: Any, version: str, decision: Decision, champion: str | None) 
 def _say(client: Any, version: str, decision: Decision, champion: str | None) -> None:
     """Tag a version with the reasons for the decision on it."""
     numbers = json.dumps([asdict(one) for one in decision.comparisons])
-    tags = {REASON: decision.reason, "comparisons": numbers}
+    tags = {REASON: decision.reason, COMPARISONS: numbers}
     if decision.promote and champion is not None:
         tags[REPLACED] = champion
     for name, value in tags.items():
@@ -207,17 +233,18 @@ def _winners_run(winner: Evaluation, tracking: MlflowTracking) -> str:
         return run.run_id
 
 
-def _champion_judgement(config: RegisterConfig, version: str | None) -> Judgement | None:
-    """Return the present champion's judgement; `UserError` if it was not judged, or another version was."""
-    if version is None:
+def _champion_judgement(config: RegisterConfig, present: str | None) -> Judgement | None:
+    """Return the judgement of the version that was champion when it was judged, or None if there was none.
+
+    Raises:
+        UserError: there is a champion now, and none was judged.
+    """
+    if config.champion_evaluation is None and present is not None:
+        raise UserError(f"there is a champion, version {present}, to be judged on the same data first: {REMEDY}")
+    if config.champion_evaluation in (None, NO_CHAMPION):
         return None
-    remedy = f"captioner evaluate --model {version_uri(version)} --data … --output …, then --champion_evaluation"
-    if not config.champion_evaluation:
-        raise UserError(f"there is a champion, version {version}, to be judged on the same data first: {remedy}")
     champion = Judgement.read(config.champion_evaluation)
     judged = champion.evaluation.model
-    if judged != version_uri(version):
-        raise UserError(
-            f"{config.champion_evaluation}: judges {judged}, but the champion is version {version}: {remedy}"
-        )
+    if not judged.startswith(version_uri("")):
+        raise UserError(f"{config.champion_evaluation}: judges {judged}, no version of {MODEL}: {REMEDY}")
     return champion

@@ -6,7 +6,6 @@ Input: a column of image paths, URIs or base64. Output: the captions. A server o
 
 import base64
 import binascii
-import io
 import json
 from typing import Any
 
@@ -20,6 +19,12 @@ SHOWN = 80
 """Characters of a row that an error names: base64 may be megabytes."""
 NAMED = 5
 """Rows that an error names."""
+MOST_ROWS = 256
+"""Rows of a request to a server: all of them wait for the last."""
+MOST_BEAMS = 16
+"""Beams that a server keeps a picture: the memory of decoding grows with them …"""
+MOST_TOKENS = 200
+"""… and with the tokens of the longest caption."""
 
 
 class Refused(MlflowException):
@@ -48,9 +53,11 @@ class CaptionerModel(PythonModel):
         from model_lib.model.captioning import caption_each
         from model_lib.model.config import DecodeConfig
 
-        rows = [_allowed(_picture(row)) for row in model_input.iloc[:, 0]]
         try:
-            results = list(caption_each(self.model, rows, DecodeConfig.from_options(**(params or {}))))
+            config = DecodeConfig.from_options(**(params or {}))
+            _require_modest(len(model_input), config)
+            rows = [_allowed(_picture(row)) for row in model_input.iloc[:, 0]]
+            results = list(caption_each(self.model, rows, config))
         except UserError as error:
             raise Refused(str(error)) from error
         captions, problems = [], []
@@ -67,11 +74,23 @@ class CaptionerModel(PythonModel):
         return captions
 
 
+def _require_modest(rows: int, config: Any) -> None:
+    """Raise `UserError` if a stranger asks for more than a server does at once."""
+    from model_lib.allowing import serving
+    from model_lib.options import require
+
+    if serving():
+        many = f"{rows} rows: are more than the {MOST_ROWS} that a request may have here; send several"
+        require(rows <= MOST_ROWS, many)
+        for name, most in (("num_beams", MOST_BEAMS), ("max_new_tokens", MOST_TOKENS)):
+            asked = getattr(config, name)
+            require(asked <= most, f"{name}: {asked} is more than the {most} that a request may have here")
+
+
 def _picture(row: Any) -> Any:
     """Return the bytes that base64 stands for (bare, with line breaks, or a data URI); a path or URI unchanged."""
-    from PIL import Image
-
     from model_lib.errors import UserError
+    from model_lib.pictures import is_picture
 
     if not isinstance(row, str) or not row.strip():
         return UserError("is not the path, URI or base64 of a picture")
@@ -80,14 +99,10 @@ def _picture(row: Any) -> Any:
         content = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         return UserError("a data URI, but not of base64") if row.startswith("data:") else row
-    try:
-        Image.open(io.BytesIO(content))
-    except (ValueError, OSError, Image.DecompressionBombError):
-        # A path may be valid base64 by chance, but then it is short.
-        return (
-            row if len(row) < 4 * SHOWN and not row.startswith("data:") else UserError("base64, but not of a picture")
-        )
-    return content
+    if is_picture(content):
+        return content
+    # A path may be valid base64 by chance, but then it is short.
+    return row if len(row) < 4 * SHOWN and not row.startswith("data:") else UserError("base64, but not of a picture")
 
 
 def _allowed(row: Any) -> Any:

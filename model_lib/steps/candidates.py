@@ -6,15 +6,17 @@ from typing import Any
 
 from model_lib import storage
 from model_lib.data.shards import read_manifest
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.judgement import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.model.sources import lasting_source
+from model_lib.registry.config import NO_CHAMPION
 from model_lib.registry.registry import Registered, champion_version
+from model_lib.registry.turns import CHAMPION
 from model_lib.steps.preflight import check_candidates
-from model_lib.tracking.model_uris import version_uri
+from model_lib.tracking.model_uris import MODEL, version_uri
 from model_lib.tracking.server import NO_TRACKING, Tracking, require_mlflow
 from model_lib.train.config import TrainConfig
 
@@ -72,10 +74,10 @@ def judge_model(model: str, data: str, root: str, tracking: Tracking, **options:
 
 
 def judge_champion(data: str, root: str, tracking: Tracking, **options: Any) -> str:
-    """Judge the present champion on `data`; return its evaluation's folder, or "" if there is no champion yet."""
+    """Judge the present champion on `data`; return its evaluation's folder, or none if there is no champion yet."""
     version = champion_version(require_mlflow(tracking).uri)
     if version is None:
-        return ""
+        return NO_CHAMPION
     return judge_model(version_uri(version), data, storage.join(root, "champions"), NO_TRACKING, **options)[1]
 
 
@@ -88,8 +90,7 @@ def decision_markdown(registered: Registered, tracking: Tracking) -> str:
         address = tracking.run_url(run_id) if run_id else None
         shown = f"[{candidate['name']}]({address})" if address else candidate["name"]
         rows.append(f"| {shown} | {' | '.join(f'{candidate[name]:.4f}' for name in names)} |")
-    fate = "is the new champion" if registered.promoted else f"did not replace version {registered.champion_version}"
-    head = f"## Version {registered.version} ({registered.winner}) {fate}\n\n{registered.reason}\n\n"
+    head = f"## Version {registered.version} ({registered.winner}) {registered.fate}\n\n{registered.reason}\n\n"
     return head + "\n".join(rows) + "\n"
 
 
@@ -106,3 +107,13 @@ def tell_outcome(registered: Registered, tracking: Tracking) -> None:
     }
     note = decision_markdown(registered, tracking)
     tracking.conclude(evaluation_metrics(winner), {**evaluation_tags(winner), **tags}, note)
+
+
+def serving_model(registered: Registered) -> str:
+    """Return the champion's model URI, for the steps that follow; `WorkError` if none serves."""
+    if not registered.champion_version:
+        raise WorkError(
+            f"models:/{MODEL}@{CHAMPION}: nothing serves: the champion was taken away while its successor was judged, "
+            f"and version {registered.version} is a challenger; submit the run again"
+        )
+    return version_uri(registered.champion_version)

@@ -299,7 +299,9 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the command's own
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    uri = os.environ.setdefault("MLFLOW_TRACKING_URI", embedded_uri(workdir))
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        os.environ["MLFLOW_TRACKING_URI"] = embedded_uri(workdir)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
     if uri.startswith("sqlite:///") and not (file := Path(uri.removeprefix("sqlite:///"))).exists():
         _make_store(file)
     names = ("MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID", "MLFLOW_RUN_ID")

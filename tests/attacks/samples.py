@@ -46,6 +46,7 @@ SCORES = {
     "data_fingerprint": "f",
     "mlflow_run_id": None,
     "packages": {"torch": "2"},
+    "weights": "0",
 }
 PLAN = {
     "configuration": {"images": "i", "output": "o", "model": "m"},

@@ -4,16 +4,26 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import fsspec
 import pytest
 
 from model_lib import storage
-from model_lib.allowing import VARIABLE, NotAllowed, require_allowed, require_listed
+from model_lib.allowing import VARIABLE, NotAllowed, _require_reachable, require_allowed, require_listed
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import batch
+from tests.services import free_port
 
-INSIDE = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"]
+INSIDE = [
+    "169.254.169.254",
+    "[fe80::1]",
+    "[::ffff:169.254.169.254]",
+    "[64:ff9b::169.254.169.254]",
+    "[2002:a9fe:a9fe::]",
+]
+INSIDE += ["[2001::5601:5601]", "[fd00:ec2::254]", "[fd20:ce::254]", "100.100.100.200", "168.63.129.16"]
+CLIMBING = [f"pictures/{up}secret" for up in ("%2e%2e/", ".%2E/", "%252e%252e/", "..%2f", "%5c..%5c", ".\t./")]
 METADATA = "http://169.254.169.254/computeMetadata/v1/"
 
 
@@ -76,20 +86,32 @@ def test_what_the_operator_names_is_opened_and_what_only_looks_like_it_is_not(
         assert not opens(uri)
     for host in ("10.0.0.7:8001", "10.0.0.7:8000@evil", "10.0.0.71:8000", "10.0.0.7"):
         assert not opens(f"http://{host}/pictures/a.jpg")
-    for path in ("pictures-evil/a.jpg", "pictures/../a.jpg", ""):
+    for path in ("pictures-evil/a.jpg", "pictures/../a.jpg", "", *CLIMBING):
         assert not opens(f"http://10.0.0.7:8000/{path}")
+    assert not opens("http://[10.0.0.7/") and not opens("http://10.0.0.7:eight/pictures/a.jpg")
 
 
 @pytest.fixture()
-def web(scenes: Path) -> Iterator[str]:
-    """A server on loopback that has a picture, and leads elsewhere to who asks for that."""
+def asked() -> list[str]:
+    """The paths that the server on loopback was asked for."""
+    return []
+
+
+@pytest.fixture()
+def web(scenes: Path, asked: list[str]) -> Iterator[str]:
+    """A server on loopback that has a picture, and leads elsewhere to who asks for that, with `?to=…`."""
     picture = (scenes / "val2017" / "000000000001.jpg").read_bytes()
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+
         def do_GET(self) -> None:
-            self.send_response(302 if self.path.startswith("/to/") else 200)
-            if self.path.startswith("/to/"):
-                self.send_header("Location", f"http://{INSIDE[int(self.path[4:])]}/a")
+            asked.append(self.path)
+            _, leads, place = self.path.partition("?to=")
+            self.send_response(302 if leads else 200)
+            self.send_header("Content-Length", str(len(picture)))
+            if leads:
+                self.send_header("Location", unquote(place))
             self.end_headers()
             self.wfile.write(picture)
 
@@ -105,7 +127,7 @@ def web(scenes: Path) -> Iterator[str]:
 
 def test_nobody_reaches_a_clouds_metadata_not_by_a_redirect_either(web: str) -> None:
     assert storage.read_bytes(f"{web}/a.jpg")
-    for uri in (METADATA, *(f"{web}/to/{number}" for number in range(len(INSIDE)))):
+    for uri in (METADATA, *(f"{web}/?to={quote(f'http://{inside}/a')}" for inside in INSIDE)):
         with pytest.raises(NotAllowed, match="an address inside"):
             storage.read_bytes(uri)
 
@@ -121,6 +143,32 @@ def test_a_served_model_connects_to_no_address_inside(web: str, monkeypatch: pyt
         storage.read_bytes(f"{web}/a.jpg")
     monkeypatch.setenv(VARIABLE, web)
     assert storage.read_bytes(f"{web}/a.jpg")
+
+
+@pytest.mark.usefixtures("serving")
+def test_what_is_named_is_open_and_nothing_beside_it(
+    web: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = web.rpartition(":")[2]
+    other = f"http://127.0.0.1:{free_port()}"
+    for server in (web, f"http://localhost:{port}"):
+        monkeypatch.setenv(VARIABLE, f"{server}/pictures/")
+        assert storage.read_bytes(f"{server}/pictures/a%20b.jpg") and storage.read_bytes(f"{server}/pictures/a b.jpg")
+        assert storage.read_bytes(f"{server}/pictures/?to={server}/pictures/c.jpg")
+        hostile = [f"{server}/secret", f"{server}/pictures/?to={server}/secret", f"{server}/pictures/?to={other}/"]
+        for uri in (*hostile, *(f"{server}/{path}" for path in CLIMBING)):
+            with pytest.raises(NotAllowed, match="an address inside"):
+                storage.read_bytes(uri)
+    assert len(asked) == 12 and all(path.startswith("/pictures/") for path in asked)
+
+
+@pytest.mark.usefixtures("serving")
+def test_an_address_that_stands_for_a_public_one_is_public() -> None:
+    """Where there is IPv6 alone, names of IPv4 are translated."""
+    _require_reachable("example.org", "64:ff9b::93.184.215.14")
+    for inside in ("64:ff9b::10.0.0.7", "64:ff9b:1::10.0.0.7", "2002:a00:7::1", "::10.0.0.7", "::1"):
+        with pytest.raises(NotAllowed, match="an address inside"):
+            _require_reachable("example.org", inside)
 
 
 def test_a_list_from_elsewhere_names_pictures_of_its_own_store_only() -> None:

@@ -1,4 +1,4 @@
-"""MLflow away when training starts, while it goes on, when it ends, and when an evaluation is logged."""
+"""MLflow away when training starts, while it goes on, when it ends, when an evaluation is logged or a model fetched."""
 
 import json
 import os
@@ -17,11 +17,16 @@ from torch import Tensor
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
+from model_lib.model.sources import weights_digest
+from model_lib.registry.config import RegisterConfig
+from model_lib.registry.registry import register
+from model_lib.tracking.model_uris import download_model
 from model_lib.tracking.sending import IMPATIENCE
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner
 from model_lib.train.training import train
+from tests.model_lib.registry.test_promotion import judged
 from tests.services import Faults, faulty_proxy, free_port, mlflow_server
 
 
@@ -222,3 +227,25 @@ def test_away_when_an_evaluation_is_logged_the_same_command_only_sends(
     assert evaluation.scores["CIDEr"] in found.values()
     assert json.loads(files["scores.json"]) == json.loads(json.dumps(evaluation.to_dict()))
     assert not (tmp_path / "judged" / "unsent.json").exists(), "and the next one judges anew"
+
+
+def test_away_while_a_model_is_fetched_nothing_is_kept_and_then_it_is_fetched_once(
+    server: Server, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    cache = tmp_path / "cache" / "captioner"
+    judged(0.5, "small", model=str(saved_model)).write(str(tmp_path / "judged"), "")
+    register(RegisterConfig(evaluations=(str(tmp_path / "judged"),)), MlflowTracking(server.address))
+    (weights,) = server.folder.glob("art/**/model.safetensors")
+    weights.rename(weights.parent / "moved")
+    weights.symlink_to("/proc/self/mem")  # which is listed as a file, and cannot be read
+    with pytest.raises(mlflow.exceptions.MlflowException):
+        download_model("models:/captioner@champion")
+    assert not list(cache.iterdir())
+
+    (weights.parent / "moved").rename(weights)
+    fetched = download_model("models:/captioner@champion")
+    assert weights_digest(fetched) == weights_digest(str(saved_model)) and Path(fetched).is_relative_to(cache)
+    assert download_model("models:/captioner/1") == fetched and len(list(cache.iterdir())) == 1

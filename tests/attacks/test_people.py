@@ -18,7 +18,7 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.model.tokens import train_tokenizer
-from model_lib.tracking.server import embedded_uri
+from model_lib.tracking.server import MlflowTracking, embedded_uri, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 from tests.conftest import small_model
@@ -73,6 +73,13 @@ def test_pictures_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_mod
 def test_a_place_that_mlflow_cannot_use_is_told_before_the_work(tmp_path: Path, character: str) -> None:
     with pytest.raises(UserError, match=r"MLflow keeps no store under a path with .; set MLFLOW_TRACKING_URI"):
         embedded_uri(str(tmp_path / f"a{character}b"))
+
+
+def test_where_a_server_is_named_the_working_directory_is_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run #7").mkdir()
+    monkeypatch.chdir(tmp_path / "run #7")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert tracking_from_environment() == MlflowTracking("http://127.0.0.1:9")
 
 
 def test_an_output_that_json_cannot_name_is_told_before_the_work(scenes: Path, tmp_path: Path) -> None:

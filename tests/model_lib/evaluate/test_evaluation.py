@@ -15,6 +15,7 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.judgement import Evaluation, Judgement
 from model_lib.evaluate.report import render_report
 from model_lib.evaluate.scorecard import evaluation_metrics
+from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import score_captions
 from model_lib.scores.significance import corpus_scores, meteor
@@ -111,6 +112,7 @@ def test_a_model_is_judged_on_every_picture_of_the_split(judged: tuple[Path, Eva
     assert evaluation.pictures_per_second is not None and evaluation.pictures_per_second > 0
     assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "learned"}
     assert all(low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items())
+    assert evaluation.weights == weights_digest(evaluation.model)
     assert Evaluation.read(str(folder)) == evaluation
 
 

@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import shutil
 import sys
 import threading
 import urllib.error
@@ -16,7 +17,8 @@ import mlflow
 import pytest
 import yaml
 
-from model_lib import Captioner
+from model_lib import Captioner, UserError
+from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
@@ -65,6 +67,21 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert logged.status == "READY" and '"version": 1' in logged.tags["mlflow.modelVersions"]
     assert client.get_run(version.run_id).outputs.model_outputs[0].model_id == logged.model_id
+
+
+def test_weights_that_were_not_judged_are_not_registered(registry: str, saved_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(saved_model, tmp_path / "model")
+    tracking = MlflowTracking(registry)
+    client = mlflow.MlflowClient(registry)
+    judged(0.9, "better", model=str(model), weights=weights_digest(str(model))).write(str(tmp_path / "evaluation"), "")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # training went on
+    (model / "model.safetensors").write_bytes(weights)
+    before = client.search_logged_models([tracking.experiment_id])
+    with pytest.raises(UserError, match=r"/model: holds other weights than those that were judged; judge it again$"):
+        register(RegisterConfig(evaluations=(str(tmp_path / "evaluation"),), champion_evaluation="none"), tracking)
+    assert len(client.search_logged_models([tracking.experiment_id])) == len(before)
+    assert len(client.search_model_versions("name = 'captioner'")) == 1
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +151,7 @@ def test_what_is_no_picture_is_refused_by_row(served: str, web: str, scenes: Pat
         (f"{web}/gone.jpg", "/gone.jpg: no such file"),
         (junk, "row 2 of 3: base64, but not of a picture"),
         (f"data:image/png;base64,{junk}", "row 2 of 3: base64, but not of a picture"),
+        (base64.b64encode(b"DDS " + bytes([124, *[0] * 400])).decode(), "row 2 of 3: base64, but not of a picture"),
         ("data:image/png;base64,???", "row 2 of 3: a data URI, but not of base64"),
         ("", "row 2 of 3: is not the path, URI or base64 of a picture"),
         (None, "row 2 of 3: is not the path, URI or base64 of a picture"),
@@ -167,3 +185,16 @@ def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> Non
     # MLflow leaves out columns beyond the signature's.
     one, two = ({"columns": columns, "data": [[picture, "x"][: len(columns)]]} for columns in (["a"], ["a", "b"]))
     assert ask(served, {"dataframe_split": one}) == ask(served, {"dataframe_split": two})
+
+
+def test_a_request_has_an_upper_bound(served: str, scenes: Path) -> None:
+    picture = str(scenes / "val2017" / "000000000001.jpg")
+    for rows, params, said in (
+        (1, {"num_beams": 17}, "num_beams: 17 is more than the 16 that a request may have here"),
+        (1, {"max_new_tokens": 201}, "max_new_tokens: 201 is more than the 200 that a request may have here"),
+        (257, {}, "257 rows: are more than the 256 that a request may have here; send several"),
+    ):
+        status, body = ask(served, {"inputs": [picture] * rows, "params": params})
+        assert (status, body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": said})
+    status, body = ask(served, {"inputs": [picture], "params": {"num_beams": 16, "max_new_tokens": 3}})
+    assert status == 200 and len(body["predictions"]) == 1
