@@ -245,7 +245,7 @@ def caption(config: CaptionConfig) -> Output:
 
 
 def batch(config: BatchConfig) -> Output:
-    from model_lib.batch.merging import batch as run
+    from model_lib.batch.batching import batch as run
 
     _find_registry(config.model)
     summary = run(config)

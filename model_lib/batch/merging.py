@@ -13,12 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from model_lib import storage
-from model_lib.batch.captions import caption_shards, load_model
-from model_lib.batch.config import BatchConfig
-from model_lib.batch.planning import Plan, folder_of, plan, resolved
+from model_lib.batch.planning import Plan
 from model_lib.batch.rows import ABOUT, read_shard
 from model_lib.errors import UserError, WorkError
-from model_lib.holding import held
 from model_lib.pages.page import render_page, thumbnail
 from model_lib.pictures import PictureError, open_picture, read_picture
 from model_lib.records import believing
@@ -54,22 +51,6 @@ class Notable:
     gallery: list[dict[str, Any]] = field(default_factory=list)
     worst: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     failed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-def batch(config: BatchConfig) -> Summary:
-    """Caption everything that `config.images` stands for, here and now.
-
-    Raises:
-        UserError: pictures, model or output cannot be used.
-    """
-    config = resolved(config)
-    model = load_model(config)
-    with held(folder_of(config)):
-        made = plan(config)
-        missing = made.missing()
-        if missing:
-            caption_shards(made, missing, model)
-        return merge(made)
 
 
 def merge(made: Plan) -> Summary:

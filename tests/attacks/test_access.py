@@ -10,8 +10,8 @@ import pytest
 
 from model_lib import storage
 from model_lib.allowing import VARIABLE, NotAllowed, require_allowed, require_listed
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 
 INSIDE = ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]"]
 METADATA = "http://169.254.169.254/computeMetadata/v1/"

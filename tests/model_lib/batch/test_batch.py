@@ -13,9 +13,10 @@ import pytest
 
 from model_lib import Captioner, UserError, storage
 from model_lib.batch import captions as captions_module
+from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import Summary, batch, merge
+from model_lib.batch.merging import Summary, merge
 from model_lib.batch.planning import plan, read_plan, resolved
 from model_lib.batch.rows import ABOUT
 from model_lib.errors import WorkError
