@@ -99,7 +99,8 @@ def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.
     """Read and decode one picture: its row so far, and its pixels unless it cannot be used."""
     row: dict[str, Any] = {"uri": picture.uri, "status": "error"}
     try:
-        allowing.require_listed(picture.uri, source)
+        if picture.is_from_list:
+            allowing.require_listed(picture.uri, source)
         require_readable(picture.bytes)
         content = storage.patiently(picture.uri, lambda: read_picture(picture.uri), PATIENCE)
         row["bytes"] = len(content)
@@ -121,7 +122,10 @@ def _changed(picture: Picture, content: bytes) -> bool:
         return True
     if not picture.version or not storage.is_local(picture.uri):
         return False
-    return picture.version != str(os.stat(picture.uri).st_mtime)
+    try:
+        return picture.version != str(os.stat(picture.uri).st_mtime)
+    except OSError:  # gone since it was read
+        return True
 
 
 def _reason(error: UserError | WorkError) -> str:

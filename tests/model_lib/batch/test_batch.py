@@ -1,6 +1,7 @@
 """Captioning a folder: one row for each picture listed, whatever is wrong with some, killed or not, once or again."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -110,6 +111,22 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
     summary = merge(made)
     assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
     assert (summary.pictures, summary.ok) == (13, 9)
+
+
+def test_a_picture_that_goes_while_it_is_read_has_its_row_too(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = captions_module.read_picture
+
+    def reading(uri: str, *patience: float) -> bytes:
+        content = original(uri, *patience)
+        if uri.endswith("3.jpg"):
+            Path(uri).unlink()
+        return content
+
+    monkeypatch.setattr(captions_module, "read_picture", reading)
+    summary = batch(config(pictures, tmp_path / "out", saved_model))
+    assert (summary.pictures, summary.ok, summary.errors) == (12, 11, {"changed": 1})
 
 
 # ---- again -----------------------------------------------------------------------------------------------------------
@@ -258,6 +275,34 @@ def test_an_output_inside_the_pictures_is_not_captioned(pictures: Path, saved_mo
     assert len(listed(pictures, tmp_path / "o", saved_model)) == 13
 
 
+def test_a_store_that_its_driver_names_otherwise_is_listed_and_captioned_all_the_same(
+    scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    fs = fsspec.filesystem("memory")  # memory://shown to a user is memory:///shown to its driver, as gcs:// is gs://
+    for name in ("shown/a.jpg", "shown/out/x.jpg"):
+        fs.pipe_file(f"/{name}", (scenes / "val2017" / "000000000001.jpg").read_bytes())
+    assert listed("memory://shown", "memory://shown/out", saved_model) == ["a.jpg"]
+    summary = batch(config("memory://shown", tmp_path, saved_model))
+    assert (summary.pictures, summary.ok) == (2, 2)
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_run_and_takes_no_rows(
+    pictures: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    options = config(pictures, tmp_path / "out", saved_model)
+    before = written(batch(options))
+    place = os.open(pictures, os.O_RDONLY)
+    for _ in range(20):  # root may read everything, but no path that is longer than the system takes
+        os.mkdir("d" * 250, dir_fd=place)
+        above, place = place, os.open("d" * 250, os.O_RDONLY, dir_fd=place)
+        os.close(above)
+    os.close(place)
+    (pictures / "000000000003.jpg").unlink()
+    with pytest.raises(WorkError, match=r"ddd: cannot be listed: File name too long; let it be read, and start again"):
+        batch(options)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*/captions/*")} == before
+
+
 def test_no_pictures_or_no_folder_is_refused(tmp_path: Path, saved_model: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         batch(config(tmp_path / "gone", tmp_path / "out", saved_model))
@@ -306,7 +351,7 @@ def test_one_request_in_twenty_failing_loses_nothing(
 ) -> None:
     fs, faults = bucket
     faults.share = 0.05
-    summary = batch(config("gs://b/in", "gs://b/out", saved_model, shard_pictures=10))
+    summary = batch(config("gcs://b/in", "gs://b/out", saved_model, shard_pictures=10))
     assert faults.failed > 5
     assert (summary.pictures, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
