@@ -6,7 +6,6 @@ import json
 import math
 import random
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,10 +120,10 @@ def _filled(table: pa.Table) -> bool:
 def _page(summary: Summary, made: Plan, notable: Notable) -> str:
     worst = [row for _, _, row in sorted(notable.worst, key=lambda entry: (-entry[0], entry[1]))]
     gallery = sorted(notable.gallery, key=lambda row: str(row["uri"]))
-    with ThreadPoolExecutor(16) as pool:
-        rows = [*worst, *gallery]
-        for row, thumbnail in zip(rows, pool.map(lambda row: _thumbnail(row["uri"]), rows), strict=True):
-            row["thumbnail"] = thumbnail
+    # One after the other, in one thread: each may take gigabytes, and this step's memory is small.
+    thumbnails = {uri: _thumbnail(uri) for uri in sorted({row["uri"] for row in (*worst, *gallery)})}
+    for row in (*worst, *gallery):
+        row["thumbnail"] = thumbnails[row["uri"]]
     return render_page(
         "batch.html",
         summary=summary,
@@ -137,10 +136,10 @@ def _page(summary: Summary, made: Plan, notable: Notable) -> str:
 
 
 def _thumbnail(uri: str) -> str | None:
-    """Return a small picture for the page, or None if it is not there any more."""
+    """Return a small picture for the page, or None if it is not there any more or cannot be made."""
     try:
         return base64.b64encode(thumbnail(open_picture(read_picture(uri)))).decode()
-    except (UserError, WorkError, PictureError):
+    except (UserError, WorkError, PictureError, MemoryError):
         return None
 
 

@@ -11,6 +11,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from model_lib import Captioner, UserError, storage
 from model_lib.batch import captions as captions_module
@@ -19,7 +20,7 @@ from model_lib.batch.captions import caption_planned
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary, merge
 from model_lib.batch.planning import plan, read_plan, resolved
-from model_lib.batch.rows import ABOUT
+from model_lib.batch.rows import ABOUT, FIELDS
 from model_lib.errors import WorkError
 from tests.attacks.killed import killed
 from tests.services import Faults, faulty_bucket
@@ -325,6 +326,28 @@ def test_the_report_shows_counts_reasons_and_pictures_and_nothing_from_elsewhere
     assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace("http-equiv", "")
     assert len(page) < 3_000_000
+
+
+def most_memory() -> int:
+    """Return the most KiB that this process had in memory since it was last asked."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line)
+
+
+def test_the_reports_large_pictures_are_not_all_in_memory_at_once(saved_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
+    for number in range(1, 12):
+        shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
+    made = plan(resolved(config(tmp_path / "large", tmp_path / "out", saved_model, shard_pictures=20)))
+    rows = [{"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.pictures(0)]
+    with storage.whole_file(made.captions(made.shards[0])) as part:
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(FIELDS)), part)
+    most_memory()
+    before = most_memory()
+    page = Path(merge(made).report).read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * 12 and most_memory() - before < 3 * 48_000
 
 
 # ---- kills and faults, in a bucket -----------------------------------------------------------------------------------
