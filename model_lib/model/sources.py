@@ -1,5 +1,6 @@
 """Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry. Needs no torch."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ def resolve_captioner(source: str) -> str:
         if not any(Path(folder).glob("*.safetensors")):
             raise UserError(f"{source}: the model folder holds no safetensors weights")
     return folder
+
+
+def weights_digest(folder: str) -> str:
+    """Return what tells a model's weights from others that lie in the same place: the SHA-256 of its files, in hex.
+
+    Read once and in parts, as they may be gigabytes: of `config.json` and all safetensors files, with their names.
+
+    Args:
+        folder: local, with a model.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([Path(folder, "config.json"), *Path(folder).glob("*.safetensors")]):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def lasting_source(source: str) -> str:
