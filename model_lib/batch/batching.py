@@ -18,8 +18,8 @@ def batch(config: BatchConfig) -> Summary:
     """
     config = resolved(config)
     model = load_model(config)
-    with held(folder_of(config)):
-        made = plan(config)
+    with held(folder := folder_of(config)):
+        made = plan(config, folder)
         missing = made.missing()
         if missing:
             caption_shards(made, missing, model)

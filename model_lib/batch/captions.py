@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from model_lib import __version__, allowing, storage
 from model_lib.background import Background
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import Picture
-from model_lib.batch.planning import Plan, read_plan
+from model_lib.batch.planning import Plan, folder_of, read_plan
 from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
 from model_lib.errors import UserError, WorkError
 from model_lib.pictures import PictureError, open_picture, read_picture, require_readable, to_pixels
@@ -138,9 +139,15 @@ def _reason(error: UserError | WorkError) -> str:
 
 
 def caption_planned(folder: str, index: int) -> None:
-    """Caption one shard of the plan in `folder`, unless its file is there."""
+    """Caption one shard of the plan in `folder`, unless its file is there.
+
+    Raises:
+        UserError: the model is another than the one that the pictures were planned for.
+    """
     made = read_plan(folder)
     if index in made.missing():
+        if PurePosixPath(folder_of(made.config)).name != PurePosixPath(folder).name:
+            raise UserError(f"{made.config.model}: is another model than was planned with; start again")
         caption_shards(made, [index], load_model(made.config))
 
 

@@ -19,16 +19,21 @@ from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary, merge
-from model_lib.batch.planning import plan, read_plan, resolved
+from model_lib.batch.planning import Plan, folder_of, plan, read_plan, resolved
 from model_lib.batch.rows import ABOUT, FIELDS
 from model_lib.errors import WorkError
 from tests.attacks.killed import killed
+from tests.conftest import small_model
 from tests.services import Faults, faulty_bucket
 
 
 def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
     named = {"images": str(images), "output": str(output), "model": str(model), "shard_pictures": 5}
     return BatchConfig.from_options(**{**named, **options})
+
+
+def planned(options: BatchConfig) -> Plan:
+    return plan(resolved(options), folder_of(resolved(options)))
 
 
 def rows(summary: Summary) -> list[dict]:
@@ -93,10 +98,10 @@ def test_a_file_says_how_its_captions_can_be_made_again(pictures: Path, saved_mo
 def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_reason(
     pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = resolved(config(pictures, tmp_path / "out", saved_model, shard_pictures=20))
+    options = config(pictures, tmp_path / "out", saved_model, shard_pictures=20)
     monkeypatch.setattr("model_lib.pictures.LARGEST_FILE", 10_000)
     (pictures / "big.png").write_bytes(bytes(20_000))
-    made = plan(options)
+    made = planned(options)
     first, second, third, *_ = sorted(pictures.glob("0*.jpg"))
     first.unlink()
     shutil.copy(third, second)
@@ -204,12 +209,28 @@ def test_another_model_or_other_options_are_another_output_and_not_a_mixture(
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == made[2].captions
 
 
+def test_other_weights_in_the_place_of_a_model_are_another_model(
+    pictures: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "best"
+    shutil.copytree(saved_model, model)
+    first = batch(config(pictures, tmp_path / "out", model))
+    made = planned(config(pictures, tmp_path / "later", model))
+    small_model(seed=1).save_pretrained(model)
+    second = batch(config(pictures, tmp_path / "out", model))
+    assert second.captions != first.captions
+    assert [row["score"] for row in rows(first)] != [row["score"] for row in rows(second)]
+    assert batch(config(pictures, tmp_path / "out", model)).captions == second.captions
+    with pytest.raises(UserError, match="best: is another model than was planned with; start again"):
+        caption_planned(made.folder, 0)
+
+
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the pipeline does it: each step knows only the plan's folder and the number of its shard."""
     whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
-    made = plan(resolved(config(scenes / "val2017", tmp_path / "apart", saved_model)))
+    made = planned(config(scenes / "val2017", tmp_path / "apart", saved_model))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
         merge(made)
     for index in made.missing():
@@ -228,7 +249,7 @@ def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
 
 
 def listed(*arguments: object, **options: object) -> list[str]:
-    made = plan(resolved(config(*arguments, **options)))  # type: ignore[arg-type]
+    made = planned(config(*arguments, **options))  # type: ignore[arg-type]
     return [Path(picture.uri).name for index in range(len(made.shards)) for picture in made.pictures(index)]
 
 
@@ -264,7 +285,7 @@ def test_a_list_of_pictures_is_captioned_too(kind: str, pictures: Path, saved_mo
 def test_shards_are_bounded_by_count_and_by_bytes(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
     for number in range(4):
         (pictures / f"big-{number}.jpg").write_bytes(bytes(600_000))
-    made = plan(resolved(config(pictures, tmp_path / "out", saved_model, shard_mb=1)))
+    made = planned(config(pictures, tmp_path / "out", saved_model, shard_mb=1))
     assert [shard.pictures for shard in made.shards] == [5, 5, 3, 1, 1, 1]
     assert [len(made.pictures(index)) for index in range(6)] == [5, 5, 3, 1, 1, 1]
 
@@ -340,7 +361,7 @@ def test_the_reports_large_pictures_are_not_all_in_memory_at_once(saved_model: P
     Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
     for number in range(1, 12):
         shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
-    made = plan(resolved(config(tmp_path / "large", tmp_path / "out", saved_model, shard_pictures=20)))
+    made = planned(config(tmp_path / "large", tmp_path / "out", saved_model, shard_pictures=20))
     rows = [{"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.pictures(0)]
     with storage.whole_file(made.captions(made.shards[0])) as part:
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(FIELDS)), part)
