@@ -30,7 +30,7 @@ from model_lib import Captioner, CaptionerConfig
 from model_lib.batch.captions import caption_shards
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge
-from model_lib.batch.planning import plan, resolved
+from model_lib.batch.planning import folder_of, plan, resolved
 from model_lib.ingest.config import ScenesConfig
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model.captioning import caption_pixels, load_pixels
@@ -69,7 +69,8 @@ def bucket(folder: Path) -> Iterator[str | None]:
 def end_to_end(config: BatchConfig, model: Captioner) -> float:
     """Return pictures a second of plan, captions and merge."""
     began = time.perf_counter()
-    made = plan(resolved(config))
+    config = resolved(config)
+    made = plan(config, folder_of(config))
     caption_shards(made, made.missing(), model)
     summary = merge(made)
     assert summary.ok == summary.pictures

@@ -18,7 +18,7 @@ def image(name: str) -> str:
 
 
 CORE = image("core")
-"""No torch: preflight, ingest, plan, merge, register, close."""
+"""No torch: preflight, ingest, candidates, train on several machines, register, plan, merge, close."""
 MODEL = image("model")
 """Torch: train, caption."""
 JUDGE = image("judge")

@@ -34,12 +34,11 @@ from model_lib.model.config import DecodeConfig
 from model_lib.options import Precision, StageConfig, option
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ModelsConfig, RegisterConfig, RollbackConfig
+from model_lib.tracking.model_uris import CHAMPION_URI
 from model_lib.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from model_lib.model.captioning import Caption
-
-CHAMPION_URI = "models:/captioner@champion"
 
 
 @dataclass
@@ -244,7 +243,7 @@ def caption(config: CaptionConfig) -> Output:
 
 
 def batch(config: BatchConfig) -> Output:
-    from model_lib.batch.merging import batch as run
+    from model_lib.batch.batching import batch as run
 
     _find_registry(config.model)
     summary = run(config)

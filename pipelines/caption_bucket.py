@@ -13,12 +13,12 @@ from components.merge.component import merge
 from components.plan.component import plan
 from components.preflight.component import preflight
 from model_lib.batch.config import BatchConfig
+from model_lib.tracking.model_uris import CHAMPION_URI
 from pipelines import placement
 from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
 
 PARALLEL = 4
 """Shards captioned at the same time on a cluster."""
-CHAMPION = "models:/captioner@champion"
 NO_OPTIONS: dict[str, Any] = {}
 
 DESCRIPTION = f"""\
@@ -68,7 +68,7 @@ def define(parallel_shards: int) -> Any:
     def caption_bucket(
         caption_images: str,
         caption_output: str,
-        caption_model: str = CHAMPION,
+        caption_model: str = CHAMPION_URI,
         caption_num_beams: int = BatchConfig.num_beams,
         caption_shard_pictures: int = BatchConfig.shard_pictures,
         caption_options: dict = NO_OPTIONS,

@@ -4,19 +4,23 @@ Everything it makes lies in the working directory: generated scenes, shards, che
 `pipeline.log` with all that the steps printed. The terminal shows each step and its progress, and a summary at the end.
 """
 
+import hashlib
 import json
 import os
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from model_lib import storage
 from model_lib.cli import Output
 from model_lib.errors import UserError
+from model_lib.ingest.annotations import coco_2017
 from model_lib.ingest.config import ScenesConfig
+from model_lib.ingest.places import Folder
 from model_lib.options import StageConfig, option
+from model_lib.pictures import EXTENSIONS, PictureError
 from model_lib.steps.preflight import check_candidates
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
@@ -29,7 +33,8 @@ class RunConfig(StageConfig):
     """Run the whole training pipeline on this machine; without --dataset, on generated scenes."""
 
     dataset: str | None = None
-    """Folder in COCO 2017's layout: annotations/captions_{train,val}2017.json, train2017/, val2017/."""
+    """Folder in COCO 2017's layout, annotations/captions_{train,val}2017.json, train2017/, val2017/, or with its zip
+    archives."""
     preset: str = "tiny"
     """Model size: tiny (from scratch, minutes on a CPU), or clip-l-gpt2-medium."""
     runner: Literal["subprocess", "docker"] = "subprocess"
@@ -69,7 +74,7 @@ def run(config: RunConfig) -> Output:
         **{f"train_{name}": value or "" for name, value in _common(config).items() if name != "epochs"},
         "train_epochs": config.epochs,
         "eval_num_beams": config.num_beams,
-        "caption_images": storage.absolute(config.images) if config.images else storage.join(dataset, "val2017"),
+        "caption_images": storage.absolute(config.images) if config.images else _validation_pictures(dataset, work),
         "caption_output": str(work / "captions"),
         "secret_keys": [],
     }
@@ -100,9 +105,8 @@ def _link_best(work: Path, model: str) -> None:
 def _dataset(config: RunConfig, work: Path) -> str:
     """Return the data set's place; without one, draw scenes."""
     if config.dataset is not None:
-        annotations = storage.join(config.dataset, "annotations", "captions_train2017.json")
-        if not storage.exists(annotations):
-            raise UserError(f"{annotations}: not found; --dataset expects COCO's layout, with train2017/ and val2017/")
+        for split in ("train", "val"):  # both are there, or it is said before anything is started
+            coco_2017(config.dataset, split)
         return storage.absolute(config.dataset)
     from model_lib.ingest.scenes import make_scenes
 
@@ -110,6 +114,28 @@ def _dataset(config: RunConfig, work: Path) -> str:
     say(f"drawing {scenes.train:,} scenes to learn from and {scenes.val} of unseen combinations")
     make_scenes(scenes)
     return scenes.output
+
+
+def _validation_pictures(dataset: str, work: Path) -> str:
+    """Return the folder of the validation pictures; out of an archive they are taken, as batch reads none."""
+    _, place = coco_2017(dataset, "val")
+    if isinstance(place, Folder):
+        return place.root
+    fs, path = storage.filesystem(place.root)
+    info = fs.info(path)
+    key = hashlib.sha256(json.dumps([place.root, info["size"], storage.version(info)]).encode()).hexdigest()[:8]
+    folder = work / f"val2017-{key}"
+    names = [name for name in place.zip.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS]
+    say(f"taking {len(names):,} validation pictures out of {place.root}")
+    for name in names:
+        file = folder / name
+        if file.exists() or not file.resolve().is_relative_to(folder.resolve()):  # an archive's names may be anything
+            continue
+        try:
+            storage.write_bytes(str(file), place.read(name))
+        except PictureError as error:
+            say(f"{place.root}: {name} is not captioned: {error}")
+    return str(folder)
 
 
 def _common(config: RunConfig) -> dict[str, Any]:

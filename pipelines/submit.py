@@ -254,9 +254,10 @@ def _require_answer(host: str, token: str | None, strangers: bool) -> None:
         UserError: it does not let us in (unless we are `strangers` to it here, and kfp will say who we are).
         WorkError: nothing answers.
     """
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        request = urllib.request.Request(f"{host.rstrip('/')}/apis/v2beta1/healthz", headers=headers)
+        request = urllib.request.Request(f"{host.rstrip('/')}/apis/v2beta1/healthz")
+        if token:  # for this server only: a proxy may lead to another, where people sign in
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         urllib.request.urlopen(request, timeout=15).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403) and not strangers:

@@ -10,6 +10,7 @@ from typing import Any
 from model_lib.batch.merging import examples
 from model_lib.errors import WorkError, printable
 from model_lib.evaluate.judgement import FEW_PICTURES, Evaluation
+from model_lib.tracking.model_uris import CHAMPION_URI
 
 LOOKING = 3
 """How many times the shuffled CIDEr a model reaches that really looks at its pictures."""
@@ -89,7 +90,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         "",
         f"Winner      {registered['winner']}, version {registered['version']}, {fate}:",
         f"            {registered['reason']}",
-        f"Champion    version {registered['champion_version']}  (models:/captioner@champion)",
+        f"Champion    version {registered['champion_version']}  ({CHAMPION_URI})",
         "",
         f"Captions    {captioned['ok']:,} of {captioned['pictures']:,} pictures"
         + (f"; without: {failed}" if failed else ""),

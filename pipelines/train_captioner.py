@@ -38,7 +38,7 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 
 | parameter | meaning |
 |---|---|
-| `data_dataset` | folder or URI: `annotations/captions_{{train,val}}2017.json`, `train2017/`, `val2017/` |
+| `data_dataset` | folder or URI: `annotations/captions_{{train,val}}2017.json`, `train2017/`, `val2017/`, or as zips |
 | `data_output` | folder or URI for the Parquet shards |
 | `data_shortest_side` | larger pictures are reduced to this many pixels on their shorter side |
 | `train_candidates` | list of candidates, each a name and the training options in which it differs |
@@ -180,7 +180,7 @@ def define(parallel: int) -> Any:
                 max_loss=register_max_loss,
                 max_slowdown=register_max_slowdown,
             )
-            # No retries: a second attempt would register a second version.
+            # No retries: a second attempt would register a second version, unless the first is champion already.
             place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8, retries=0)
 
             with dsl.If(caption_images != "", name="Pictures to caption"):

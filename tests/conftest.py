@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,24 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated scenes, 64 to train on and 12 of held-out combinations."""
     folder = tmp_path_factory.mktemp("scenes")
     make_scenes(ScenesConfig(output=str(folder), train=64, val=12, size=64))
+    return folder
+
+
+def zipped(archive: Path, folder: Path, *parts: str) -> None:
+    with zipfile.ZipFile(archive, "w") as made:
+        for part in parts:
+            for file in sorted((folder / part).iterdir()):
+                made.write(file, f"{part}/{file.name}")
+
+
+@pytest.fixture()
+def archives(scenes: Path, tmp_path: Path) -> Path:
+    """The scenes as COCO's own archives."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    zipped(folder / "annotations_trainval2017.zip", scenes, "annotations")
+    for split in ("train2017", "val2017"):
+        zipped(folder / f"{split}.zip", scenes, split)
     return folder
 
 

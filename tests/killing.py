@@ -23,8 +23,8 @@ import mlflow.pyfunc  # noqa: F401  (before the forks, as all that follows)
 import torch
 
 from model_lib import storage
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig

@@ -117,6 +117,8 @@ class KubeServer:
         self.machines: dict[str, list[Machine]] = {}
         self.created: list[dict[str, Any]] = []
         self.calls: list[str] = []
+        self.steps = {"step": ("1234", "Running")}
+        """The pods of a pipeline's steps: their uid and phase."""
         self.failing = 0
         """So many of the next requests are answered 503."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -163,8 +165,13 @@ class KubeServer:
             wanted = dict(pair.split("=") for pair in query["labelSelector"].split(","))
             machines = self.machines.get(wanted["jobset.sigs.k8s.io/jobset-name"], [])
             return {"kind": "PodList", "apiVersion": "v1", "items": [machine.document() for machine in machines]}
-        if path == "/api/v1/namespaces/kubeflow/pods/step":
-            return {"metadata": {"name": "step"}, "spec": {"serviceAccountName": "pipeline-runner", "containers": []}}
+        if path.startswith("/api/v1/namespaces/kubeflow/pods/"):
+            name = path.rpartition("/")[2]
+            if name not in self.steps:
+                raise Refused(404, f'pods "{name}" not found')
+            uid, phase = self.steps[name]
+            spec = {"serviceAccountName": "pipeline-runner", "containers": []}
+            return {"metadata": {"name": name, "uid": uid}, "spec": spec, "status": {"phase": phase}}
         raise Refused(404, f"{path} not found")
 
     def _create(self, document: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,13 @@ def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: i
     If none is left it is the first: kfp.local needs one.
     """
     from model_lib.batch.config import BatchConfig
+    from model_lib.batch.planning import folder_of, resolved
     from model_lib.batch.planning import plan as run
-    from model_lib.batch.planning import resolved
     from model_lib.tracking.server import tracking_from_environment
 
     tracking_from_environment()
     named = {"images": images, "output": output, "model": model}
     named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
-    made = run(resolved(BatchConfig.from_options(**{**named, **options})))
+    config = resolved(BatchConfig.from_options(**{**named, **options}))
+    made = run(config, folder_of(config))
     return [{"folder": made.folder, "shard": shard} for shard in made.missing() or [0]]

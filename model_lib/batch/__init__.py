@@ -1,6 +1,6 @@
 """Captioning a folder, a bucket or a list of pictures: plan, caption each shard, merge.
 
-    <output>/<model>-<key>/plan.json            what captions, and the shards
+    <output>/<model>-<key>/plan.json            what captions, and the shards; the key is of the weights and options
                            listing-….parquet    the pictures of each shard, a row group each
                            captions/*.parquet   one file a shard, written whole or not at all
                            summary.json         counts a status and reason

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from model_lib import __version__, allowing, storage
 from model_lib.background import Background
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import Picture
-from model_lib.batch.planning import Plan, read_plan
+from model_lib.batch.planning import Plan, folder_of, read_plan
 from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
 from model_lib.errors import UserError, WorkError
 from model_lib.pictures import PictureError, open_picture, read_picture, require_readable, to_pixels
@@ -99,7 +100,8 @@ def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.
     """Read and decode one picture: its row so far, and its pixels unless it cannot be used."""
     row: dict[str, Any] = {"uri": picture.uri, "status": "error"}
     try:
-        allowing.require_listed(picture.uri, source)
+        if picture.is_from_list:
+            allowing.require_listed(picture.uri, source)
         require_readable(picture.bytes)
         content = read_picture(picture.uri, PATIENCE)
         row["bytes"] = len(content)
@@ -121,7 +123,10 @@ def _changed(picture: Picture, content: bytes) -> bool:
         return True
     if not picture.version or not storage.is_local(picture.uri):
         return False
-    return picture.version != str(os.stat(picture.uri).st_mtime)
+    try:
+        return picture.version != str(os.stat(picture.uri).st_mtime)
+    except OSError:  # gone since it was read
+        return True
 
 
 def _reason(error: UserError | WorkError) -> str:
@@ -134,9 +139,15 @@ def _reason(error: UserError | WorkError) -> str:
 
 
 def caption_planned(folder: str, index: int) -> None:
-    """Caption one shard of the plan in `folder`, unless its file is there."""
+    """Caption one shard of the plan in `folder`, unless its file is there.
+
+    Raises:
+        UserError: the model is another than the one that the pictures were planned for.
+    """
     made = read_plan(folder)
     if index in made.missing():
+        if PurePosixPath(folder_of(made.config)).name != PurePosixPath(folder).name:
+            raise UserError(f"{made.config.model}: is another model than was planned with; start again")
         caption_shards(made, [index], load_model(made.config))
 
 

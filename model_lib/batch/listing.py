@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 
 from model_lib import storage
 from model_lib.batch.config import BatchConfig
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError, WorkError, first_line
 from model_lib.pictures import EXTENSIONS
 
 LISTS = {".parquet", ".csv", ".txt"}
@@ -31,12 +34,18 @@ class Picture:
     version: str = ""
     """What tells two contents of the file apart, as its store names it; empty: a list does not say."""
 
+    @property
+    def is_from_list(self) -> bool:
+        """Whether somebody's list names it, and not the listing of a folder."""
+        return self.bytes < 0
+
 
 def list_pictures(config: BatchConfig) -> list[Picture]:
     """Return the pictures that `config.images` stands for, each once, sorted by URI.
 
     Raises:
-        UserError: there is no such folder or list, or no picture in it.
+        UserError: there is no such folder or list, or no picture in it, or a folder below that may not be read.
+        WorkError: a folder below cannot be read.
     """
     ending = PurePosixPath(config.images).suffix.lower()
     from_list = ending in LISTS and not storage.is_folder(config.images)
@@ -53,19 +62,49 @@ def _below(config: BatchConfig) -> Iterable[Picture]:
     fs, path = storage.filesystem(config.images)
     if not storage.is_folder(config.images):
         raise UserError(f"{config.images}: no such folder of pictures")
-    depth = None if config.recursive else 1
-    files = storage.patiently(config.images, lambda: fs.find(path, maxdepth=depth, detail=True))
-    inside = storage.absolute(config.output) + "/"
+    try:
+        files = storage.patiently(config.images, lambda: _find(fs, path, None if config.recursive else 1))
+    except OSError as error:
+        where = storage.encodable(str(error.filename or config.images))
+        said = f"{where}: cannot be listed: {error.strerror or first_line(error)}; let it be read, and start again"
+        raise (UserError if isinstance(error, PermissionError) else WorkError)(said) from error
+    output_fs, output = storage.filesystem(config.output)
     for name, info in files.items():
         uri = name if storage.is_local(config.images) else fs.unstrip_protocol(name)
         relative = name.removeprefix(path).lstrip("/")
-        if PurePosixPath(name).suffix.lower() not in EXTENSIONS or uri.startswith(inside):
+        if PurePosixPath(name).suffix.lower() not in EXTENSIONS:
+            continue
+        if output_fs == fs and name.startswith(f"{output}/"):
             continue
         if config.include and not _matches(relative, config.include):
             continue
         if config.exclude and _matches(relative, config.exclude):
             continue
         yield Picture(storage.encodable(uri), int(info["size"]), "/".join(storage.version(info)))
+
+
+def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dict[str, Any]]:
+    """Return all files below a folder, so many folders deep, or raise what one of the folders cannot be listed for.
+
+    A bucket's driver lists all at once. Others go from folder to folder in fsspec's way, which passes over those that
+    fail: their pictures would count as gone.
+    """
+    own = type(fs)._find is not AsyncFileSystem._find if fs.async_impl else type(fs).find is not AbstractFileSystem.find
+    if own:
+        return dict(fs.find(path, maxdepth=depth, detail=True))
+    found, folders = {}, [(path, 1)]
+    while folders:
+        folder, level = folders.pop()
+        try:
+            infos = fs.ls(folder, detail=True)
+        except FileNotFoundError:  # removed since the folder above was listed
+            continue
+        for info in infos:
+            if info["type"] != "directory":
+                found[info["name"]] = info
+            elif level != depth:
+                folders.append((info["name"], level + 1))
+    return found
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

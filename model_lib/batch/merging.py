@@ -6,19 +6,15 @@ import json
 import math
 import random
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from model_lib import storage
-from model_lib.batch.captions import caption_shards, load_model
-from model_lib.batch.config import BatchConfig
-from model_lib.batch.planning import Plan, folder_of, plan, resolved
+from model_lib.batch.planning import Plan
 from model_lib.batch.rows import ABOUT, read_shard
 from model_lib.errors import UserError, WorkError
-from model_lib.holding import held
 from model_lib.pages.page import render_page, thumbnail
 from model_lib.pictures import PictureError, open_picture, read_picture
 from model_lib.records import believing
@@ -54,22 +50,6 @@ class Notable:
     gallery: list[dict[str, Any]] = field(default_factory=list)
     worst: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
     failed: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-
-def batch(config: BatchConfig) -> Summary:
-    """Caption everything that `config.images` stands for, here and now.
-
-    Raises:
-        UserError: pictures, model or output cannot be used.
-    """
-    config = resolved(config)
-    model = load_model(config)
-    with held(folder_of(config)):
-        made = plan(config)
-        missing = made.missing()
-        if missing:
-            caption_shards(made, missing, model)
-        return merge(made)
 
 
 def merge(made: Plan) -> Summary:
@@ -140,10 +120,10 @@ def _filled(table: pa.Table) -> bool:
 def _page(summary: Summary, made: Plan, notable: Notable) -> str:
     worst = [row for _, _, row in sorted(notable.worst, key=lambda entry: (-entry[0], entry[1]))]
     gallery = sorted(notable.gallery, key=lambda row: str(row["uri"]))
-    with ThreadPoolExecutor(16) as pool:
-        rows = [*worst, *gallery]
-        for row, thumbnail in zip(rows, pool.map(lambda row: _thumbnail(row["uri"]), rows), strict=True):
-            row["thumbnail"] = thumbnail
+    # One after the other, in one thread: each may take gigabytes, and this step's memory is small.
+    thumbnails = {uri: _thumbnail(uri) for uri in sorted({row["uri"] for row in (*worst, *gallery)})}
+    for row in (*worst, *gallery):
+        row["thumbnail"] = thumbnails[row["uri"]]
     return render_page(
         "batch.html",
         summary=summary,
@@ -156,10 +136,10 @@ def _page(summary: Summary, made: Plan, notable: Notable) -> str:
 
 
 def _thumbnail(uri: str) -> str | None:
-    """Return a small picture for the page, or None if it is not there any more."""
+    """Return a small picture for the page, or None if it is not there any more or cannot be made."""
     try:
         return base64.b64encode(thumbnail(open_picture(read_picture(uri)))).decode()
-    except (UserError, WorkError, PictureError):
+    except (UserError, WorkError, PictureError, MemoryError):
         return None
 
 

@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +16,8 @@ from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import Picture, list_pictures
 from model_lib.batch.rows import read_shard
 from model_lib.errors import UserError
+from model_lib.model.sources import lasting_source, resolve_captioner, weights_digest
 from model_lib.records import as_record, believing, require_columns, require_name
-
-if TYPE_CHECKING:
-    pass
 
 ANOTHER_TIME = ("unreachable", "changed")
 """Reasons that may be gone the next time."""
@@ -93,28 +92,38 @@ def read_plan(folder: str) -> Plan:
 
 def resolved(config: BatchConfig) -> BatchConfig:
     """Return the configuration with its model named so that it means the same later: an alias as its version."""
-    from model_lib.model.sources import lasting_source
-
     return replace(config, model=lasting_source(config.model))
 
 
 def folder_of(config: BatchConfig) -> str:
-    """Return where everything of a `resolved` configuration's model and options lies."""
+    """Return where everything of a `resolved` configuration's model and options lies.
+
+    Raises:
+        UserError: there is no such model.
+    """
     name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
-    return storage.join(config.output, f"{name}-{config.key()[:8]}")
+    return storage.join(config.output, f"{name}-{config.key(*_weights(config.model))[:8]}")
 
 
-def plan(config: BatchConfig) -> Plan:
+def _weights(model: str) -> list[str]:
+    """Return the digest of a model's weights where others may take their place: in no registry, and on no hub."""
+    if model.startswith("models:/"):
+        return []
+    folder = resolve_captioner(model)
+    return [weights_digest(folder)] if Path(folder).is_dir() else []
+
+
+def plan(config: BatchConfig, folder: str) -> Plan:
     """List the pictures once, and leave in the output what is to be done and what is done already.
 
     Args:
         config: as `resolved` returns it.
+        folder: as `folder_of` returns it.
 
     Raises:
         UserError: there are no pictures, or the output cannot be written.
     """
     pictures = list_pictures(config)
-    folder = folder_of(config)
     storage.require_writable(folder)
     wanted = {picture.uri: picture for picture in pictures}
     kept = _kept(folder, wanted) if storage.exists(storage.join(folder, "plan.json")) else []

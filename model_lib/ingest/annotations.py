@@ -269,7 +269,7 @@ def read_listing(config: IngestConfig) -> Listing:
             add = _add_table if listing.names[0].lower().endswith(TABLES) else _add_coco
             add(listing, listing.names[0], place, config.split)
         return listing
-    sources = {split: _coco_2017(config.dataset, split) for split in ("train", "val")}
+    sources = {split: coco_2017(config.dataset, split) for split in ("train", "val")}
     if config.karpathy is not None:
         known = {}
         for uri, place in sources.values():
@@ -284,8 +284,12 @@ def read_listing(config: IngestConfig) -> Listing:
     return listing
 
 
-def _coco_2017(dataset: str, split: str) -> tuple[str, Place]:
-    """Return a split's captions file and pictures in COCO 2017's own layout, unpacked or as its archives."""
+def coco_2017(dataset: str, split: str) -> tuple[str, Place]:
+    """Return a split's captions file and pictures in COCO 2017's own layout, unpacked or as its archives.
+
+    Raises:
+        UserError: there is no such folder, or something of the layout is missing in it.
+    """
     annotations, images = f"annotations/captions_{split}2017.json", f"{split}2017"
     uri, archive = storage.join(dataset, annotations), storage.join(dataset, "annotations_trainval2017.zip")
     if not storage.exists(uri) and storage.exists(archive):
@@ -296,5 +300,5 @@ def _coco_2017(dataset: str, split: str) -> tuple[str, Place]:
     folder = storage.join(dataset, images)
     for there, found in ((uri, uri.startswith("zip://") or storage.exists(uri)), (folder, storage.is_folder(folder))):
         if not found and (there == uri or not storage.exists(f"{folder}.zip")):
-            raise UserError(f"{there}: not found; --dataset expects COCO's layout, else use --annotations, --images")
+            raise UserError(f"{there}: not found, nor COCO's archive of it; ingest takes other data as --annotations")
     return uri, pictures_at(folder if storage.is_folder(folder) else f"{folder}.zip")

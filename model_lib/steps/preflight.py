@@ -14,6 +14,7 @@ from typing import Any
 
 from model_lib import storage
 from model_lib.errors import UserError, first_line
+from model_lib.ingest.annotations import coco_2017
 from model_lib.presets import PRESETS
 from model_lib.train.config import TrainConfig
 from model_lib.train.trainjob import require_trainer
@@ -27,7 +28,7 @@ class Needs:
     """What must be there before a pipeline starts; empty strings are left out."""
 
     dataset: str = ""
-    """Folder or URI in COCO's layout that is read."""
+    """Folder or URI in COCO's layout, or with its archives, that is read."""
     folders: Sequence[str] = ()
     """Folders or URIs that are read."""
     outputs: Sequence[str] = ()
@@ -98,7 +99,7 @@ def preflight(needs: Needs) -> None:
     """
     checks: list[tuple[str, Callable[[], str | None]]] = [
         ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
-        *([(f"reading {needs.dataset}", partial(_annotations, needs.dataset))] if needs.dataset else []),
+        *([(f"reading {needs.dataset}", partial(_dataset, needs.dataset))] if needs.dataset else []),
         *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
         *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
         *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
@@ -142,8 +143,9 @@ def _readable(folder: str) -> str | None:
     return None if storage.exists(folder) else f"{folder}: not there, or these credentials may not see it"
 
 
-def _annotations(dataset: str) -> str | None:
-    return _readable(storage.join(dataset, "annotations", "captions_train2017.json"))
+def _dataset(dataset: str) -> None:
+    for split in ("train", "val"):
+        coco_2017(dataset, split)
 
 
 def _tracking(uri: str | None) -> str | None:

@@ -13,6 +13,8 @@ from model_lib.errors import UserError
 
 MODEL = "captioner"
 """The registered model."""
+CHAMPION_URI = f"models:/{MODEL}@champion"
+"""Its version that serves, whichever that is."""
 
 
 def version_uri(version: str) -> str:

@@ -1,10 +1,12 @@
 """The vision tower's results on disk: computed once, for training several epochs on one view of each picture."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +48,32 @@ class FeatureCache:
         self.done = self.file.with_suffix(".json")
         need = int(np.prod(self.shape)) * like.element_size()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if not self._ready():
-            there = self.file.stat().st_blocks * 512 if self.file.exists() else 0
-            free = shutil.disk_usage(folder).free + there
-            log.warning("feature cache: %s needs %.1f GB; %.1f GB are free", self.file, need / 1e9, free / 1e9)
-            if need > free:
-                raise UserError(
-                    f"{folder}: the feature cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose "
-                    "another folder, or train without feature_cache"
-                )
-            self._fill(model.encode, reader, batch_size, like.device)
+        with self._alone():
+            if not self._ready():
+                self._require_room(need)
+                self._fill(model.encode, reader, batch_size, like.device)
         self.values = self._open("r")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for a run that fills the same file: a second one would empty it, and need the same time and room."""
+        with self.file.with_suffix(".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("feature cache: another run fills %s; waiting for it", self.file)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _require_room(self, need: int) -> None:
+        there = self.file.stat().st_blocks * 512 if self.file.exists() else 0
+        free = shutil.disk_usage(self.file.parent).free + there
+        log.warning("feature cache: %s needs %.1f GB; %.1f GB are free", self.file, need / 1e9, free / 1e9)
+        if need > free:
+            raise UserError(
+                f"{self.file.parent}: the feature cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+                "choose another folder, or train without feature_cache"
+            )
 
     def _ready(self) -> bool:
         return self.done.exists() and self.file.exists()

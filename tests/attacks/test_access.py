@@ -11,8 +11,8 @@ import pytest
 
 from model_lib import storage
 from model_lib.allowing import VARIABLE, NotAllowed, _require_reachable, require_allowed, require_listed
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from tests.services import free_port
 
 INSIDE = [

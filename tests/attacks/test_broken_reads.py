@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
 from tests.services import Faults, faulty_bucket

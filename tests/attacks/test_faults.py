@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from model_lib.data.shards import read_manifest
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig

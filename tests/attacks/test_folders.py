@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from model_lib.batch import merging, planning, rows
+from model_lib.batch import batching, merging, planning, rows
 from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.errors import WorkError
@@ -254,7 +254,7 @@ def captioned(folder: Path, tmp_path: Path) -> tuple[BatchConfig, Path]:
     for name in samples.NAMES:
         (pictures / name).write_bytes(samples.JPEG)
     config = BatchConfig(images=str(pictures), output=str(tmp_path / "out"), model=str(folder), shard_pictures=3)
-    return config, Path(merging.batch(config).captions).parent
+    return config, Path(batching.batch(config).captions).parent
 
 
 def test_a_batch_beside_files_that_lie_touches_nothing(captioned: tuple[BatchConfig, Path]) -> None:
@@ -265,9 +265,9 @@ def test_a_batch_beside_files_that_lie_touches_nothing(captioned: tuple[BatchCon
         whole = file.read_bytes()
         for content in (b"", b"[]", whole[: len(whole) // 2], pickle.dumps(1)):
             file.write_bytes(content)
-            assert str(file) in refused(lambda: merging.batch(config), output)
+            assert str(file) in refused(lambda: batching.batch(config), output)
         file.write_bytes(whole)
-    merging.batch(config)
+    batching.batch(config)
 
 
 def test_captions_of_other_pictures_or_without_what_a_row_has_are_not_merged(

@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 import pyarrow.parquet as pq
 import pytest
 
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from model_lib.errors import UserError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate

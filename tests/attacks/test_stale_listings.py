@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import storage
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import Summary, batch
+from model_lib.batch.merging import Summary
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig

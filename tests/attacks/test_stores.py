@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import UserError, pictures, storage
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from model_lib.errors import WorkError
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest

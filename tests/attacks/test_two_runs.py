@@ -18,8 +18,8 @@ import fsspec
 import pytest
 
 from model_lib import UserError, holding, storage
+from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import batch
 from model_lib.batch.planning import folder_of, resolved
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate

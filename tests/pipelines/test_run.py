@@ -1,7 +1,7 @@
 """The whole training pipeline through kfp.local, on a very small setting."""
 
 import json
-import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,6 +14,8 @@ from model_lib import Captioner, generate_caption
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
+from pipelines.run import RunConfig, _dataset, _validation_pictures
+from tests.conftest import zipped
 from tests.model_lib.registry.test_promotion import judged
 
 Run = Callable[..., CompletedProcess]
@@ -80,8 +82,12 @@ def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_picture_keeps_i
     first = captioner(*command, "--candidates", CANDIDATES)
     assert first.returncode == 0 and "version 1, is the champion now:" in first.stdout, first.stderr
 
-    shutil.copytree(tmp_path / "work" / "scenes", tmp_path / "set")
-    (tmp_path / "set" / "train2017" / "000000000007.jpg").write_bytes(b"broken")
+    drawn, archives = tmp_path / "work" / "scenes", tmp_path / "set"  # as captioner download leaves it
+    (drawn / "train2017" / "000000000007.jpg").write_bytes(b"broken")
+    archives.mkdir()
+    zipped(archives / "annotations_trainval2017.zip", drawn, "annotations")
+    for split in ("train2017", "val2017"):
+        zipped(archives / f"{split}.zip", drawn, split)
     again = ("run", "--workdir", "work", "--dataset", "set", "--epochs", "1", "--num_beams", "1", "--json")
     second = captioner(*again, "--candidates", '[{"name": "slow", "learning_rate": 1e-6}]')
     assert second.returncode == 0, second.stderr
@@ -94,6 +100,23 @@ def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_picture_keeps_i
     assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
     assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()
     in_mlflow(tmp_path / "work", summary["tracking_uri"], ["fast", "slow", "slow"])
+
+
+def test_the_validation_pictures_of_an_archive_are_taken_out_for_captioning(
+    archives: Path, scenes: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(archives / "val2017.zip", "a") as archive:
+        archive.writestr("../../../outside.jpg", b"")
+        archive.writestr("val2017/notes.txt", b"")
+    dataset = _dataset(RunConfig(dataset=str(archives)), tmp_path)
+    folder = Path(_validation_pictures(dataset, tmp_path / "work"))
+    found = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert found == {file.name: file.read_bytes() for file in (scenes / "val2017").iterdir()}
+    assert folder.is_relative_to(tmp_path / "work") and not list(tmp_path.rglob("outside.jpg"))
+    written = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))]
+    assert _validation_pictures(dataset, tmp_path / "work") == str(folder)
+    assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written, "or all is captioned again"
+    assert _validation_pictures(str(scenes), tmp_path / "work") == str(scenes / "val2017")
 
 
 def test_a_data_set_without_a_usable_picture_is_refused_in_one_line(captioner: Run, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Submitting and scheduling against a server on loopback, through kfp's own client, as a user does."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -88,6 +91,37 @@ def test_who_is_asking_is_proved_by_a_token_that_is_never_shown(captioner: Run) 
     assert refused.returncode == wrong.returncode == 2 and done.returncode == 0, done.stderr
     assert "401" in refused.stderr and "--auth" in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert not any("t0ken" in text or "wr0ng" in text for text in (wrong.stderr, done.stdout, done.stderr))
+
+
+@contextlib.contextmanager
+def leading_to(elsewhere: str | None) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Yield the address of a server that leads to another, or is where people sign in; and the headers that it got."""
+    got: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            got.append(dict(self.headers))
+            self.send_response(302 if elsewhere else 200)
+            if elsewhere:
+                self.send_header("Location", f"{elsewhere}/sign-in")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", got
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_token_goes_to_the_server_that_was_named_and_not_where_that_leads_to(captioner: Run) -> None:
+    with leading_to(None) as (signing_in, there), leading_to(signing_in) as (host, here):
+        captioner("submit", "--host", host, "--pipeline", "caption_bucket", *PLACES, KFP_TOKEN="t0ken")
+    assert here[0]["Authorization"] == "Bearer t0ken"
+    assert there and not any("t0ken" in str(headers) for headers in there)
 
 
 @pytest.mark.parametrize(

@@ -10,22 +10,29 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from model_lib import Captioner, UserError, storage
 from model_lib.batch import captions as captions_module
+from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import Summary, batch, merge
-from model_lib.batch.planning import plan, read_plan, resolved
-from model_lib.batch.rows import ABOUT
+from model_lib.batch.merging import Summary, merge
+from model_lib.batch.planning import Plan, folder_of, plan, read_plan, resolved
+from model_lib.batch.rows import ABOUT, FIELDS
 from model_lib.errors import WorkError
 from tests.attacks.killed import killed
+from tests.conftest import small_model
 from tests.services import Faults, faulty_bucket
 
 
 def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
     named = {"images": str(images), "output": str(output), "model": str(model), "shard_pictures": 5}
     return BatchConfig.from_options(**{**named, **options})
+
+
+def planned(options: BatchConfig) -> Plan:
+    return plan(resolved(options), folder_of(resolved(options)))
 
 
 def rows(summary: Summary) -> list[dict]:
@@ -35,13 +42,6 @@ def rows(summary: Summary) -> list[dict]:
 
 def written(summary: Summary) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in Path(summary.captions).iterdir()}
-
-
-@pytest.fixture()
-def pictures(scenes: Path, tmp_path: Path) -> Path:
-    """A folder of twelve pictures that a test may change."""
-    shutil.copytree(scenes / "val2017", tmp_path / "pictures")
-    return tmp_path / "pictures"
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -90,10 +90,10 @@ def test_a_file_says_how_its_captions_can_be_made_again(pictures: Path, saved_mo
 def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_reason(
     pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = resolved(config(pictures, tmp_path / "out", saved_model, shard_pictures=20))
+    options = config(pictures, tmp_path / "out", saved_model, shard_pictures=20)
     monkeypatch.setattr("model_lib.pictures.LARGEST_FILE", 10_000)
     (pictures / "big.png").write_bytes(bytes(20_000))
-    made = plan(options)
+    made = planned(options)
     first, second, third, *_ = sorted(pictures.glob("0*.jpg"))
     first.unlink()
     shutil.copy(third, second)
@@ -109,6 +109,22 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
     summary = merge(made)
     assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
     assert (summary.pictures, summary.ok) == (13, 9)
+
+
+def test_a_picture_that_goes_while_it_is_read_has_its_row_too(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = captions_module.read_picture
+
+    def reading(uri: str, *patience: float) -> bytes:
+        content = original(uri, *patience)
+        if uri.endswith("3.jpg"):
+            Path(uri).unlink()
+        return content
+
+    monkeypatch.setattr(captions_module, "read_picture", reading)
+    summary = batch(config(pictures, tmp_path / "out", saved_model))
+    assert (summary.pictures, summary.ok, summary.errors) == (12, 11, {"changed": 1})
 
 
 # ---- again -----------------------------------------------------------------------------------------------------------
@@ -185,12 +201,28 @@ def test_another_model_or_other_options_are_another_output_and_not_a_mixture(
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == made[2].captions
 
 
+def test_other_weights_in_the_place_of_a_model_are_another_model(
+    pictures: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "best"
+    shutil.copytree(saved_model, model)
+    first = batch(config(pictures, tmp_path / "out", model))
+    made = planned(config(pictures, tmp_path / "later", model))
+    small_model(seed=1).save_pretrained(model)
+    second = batch(config(pictures, tmp_path / "out", model))
+    assert second.captions != first.captions
+    assert [row["score"] for row in rows(first)] != [row["score"] for row in rows(second)]
+    assert batch(config(pictures, tmp_path / "out", model)).captions == second.captions
+    with pytest.raises(UserError, match="best: is another model than was planned with; start again"):
+        caption_planned(made.folder, 0)
+
+
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the pipeline does it: each step knows only the plan's folder and the number of its shard."""
     whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
-    made = plan(resolved(config(scenes / "val2017", tmp_path / "apart", saved_model)))
+    made = planned(config(scenes / "val2017", tmp_path / "apart", saved_model))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
         merge(made)
     for index in made.missing():
@@ -205,68 +237,6 @@ def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
         caption_planned(str(tmp_path / "gone"), 0)
 
 
-# ---- what is listed --------------------------------------------------------------------------------------------------
-
-
-def listed(*arguments: object, **options: object) -> list[str]:
-    made = plan(resolved(config(*arguments, **options)))  # type: ignore[arg-type]
-    return [Path(picture.uri).name for index in range(len(made.shards)) for picture in made.pictures(index)]
-
-
-def test_patterns_and_depth_choose_what_is_captioned(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
-    (pictures / "deep").mkdir()
-    shutil.copy(pictures / "000000000001.jpg", pictures / "deep" / "x.jpg")
-    shutil.copy(pictures / "000000000001.jpg", pictures / "y.png")
-    (pictures / "notes.md").write_text("no picture")
-    everything = (pictures, tmp_path / "out", saved_model)
-    assert len(listed(*everything)) == 14
-    assert listed(*everything, include=("*.png", "deep/*")) == ["x.jpg", "y.png"]
-    assert len(listed(*everything, exclude=("0*",))) == 2
-    assert "x.jpg" not in listed(*everything, recursive=False)
-    with pytest.raises(UserError, match=r"no pictures in it .*; look at --include and --exclude"):
-        listed(*everything, include=("*.tif",))
-
-
-@pytest.mark.parametrize("kind", ["txt", "csv", "headless.csv", "parquet"])
-def test_a_list_of_pictures_is_captioned_too(kind: str, pictures: Path, saved_model: Path, tmp_path: Path) -> None:
-    names = ["000000000001.jpg", "pictures/gone.jpg", str(pictures / "000000000003.jpg"), "000000000001.jpg"]
-    names[0] = names[3] = f"pictures/{names[0]}"
-    file = tmp_path / f"list.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.table({"id": [1, 2, 3, 4], "uri": names}), file)
-    elif kind == "csv":
-        file.write_text("id,uri\n" + "".join(f"{number},{name}\n" for number, name in enumerate(names)))
-    else:
-        file.write_text("\n".join(names) + "\n\n")
-    summary = batch(config(file, tmp_path / "out", saved_model))
-    assert (summary.pictures, summary.ok, summary.errors) == (3, 2, {"missing": 1})
-
-
-def test_shards_are_bounded_by_count_and_by_bytes(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
-    for number in range(4):
-        (pictures / f"big-{number}.jpg").write_bytes(bytes(600_000))
-    made = plan(resolved(config(pictures, tmp_path / "out", saved_model, shard_mb=1)))
-    assert [shard.pictures for shard in made.shards] == [5, 5, 3, 1, 1, 1]
-    assert [len(made.pictures(index)) for index in range(6)] == [5, 5, 3, 1, 1, 1]
-
-
-def test_an_output_inside_the_pictures_is_not_captioned(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
-    (pictures / "out").mkdir()
-    shutil.copy(pictures / "000000000001.jpg", pictures / "out" / "x.jpg")
-    assert len(listed(pictures, pictures / "out", saved_model)) == 12
-    assert len(listed(pictures, tmp_path / "o", saved_model)) == 13
-
-
-def test_no_pictures_or_no_folder_is_refused(tmp_path: Path, saved_model: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        batch(config(tmp_path / "gone", tmp_path / "out", saved_model))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
-        batch(config(tmp_path / "empty", tmp_path / "out", saved_model))
-    with pytest.raises(UserError, match=r"typo"):
-        batch(config(tmp_path / "empty", tmp_path / "out", Path("./typo")))
-
-
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +249,28 @@ def test_the_report_shows_counts_reasons_and_pictures_and_nothing_from_elsewhere
     assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace("http-equiv", "")
     assert len(page) < 3_000_000
+
+
+def most_memory() -> int:
+    """Return the most KiB that this process had in memory since it was last asked."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line)
+
+
+def test_the_reports_large_pictures_are_not_all_in_memory_at_once(saved_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
+    for number in range(1, 12):
+        shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
+    made = planned(config(tmp_path / "large", tmp_path / "out", saved_model, shard_pictures=20))
+    rows = [{"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.pictures(0)]
+    with storage.whole_file(made.captions(made.shards[0])) as part:
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(FIELDS)), part)
+    most_memory()
+    before = most_memory()
+    page = Path(merge(made).report).read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * 12 and most_memory() - before < 3 * 48_000
 
 
 # ---- kills and faults, in a bucket -----------------------------------------------------------------------------------
@@ -305,7 +297,7 @@ def test_one_request_in_twenty_failing_loses_nothing(
 ) -> None:
     fs, faults = bucket
     faults.share = 0.05
-    summary = batch(config("gs://b/in", "gs://b/out", saved_model, shard_pictures=10))
+    summary = batch(config("gcs://b/in", "gs://b/out", saved_model, shard_pictures=10))
     assert faults.failed > 5
     assert (summary.pictures, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65

@@ -33,28 +33,10 @@ def quarantine(manifest: Manifest) -> list[dict]:
     return pq.read_table(Path(manifest.uri) / "quarantine.parquet").to_pylist()
 
 
-def zipped(archive: Path, folder: Path, *parts: str) -> None:
-    with zipfile.ZipFile(archive, "w") as made:
-        for part in parts:
-            for file in sorted((folder / part).iterdir()):
-                made.write(file, f"{part}/{file.name}")
-
-
 @pytest.fixture()
 def unpacked(scenes: Path, tmp_path: Path) -> Manifest:
     """The scenes, ingested from folders."""
     return ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "unpacked")))
-
-
-@pytest.fixture()
-def archives(scenes: Path, tmp_path: Path) -> Path:
-    """The scenes as COCO's own archives."""
-    folder = tmp_path / "archives"
-    folder.mkdir()
-    zipped(folder / "annotations_trainval2017.zip", scenes, "annotations")
-    for split in ("train2017", "val2017"):
-        zipped(folder / f"{split}.zip", scenes, split)
-    return folder
 
 
 def test_cocos_archives_are_read_in_place(archives: Path, unpacked: Manifest, tmp_path: Path) -> None:

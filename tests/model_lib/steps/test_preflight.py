@@ -62,7 +62,7 @@ def test_everything_that_is_missing_is_named_at_once(
         f"{tmp_path}/empty: holds no model",
         "several machines: this is no Kubernetes cluster",
         f"{tmp_path}/empty: holds no tokenizer",
-        f"{tmp_path}/empty/annotations/captions_train2017.json: not there",
+        f"{tmp_path}/empty/annotations/captions_train2017.json: not found",
         "models:/captioner/99: not in the model registry",
         "models:/captioner@champion: not in the model registry",
         "caption_output: is empty",
@@ -70,6 +70,13 @@ def test_everything_that_is_missing_is_named_at_once(
     ):
         assert words in str(refused.value), str(refused.value)
     assert "MLFLOW_TRACKING_URI" not in str(refused.value) and str(scenes) not in str(refused.value)
+
+
+def test_a_data_set_as_its_archives_is_there_and_without_one_of_them_is_not(archives: Path) -> None:
+    preflight.preflight(Needs(dataset=str(archives), environment={}))
+    (archives / "val2017.zip").unlink()
+    with pytest.raises(UserError, match="archives/val2017: not found, nor COCO's archive of it"):
+        preflight.preflight(Needs(dataset=str(archives), environment={}))
 
 
 def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,18 @@
 """The cache of the vision tower's results: the same numbers, computed once, refused where there is no room."""
 
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model_lib import UserError
-from model_lib.data.shards import SplitReader, read_manifest
+from model_lib.data.shards import Batch, SplitReader, read_manifest
 from model_lib.train.config import TrainConfig
 from model_lib.train.features import FeatureCache
 from model_lib.train.training import train
@@ -46,6 +51,44 @@ def test_it_is_computed_once_for_a_tower_and_its_data(
     FeatureCache(str(tmp_path), model, reader(data), "other", batch_size=32)
     FeatureCache(str(tmp_path), small_model(seed=1), reader(data), "fingerprint", batch_size=32)
     assert len(filled) == 4 and len(set(filled)) == 3
+
+
+class Pausing(SplitReader):
+    """A reader that waits after so many batches."""
+
+    def __init__(self, data: Path, after: int) -> None:
+        super().__init__(read_manifest(str(data)), "train", size=32)
+        self.after, self.begun, self.go_on = after, threading.Event(), threading.Event()
+
+    def batches(self, *plan: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(super().batches(*plan)):
+            if number == self.after:
+                self.begun.set()
+                assert self.go_on.wait(60)
+            yield batch
+
+
+def test_two_runs_that_begin_at_once_both_read_what_the_tower_says(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, numbers = small_model(), np.arange(64)
+    expected = FeatureCache(str(tmp_path / "alone"), model, reader(data), "fingerprint", batch_size=16).read(numbers)
+
+    def fill(pictures: SplitReader) -> FeatureCache:
+        return FeatureCache(str(tmp_path / "both"), model, pictures, "fingerprint", batch_size=16)
+
+    first, second = Pausing(data, after=1), Pausing(data, after=0)
+    with ThreadPoolExecutor(2) as pool:
+        filled = pool.submit(fill, first)
+        assert first.begun.wait(60)
+        late = pool.submit(fill, second)
+        while not second.begun.is_set() and "another run fills" not in caplog.text:
+            time.sleep(0.01)
+        first.go_on.set()
+        got = filled.result().read(numbers)
+        second.go_on.set()
+        assert torch.equal(got, expected) and torch.equal(late.result().read(numbers), expected)
+    assert not second.begun.is_set(), "it is filled once"
 
 
 def test_its_need_is_said_and_refused_where_there_is_no_room(

@@ -15,7 +15,7 @@ import pytest
 from model_lib import UserError
 from model_lib.errors import WorkError
 from model_lib.train.config import TrainConfig
-from model_lib.train.trainjob import Machines, require_trainer, train_on
+from model_lib.train.trainjob import Machines, job_name, require_trainer, train_on
 from pipelines.placement import GPU_NODES, GPU_TOLERATIONS, MLFLOW, variables
 from tests.kube_server import KubeServer
 from tests.model_lib.train.test_distributed import OPTIONS
@@ -43,7 +43,7 @@ def config(data: Path, output: Path, **options: object) -> TrainConfig:
 @pytest.fixture()
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServer]:
     """A cluster in which this process is a step."""
-    monkeypatch.setattr("model_lib.train.trainjob.POLL", 0.2)
+    monkeypatch.setattr("model_lib.train.cluster.POLL", 0.2)
     variables = {"CAPTIONER_MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/run.db"}
     with KubeServer(tmp_path, variables=variables) as server:
         environment = {"KUBECONFIG": str(server.kubeconfig), "KFP_POD_NAME": "step", "KFP_POD_UID": "1234"}
@@ -90,12 +90,13 @@ def test_a_failure_is_raised_with_the_machines_last_lines(
 
 
 def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
-    cluster: KubeServer, data: Path, tmp_path: Path
+    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = config(data, tmp_path / "run").to_dict()
     code = (
-        "import json, sys; from model_lib.train import trainjob; from model_lib.train.config import TrainConfig;"
-        "trainjob.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
+        "import json, sys; from model_lib.train import cluster, trainjob;"
+        "from model_lib.train.config import TrainConfig;"
+        "cluster.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
         "config = TrainConfig.from_options(**options);"
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
@@ -117,11 +118,27 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     step.kill()
     step.wait()
     assert len(cluster.jobs) == 1, "nobody could remove it"
+    cluster.steps = {"step": ("1234", "Failed"), "step-2": ("5678", "Running")}
+    monkeypatch.setenv("KFP_POD_NAME", "step-2")
+    monkeypatch.setenv("KFP_POD_UID", "5678")
     last = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=200)
     assert last.returncode == 0, last.stderr
     assert "of an attempt before is removed" in last.stderr and len(cluster.created) == 3
     assert json.loads(last.stdout)["model"] == f"{tmp_path}/run/best" and not cluster.jobs
     assert len(curves(tmp_path / "run.db")["train_loss"]) == 24
+
+
+def test_a_job_that_another_step_is_at_is_left_to_it(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
+    ours = config(data, tmp_path / "run")
+    name = job_name(ours, "fingerprint")
+    assert job_name(replace(ours, output=str(tmp_path / "another")), "fingerprint") != name
+    cluster.steps["theirs"] = ("5678", "Running")
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "theirs", "uid": "5678"}
+    cluster.jobs[name] = {"metadata": {"name": name, "ownerReferences": [owner]}}
+    cluster.machines[name] = []
+    with pytest.raises(UserError, match=f"TrainJob {name}: the step in pod theirs is at it; wait for its end, or"):
+        train_on(MACHINES, ours, "fingerprint")
+    assert set(cluster.jobs) == {name} and not cluster.created
 
 
 def test_without_kubeflow_trainer_or_a_cluster_it_is_said_at_once(
