@@ -1,5 +1,6 @@
 """The end of a pipeline run: its MLflow runs are ended, and a webhook hears of it."""
 
+import http.client
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from model_lib.errors import first_line
+from model_lib.errors import first_line, printable
 from model_lib.tracking.server import Tracking
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def close_pipeline(run_name: str, last: Sequence[str], find_tracking: Callable[[
         else:
             state = "FAILED"  # the first step makes the run, or ends the pipeline
     except Exception as failure:  # MLflow may be why the run failed
-        log.warning("MLflow's runs were not closed: %s", first_line(failure))
+        log.warning("MLflow's runs were not closed: %s", printable(first_line(failure)))
     told = {"run": run_name, "state": state, "mlflow": address}
     text = f"captioner: {run_name} " + ("ended, MLflow does not say how" if state == "UNKNOWN" else state.lower())
     told["text"] = text + (f" ({address})" if address else "")
@@ -64,7 +65,7 @@ def _post(webhook: str, document: dict[str, Any]) -> None:
             )
             with urllib.request.urlopen(request, timeout=10):
                 return
-        except (OSError, ValueError) as failure:
-            reason = type(failure).__name__ if isinstance(failure, ValueError) else first_line(failure)
+        except (OSError, ValueError, http.client.HTTPException) as failure:
+            reason = first_line(failure) if isinstance(failure, OSError) else type(failure).__name__
             log.warning("the webhook did not take the outcome (attempt %d): %s", attempt + 1, reason)
             time.sleep(2**attempt)
