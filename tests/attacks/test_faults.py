@@ -128,7 +128,7 @@ def test_memory_that_is_used_up_is_one_line(scenes: Path, tmp_path: Path) -> Non
     command = [sys.executable, "-c", LITTLE_MEMORY, "--dataset", str(scenes), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("captioner: failed: the machine's memory is used up"), done.stderr
+    assert done.stderr.startswith("captioner: failed: the memory is used up"), done.stderr
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------
