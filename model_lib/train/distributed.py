@@ -163,7 +163,8 @@ def join_world(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise SystemExit(1) from None  # another process is gone, and tells why itself
+        time.sleep(1)  # another process is gone: the launcher is to see first how that one ended
+        raise SystemExit(1) from None
     dist.destroy_process_group()  # not after a failure: it would wait for those that are gone
 
 

@@ -162,8 +162,10 @@ def test_of_two_that_begin_at_once_one_goes_on(store: str) -> None:
 
 def test_a_run_that_was_taken_for_dead_ends_when_another_took_over(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "BEAT", 0.1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of pytest's ignores
     with pytest.raises(KeyboardInterrupt), held(f"{store}/taken"):
         there = storage.read_json(f"{store}/taken/.lock")
         storage.write_json(f"{store}/taken/.lock", {**there, "run": "another"})
         time.sleep(60)
+    signal.signal(signal.SIGINT, before)
     assert json.loads(storage.read_bytes(f"{store}/taken/.lock"))["run"] == "another", "the lock of the other stays"

@@ -99,10 +99,10 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
     shutil.copy(third, second)
     original = storage.read_bytes
 
-    def forbidden(uri: str, most: int | None = None) -> bytes:
+    def forbidden(uri: str, *options: object) -> bytes:
         if uri == str(third):
             raise UserError(f"{uri}: cannot be read: Permission denied") from PermissionError(13, "Permission denied")
-        return original(uri, most)
+        return original(uri, *options)
 
     monkeypatch.setattr("model_lib.storage.read_bytes", forbidden)  # root may read everything
     caption_planned(made.folder, 0)
@@ -177,10 +177,10 @@ def test_a_picture_whose_store_failed_is_tried_again(
     options, down = config(pictures, tmp_path / "out", saved_model), str(pictures / "000000000003.jpg")
     original = storage.read_bytes
 
-    def failing(uri: str, most: int | None = None) -> bytes:
+    def failing(uri: str, *options: object) -> bytes:
         if uri == down:
             raise WorkError(f"{uri}: cannot be read: ConnectionResetError")
-        return original(uri, most)
+        return original(uri, *options)
 
     with monkeypatch.context() as patched:
         patched.setattr("model_lib.storage.read_bytes", failing)
