@@ -138,9 +138,7 @@ def test_views_keep_most_of_the_picture_and_its_colours() -> None:
         assert np.array_equal(pixels, again)
 
 
-@pytest.mark.parametrize(
-    "kind", sorted({"DDS", "EPS", "PCX", "ICO", "TGA", "SGI", "PDF", "XBM", "IM"} & Image.SAVE.keys())
-)
+@pytest.mark.parametrize("kind", ["DDS", "EPS", "PCX", "ICO", "TGA", "SGI", "PDF", "XBM", "IM"])
 def test_formats_that_nobody_photographs_in_are_not_tried(kind: str) -> None:
     content = io.BytesIO()
     Image.new("1" if kind == "XBM" else "RGB", (8, 8)).save(content, kind)
