@@ -6,16 +6,14 @@ whole or absent: a local file is written beside its place and renamed, object st
 
 import contextlib
 import errno
-import functools
-import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -124,7 +122,7 @@ def read_bytes(uri: str, most: int | None = None, patience: float | None = None)
     fs, path = filesystem(uri)
 
     def read() -> bytes:
-        with _one_line(uri):
+        with one_line(uri):
             return bytes(fs.cat_file(path)) if most is None else _start(fs, path, most + 1)
 
     return patiently(uri, read, patience)
@@ -155,7 +153,7 @@ def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _one_line(uri: str) -> Iterator[None]:
+def one_line(uri: str) -> Iterator[None]:
     """Raise what goes wrong while `uri` is read as a `UserError` or a `WorkError`."""
     try:
         yield
@@ -281,94 +279,3 @@ def upload_folder(local: str, uri: str) -> None:
 def version(info: Mapping[str, Any]) -> list[str]:
     """Return what tells two contents of one file apart, from its `info`: each kind of store names it otherwise."""
     return [str(info[key]) for key in ("etag", "ETag", "generation", "mtime", "LastModified") if key in info]
-
-
-def find(uri: str) -> dict[str, dict[str, Any]]:
-    """Return all files in and below the folder `uri`, by their paths on its file system, and what is known of each.
-
-    Raises:
-        OSError: a part of it could not be listed, which fsspec would leave out without a word.
-    """
-    fs, path = filesystem(uri)
-    strictly = {"on_error": _unless_gone} if is_local(uri) else {}
-    found: dict[str, dict[str, Any]] = patiently(uri, lambda: fs.find(path, detail=True, **strictly))
-    return found
-
-
-def _unless_gone(error: Exception) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
-
-
-def _fetch(uri: str, names: Iterable[str], target: Path) -> None:
-    """Copy the files `names` of the remote folder `uri` into `target`; `UserError` if one would leave that."""
-    fs, path = filesystem(uri)
-    for name in names:
-        below = PurePosixPath(name.removeprefix(path).lstrip("/"))
-        if ".." in below.parts:  # a key of a bucket may be anything
-            raise UserError(f"{uri}: holds {name}, which leaves the folder; remove it there")
-        local = target / below
-        local.parent.mkdir(parents=True, exist_ok=True)
-        patiently(uri, functools.partial(fs.get_file, name, str(local)))
-
-
-@contextlib.contextmanager
-def fetched(uri: str) -> Iterator[Path]:
-    """Yield a local folder with the content of the folder `uri`; a copy of a remote one is gone after the body."""
-    if is_local(uri):
-        yield Path(filesystem(uri)[1])
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        _fetch(uri, find(uri), Path(scratch))
-        yield Path(scratch)
-
-
-@contextlib.contextmanager
-def local_file(uri: str) -> Iterator[Path]:
-    """Yield a local file with the content of `uri`; a copy of a remote one is gone after the body.
-
-    Raises:
-        UserError: it is missing, a folder or not readable.
-        WorkError: its store failed, and went on to for as long as it was asked again.
-    """
-    fs, path = filesystem(uri)
-    if is_local(uri):
-        with _one_line(uri), Path(path).open("rb"):
-            pass
-        yield Path(path)
-        return
-    handle, copy = tempfile.mkstemp()
-    os.close(handle)
-    try:
-        with _one_line(uri):
-            patiently(uri, lambda: fs.get_file(path, copy))
-        yield Path(copy)
-    finally:
-        os.unlink(copy)
-
-
-def local_folder(uri: str) -> str:
-    """Return a local folder with the content of the folder `uri`, fetched into the cache unless it is local.
-
-    The cache (`$XDG_CACHE_HOME/captioner`) is keyed by the names, sizes and versions of the remote files, so a
-    changed remote folder is fetched anew.
-    """
-    if is_local(uri):
-        return filesystem(uri)[1]
-    files = sorted(find(uri).items())
-    if not files:
-        raise UserError(f"{uri}: no such folder, or nothing in it")
-    listing = [[name, info.get("size"), version(info)] for name, info in files]
-    key = hashlib.sha256(json.dumps([uri, listing]).encode()).hexdigest()[:32]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
-    target = cache / key
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
-        try:
-            _fetch(uri, [name for name, _ in files], part)
-            with contextlib.suppress(OSError):  # another process may have finished the same folder first
-                part.rename(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return str(target)

@@ -6,16 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
-from fsspec.asyn import AsyncFileSystem
 
 from model_lib import storage
 from model_lib.batch.config import BatchConfig
-from model_lib.errors import UserError, WorkError, first_line
+from model_lib.copies import find
+from model_lib.errors import UserError, first_line
 from model_lib.pictures import EXTENSIONS
 
 LISTS = {".parquet", ".csv", ".txt"}
@@ -62,12 +60,7 @@ def _below(config: BatchConfig) -> Iterable[Picture]:
     fs, path = storage.filesystem(config.images)
     if not storage.is_folder(config.images):
         raise UserError(f"{config.images}: no such folder of pictures")
-    try:
-        files = storage.patiently(config.images, lambda: _find(fs, path, None if config.recursive else 1))
-    except OSError as error:
-        where = storage.encodable(str(error.filename or config.images))
-        said = f"{where}: cannot be listed: {error.strerror or first_line(error)}; let it be read, and start again"
-        raise (UserError if isinstance(error, PermissionError) else WorkError)(said) from error
+    files = find(config.images, None if config.recursive else 1)
     output_fs, output = storage.filesystem(config.output)
     for name, info in files.items():
         uri = name if storage.is_local(config.images) else fs.unstrip_protocol(name)
@@ -81,30 +74,6 @@ def _below(config: BatchConfig) -> Iterable[Picture]:
         if config.exclude and _matches(relative, config.exclude):
             continue
         yield Picture(storage.encodable(uri), int(info["size"]), "/".join(storage.version(info)))
-
-
-def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dict[str, Any]]:
-    """Return all files below a folder, so many folders deep, or raise what one of the folders cannot be listed for.
-
-    A bucket's driver lists all at once. Others go from folder to folder in fsspec's way, which passes over those that
-    fail: their pictures would count as gone.
-    """
-    own = type(fs)._find is not AsyncFileSystem._find if fs.async_impl else type(fs).find is not AbstractFileSystem.find
-    if own:
-        return dict(fs.find(path, maxdepth=depth, detail=True))
-    found, folders = {}, [(path, 1)]
-    while folders:
-        folder, level = folders.pop()
-        try:
-            infos = fs.ls(folder, detail=True)
-        except FileNotFoundError:  # removed since the folder above was listed
-            continue
-        for info in infos:
-            if info["type"] != "directory":
-                found[info["name"]] = info
-            elif level != depth:
-                folders.append((info["name"], level + 1))
-    return found
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

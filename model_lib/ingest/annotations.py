@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from model_lib import storage
+from model_lib.copies import local_file
 from model_lib.errors import UserError
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.json_stream import NotJson, sections
@@ -240,7 +241,7 @@ def _add_karpathy(listing: Listing, uri: str, places: Place | Mapping[int, tuple
 def _add_table(listing: Listing, uri: str, place: Place, split: str) -> None:
     """Add a table's files, whose ids are digests of their names, so that another row changes no other's split."""
     captions: dict[str, list[str]] = {}
-    with storage.local_file(uri) as path:
+    with local_file(uri) as path:
         for name, caption in read_table(uri, path):
             captions.setdefault(name, []).append(caption)
     ids = {

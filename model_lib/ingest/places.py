@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from model_lib import storage
+from model_lib.copies import local_file
 from model_lib.errors import UserError, first_line
 from model_lib.pictures import PictureError, read_picture, require_readable
 
@@ -148,5 +149,5 @@ def opened(uri: str) -> Iterator[IO[bytes]]:
             with file:
                 yield io.BufferedReader(_Member(file, uri))
     else:
-        with storage.local_file(uri) as path, path.open("rb") as file:
+        with local_file(uri) as path, path.open("rb") as file:
             yield file

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from model_lib import storage
+from model_lib.copies import find
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
@@ -144,7 +145,7 @@ def _below(name: str) -> list[str]:
     is_pattern = any(sign in name for sign in "*?") and not fs.exists(path)
     if not is_pattern and not fs.isdir(path):
         return [name]
-    found = sorted(fs.glob(path) if is_pattern else storage.find(name))
+    found = sorted(fs.glob(path) if is_pattern else find(name))
     pictures = [file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS]
     if not pictures:
         raise UserError(f"{name}: {'matches nothing' if is_pattern else 'has no pictures in it'}")

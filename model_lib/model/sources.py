@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from model_lib import storage
+from model_lib.copies import local_folder
 from model_lib.errors import UserError
 
 
 def folder_or_hub_name(source: str) -> str:
     """Return a local folder for a path or URI, and a hub name unchanged."""
     if "://" in source:
-        return storage.local_folder(source)
+        return local_folder(source)
     if source.startswith((".", "/", "~")) or Path(source).exists():
         folder = Path(source).expanduser()
         if not folder.is_dir():

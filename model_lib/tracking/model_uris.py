@@ -1,14 +1,9 @@
 """What `models:/…` means: a version or an alias in MLflow's model registry, and the captioner's files behind it."""
 
-import contextlib
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from model_lib.copies import cached
 from model_lib.errors import UserError
 
 MODEL = "captioner"
@@ -57,7 +52,7 @@ def _unknown(source: str) -> UserError:
 def download_model(source: str) -> str:
     """Return a local folder with the captioner of a `models:/…` URI; `UserError` if the registry has none.
 
-    That of a server is kept in the cache (see `storage.local_folder`), whole, until it is removed from there.
+    That of a server is kept in the cache (see `copies.cached`), whole, until it is removed from there.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
@@ -78,19 +73,8 @@ def _kept(files: Any) -> Path:
     """Return a folder of the cache with the files of one of MLflow's stores, which never change where they are."""
     import mlflow
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
-    place = json.dumps([mlflow.get_tracking_uri(), files.artifact_uri])
-    target = cache / hashlib.sha256(place.encode()).hexdigest()[:32]
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
-        try:
-            files.download_artifacts("", str(part))
-            with contextlib.suppress(OSError):  # another process may have finished the same files first
-                part.rename(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return target
+    place = [mlflow.get_tracking_uri(), files.artifact_uri]
+    return cached(place, lambda part: files.download_artifacts("", str(part)))
 
 
 def captioner_in(files: Path) -> Path | None:

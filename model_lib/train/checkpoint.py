@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_lib import storage
+from model_lib.copies import fetched
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.train.config import TrainConfig
 
@@ -117,7 +118,7 @@ class Checkpoints:
         """
         for name in reversed(self._names()):
             try:
-                with storage.fetched(self._uri(name)) as folder:
+                with fetched(self._uri(name)) as folder:
                     entries = json.loads((folder / "manifest.json").read_text())
                     if not isinstance(entries, dict) or entries.keys() != FILES:
                         raise ValueError(f"its manifest does not name {' and '.join(sorted(FILES))}")
@@ -167,7 +168,7 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, A
 
 def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the state of a whole checkpoint."""
-    with restoring(uri), storage.fetched(uri) as folder:
+    with restoring(uri), fetched(uri) as folder:
         state = json.loads((folder / "state.json").read_text())
         for name in ("step", "validated", "stale"):
             if type(state[name]) is not int or state[name] < 0:

@@ -17,6 +17,7 @@ import pytest
 from model_lib import UserError, pictures, storage
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
+from model_lib.copies import fetched, local_folder
 from model_lib.errors import WorkError
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
@@ -79,8 +80,8 @@ def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
     store["/stranger/m/../../../../escaped"] = store["/stranger/m/config.json"]
     try:
         with pytest.raises(UserError, match="escaped, which leaves the folder"):
-            storage.local_folder("memory://stranger/m")
-        with pytest.raises(UserError, match="escaped, which leaves the folder"), storage.fetched("memory://stranger/m"):
+            local_folder("memory://stranger/m")
+        with pytest.raises(UserError, match="escaped, which leaves the folder"), fetched("memory://stranger/m"):
             pass
     finally:
         store.clear()

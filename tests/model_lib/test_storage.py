@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from model_lib import UserError, storage
+from model_lib.copies import local_folder
 
 
 @pytest.mark.parametrize("place", ["{tmp}/file", "memory://store/file"])
@@ -22,7 +23,7 @@ def test_a_changed_remote_folder_is_fetched_anew(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for content in (b"first", b"second!"):
         storage.write_bytes("memory://models/one/file", content)
-        assert Path(storage.local_folder("memory://models/one"), "file").read_bytes() == content
+        assert Path(local_folder("memory://models/one"), "file").read_bytes() == content
 
 
 @pytest.mark.parametrize("uri", ["nowhere://x/y", "gone", "{tmp}"])
