@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +67,9 @@ def _post(webhook: str, document: dict[str, Any]) -> None:
             with urllib.request.urlopen(request, timeout=10):
                 return
         except (OSError, ValueError, http.client.HTTPException) as failure:
-            reason = first_line(failure) if isinstance(failure, OSError) else type(failure).__name__
+            if isinstance(failure, urllib.error.HTTPError):
+                reason = f"status {failure.code}"
+            else:
+                reason = type(getattr(failure, "reason", failure)).__name__
             log.warning("the webhook did not take the outcome (attempt %d): %s", attempt + 1, reason)
             time.sleep(2**attempt)

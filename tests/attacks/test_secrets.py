@@ -57,6 +57,14 @@ def test_a_password_in_an_address_is_not_in_what_fails(captioner: Callable[..., 
     assert SECRET not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize("command", ["models", "rollback"])
+def test_what_mlflow_itself_says_holds_no_password(captioner: Callable[..., CompletedProcess], command: str) -> None:
+    given = {"MLFLOW_TRACKING_URI": f"http://user:{SECRET}@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = captioner(command, **given)
+    assert done.returncode == 1 and "http://user:***@127.0.0.1:9" in done.stderr, done.stderr
+    assert SECRET not in done.stderr + done.stdout
+
+
 @pytest.mark.parametrize(
     "address", [f"postgresql://u:{SECRET}@h/db", f"redis://:{SECRET}@h", f"http://u:a@{SECRET}@h/x"]
 )

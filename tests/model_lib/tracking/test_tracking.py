@@ -319,19 +319,22 @@ def test_a_run_that_never_began_has_failed(server: str, environment: pytest.Monk
 def test_with_mlflow_away_the_webhook_is_told_what_is_known(
     environment: pytest.MonkeyPatch, told: list[dict], caplog: pytest.LogCaptureFixture
 ) -> None:
-    environment.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    environment.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@127.0.0.1:{free_port()}")
     environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     environment.setenv("KFP_RUN_ID", "kfp-away")
     close_pipeline("nightly", ["merge"], tracking_from_environment)
     assert told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
-    assert "MLflow's runs were not closed" in caplog.text
+    assert "MLflow's runs were not closed" in caplog.text and "s3cret" not in caplog.text
 
 
-def test_a_webhook_that_is_away_is_tried_again_and_never_shown(
-    environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9/s3cret", "http://127.0.0.1:s3cret/", "s3cret://x", "http://[s3cret"]
+)
+def test_a_webhook_that_is_away_or_none_is_tried_again_and_never_shown(
+    address: str, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)
-    environment.setenv("WEBHOOK_URL", f"http://127.0.0.1:{free_port()}/s3cret")
+    environment.setenv("WEBHOOK_URL", address)
     close_pipeline("nightly", ["merge"], lambda: NO_TRACKING)
     assert "attempt 3" in caplog.text and "s3cret" not in caplog.text
 

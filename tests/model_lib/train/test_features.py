@@ -102,11 +102,16 @@ def test_its_need_is_said_and_refused_where_there_is_no_room(
         FeatureCache(str(tmp_path), small_model(), pictures, "fingerprint", batch_size=32)
 
 
-def test_training_from_it_is_training_from_the_pictures(data: Path, tmp_path: Path, parts: tuple[Path, Path]) -> None:
+def test_training_from_it_is_training_from_the_pictures(
+    data: Path, tmp_path: Path, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = {"data": str(data), "vision": str(parts[0]), "decoder": str(parts[1]), "precision": "float32"}
     common |= {"epochs": 1, "batch_size": 16, "augment": "no", "dropout": 0.0, "ema": 0.0, "max_tokens": 20}
     plain = train(TrainConfig(output=str(tmp_path / "plain"), **common))
+    read, asked = FeatureCache.read, list[int]()
+    monkeypatch.setattr(FeatureCache, "read", lambda self, numbers: asked.append(len(numbers)) or read(self, numbers))
     cached = train(TrainConfig(output=str(tmp_path / "cached"), feature_cache=str(tmp_path / "cache"), **common))
+    assert sum(asked) == 64, "each picture is read from it"
     assert cached.validation_loss == pytest.approx(plain.validation_loss, rel=1e-5)
 
 

@@ -2,20 +2,26 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from model_lib import Captioner, UserError
 from model_lib.data.shards import read_manifest
+from model_lib.model import decoder
 from model_lib.model.captioner import Captioner as Model
+from model_lib.model.decoder import Block
 from model_lib.model.precision import autocast_dtype
+from model_lib.presets import PRESETS
 from model_lib.train.build import build_model
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner, learning_rate, make_optimizer
+from model_lib.train.objectives import LearnCaptions, Learned
 from model_lib.train.training import train
 
 
@@ -110,17 +116,33 @@ def test_another_start_in_the_same_place_is_another_run(data: Path, finished: Pa
 
 
 @pytest.mark.parametrize("options", [{"micro_batch_size": 5}, {"recompute": True}])
-def test_what_saves_memory_changes_rounding_alone(data: Path, tmp_path: Path, options: dict) -> None:
+def test_what_saves_memory_changes_rounding_alone(
+    data: Path, tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = train(config(data, tmp_path / "whole", epochs=1))
+    learned, again, sizes, layers = LearnCaptions.learned, decoder.checkpoint, list[int](), list[object]()
+
+    def note(
+        objective: LearnCaptions, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+    ) -> Learned:
+        sizes.append(len(numbers))
+        return learned(objective, model, features, numbers, step)
+
+    monkeypatch.setattr(LearnCaptions, "learned", note)
+    monkeypatch.setattr(decoder, "checkpoint", lambda *given, **how: layers.append(given[0]) or again(*given, **how))
     saving = train(config(data, tmp_path / "saving", epochs=1, **options))
+    assert max(sizes) == options.get("micro_batch_size", 32) and bool(layers) == ("recompute" in options)
     assert saving.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
 
 
-def test_compiled_layers_compute_the_same(data: Path, tmp_path: Path) -> None:
+def test_compiled_layers_compute_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU (apt-get install g++)")
     whole = train(config(data, tmp_path / "whole", epochs=1))
+    layers, compiling = list[object](), Block.compile
+    monkeypatch.setattr(Block, "compile", lambda block, **how: layers.append(block) or compiling(block, **how))
     compiled = train(config(data, tmp_path / "compiled", epochs=1, compile=True))
+    assert len(layers) == PRESETS["tiny"].decoder_shape["n_layer"]
     assert compiled.validation_loss == pytest.approx(whole.validation_loss, rel=1e-3)
 
 
