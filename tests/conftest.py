@@ -44,6 +44,15 @@ from tests.commands import run as run_command
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """What a test leaves in the environment, as the choice of an MLflow store, is nothing to the next one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

@@ -63,6 +63,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
     return folder / "data", train(TrainConfig(data=str(folder / "data"), output=str(folder / "out"), **options))
 
 
+@pytest.mark.soak
 def test_a_tiny_model_learns_to_look_at_unseen_combinations(demo: tuple[Path, Trained], tmp_path: Path) -> None:
     """Its true CIDEr is at least three times that of shuffled pictures."""
     data, trained = demo

@@ -68,7 +68,7 @@ def test_trained_parameters_are_those_of_the_design() -> None:
 
 def test_untrained_full_depth_decoder_is_gpt2_for_any_picture() -> None:
     torch.manual_seed(0)
-    config = GPT2Config(**PRESETS["clip-l-gpt2-medium"].decoder_shape)
+    config = GPT2Config(**{**PRESETS["clip-l-gpt2-medium"].decoder_shape, "n_embd": 128})
     gpt2 = GPT2LMHeadModel(config).eval()
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14

@@ -135,6 +135,7 @@ def test_what_saves_memory_changes_rounding_alone(
     assert saving.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
 
 
+@pytest.mark.soak
 def test_compiled_layers_compute_the_same(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on a CPU (apt-get install g++)")
