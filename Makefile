@@ -40,9 +40,9 @@ apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
 demo: install  ## run the whole training pipeline here, on generated scenes
 	$(BIN)/captioner run --workdir runs
 
-# Two at a time: most wait for processes and servers that they start. A file's tests stay together, as do their fixtures.
+# Three at a time on two cores: most wait for processes and servers that they start. A file's tests stay together, as do their fixtures.
 test: install browser lint  ## run the tests
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 soak: install  ## run what takes long: attacks at full size, the second stage, a pipeline twice
 	$(BIN)/pytest -m soak

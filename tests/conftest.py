@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ def environment_as_it_was() -> Iterator[None]:
     """What a test leaves in the environment, as the choice of an MLflow store, is nothing to the next one."""
     before = dict(os.environ)
     yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)  # it changes the environment whenever its own choice changes
     os.environ.clear()
     os.environ.update(before)
 

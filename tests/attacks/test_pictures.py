@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     harmless.mkdir()
     for name, content in corpus(SEED):
         (hostile / name).write_bytes(content)
-    for number in range(100):
+    for number in range(30):
         (harmless / f"{number}.jpg").write_bytes(encoded(picture(rng), "jpg"))
     return hostile, harmless
 

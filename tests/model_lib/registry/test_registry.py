@@ -34,9 +34,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mlflow
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_tracking_uri(None)
     yield require_mlflow(tracking_from_environment())
-    mlflow.set_tracking_uri(None)
 
 
 def candidate(data: Path, folder: Path, tracking: MlflowTracking, name: str, epochs: int) -> str:

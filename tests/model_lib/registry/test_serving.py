@@ -37,8 +37,8 @@ def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("captioner", artifact_location=str(folder / "artifacts"))
     register(RegisterConfig(evaluations=(str(folder / "evaluation"),)), MlflowTracking(uri, experiment))
+    mlflow.set_tracking_uri(None)  # registering names the store in the environment
     yield uri
-    mlflow.set_tracking_uri(None)
 
 
 def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:

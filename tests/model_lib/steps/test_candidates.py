@@ -24,7 +24,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.Ml
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     yield mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture()

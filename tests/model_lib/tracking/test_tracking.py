@@ -43,7 +43,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     yield monkeypatch
-    mlflow.set_tracking_uri(None)
 
 
 def step(environment: pytest.MonkeyPatch, **variables: str) -> MlflowTracking:

@@ -89,6 +89,7 @@ def test_progress_and_validations_are_shown_once(two: Path) -> None:
     assert "Traceback" not in said and "Warning" not in said
 
 
+@pytest.mark.soak
 def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Path, two: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     run = start(command(data, output, "--processes=2"), output)

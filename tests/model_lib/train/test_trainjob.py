@@ -54,6 +54,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeSer
         yield server
 
 
+@pytest.mark.soak
 def test_two_machines_train_what_one_does(
     cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
