@@ -42,7 +42,15 @@ from model_lib.train.training import train
 from tests.commands import prepare
 from tests.commands import run as run_command
 
+LONGEST = ["test_run.py", "test_documents.py", "test_distributed.py", "test_trainjob.py", "test_model.py", "test_pictures.py"]
+"""Files of tests that take longest."""
+
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: one that began last would be waited for alone."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
