@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from components import CORE, JUDGE, MODEL
 from model_lib import storage
 from model_lib.errors import UserError, WorkError
-from pipelines.placement import USER
 
 PASSED = (
     "AWS_",
@@ -82,6 +80,9 @@ def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
     """
     import docker
     from kfp import local
+
+    from components import CORE, JUDGE, MODEL
+    from pipelines.placement import USER
 
     try:
         client = docker.from_env()

@@ -25,7 +25,6 @@ from model_lib.steps.preflight import check_candidates
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
 from pipelines.summary import read_summary, summary_lines
-from pipelines.train_captioner import CANDIDATES, define
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,8 @@ class RunConfig(StageConfig):
 
 def run(config: RunConfig) -> Output:
     """Run `train_captioner` with everything under the working directory."""
+    from pipelines.train_captioner import define
+
     started = time.monotonic()
     work = Path(config.workdir).absolute()
     candidates = _candidates(config)
@@ -145,6 +146,8 @@ def _common(config: RunConfig) -> dict[str, Any]:
 
 def _candidates(config: RunConfig) -> list[dict[str, Any]]:
     """Return the candidates, their options checked before anything is started."""
+    from pipelines.train_captioner import CANDIDATES
+
     candidates = CANDIDATES
     if config.candidates is not None:
         try:

@@ -116,6 +116,16 @@ def test_importing_the_library_and_ingesting_need_no_torch(scenes: Path, tmp_pat
     )
 
 
+def test_help_waits_for_no_package_that_takes_long() -> None:
+    python(
+        "import contextlib, sys\n"
+        "from model_lib.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['--help'])\n"
+        "assert 'pipelines.run' in sys.modules and not {'kfp', 'mlflow', 'torch', 'transformers'} & sys.modules.keys()\n",
+    )
+
+
 def test_training_and_captioning_work_with_the_bare_packages(data: Path, scenes: Path, tmp_path: Path) -> None:
     """On a GPU machine there are torch, transformers, pillow, pyarrow, fsspec and numpy, and what those need."""
     python(

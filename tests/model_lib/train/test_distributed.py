@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -109,11 +111,10 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Pa
     assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(output, two)
 
 
-def test_a_mistake_is_told_once_and_in_one_line(tmp_path: Path) -> None:
-    run = start(command(tmp_path / "nothing", tmp_path / "out", "--processes=2"), tmp_path / "out")
-    assert run.wait(120) == 2
-    said = (tmp_path / "out.log").read_text().splitlines()
-    assert len(said) == 1 and said[0].startswith(f"captioner: error: {tmp_path}/nothing: no such data set")
+def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., CompletedProcess], tmp_path: Path) -> None:
+    done = captioner("train", "--data=nothing", "--output=out", "--preset=tiny", "--processes=2")
+    (said,) = done.stderr.splitlines()
+    assert done.returncode == 2 and said.startswith(f"captioner: error: {tmp_path}/nothing: no such data set")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
