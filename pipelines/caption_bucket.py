@@ -17,8 +17,6 @@ from model_lib.tracking.model_uris import CHAMPION_URI
 from pipelines import placement
 from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
 
-PARALLEL = 4
-"""Shards captioned at the same time on a cluster."""
 NO_OPTIONS: dict[str, Any] = {}
 
 DESCRIPTION = f"""\
@@ -61,8 +59,8 @@ def caption_pictures(
     return planned
 
 
-def define(parallel_shards: int) -> Any:
-    """Return the pipeline; at most `parallel_shards` are captioned at the same time."""
+def define(parallel: int) -> Any:
+    """Return the pipeline; at most `parallel` shards are captioned at the same time."""
 
     @dsl.pipeline(name="caption-bucket", description=DESCRIPTION)
     def caption_bucket(
@@ -112,10 +110,7 @@ def define(parallel_shards: int) -> Any:
                 caption_options,
                 secret_name,
                 gpu,
-                parallel_shards,
+                parallel,
             ).after(checked)
 
     return caption_bucket
-
-
-caption_bucket = define(PARALLEL)

@@ -12,6 +12,9 @@ from model_lib import storage
 from model_lib.cli import Output
 from model_lib.options import StageConfig
 
+PARALLEL = 4
+"""Candidates trained, or shards captioned, at the same time on a cluster."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig(StageConfig):
@@ -33,13 +36,13 @@ def compile_all(config: CompileConfig) -> Output:
     """Write each pipeline's YAML; the same code writes the same bytes."""
     from kfp import compiler
 
-    from pipelines.caption_bucket import caption_bucket
-    from pipelines.train_captioner import train_captioner
+    from pipelines import caption_bucket, train_captioner
 
     folder = Path(config.output)
     storage.require_writable(str(folder))
     written = []
-    for pipeline in (train_captioner, caption_bucket):
+    for module in (train_captioner, caption_bucket):
+        pipeline = module.define(PARALLEL)
         target = folder / f"{pipeline.name.replace('-', '_')}.yaml"
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")

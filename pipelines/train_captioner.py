@@ -24,7 +24,7 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import NO_OPTIONS, PARALLEL, caption_pictures
+from pipelines.caption_bucket import NO_OPTIONS, caption_pictures
 from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
@@ -197,6 +197,3 @@ def define(parallel: int) -> Any:
                 )
 
     return train_captioner
-
-
-train_captioner = define(PARALLEL)

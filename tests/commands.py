@@ -16,8 +16,7 @@ from subprocess import CompletedProcess
 from model_lib.cli import main
 
 PRELOADED = [
-    "pipelines.train_captioner",  # first: kfp looks through all that is imported, again and again
-    "pipelines.run",
+    "pipelines.train_captioner",
     "pipelines.submit",
     "torch",
     "transformers",

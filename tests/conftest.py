@@ -1,4 +1,7 @@
-"""Fixtures: real test data where it is at hand, a small data set of generated scenes, and small random models."""
+"""Fixtures: real test data where it is at hand, a small data set of generated scenes, and small random models.
+
+They import what they need themselves: the process that hands out the tests reads this file and needs none of it.
+"""
 
 import atexit
 import os
@@ -9,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # a kind of bucket that the emulator lacks; read at import
@@ -18,31 +22,29 @@ if "PATH_WITH_JAVA" not in os.environ:  # METEOR takes seven seconds to start: o
     os.environ["PATH_WITH_JAVA"] = os.environ["PATH"]
     os.environ["PATH"] = tempfile.mkdtemp(prefix="without-java-")
     atexit.register(shutil.rmtree, os.environ["PATH"])
-    for folder in reversed(os.environ["PATH_WITH_JAVA"].split(os.pathsep)):
-        for program in Path(folder).glob("*"):
-            link = Path(os.environ["PATH"], program.name)
-            link.unlink(missing_ok=True)
-            if program.name != "java":
-                link.symlink_to(program.absolute())
+    programs = {}
+    for folder in filter(os.path.isdir, reversed(os.environ["PATH_WITH_JAVA"].split(os.pathsep))):
+        programs.update({file.name: file.path for file in os.scandir(folder)})
+    programs.pop("java", None)
+    for name, program in programs.items():
+        os.symlink(os.path.abspath(program), f"{os.environ['PATH']}/{name}")
 
-import pipelines.train_captioner  # noqa: F401  (before torch: kfp looks through all that is imported, again and again)
-
-# isort: split
 import pytest
-import torch
-from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 
-from model_lib.ingest.config import IngestConfig, ScenesConfig
-from model_lib.ingest.ingesting import ingest
-from model_lib.ingest.scenes import make_scenes
-from model_lib.model.captioner import Captioner, CaptionerConfig
-from model_lib.model.tokens import train_tokenizer
-from model_lib.train.config import TrainConfig
-from model_lib.train.training import train
 from tests.commands import prepare
 from tests.commands import run as run_command
 
-LONGEST = ["test_run.py", "test_documents.py", "test_distributed.py", "test_trainjob.py", "test_model.py", "test_pictures.py"]
+if TYPE_CHECKING:
+    from model_lib.model.captioner import Captioner
+
+LONGEST = (
+    "test_run.py",
+    "test_documents.py",
+    "test_distributed.py",
+    "test_trainjob.py",
+    "test_model.py",
+    "test_pictures.py",
+)
 """Files of tests that take longest."""
 
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -104,6 +106,9 @@ def java(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated scenes, 64 to train on and 12 of held-out combinations."""
+    from model_lib.ingest.config import ScenesConfig
+    from model_lib.ingest.scenes import make_scenes
+
     folder = tmp_path_factory.mktemp("scenes")
     make_scenes(ScenesConfig(output=str(folder), train=64, val=12, size=64))
     return folder
@@ -130,6 +135,9 @@ def archives(scenes: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def data(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scenes, ingested."""
+    from model_lib.ingest.config import IngestConfig
+    from model_lib.ingest.ingesting import ingest
+
     folder = tmp_path_factory.mktemp("data")
     ingest(IngestConfig(dataset=str(scenes), output=str(folder)))
     return folder
@@ -138,55 +146,34 @@ def data(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training run of three epochs, preset tiny, that nothing disturbed."""
+    from model_lib.train.config import TrainConfig
+    from model_lib.train.training import train
+
     folder = tmp_path_factory.mktemp("finished")
     train(TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=3))
     return folder
 
 
-def small_model(seed: int = 0, **decoder: int) -> Captioner:
-    """Return a small captioner of random weights that really uses its picture, with a tokenizer."""
-    torch.manual_seed(seed)
-    tokenizer = train_tokenizer(["a red circle on a white background", "two blue squares"] * 5, 300)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": len(tokenizer), **decoder}
-    vision = {
-        "hidden_size": 24,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    config = CaptionerConfig(vision_config=vision, decoder_config={**shape, "bos_token_id": 0, "eos_token_id": 0})
-    model = Captioner(config).eval()
-    model.tokenizer = tokenizer
-    with torch.no_grad():
-        for parameter in model.parameters():  # the initial weights are too small for anything to depend on them
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
-    return model
-
-
 @pytest.fixture()
-def model() -> Captioner:
+def model() -> "Captioner":
+    from tests.small import small_model
+
     return small_model()
 
 
 @pytest.fixture()
 def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
     """A whole CLIP (text tower too) and a GPT-2 of another width, saved as their hubs do."""
-    torch.manual_seed(0)
-    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, text_config=text)
-    CLIPModel(clip).save_pretrained(tmp_path / "clip")
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "gpt2")
-    for file in gpt2_tokenizer.iterdir():
-        (tmp_path / "gpt2" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "clip", tmp_path / "gpt2"
+    from tests.small import save_parts
+
+    return save_parts(tmp_path, gpt2_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small captioner in a folder."""
+    from tests.small import small_model
+
     folder = tmp_path_factory.mktemp("model")
     small_model().save_pretrained(folder)
     return folder

@@ -163,7 +163,7 @@ def test_both_pipelines_in_containers(
             "caption_output": "gs://b/captions",
             "caption_shard_pictures": 5,
         }
-        run(caption_bucket.define(parallel_shards=1), arguments, "caption")
+        run(caption_bucket.define(parallel=1), arguments, "caption")
         parts = sorted(fs.glob("b/captions/*/captions/*.parquet"))
         rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
         assert len(parts) == 3 and len({row["uri"] for row in rows}) == len(rows) == 13
@@ -172,13 +172,13 @@ def test_both_pipelines_in_containers(
 
         # Once more: everything is there, and nothing is done again.
         before = [fs.info(part)["generation"] for part in parts]
-        run(caption_bucket.define(parallel_shards=1), arguments, "again")
+        run(caption_bucket.define(parallel=1), arguments, "again")
         assert [fs.info(part)["generation"] for part in parts] == before
 
         # And with what is not there: the first step says so, the last still tells.
         arguments["caption_images"] = "gs://b/nowhere"
         with pytest.raises(UserError, match="gs://b/nowhere: not there"):
-            run(caption_bucket.define(parallel_shards=1), arguments, "no")
+            run(caption_bucket.define(parallel=1), arguments, "no")
 
     watched.events.close()
     assert [post["state"] for post in told] == ["SUCCEEDED", "SUCCEEDED", "SUCCEEDED", "FAILED"]

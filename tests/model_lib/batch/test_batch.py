@@ -22,8 +22,8 @@ from model_lib.batch.planning import Plan, folder_of, plan, read_plan, resolved
 from model_lib.batch.rows import ABOUT, FIELDS
 from model_lib.errors import WorkError
 from tests.attacks.killed import killed
-from tests.conftest import small_model
 from tests.services import Faults, faulty_bucket
+from tests.small import small_model
 
 
 def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:

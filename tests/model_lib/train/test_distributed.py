@@ -111,10 +111,10 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Pa
     assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(output, two)
 
 
-def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., CompletedProcess], tmp_path: Path) -> None:
+def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., CompletedProcess]) -> None:
     done = captioner("train", "--data=nothing", "--output=out", "--preset=tiny", "--processes=2")
     (said,) = done.stderr.splitlines()
-    assert done.returncode == 2 and said.startswith(f"captioner: error: {tmp_path}/nothing: no such data set")
+    assert done.returncode == 2 and said.startswith("captioner: error: nothing: no such data set")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

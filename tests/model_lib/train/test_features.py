@@ -16,7 +16,7 @@ from model_lib.data.shards import Batch, SplitReader, read_manifest
 from model_lib.train.config import TrainConfig
 from model_lib.train.features import FeatureCache
 from model_lib.train.training import train
-from tests.conftest import small_model
+from tests.small import small_model
 
 
 def reader(data: Path) -> SplitReader:

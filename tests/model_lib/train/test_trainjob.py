@@ -90,6 +90,7 @@ def test_a_failure_is_raised_with_the_machines_last_lines(
     assert not cluster.jobs
 
 
+@pytest.mark.soak
 def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
