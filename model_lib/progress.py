@@ -49,8 +49,8 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
-        elif self.shown and time.monotonic() - self.spoken > INTERVAL:
-            self.say()
+        elif self.shown and self.done < self.total and time.monotonic() - self.spoken > INTERVAL:
+            self.say()  # of the end says the end
 
     def resume(self, count: int) -> None:
         """Count `count` items that were done before, which say nothing of the rate."""
