@@ -120,14 +120,6 @@ def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path,
     refused(captioner("caption", "-f", picture, "--model", saved_model, "--explain", "/proc/x/out.html"), "/proc/x")
 
 
-@pytest.mark.usefixtures("java")
-def test_anyones_results_are_scored_without_a_model(captioner: Run, coco_eval: Path) -> None:
-    expected = json.loads((coco_eval / "expected_scores.json").read_text())
-    files = [coco_eval / expected[name] for name in ("results", "annotations")]
-    done = captioner("evaluate", "--results", files[0], "--annotations", files[1], "--json")
-    assert json.loads(done.stdout)["scores"] == pytest.approx(expected["pycocoevalcap_1_2"], abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,6 +1,7 @@
 """Scores that everyone else would get, and what an evaluation leaves behind."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,13 +18,15 @@ from model_lib.evaluate.report import render_report
 from model_lib.evaluate.scorecard import evaluation_metrics
 from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
-from model_lib.scores.metrics import score_captions
+from model_lib.scores.metrics import Scores, score_captions
 from model_lib.scores.significance import corpus_scores, meteor
 from model_lib.tracking.server import Tracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 
 Run = Callable[..., CompletedProcess]
+RIGHT = {1: "a small orange ring", 2: "two red squares here", 3: "dogs", 4: "a cat runs", 5: "a ring a ring"}
+THEIRS = {1: ["a ring", "a small orange ring"], 2: ["a red square"], 3: ["dog"], 4: ["a ring"], 5: ["a ring"]}
 CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
 REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
 
@@ -40,26 +43,31 @@ def write_coco(folder: Path, captions: dict[int, str], references: dict[int, lis
 
 
 @pytest.mark.usefixtures("java")
-def test_scores_equal_the_official_ones(coco_eval: Path, tmp_path: Path) -> None:
+def test_anyones_results_have_the_official_scores(coco_eval: Path, captioner: Run, tmp_path: Path) -> None:
     expected = json.loads((coco_eval / "expected_scores.json").read_text())
-    results, annotations = (str(coco_eval / expected[name]) for name in ("results", "annotations"))
-    evaluation = evaluate(EvaluateConfig(results=results, annotations=annotations, output=str(tmp_path)))
+    files = [coco_eval / expected[name] for name in ("results", "annotations")]
+    done = captioner("evaluate", "--results", files[0], "--annotations", files[1], "--output", "judged", "--json")
+    assert json.loads(done.stdout)["scores"] == pytest.approx(expected["pycocoevalcap_1_2"], abs=1e-6), done.stderr
+    evaluation = Evaluation.read(str(tmp_path / "judged"))
+    assert json.loads(json.dumps(evaluation.to_dict())) == json.loads(done.stdout)
     assert evaluation.tokenizer == "PTB" and evaluation.pictures == 1000
-    official = expected["pycocoevalcap_1_2"]
-    assert evaluation.scores == pytest.approx(official, abs=1e-6)
-    assert Evaluation.read(str(tmp_path)) == evaluation
     assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
 
 
+@pytest.fixture(scope="module")
+def with_java() -> Scores:
+    """Scores of captions that are word for word right, which METEOR treats apart; the official example has none."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PATH", os.environ["PATH_WITH_JAVA"])
+        return score_captions(RIGHT, THEIRS)
+
+
 @pytest.mark.usefixtures("java")
-def test_meteor_is_the_official_one_where_captions_are_word_for_word_right() -> None:
-    """The example of the official toolkit has no such caption; METEOR treats it apart."""
+def test_meteor_is_the_official_one_where_captions_are_word_for_word_right(with_java: Scores) -> None:
     from pycocoevalcap.meteor.meteor import Meteor
 
-    captions = {1: "a small orange ring", 2: "two red squares here", 3: "dogs", 4: "a cat runs", 5: "a ring a ring"}
-    references = {1: ["a ring", "a small orange ring"], 2: ["a red square"], 3: ["dog"], 4: ["a ring"], 5: ["a ring"]}
-    official, each = Meteor().compute_score(references, {i: [text] for i, text in captions.items()})
-    counts = score_captions(captions, references).statistics["METEOR"]
+    official, each = Meteor().compute_score(THEIRS, {i: [text] for i, text in RIGHT.items()})
+    counts = with_java.statistics["METEOR"]
     assert meteor(counts) == pytest.approx(each, abs=1e-12)
     assert meteor(counts.sum(0)) == pytest.approx(official, abs=1e-12) and each[0] == 1
 
@@ -72,10 +80,11 @@ def test_diversity_tells_what_is_said_again_and_again_and_by_heart() -> None:
 
 
 @pytest.mark.usefixtures("java")
-def test_without_java_meteor_is_missing_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_java = score_captions(CAPTIONS, REFERENCES)
+def test_without_java_meteor_is_missing_and_the_rest_goes_on(
+    with_java: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("model_lib.scores.metrics.shutil.which", lambda name: None)
-    without = score_captions(CAPTIONS, REFERENCES)
+    without = score_captions(RIGHT, THEIRS)
     assert "Java" in without.missing["METEOR"] and "METEOR" not in without.statistics
     assert with_java.tokenizer == "PTB" and without.tokenizer == "plain"
     assert without.statistics["CIDEr"] == pytest.approx(with_java.statistics["CIDEr"], rel=1e-6)
