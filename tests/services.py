@@ -121,6 +121,8 @@ class Faults:
         self.share, self.rng = share, random.Random(seed)
         self.down_until = self.cut = 0.0
         """Until when everything fails, and the share of answers that break off in their middle."""
+        self.authorization: str | None = None
+        """What a request must prove itself with; without it, it is answered 401."""
         self.failed = self.asked = self.broken_off = self.outdated = 0
         self.stale = 0.0
         """Seconds for which a bucket's listing is answered as it was first asked for."""
@@ -171,6 +173,8 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = faults.next()
+            if faults.authorization not in (None, self.headers.get("Authorization")):
+                fault = 401
             if fault == 0:
                 self.close_connection = True
                 self.connection.close()
@@ -260,6 +264,30 @@ def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.Ab
         yield fsspec.filesystem("gs")
         faults.share = 0.0
     gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[tuple[str, list[str]]]:
+    """Yield the address of a server that lets nobody in, and what they proved themselves with."""
+    proofs: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def refuse(self) -> None:
+            proofs.append(self.headers.get("Authorization", ""))
+            self.send_error(403)
+
+        do_GET = do_HEAD = do_POST = refuse
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.server_port}", proofs
+    finally:
+        listener.shutdown()
+        listener.server_close()
 
 
 @contextlib.contextmanager
