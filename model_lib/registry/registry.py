@@ -16,7 +16,7 @@ from model_lib.model.sources import resolve_captioner
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
 from model_lib.registry.promotion import Decision, Policy, choose_winner, decide
-from model_lib.registry.turns import CHAMPION, DECISION, REASON, draw, turn
+from model_lib.registry.turns import CHAMPION, DECISION, REASON, draw, require_turn, turn
 from model_lib.scores.significance import Comparison
 from model_lib.tracking.model_uris import MODEL, version_uri
 from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
@@ -188,6 +188,7 @@ def settle(client: Any, version: str, decision: Decision, champion: str | None) 
     """
     _say(client, version, decision, champion)
     fate = CHAMPION if decision.promote else CHALLENGER
+    require_turn(client, MODEL, version)
     # The alias before the tag that ends the others' wait: killed between the two, it is champion, and they see so.
     client.set_registered_model_alias(MODEL, fate, version)
     client.set_model_version_tag(MODEL, version, DECISION, fate)

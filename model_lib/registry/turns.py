@@ -67,21 +67,27 @@ def suppress_existing() -> Iterator[None]:
 def turn(client: "MlflowClient", version: Any) -> Iterator[None]:
     """Wait until every smaller version is decided; the body decides this one.
 
+    The body calls `require_turn` before what cannot be undone, as it may have been held up for minutes.
+
     Raises:
         WorkError: others took too long, or passed this version over as abandoned.
     """
     try:
         _wait(client, version)
-        if client.get_model_version(version.name, version.version).tags.get(DECISION) != PENDING:
-            raise WorkError(
-                f"version {version.version}: was passed over after {SILENCE:.0f} seconds without a sign of life; "
-                "run register again"
-            )
+        require_turn(client, version.name, version.version)
         yield
     except BaseException as error:
         with suppress(Exception):  # what stopped the body is what matters
             _pass_over(client, version, f"registering it ended early: {type(error).__name__}")
         raise
+
+
+def require_turn(client: "MlflowClient", model: str, version: str) -> None:
+    """Raise `WorkError` if others have passed this version over, and so decide without it."""
+    if client.get_model_version(model, version).tags.get(DECISION) != PENDING:
+        raise WorkError(
+            f"version {version}: was passed over after {SILENCE:.0f} seconds without a sign of life; run register again"
+        )
 
 
 def _wait(client: "MlflowClient", version: Any) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from model_lib.errors import WorkError
 from model_lib.registry import turns
-from model_lib.registry.registry import champion_version
+from model_lib.registry.promotion import Decision
+from model_lib.registry.registry import champion_version, settle
 from model_lib.registry.turns import draw, turn
 from model_lib.tracking.model_uris import MODEL
 from tests.model_lib.registry.test_promotion import judged
@@ -115,6 +116,14 @@ def test_one_that_was_passed_over_decides_nothing_and_one_that_fails_says_so(cli
         raise OSError("disk")
     tags = client.get_model_version(MODEL, failing.version).tags
     assert tags["decision"] == "abandoned" and tags["reason"] == "registering it ended early: OSError"
+
+
+def test_one_that_was_held_up_while_it_decided_is_no_champion_beside_another(client: mlflow.MlflowClient) -> None:
+    late = draw(client, MODEL, "file:///late", {})
+    with pytest.raises(WorkError, match="version 1: was passed over"), turn(client, late):
+        client.set_model_version_tag(MODEL, late.version, "decision", "abandoned")  # by one that lost patience
+        settle(client, str(late.version), Decision(True, "is better", []), None)
+    assert champion_version(client.tracking_uri) is None
 
 
 def test_waiting_has_an_end(client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
