@@ -49,13 +49,12 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
     register(RegisterConfig(evaluations=(str(tmp_path / "judged"),)), tracking)
 
     command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
-    done = captioner(*command, "--candidates", CANDIDATES)
+    done = captioner(*command, "--candidates", '[{"name": "fast"}]')  # several: make soak, make test-containers
     assert done.returncode == 0, done.stderr
     for word in ("step ingest", "step train", "step evaluate", "step register", "step caption", "48 scenes"):
         assert word in done.stderr, word
     for word in (
         "Pictures    48 to learn from, 48 to judge on; quarantined: none",
-        "slow",
         "fast",
         "CIDEr shuffled",
         "Winner      fast, version 2, is the champion now:",
@@ -70,7 +69,7 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
     model = Captioner.from_pretrained(str(work / "best"))
     assert model.training_record["name"] == "fast"
     assert generate_caption(model, work / "scenes" / "val2017" / "000000000001.jpg") is not None
-    in_mlflow(work, tracking.uri, ["fast", "slow"])
+    in_mlflow(work, tracking.uri, ["fast"])
 
 
 @pytest.mark.soak

@@ -20,7 +20,7 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.download import ARCHIVES, DownloadConfig, download, fetch
 from model_lib.ingest.ingesting import ingest
-from model_lib.scores.spice import MODELS
+from model_lib.scores.spice import MODELS, spice_scores
 
 
 class Server:
@@ -134,7 +134,7 @@ def test_the_models_of_spice_are_fetched_only_when_asked_for(server: Server, sce
     download(DownloadConfig(dataset="spice", output=str(output), base=server.address))
     assert all((output / name).read_bytes() == b"no Java" for name in MODELS)
     with pytest.raises(WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFoundError"):
-        evaluate(config)  # everything but these models is there
+        spice_scores({1: "a circle"}, {1: ["a circle"]}, str(output))  # everything but these models is there
 
 
 def test_what_breaks_off_is_resumed_to_the_byte(server: Server, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from model_lib.tracking.server import MlflowTracking, tracking_from_environment
 from model_lib.train.distributed import World, shared
 from model_lib.train.training import train
+from tests.commands import run as run_command
 from tests.model_lib.train.test_survival import curves, newest_step, same_best
 from tests.model_lib.train.test_training import config
 
@@ -57,11 +58,13 @@ def workers(run: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(commands: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
     output = tmp_path_factory.mktemp("two") / "run"
-    run = start(command(data, output, "--processes=2"), output)
-    assert run.wait(300) == 0, output.with_suffix(".log").read_text()
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
+    done = run_command(command(data, output, "--processes=2")[2:], output.parent, environment, "")
+    assert done.returncode == 0, done.stderr
+    output.with_suffix(".log").write_text(done.stderr)
     return output
 
 
@@ -111,6 +114,7 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Pa
     assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(output, two)
 
 
+@pytest.mark.soak
 def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., CompletedProcess]) -> None:
     done = captioner("train", "--data=nothing", "--output=out", "--preset=tiny", "--processes=2")
     (said,) = done.stderr.splitlines()
