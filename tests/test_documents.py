@@ -93,6 +93,14 @@ def test_every_pytest_command_that_is_named_selects_tests(page: Path) -> None:
         assert any(wanted in name for name in tests), arguments
 
 
+def test_tests_that_are_named_are_there() -> None:
+    there = {
+        name for file in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    for page in PAGES:
+        assert set(re.findall(r"`(test_\w+)`", page.read_text())) <= there, page.name
+
+
 @pytest.mark.usefixtures("java")
 def test_the_commands_and_the_python_of_the_readme_work(tmp_path: Path) -> None:
     given = [words(command)[1:] for command in [*STAGES, *SECOND]]
