@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ import tyro
 
 from model_lib import storage
 from model_lib.batch.config import BatchConfig
+from model_lib.cores import cores
 from model_lib.errors import UserError, printable
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.exits import one_line
@@ -113,7 +113,7 @@ def info(config: InfoConfig) -> Output:
         raise UserError(
             f"preset {config.preset}: to count its parameters, install torch: pip install 'captioner[model]'"
         )
-    environment = {"versions": versions, "gpus": gpus, "cpus": os.cpu_count(), "java": shutil.which("java") is not None}
+    environment = {"versions": versions, "gpus": gpus, "cpus": cores(), "java": shutil.which("java") is not None}
     lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"] if counts else []
     lines += [f"{row['preset']:<20} {row['total']:>13,} {row['trainable']:>13,}" for row in counts]
     lines += [*([""] if counts else []), *(f"{name:<20} {version}" for name, version in versions.items())]

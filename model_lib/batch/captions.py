@@ -22,6 +22,7 @@ from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import Picture
 from model_lib.batch.planning import Plan, folder_of, read_plan
 from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
+from model_lib.cores import cores
 from model_lib.errors import UserError, WorkError
 from model_lib.pictures import PictureError, open_picture, read_picture, require_readable, to_pixels
 from model_lib.progress import Progress
@@ -63,7 +64,7 @@ def _captioned(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield each shard's rows, in order."""
     config = made.config
-    with ThreadPoolExecutor(config.workers or 2 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(config.workers or 2 * cores()) as pool:
         pictures = (picture for index in indices for picture in made.pictures(index))
         loading = (pool.submit(_load, picture, model.image_size, config.images) for picture in pictures)
         ahead = deque(itertools.islice(loading, AHEAD * config.batch_size))

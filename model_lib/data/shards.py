@@ -5,7 +5,6 @@ that depends on the seed and the epoch alone. So a training run goes on at any s
 """
 
 import hashlib
-import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from model_lib import storage
+from model_lib.cores import cores
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.pictures import PictureError, open_picture, to_pixels
 from model_lib.progress import Progress
@@ -130,7 +130,7 @@ class SplitReader:
 
     def __init__(self, manifest: Manifest, split: str, *, size: int, workers: int = 0, limit: int = 0) -> None:
         manifest.require_split(split)
-        self.size, self.workers = size, workers or os.cpu_count() or 1
+        self.size, self.workers = size, workers or cores()
         self.files = [_ShardFile(shard) for shard in manifest.shards if shard.split == split]
         self.groups = [(file, group) for file in self.files for group in range(len(file.rows))]
         counts = [file.rows[group] for file, group in self.groups]
@@ -337,7 +337,7 @@ def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = T
         if storage.patiently(shard.uri, lambda: digest(shard)) != shard.sha256:
             raise UserError(f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; ingest anew")
 
-    threads = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    threads = ThreadPoolExecutor(workers or cores())
     with threads, Progress(f"check data for {name}", len(shards), "shards", shown=shown) as progress:
         for _ in threads.map(check, shards):
             progress.advance()

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import hashlib
 import logging
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib import storage
+from model_lib.cores import cores
 from model_lib.data.shards import FORMAT_VERSION, Manifest, Shard
 from model_lib.errors import UserError, WorkError
 from model_lib.holding import held
@@ -94,7 +94,7 @@ def _store(entry: Entry, config: IngestConfig) -> Result:
 
 def _in_order(entries: Iterable[Entry], config: IngestConfig) -> Iterator[Result]:
     """Store entries on threads (codecs work outside the interpreter's lock), results in order, memory bounded."""
-    workers = config.workers or os.cpu_count() or 1
+    workers = config.workers or cores()
     pool = ThreadPoolExecutor(workers)
     pending: deque[Future] = deque()
     try:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from model_lib import storage
 from model_lib.copies import find
+from model_lib.cores import cores
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
@@ -105,7 +106,7 @@ def caption_each(
             return error
 
     source = iter(images)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         ahead: deque[Future] = deque(pool.submit(attempt, image) for image in islice(source, 2 * batch_size))
         while ahead:
             loaded = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]

@@ -8,6 +8,7 @@ import uuid
 
 import torch
 
+from model_lib.cores import cores
 from model_lib.errors import WorkError
 from model_lib.exits import one_line
 from model_lib.tracking.runs import Trained
@@ -37,7 +38,7 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
 
     for chatty in ("torch.distributed", "torch.multiprocessing"):  # the processes say themselves what is wrong
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     multiprocessing.set_forkserver_preload(["model_lib.train.training"])  # imported once, and not once a process
     launch = LaunchConfig(
         min_nodes=1,
