@@ -5,8 +5,8 @@ import math
 import os
 from pathlib import Path
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""A control group's limit (Linux, cgroup v2): microseconds of computing, "max" for any, in so many microseconds."""
+LIMITS = Path("/sys/fs/cgroup")
+"""Where Linux shows a container its limits."""
 
 
 def cores() -> int:
@@ -15,7 +15,9 @@ def cores() -> int:
     Each thread beyond them would take its turn from another, and a limit that is used up stops all of them for a while.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no control groups here, or no limit
-        quota, period = map(int, QUOTA.read_text().split())
-        usable = min(usable, max(1, math.ceil(quota / period)))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # control groups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # not that version, or no limit: "max"
+            quota, period = (int(number) for file in files for number in (LIMITS / file).read_text().split())
+            if quota > 0:
+                usable = min(usable, math.ceil(quota / period))
     return usable

@@ -2,6 +2,7 @@
 and a webhook elsewhere. `make test-containers` builds the images first.
 """
 
+import json
 import os
 import re
 import shutil
@@ -55,6 +56,12 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
     assert "captioner COMMAND --help" in inside(image, *config["Cmd"]), "the library alone is there, no pipelines"
     with pytest.raises(subprocess.CalledProcessError):
         inside(image, "touch", "/opt/code/x")
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_step_works_on_as_many_cores_as_its_limit_leaves() -> None:
+    command = ["docker", "run", "--rm", "--network", "none", "--cpus", "1", CORE, "captioner", "info", "--json"]
+    assert json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["cpus"] == 1
 
 
 def test_each_image_holds_what_its_stages_need_and_no_more() -> None:

@@ -1,4 +1,4 @@
-"""The cores that a container leaves."""
+"""The cores that a container leaves; in a real one: tests/containers."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,29 @@ import pytest
 
 from model_lib.cores import cores
 
+QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
+
 
 @pytest.mark.parametrize(
-    ("limit", "expected"),
-    [("max 100000\n", 16), ("400000 100000\n", 4), ("150000 100000\n", 2), ("5000 100000\n", 1), ("", 16), (None, 16)],
+    ("files", "expected"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000\n"}, 16),
+        ({"cpu.max": "400000 100000\n"}, 4),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "5000 100000\n"}, 1),
+        ({"cpu.max": ""}, 16),
+        ({QUOTA: "-1\n", PERIOD: "100000\n"}, 16),
+        ({QUOTA: "250000\n", PERIOD: "100000\n"}, 3),
+    ],
 )
 def test_a_containers_limit_counts(
-    limit: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if limit is not None:
-        (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr("model_lib.cores.QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("model_lib.cores.LIMITS", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
     assert cores() == expected
 
