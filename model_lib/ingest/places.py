@@ -74,13 +74,21 @@ class Archive:
         """Return a picture's bytes, checked against the archive's CRC; `UserError` if it is missing."""
         try:
             info = self.zip.getinfo(self._member(name))
-            require_readable(info.file_size)
-            with _damage(), self.zip.open(info) as file:
-                return file.read(info.file_size + 1)  # of a member that is larger than it says, no more is inflated
         except KeyError as error:
             raise UserError(f"{self.root}: has no {name}") from error
+        require_readable(info.file_size)
+        content = storage.patiently(self.root, lambda: self._inflated(info))
+        if isinstance(content, PictureError):
+            raise content
+        return content
+
+    def _inflated(self, info: zipfile.ZipInfo) -> bytes | PictureError:
+        """Return a member's bytes, or what is wrong with them; raise what its store does wrong."""
+        try:
+            with _damage(), self.zip.open(info) as file:
+                return file.read(info.file_size + 1)  # of a member that is larger than it says, no more is inflated
         except zipfile.BadZipFile as error:
-            raise PictureError("unreadable", f"damaged in the archive: {first_line(error)}") from error
+            return PictureError("unreadable", f"damaged in the archive: {first_line(error)}")
 
     def _member(self, name: str) -> str:
         inside = f"{self.top}/{name}"
@@ -95,9 +103,16 @@ def open_zip(uri: str) -> zipfile.ZipFile:
     if not storage.exists(uri):
         raise UserError(f"{uri}: no such file")
     fs, path = storage.filesystem(uri)
+    if storage.is_local(uri):
+        return _directory(uri, path)
+    return storage.patiently(uri, lambda: _directory(uri, fs.open(path, "rb")))
+
+
+def _directory(uri: str, file: Path | str | IO[bytes]) -> zipfile.ZipFile:
+    """Read the directory of the archive at `uri`, from this file; `UserError` if it is damaged."""
     try:
         with _damage():
-            return zipfile.ZipFile(path if storage.is_local(uri) else fs.open(path, "rb"))
+            return zipfile.ZipFile(file)
     except (zipfile.BadZipFile, IsADirectoryError) as error:
         raise UserError(f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew") from error
 
@@ -135,7 +150,7 @@ def opened(uri: str) -> Iterator[IO[bytes]]:
     """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to end."""
     if uri.startswith("zip://"):
         member, _, archive = uri.removeprefix("zip://").partition("::")
-        with open_zip(archive) as zipped:
+        with local_file(archive) as path, _directory(archive, path) as zipped:
             try:
                 info = zipped.getinfo(member)
                 if info.file_size > max(BOMB_SIZE, BOMB_RATIO * info.compress_size):

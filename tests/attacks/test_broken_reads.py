@@ -1,6 +1,8 @@
 """A bucket whose answers break off in their middle: no row is lost, none is there twice, none holds half a picture."""
 
 import asyncio
+import random
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +13,40 @@ from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
+from model_lib.ingest.places import opened, pictures_at
 from tests.services import Faults, faulty_bucket
 
 
-def test_answers_that_break_off_are_asked_for_again(
-    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def impatient_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's own attempts would take most of the tests."""
     sleep = asyncio.sleep
     quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
-    monkeypatch.setattr("gcsfs.retry.asyncio", quickly)  # its attempts would take most of the test
+    monkeypatch.setattr("gcsfs.retry.asyncio", quickly)
+
+
+def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    content = {f"val2017/{name}": rng.randbytes(6_000_000) for name in "abc"}  # more than the driver reads ahead
+    with zipfile.ZipFile(tmp_path / "val2017.zip", "w") as archive:
+        for name, one in content.items():
+            archive.writestr(name, one)
+    faults = Faults(0.0, seed=0)
+    with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
+        fs.pipe_file("b/val2017.zip", (tmp_path / "val2017.zip").read_bytes())
+        faults.outage(3)
+        place = pictures_at("gs://b/val2017.zip")
+        down = faults.failed
+        faults.outage(3)
+        assert place.read("a") == content["val2017/a"]
+        again = faults.failed
+        faults.outage(3)
+        with opened("zip://val2017/b::gs://b/val2017.zip") as file:
+            assert file.read() == content["val2017/b"]
+        assert 6 < down < again < faults.failed, "the driver alone would have given up"
+
+
+def test_answers_that_break_off_are_asked_for_again(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
     here = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "data"), shard_mb=1))
     local = {"images": str(scenes / "train2017"), "output": str(tmp_path / "out"), "model": str(saved_model)}
     expected = batch(BatchConfig(**local, shard_pictures=8, num_beams=1))
