@@ -86,15 +86,18 @@ def test_comparing_two_candidates_shows_what_differs_and_who_is_better(tracking:
                 break
             page.wait_for_timeout(100)
         page.locator(".ReactVirtualized__Grid").evaluate_all(SCROLL, step * 45 + 1)
-        page.wait_for_timeout(500)
-        boxes = [page.get_by_text(text, exact=True).bounding_box() for text in ("val_CIDEr", "1.234", "0.987")]
+        for _ in range(100):
+            boxes = [page.get_by_text(text, exact=True).bounding_box() for text in ("val_CIDEr", "1.234", "0.987")]
+            heights = [box["y"] for box in boxes if box is not None]
+            if len(heights) == 3 and max(heights) - min(heights) < 10:
+                break
+            page.wait_for_timeout(100)
         metrics = " ".join(page.locator("body").inner_text().split())
     assert "Run Name: five-captions one-caption" in text
     assert "captions_per_picture 5 1" in text and "learning_rate" not in text
     assert "val_CIDEr val_CIDEr_high val_CIDEr_low" in metrics, "one below the other"
     for end in ("1.345", "1.123", "1.098", "0.876"):
         assert end in metrics
-    heights = [box["y"] for box in boxes if box is not None]
     assert len(heights) == 3 and max(heights) - min(heights) < 10, "in one row"
     assert "captioner.val.decoding num_beams 5" in text and "kfp.pipeline_run_id kfp-ui kfp-ui" in text
 
