@@ -57,6 +57,8 @@ def list_pictures(config: BatchConfig) -> list[Picture]:
 
 
 def _below(config: BatchConfig) -> Iterable[Picture]:
+    if config.images.startswith(("http://", "https://")):
+        raise UserError(f"{config.images}: a web server lists no folders; name a .txt file with an address a line")
     fs, path = storage.filesystem(config.images)
     if not storage.is_folder(config.images):
         raise UserError(f"{config.images}: no such folder of pictures")

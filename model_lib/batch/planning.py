@@ -19,8 +19,8 @@ from model_lib.errors import UserError
 from model_lib.model.sources import lasting_source, resolve_captioner, weights_digest
 from model_lib.records import as_record, believing, require_columns, require_name
 
-ANOTHER_TIME = ("unreachable", "changed")
-"""Reasons that may be gone the next time."""
+ANOTHER_TIME = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
+"""Reasons that may be gone the next time: the store's, or what somebody has put right since."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def _kept(folder: str, wanted: dict[str, Picture]) -> list[list[Picture]]:
     """Return the shards of the plan before that stay, and take their pictures out of `wanted`.
 
     A shard that is not captioned stays if it is wanted as it was. One that is stays with the pictures that are still
-    wanted and need not be tried another time: if that is not all, its file is written again with their rows.
+    wanted and need not be tried another time: if that is not all, its file is written again with their rows, and if
+    it is none, its file goes, as the same pictures may make the same shard again.
     """
     before, kept = read_plan(folder), []
     missing = set(before.missing())
@@ -173,10 +174,13 @@ def _kept(folder: str, wanted: dict[str, Picture]) -> list[list[Picture]]:
         table = None if index in missing else read_shard(before.captions(shard))
         again = set() if table is None else _another_time(table)
         stay = [picture for picture in pictures if wanted.get(picture.uri) == picture and picture.uri not in again]
+        if table is not None and not stay:
+            storage.remove(before.captions(shard))
         if not stay or (table is None and stay != pictures):
             continue
         if stay != pictures and table is not None:
-            rows = pa.array(uri in {picture.uri for picture in stay} for uri in table["uri"].to_pylist())
+            uris = {picture.uri for picture in stay}
+            rows = pa.array(uri in uris for uri in table["uri"].to_pylist())
             name = f"part-{_digest(stay)}.parquet"
             with storage.whole_file(storage.join(folder, "captions", name)) as part:
                 pq.write_table(table.filter(rows), part)

@@ -184,9 +184,37 @@ def test_a_picture_whose_store_failed_is_tried_again(
 
     with monkeypatch.context() as patched:
         patched.setattr("model_lib.storage.read_bytes", failing)
-        assert batch(options).errors == {"unreachable": 1}
+        for _ in range(3):
+            assert batch(options).errors == {"unreachable": 1}
     summary = batch(options)
     assert (summary.pictures, summary.ok, summary.errors) == (12, 12, {})
+    assert len(rows(summary)) == 12
+
+
+def test_pictures_whose_store_failed_for_all_are_tried_again(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(uri: str, *_: object) -> bytes:
+        raise WorkError(f"{uri}: cannot be read: ConnectionResetError")
+
+    options = config(pictures, tmp_path / "out", saved_model)
+    with monkeypatch.context() as patched:
+        patched.setattr("model_lib.batch.captions.read_picture", failing)
+        assert batch(options).errors == {"unreachable": 12}
+    assert batch(options).ok == 12
+
+
+def test_what_somebody_put_right_is_tried_again(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{pictures}/000000000001.jpg\n{pictures}/later.jpg\n")
+    options = config(tmp_path / "list.txt", tmp_path / "out", saved_model)
+    assert batch(options).errors == {"missing": 1}
+    shutil.copy(pictures / "000000000001.jpg", pictures / "later.jpg")
+    assert batch(options).ok == 2
+
+
+def test_a_folder_of_a_web_server_is_refused_in_one_line(saved_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a web server lists no folders; name a"):
+        batch(config("http://127.0.0.1:9/pictures/", tmp_path / "out", saved_model))
 
 
 def test_another_model_or_other_options_are_another_output_and_not_a_mixture(
