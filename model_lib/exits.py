@@ -44,7 +44,7 @@ def one_line() -> Iterator[None]:
     except Exception as error:
         if any(words in str(error) for words in NO_MEMORY):
             _out_of_memory(error)
-        if not type(error).__module__.startswith("mlflow."):
+        if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):  # of a server, and of its own store
             raise
         print(printable(f"captioner: failed: MLflow: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(1)

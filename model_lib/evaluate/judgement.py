@@ -138,7 +138,8 @@ class Judgement:
         return cls(evaluation, pictures)
 
     def write(self, folder: str, report: str) -> None:
-        """Write the folder's files, `report` the HTML page."""
+        """Write the folder's files, `report` the HTML page; until all are there, the folder has no `scores.json`."""
+        storage.remove(storage.join(folder, "scores.json"))  # of an evaluation before, which is not of these pictures
         rows = zip(self.pictures.image_ids, self.pictures.captions, strict=True)
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in rows]
         storage.write_json(storage.join(folder, "results.json"), results)

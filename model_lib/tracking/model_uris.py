@@ -1,10 +1,13 @@
 """What `models:/…` means: a version or an alias in MLflow's model registry, and the captioner's files behind it."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model_lib.copies import cached
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError, first_line
+
+if TYPE_CHECKING:
+    from mlflow.exceptions import MlflowException
 
 MODEL = "captioner"
 """The registered model."""
@@ -28,7 +31,7 @@ def pin_version(source: str) -> str:
     try:
         return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
     except MlflowException as error:
-        raise _unknown(source) from error
+        raise _failed(source, error) from error
 
 
 def require_version(source: str) -> None:
@@ -40,13 +43,16 @@ def require_version(source: str) -> None:
     try:
         mlflow.MlflowClient().get_model_version(name, version)
     except MlflowException as error:
-        raise _unknown(source) from error
+        raise _failed(source, error) from error
 
 
-def _unknown(source: str) -> UserError:
+def _failed(source: str, error: "MlflowException") -> UserError | WorkError:
+    """Return what to raise for what the registry says of a model: it has none, or it fails itself."""
     import mlflow
 
-    return UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first")
+    if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        return UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first")
+    return WorkError(f"{source}: MLflow at {mlflow.get_tracking_uri()}: fails: {first_line(error)}")
 
 
 def download_model(source: str) -> str:
@@ -61,7 +67,7 @@ def download_model(source: str) -> str:
     try:
         files = ModelsArtifactRepository(source).repo
     except MlflowException as error:
-        raise _unknown(source) from error
+        raise _failed(source, error) from error
     folder = Path(files.artifact_dir) if isinstance(files, LocalArtifactRepository) else _kept(files)
     captioner = captioner_in(folder)
     if captioner is None:

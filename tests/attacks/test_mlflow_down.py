@@ -249,3 +249,18 @@ def test_away_while_a_model_is_fetched_nothing_is_kept_and_then_it_is_fetched_on
     fetched = download_model("models:/captioner@champion")
     assert weights_digest(fetched) == weights_digest(str(saved_model)) and Path(fetched).is_relative_to(cache)
     assert download_model("models:/captioner/1") == fetched and len(list(cache.iterdir())) == 1
+
+
+def test_a_registry_that_is_away_is_not_taken_for_an_empty_one(captioner: Callable, scenes: Path) -> None:
+    away = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    given = ("--images", scenes / "val2017", "--output", "out", "--model", "models:/captioner@champion")
+    done = captioner("batch", *given, **away)
+    said = "captioner: failed: models:/captioner@champion: MLflow at http://127.0.0.1:"
+    assert done.returncode == 1 and done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_store_that_is_no_database_is_one_line(captioner: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    done = captioner("models", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("captioner: failed: ") and "not a database" in done.stderr

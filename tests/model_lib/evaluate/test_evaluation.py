@@ -137,6 +137,21 @@ def test_every_picture_is_kept_and_some_with_where_the_model_looked(judged: tupl
         assert all(weights.shape == (4, 4) and weights.max() == 255 for _, weights in view.words)
 
 
+def test_a_folder_that_is_half_another_evaluations_is_none(
+    judged: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(judged[0], tmp_path / "judged")
+
+    def full(uri: str, content: bytes) -> None:
+        raise OSError(28, "No space left on device", uri)
+
+    monkeypatch.setattr("model_lib.storage.write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        Judgement.read(str(folder)).write(str(folder), "")
+    with pytest.raises(UserError, match=r"scores\.json: no such file"):
+        Judgement.read(str(folder))
+
+
 def test_a_folder_of_another_version_is_refused_in_one_line(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
     folder = shutil.copytree(judged[0], tmp_path / "judged")
     document = json.loads((folder / "scores.json").read_text())
