@@ -141,7 +141,7 @@ def define(parallel: int) -> Any:
                 learning_rate=train_learning_rate,
                 precision=train_precision,
             )
-            place(configured, "Candidates", secret=secret_name)
+            place(configured, "Candidates", secret=secret_name, keys=BUCKET)
 
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
             with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:

@@ -22,7 +22,9 @@ def candidates(
 ) -> list[dict]:
     """Return for each candidate the data's fingerprint and its training options: the common ones, its own over them."""
     from model_lib.steps.candidates import configure_candidates
+    from model_lib.tracking.server import tracking_from_environment
 
+    tracking_from_environment()  # a candidate may start from a model of the registry
     return configure_candidates(
         data,
         fingerprint,

@@ -1,4 +1,4 @@
-"""The pipeline's step Register as pipelines run it: again after it was killed, late, and with nobody left to serve."""
+"""The pipeline's steps Candidates and Register as pipelines run them: with a secret, after a kill, late."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +7,9 @@ import mlflow
 import pytest
 from kfp import dsl
 
+from components.candidates.component import candidates
 from components.register.component import register as step
+from model_lib.data.shards import read_manifest
 from model_lib.errors import WorkError
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.registry import register
@@ -87,3 +89,26 @@ def test_register_is_run_again_runs_late_and_runs_where_nobody_serves(
     assert f"## Version 5 (fifth) is a challenger, and there is no champion\n\n{reason}\n" in told()
     assert reason in (tmp_path / "HTML").read_text()
     assert registers(evaluation("sixth", 0.3), NO_CHAMPION) == "models:/captioner/6"
+
+
+def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
+    store: mlflow.MlflowClient,
+    registers: Registers,
+    data: Path,
+    saved_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged(0.5, "first", model=str(saved_model)).write(str(tmp_path / "first"), "")
+    registers(str(tmp_path / "first"), NO_CHAMPION)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # as in a pod
+    monkeypatch.setenv("CAPTIONER_MLFLOW_TRACKING_URI", store.tracking_uri)
+    mlflow.set_tracking_uri(None)
+    (tmp_path / "pod").mkdir()
+    monkeypatch.chdir(tmp_path / "pod")
+    common = {"preset": "tiny", "vision": "", "decoder": "", "tokenizer": "", "precision": "auto"}
+    numbers = {"epochs": 0, "batch_size": 0, "learning_rate": 0.0}
+    listed = [{"name": "on", "start": "models:/captioner@champion"}]
+    fingerprint = read_manifest(str(data)).fingerprint
+    (document,) = candidates.python_func(str(data), fingerprint, str(tmp_path / "c"), listed, **common, **numbers)
+    assert document["options"]["start"] == "models:/captioner/1"
