@@ -32,6 +32,10 @@ _ANSWER = TypeVar("_ANSWER")
 fsspec.config.conf.setdefault("http", {})["get_client"] = web_session
 
 
+MISTAKES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound", "NoRegionError"}
+"""Exceptions of botocore for what is not set up, or cannot be a bucket's name."""
+
+
 def patiently(uri: str, action: Callable[[], _ANSWER], patience: float | None = None) -> _ANSWER:
     """Return what `action` does with the store of `uri`, asked again after growing pauses while the store fails.
 
@@ -45,6 +49,8 @@ def patiently(uri: str, action: Callable[[], _ANSWER], patience: float | None = 
     except (OSError, ValueError, UserError, WorkError):
         raise
     except Exception as error:  # each driver has exceptions of its own
+        if type(error).__name__ in MISTAKES:
+            raise UserError(f"{uri}: {first_line(error)}") from error
         raise WorkError(f"{uri}: its store fails: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -60,6 +66,8 @@ def may_pass(error: Exception) -> bool:
         return error.errno not in of_this_machine and not str(error).startswith("Forbidden")  # gcsfs's 403
     if isinstance(error, WorkError):
         return isinstance(error.__cause__, Exception) and may_pass(error.__cause__)
+    if type(error).__name__ in MISTAKES:
+        return False
     return type(error).__module__.split(".")[0] in ("aiohttp", "asyncio", "botocore", "gcsfs", "requests", "urllib3")
 
 
@@ -164,6 +172,8 @@ def one_line(uri: str) -> Iterator[None]:
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"{uri}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # each driver has exceptions of its own
+        if type(error).__name__ in MISTAKES:
+            raise UserError(f"{uri}: cannot be read: {first_line(error)}") from error
         if is_local(uri) and (isinstance(error, ValueError) or getattr(error, "errno", 0) in OF_THE_FILE):
             raise UserError(f"{encodable(uri)}: cannot be read: {first_line(error)}") from error
         raise WorkError(f"{uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error

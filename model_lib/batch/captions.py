@@ -64,7 +64,8 @@ def _captioned(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield each shard's rows, in order."""
     config = made.config
-    with ThreadPoolExecutor(config.workers or 2 * cores()) as pool:
+    pool = ThreadPoolExecutor(config.workers or 2 * cores())
+    try:
         pictures = (picture for index in indices for picture in made.pictures(index))
         loading = (pool.submit(_load, picture, model.image_size, config.images) for picture in pictures)
         ahead = deque(itertools.islice(loading, AHEAD * config.batch_size))
@@ -77,6 +78,8 @@ def _captioned(
                 rows += _caption_batch(batch, model, config)
                 progress.advance(count)
             yield index, rows
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who stops does not wait for what was to be read
 
 
 def _caption_batch(batch: list[Future], model: "Captioner", config: BatchConfig) -> list[dict[str, Any]]:

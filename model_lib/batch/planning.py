@@ -91,8 +91,8 @@ def read_plan(folder: str) -> Plan:
 
 
 def resolved(config: BatchConfig) -> BatchConfig:
-    """Return the configuration with its model named so that it means the same later: an alias as its version."""
-    return replace(config, model=lasting_source(config.model))
+    """Return the configuration with its names so that they mean the same later: an alias as its version, for one."""
+    return replace(config, model=lasting_source(config.model), images=storage.absolute(config.images))
 
 
 def folder_of(config: BatchConfig) -> str:
@@ -121,12 +121,15 @@ def plan(config: BatchConfig, folder: str) -> Plan:
         folder: as `folder_of` returns it.
 
     Raises:
-        UserError: there are no pictures, or the output cannot be written.
+        UserError: there are no pictures, or the output cannot be written or has the captions of other pictures.
     """
     pictures = list_pictures(config)
     storage.require_writable(folder)
     wanted = {picture.uri: picture for picture in pictures}
-    kept = _kept(folder, wanted) if storage.exists(storage.join(folder, "plan.json")) else []
+    before = read_plan(folder) if storage.exists(storage.join(folder, "plan.json")) else None
+    if before is not None and before.config.images != config.images:
+        raise UserError(f"{config.output}: has the captions of {before.config.images}; name another output")
+    kept = [] if before is None else _kept(before, wanted)
     groups = [*kept, *_split(list(wanted.values()), config)]
     listing = f"listing-{_digest([_digest(group) for group in groups])}.parquet"
     with storage.whole_file(storage.join(folder, listing)) as part:
@@ -160,14 +163,14 @@ def _split(pictures: list[Picture], config: BatchConfig) -> Iterator[list[Pictur
         yield group
 
 
-def _kept(folder: str, wanted: dict[str, Picture]) -> list[list[Picture]]:
+def _kept(before: Plan, wanted: dict[str, Picture]) -> list[list[Picture]]:
     """Return the shards of the plan before that stay, and take their pictures out of `wanted`.
 
     A shard that is not captioned stays if it is wanted as it was. One that is stays with the pictures that are still
     wanted and need not be tried another time: if that is not all, its file is written again with their rows, and if
     it is none, its file goes, as the same pictures may make the same shard again.
     """
-    before, kept = read_plan(folder), []
+    kept = []
     missing = set(before.missing())
     for index, shard in enumerate(before.shards):
         pictures = before.pictures(index)
@@ -182,7 +185,7 @@ def _kept(folder: str, wanted: dict[str, Picture]) -> list[list[Picture]]:
             uris = {picture.uri for picture in stay}
             rows = pa.array(uri in uris for uri in table["uri"].to_pylist())
             name = f"part-{_digest(stay)}.parquet"
-            with storage.whole_file(storage.join(folder, "captions", name)) as part:
+            with storage.whole_file(storage.join(before.folder, "captions", name)) as part:
                 pq.write_table(table.filter(rows), part)
         for picture in stay:
             del wanted[picture.uri]

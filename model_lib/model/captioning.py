@@ -106,7 +106,8 @@ def caption_each(
             return error
 
     source = iter(images)
-    with ThreadPoolExecutor(cores()) as pool:
+    pool = ThreadPoolExecutor(cores())
+    try:
         ahead: deque[Future] = deque(pool.submit(attempt, image) for image in islice(source, 2 * batch_size))
         while ahead:
             loaded = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
@@ -115,6 +116,8 @@ def caption_each(
             captions = iter(caption_pixels(model, np.stack(good), config) if good else [])
             for result in loaded:
                 yield next(captions) if isinstance(result, np.ndarray) else result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who stops does not wait for what was to be read
 
 
 def find_pictures(names: Iterable[str], listed: Iterable[str]) -> Iterator[str | Problem]:

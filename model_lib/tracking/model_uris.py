@@ -21,11 +21,21 @@ def version_uri(version: str) -> str:
 
 
 def pin_version(source: str) -> str:
-    """Return `models:/NAME/VERSION` for `models:/NAME@ALIAS`, and other sources unchanged."""
+    """Return `models:/NAME/VERSION` for `models:/NAME@ALIAS`, and other sources unchanged.
+
+    Raises:
+        UserError: the registry has none, or the URI means another version at another time, as `models:/NAME/latest`.
+        WorkError: the registry fails.
+    """
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    if not source.startswith("models:/") or "@" not in source:
+    if not source.startswith("models:/"):
+        return source
+    if "@" not in source:
+        name, slash, version = source.removeprefix("models:/").partition("/")
+        if slash and not version.isdigit():
+            raise UserError(f"{source}: {version!r} is no version; use models:/{name}/1, or models:/{name}@champion")
         return source
     name, alias = source.removeprefix("models:/").split("@", 1)
     try:

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, locally and in a bucket."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,18 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, uri: str) -> None:
     with pytest.raises(UserError) as refused:
         storage.read_bytes(uri.format(tmp=tmp_path))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("bucket", ["s3://bucket", "s3://no such bucket!"])
+def test_a_mistake_in_the_setup_of_a_bucket_is_told_at_once(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UserError, match=r": cannot be read: (Unable to locate|Parameter validation)"):
+        storage.read_bytes(f"{bucket}/x")

@@ -24,6 +24,7 @@ from model_lib.steps.candidates import (
     judge_champion,
     judge_model,
 )
+from model_lib.tracking.model_uris import pin_version
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
@@ -147,6 +148,12 @@ def test_a_champion_that_is_not_there_is_refused_in_one_line(tracking: MlflowTra
     with pytest.raises(UserError, match="not in the model registry") as refused:
         Captioner.from_pretrained("models:/captioner@champion")
     assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_means_another_version_later_is_refused() -> None:
+    with pytest.raises(UserError, match="'latest' is no version; use models:/captioner/1, or"):
+        pin_version("models:/captioner/latest")
+    assert pin_version("models:/captioner/3") == "models:/captioner/3"
 
 
 def test_candidates_have_places_of_their_own_and_notice_other_data(data: Path, tmp_path: Path) -> None:
