@@ -69,7 +69,7 @@ def of_block(page: Path, first: str, last: str) -> list[str]:
     return [line for line in found[start : end + 1] if "# needs" not in line]
 
 
-STAGES = of_block(ROOT / "README.md", "captioner scenes", "captioner register --evaluations judged --champion")
+STAGES = of_block(ROOT / "README.md", "captioner scenes", "captioner register --evaluations judged-other")
 SECOND = of_block(ROOT / "docs" / "training.md", "captioner train --data data --output out2", "captioner train")
 
 
