@@ -54,7 +54,7 @@ def caption_pictures(
         captioned = caption(shard=shard)
         place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), cpu=4, memory=16, hours=12, retries=4)
         on_gpu(captioned, gpu)
-    merged = merge(folders=dsl.Collected(captioned.output))
+    merged = merge(plans=dsl.Collected(captioned.output))
     place(merged, "Merge", secret=secret, keys=BUCKET, memory=4)
     return planned
 

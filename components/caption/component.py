@@ -7,10 +7,10 @@ from components import MODEL
 
 @dsl.component(base_image=MODEL, install_kfp_package=False)
 def caption(shard: dict) -> str:
-    """Caption a shard of a plan, unless its file is there; return the plan's folder."""
+    """Caption a shard of a plan, unless its file is there; return the plan's reference."""
     from model_lib.batch.captions import caption_planned
     from model_lib.tracking.server import tracking_from_environment
 
     tracking_from_environment()
-    caption_planned(shard["folder"], int(shard["shard"]))  # in a document all numbers arrive as fractions
-    return shard["folder"]
+    caption_planned(shard["plan"], int(shard["shard"]))  # in a document all numbers arrive as fractions
+    return shard["plan"]

@@ -7,21 +7,21 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def merge(
-    folders: list,
+    plans: list,
     captions: dsl.Output[dsl.Artifact],
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Check the shards of a plan once they are captioned, each of which tells its folder; count what they hold."""
+    """Check the shards of a plan once they are captioned, each of which tells its plan; count what they hold."""
     from dataclasses import asdict
 
     from model_lib.batch.merging import merge as run
     from model_lib.batch.merging import summary_markdown
-    from model_lib.batch.planning import read_plan
+    from model_lib.batch.planning import referred
     from model_lib.storage import read_bytes, write_bytes, write_json
     from model_lib.tracking.server import tracking_from_environment
 
-    merged = run(read_plan(folders[0]))
+    merged = run(referred(plans[0]))
     write_json(captions.path, asdict(merged))
     captions.metadata.update(asdict(merged))
     write_bytes(report.path, read_bytes(merged.report))

@@ -7,18 +7,20 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int, options: dict) -> list[dict]:
-    """Write the plan; return the shards still to be captioned, each with its plan's folder.
+    """Write the plan; return the shards still to be captioned, each with its plan's reference.
 
     If none is left it is the first: kfp.local needs one.
     """
     from model_lib.batch.config import BatchConfig
     from model_lib.batch.planning import folder_of, resolved
     from model_lib.batch.planning import plan as run
+    from model_lib.holding import held
     from model_lib.tracking.server import tracking_from_environment
 
     tracking_from_environment()
     named = {"images": images, "output": output, "model": model}
     named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
     config = resolved(BatchConfig.from_options(**{**named, **options}))
-    made = run(config, folder_of(config))
-    return [{"folder": made.folder, "shard": shard} for shard in made.missing() or [0]]
+    with held(folder := folder_of(config)):
+        made = run(config, folder)
+    return [{"plan": made.reference, "shard": shard} for shard in made.missing() or [0]]

@@ -20,7 +20,7 @@ from model_lib import __version__, allowing, storage
 from model_lib.background import Background
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import Picture
-from model_lib.batch.planning import Plan, folder_of, read_plan
+from model_lib.batch.planning import Plan, folder_of, referred
 from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
 from model_lib.cores import cores
 from model_lib.errors import UserError, WorkError
@@ -142,15 +142,15 @@ def _reason(error: UserError | WorkError) -> str:
     return "missing" if isinstance(error, UserError) else "unreachable"
 
 
-def caption_planned(folder: str, index: int) -> None:
-    """Caption one shard of the plan in `folder`, unless its file is there.
+def caption_planned(reference: str, index: int) -> None:
+    """Caption one shard of the plan that `reference` means, unless its file is there.
 
     Raises:
-        UserError: the model is another than the one that the pictures were planned for.
+        UserError: the model is another than the one that the pictures were planned for, or the plan is out of date.
     """
-    made = read_plan(folder)
+    made = referred(reference)
     if index in made.missing():
-        if PurePosixPath(folder_of(made.config)).name != PurePosixPath(folder).name:
+        if PurePosixPath(folder_of(made.config)).name != PurePosixPath(made.folder).name:
             raise UserError(f"{made.config.model}: is another model than was planned with; start again")
         caption_shards(made, [index], load_model(made.config))
 

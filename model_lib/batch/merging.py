@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from model_lib import storage
-from model_lib.batch.planning import Plan
+from model_lib.batch.planning import Plan, remove_strangers
 from model_lib.batch.rows import ABOUT, read_shard
 from model_lib.errors import UserError, WorkError
 from model_lib.pages.page import render_page, thumbnail
@@ -58,6 +58,7 @@ def merge(made: Plan) -> Summary:
     Raises:
         WorkError: a shard is not captioned yet, or its file holds other pictures than were planned.
     """
+    remove_strangers(made)  # whoever reads all of the folder would find a picture twice
     # A listing may be behind, so that what it does not show is looked for itself.
     missing = [index for index in made.missing() if not storage.exists(made.captions(made.shards[index]))]
     if missing:

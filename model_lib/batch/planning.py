@@ -50,7 +50,7 @@ class Plan:
 
     def pictures(self, index: int) -> list[Picture]:
         """Return the pictures of a shard."""
-        uri = storage.join(self.folder, self.listing)
+        uri = self.reference
         fs, path = storage.filesystem(uri)
 
         def read() -> list[dict[str, Any]]:
@@ -64,6 +64,11 @@ class Plan:
             if len(pictures) != self.shards[index].pictures:
                 raise ValueError(f"row group {index} has {len(pictures)} pictures, not {self.shards[index].pictures}")
         return pictures
+
+    @property
+    def reference(self) -> str:
+        """The listing's URI, by which a pipeline's steps tell each other which plan they mean."""
+        return storage.join(self.folder, self.listing)
 
     def captions(self, shard: Shard) -> str:
         """Return the URI of a shard's captions."""
@@ -88,6 +93,15 @@ def read_plan(folder: str) -> Plan:
         except UserError as error:
             raise ValueError(str(error)) from error
         return made
+
+
+def referred(reference: str) -> Plan:
+    """Return the plan that a `reference` means; `UserError` if another run has planned in its folder since."""
+    folder, _, listing = reference.rpartition("/")
+    made = read_plan(folder)
+    if made.listing != listing:
+        raise UserError(f"{folder}: another run planned there since; start again once it has ended")
+    return made
 
 
 def resolved(config: BatchConfig) -> BatchConfig:
@@ -141,7 +155,7 @@ def plan(config: BatchConfig, folder: str) -> Plan:
     made = Plan(folder, config.to_dict(), listing, shards)
     document = {name: value for name, value in asdict(made).items() if name != "folder"}
     storage.write_json(storage.join(folder, "plan.json"), document)
-    _remove_strangers(made)
+    remove_strangers(made)
     return made
 
 
@@ -199,8 +213,8 @@ def _another_time(table: pa.Table) -> set[str]:
     return {uri for uri, error in pairs if error is not None and error.startswith(ANOTHER_TIME)}
 
 
-def _remove_strangers(made: Plan) -> None:
-    """Remove what plans before left: captions of shards that are no more, and their listings."""
+def remove_strangers(made: Plan) -> None:
+    """Remove what plans before left, or their steps since: captions of shards that are no more, and their listings."""
     captions = storage.join(made.folder, "captions")
     known = {shard.file for shard in made.shards}
     for name in storage.list_names(captions):

@@ -19,7 +19,7 @@ from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary, merge
-from model_lib.batch.planning import Plan, folder_of, plan, read_plan, resolved
+from model_lib.batch.planning import Plan, folder_of, plan, referred, resolved
 from model_lib.batch.rows import ABOUT, FIELDS
 from model_lib.errors import WorkError
 from tests.attacks.killed import killed
@@ -106,7 +106,7 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
         return original(uri, *options)
 
     monkeypatch.setattr("model_lib.storage.read_bytes", forbidden)  # root may read everything
-    caption_planned(made.folder, 0)
+    caption_planned(made.reference, 0)
     summary = merge(made)
     assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
     assert (summary.pictures, summary.ok) == (13, 9)
@@ -243,27 +243,47 @@ def test_other_weights_in_the_place_of_a_model_are_another_model(
     assert [row["score"] for row in rows(first)] != [row["score"] for row in rows(second)]
     assert batch(config(pictures, tmp_path / "out", model)).captions == second.captions
     with pytest.raises(UserError, match="best: is another model than was planned with; start again"):
-        caption_planned(made.folder, 0)
+        caption_planned(made.reference, 0)
 
 
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the pipeline does it: each step knows only the plan's folder and the number of its shard."""
+    """As the pipeline does it: each step knows only the plan's reference and the number of its shard."""
     whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
     made = planned(config(scenes / "val2017", tmp_path / "apart", saved_model))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
         merge(made)
     for index in made.missing():
-        caption_planned(made.folder, index)
-    apart = merge(read_plan(made.folder))
+        caption_planned(made.reference, index)
+    apart = merge(referred(made.reference))
     assert (apart.pictures, apart.ok) == (whole.pictures, whole.ok) == (12, 12)
     assert [row["caption"] for row in rows(apart)] == [row["caption"] for row in rows(whole)]
 
     monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
-    caption_planned(made.folder, 0)
+    caption_planned(made.reference, 0)
     with pytest.raises(UserError, match=r"gone/plan\.json: no such file"):
-        caption_planned(str(tmp_path / "gone"), 0)
+        caption_planned(str(tmp_path / "gone" / made.listing), 0)
+
+
+def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
+    pictures: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    """Two pipelines on one output: neither works on the other's plan, and no picture is captioned in two files."""
+    options = config(pictures, tmp_path / "out", saved_model)
+    first = planned(options)
+    late = first.captions(first.shards[0])
+    min(pictures.iterdir()).unlink()
+    second = planned(options)
+    for step in (lambda: caption_planned(first.reference, 0), lambda: referred(first.reference)):
+        with pytest.raises(UserError, match="another run planned there since; start again once it has ended"):
+            step()
+    for index in second.missing():
+        caption_planned(second.reference, index)
+    shutil.copy(second.captions(second.shards[-1]), late)  # a step of the first that had begun before
+    summary = merge(referred(second.reference))
+    found = [row["uri"] for row in rows(summary)]
+    assert len(found) == len(set(found)) == summary.pictures == len(list(pictures.iterdir()))
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
