@@ -1,6 +1,7 @@
 """Folders of other stores: what is in them, and copies of their files here, for what can read local files alone."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -126,18 +127,29 @@ def local_folder(uri: str) -> str:
 def cached(identity: list[Any], fetch: Callable[[Path], None]) -> Path:
     """Return a folder of the cache, `$XDG_CACHE_HOME/captioner`, filled by `fetch` unless it is there.
 
+    Processes that want the same folder wait for the one that fetches it.
+
     Args:
         identity: what the folder's content follows from, as JSON.
         fetch: fills the folder that it is given, which is kept whole or not at all.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
-    target = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=cache))
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    target = cache / key
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with Path(cache, f".lock-{key}").open("w") as lock:
+        with contextlib.suppress(OSError):  # a network's disk without locks: each fetches for itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in cache.glob(f".part-{key}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        if target.exists():
+            return target
+        part = Path(tempfile.mkdtemp(prefix=f".part-{key}-", dir=cache))
         try:
             fetch(part)
-            with contextlib.suppress(OSError):  # another process may have finished the same folder first
+            with contextlib.suppress(OSError):  # without locks another may have been first
                 part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
