@@ -9,6 +9,7 @@ from model_lib.errors import UserError
 from model_lib.registry.registry import CHAMPION, REPLACED, champion_version
 from model_lib.registry.turns import DECISION, REASON
 from model_lib.tracking.model_uris import MODEL
+from model_lib.tracking.sending import asked
 from model_lib.tracking.server import Tracking, require_mlflow
 
 ROLLED_BACK = "rolled_back"
@@ -46,17 +47,24 @@ class Version:
 def list_versions(tracking: Tracking) -> list[Version]:
     """Return the registered versions, newest first."""
     import mlflow
+
+    uri = require_mlflow(tracking).uri
+    client = mlflow.MlflowClient(uri)
+    aliases = asked(uri, lambda: _aliases(client))
+    found = [_version(one, aliases) for one in client.search_model_versions(f"name = '{MODEL}'")]
+    return sorted(found, key=lambda one: int(one.version), reverse=True)
+
+
+def _aliases(client: Any) -> dict[str, str]:
+    """Return the aliases of the registered model, each with its version; none if there is no such model yet."""
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient(require_mlflow(tracking).uri)
     try:
-        aliases = client.get_registered_model(MODEL).aliases
+        return dict(client.get_registered_model(MODEL).aliases)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return []
-    found = [_version(one, aliases) for one in client.search_model_versions(f"name = '{MODEL}'")]
-    return sorted(found, key=lambda one: int(one.version), reverse=True)
+        return {}
 
 
 def _version(found: Any, aliases: dict[str, str]) -> Version:
@@ -130,7 +138,7 @@ def rollback(tracking: Tracking) -> RolledBack:
 
     uri = require_mlflow(tracking).uri
     client = mlflow.MlflowClient(uri)
-    present = champion_version(uri)
+    present = asked(uri, lambda: champion_version(uri))
     if present is None:
         raise UserError(f"models:/{MODEL}@{CHAMPION}: there is no champion at {uri}; register a model first")
     before = client.get_model_version(MODEL, present).tags.get(REPLACED)

@@ -1,13 +1,14 @@
 """What `models:/…` means: a version or an alias in MLflow's model registry, and the captioner's files behind it."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from model_lib.copies import cached
-from model_lib.errors import UserError, WorkError, first_line
+from model_lib.errors import UserError, WorkError
+from model_lib.tracking.sending import answered, reason
 
-if TYPE_CHECKING:
-    from mlflow.exceptions import MlflowException
+_Answer = TypeVar("_Answer")
 
 MODEL = "captioner"
 """The registered model."""
@@ -27,9 +28,6 @@ def pin_version(source: str) -> str:
         UserError: the registry has none, or the URI means another version at another time, as `models:/NAME/latest`.
         WorkError: the registry fails.
     """
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
     if not source.startswith("models:/"):
         return source
     if "@" not in source:
@@ -38,31 +36,32 @@ def pin_version(source: str) -> str:
             raise UserError(f"{source}: {version!r} is no version; use models:/{name}/1, or models:/{name}@champion")
         return source
     name, alias = source.removeprefix("models:/").split("@", 1)
-    try:
-        return f"models:/{name}/{mlflow.MlflowClient().get_model_version_by_alias(name, alias).version}"
-    except MlflowException as error:
-        raise _failed(source, error) from error
+    return f"models:/{name}/{_asked(source, lambda client: client.get_model_version_by_alias(name, alias)).version}"
 
 
 def require_version(source: str) -> None:
     """Raise `UserError` unless the registry has the model of a `models:/…` URI."""
+    name, _, version = pin_version(source).removeprefix("models:/").partition("/")
+    _asked(source, lambda client: client.get_model_version(name, version))
+
+
+def _asked(source: str, question: Callable[[Any], _Answer]) -> _Answer:
+    """Return what the registry answers to a question about a model, which is given MLflow's client.
+
+    Raises:
+        UserError: it has no such model.
+        WorkError: it fails itself.
+    """
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    name, _, version = pin_version(source).removeprefix("models:/").partition("/")
+    uri = mlflow.get_tracking_uri()
     try:
-        mlflow.MlflowClient().get_model_version(name, version)
+        return answered(uri, lambda: question(mlflow.MlflowClient()))
     except MlflowException as error:
-        raise _failed(source, error) from error
-
-
-def _failed(source: str, error: "MlflowException") -> UserError | WorkError:
-    """Return what to raise for what the registry says of a model: it has none, or it fails itself."""
-    import mlflow
-
-    if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-        return UserError(f"{source}: not in the model registry at {mlflow.get_tracking_uri()}; register a model first")
-    return WorkError(f"{source}: MLflow at {mlflow.get_tracking_uri()}: fails: {first_line(error)}")
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UserError(f"{source}: not in the model registry at {uri}; register a model first") from error
+        raise WorkError(f"{source}: MLflow at {uri}: fails: {reason(error)}") from error
 
 
 def download_model(source: str) -> str:
@@ -70,14 +69,10 @@ def download_model(source: str) -> str:
 
     That of a server is kept in the cache (see `copies.cached`), whole, until it is removed from there.
     """
-    from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
     from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
-    try:
-        files = ModelsArtifactRepository(source).repo
-    except MlflowException as error:
-        raise _failed(source, error) from error
+    files = _asked(source, lambda _: ModelsArtifactRepository(source).repo)
     folder = Path(files.artifact_dir) if isinstance(files, LocalArtifactRepository) else _kept(files)
     captioner = captioner_in(folder)
     if captioner is None:

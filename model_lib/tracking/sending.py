@@ -44,11 +44,16 @@ def impatient() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def answered(uri: str, action: Callable[[], _Answer]) -> _Answer:
+    """Return what `action` has from the server at `uri`; what that fails with is raised within seconds."""
+    with impatient():
+        return ask_again(printable(f"MLflow at {uri}"), action, _passing, AT_START)
+
+
 def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
     """Return what `action` has from the server at `uri`; `WorkError` within seconds if it does not answer."""
     try:
-        with impatient():
-            return ask_again(printable(f"MLflow at {uri}"), action, _passing, AT_START)
+        return answered(uri, action)
     except Exception as error:
         raise WorkError(
             f"MLflow at {uri}: fails ({reason(error)}); see to the server or to MLFLOW_TRACKING_URI and start again: "
