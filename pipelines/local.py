@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from model_lib import storage
 from model_lib.errors import UserError, WorkError
 
 PASSED = (
@@ -29,6 +28,8 @@ PASSED = (
     "WEBHOOK_URL",
 )
 """Beginnings of the environment variables that containers see; on a cluster most come from the secret."""
+MADE = ("candidates", "captions", "data", "mlartifacts", "mlflow.db", "pipeline")
+"""What steps write in the working directory."""
 
 
 def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: str) -> Path:
@@ -64,6 +65,14 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
     return made
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
 def _without_retries(pipeline: Any) -> Any:
     """Return the pipeline without its retries: here the cause does not go away by waiting, and somebody is waiting."""
     spec = pipeline.pipeline_spec
@@ -76,7 +85,8 @@ def _without_retries(pipeline: Any) -> Any:
 def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
     """Return the runner that starts each step in its image: with a read-only root, and never as root.
 
-    The working directory and the inputs are mounted in their own places, so that paths mean the same inside.
+    The working directory and what the arguments name are mounted in their own places: paths mean the same inside. As
+    root, steps run as the working directory's owner, who gets what captioner has made there.
     """
     import docker
     from kfp import local
@@ -92,24 +102,26 @@ def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
         raise UserError(f"runner docker: image {image} is not on this machine; build it with make images") from error
     except docker.errors.DockerException as error:
         raise UserError(f"runner docker: no Docker engine answers: {error}") from error
-    inputs = {arguments.get(name) or "" for name in ("data_dataset", "caption_images")}
-    outside = {place for place in inputs if storage.is_local(place) and Path(place).is_absolute()}
+    outside = {place for place in _texts(arguments) if place.startswith("/") and not Path(place).is_relative_to(work)}
     mounts = [
         docker.types.Mount(place, place, type="bind", read_only=True)
         for place in sorted(outside)
-        if not Path(place).is_relative_to(work)
+        if Path(place).exists()
     ]
     mounts.append(docker.types.Mount(str(work), str(work), type="bind"))
     mounts.append(docker.types.Mount("/tmp", None, type="volume"))  # a fresh one a step
-    user = os.getuid() or USER
-    if user != os.getuid():
-        for place in (work, *work.rglob("*")):
-            os.chown(place, user, user, follow_symlinks=False)
+    user, group = os.getuid(), os.getgid()
+    if user == 0:
+        owner = work.stat()
+        user, group = owner.st_uid or USER, owner.st_gid or USER
+        made = [place for name in MADE for place in (work / name, *(work / name).rglob("*")) if place.exists()]
+        for place in (work, *made):
+            os.chown(place, user, group, follow_symlinks=False)
     return local.DockerRunner(
         mounts=mounts,
         environment={name: value for name, value in os.environ.items() if name.startswith(PASSED)},
         network_mode="host",  # a tracking server on this machine is at the same address inside
-        user=f"{user}:{os.getgid() or USER}",
+        user=f"{user}:{group or USER}",
         read_only=True,
         shm_size="1g",
     )

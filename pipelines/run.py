@@ -26,6 +26,9 @@ from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
 from pipelines.summary import read_summary, summary_lines
 
+MODELS = ("vision", "decoder", "tokenizer", "start")
+"""Training options that name models."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(StageConfig):
@@ -141,7 +144,13 @@ def _validation_pictures(dataset: str, work: Path) -> str:
 
 def _common(config: RunConfig) -> dict[str, Any]:
     """Return the training options of all candidates."""
-    return {name: getattr(config, name) for name in ("preset", "vision", "decoder", "tokenizer", "epochs")}
+    return _absolute({name: getattr(config, name) for name in ("preset", "vision", "decoder", "tokenizer", "epochs")})
+
+
+def _absolute(options: dict[str, Any]) -> dict[str, Any]:
+    """Return training options with the local folders among their models named as a container finds them, too."""
+    given = {name: options[name] for name in MODELS if options.get(name)}
+    return {**options, **{name: storage.absolute(model) for name, model in given.items() if Path(model).is_dir()}}
 
 
 def _candidates(config: RunConfig) -> list[dict[str, Any]]:
@@ -155,4 +164,4 @@ def _candidates(config: RunConfig) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise UserError(f"candidates: is not JSON: {error}") from error
     check_candidates(candidates, **_common(config))
-    return candidates
+    return [_absolute(candidate) for candidate in candidates]

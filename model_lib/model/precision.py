@@ -5,11 +5,16 @@ from typing import Any
 
 import torch
 
+from model_lib.cores import cores
 from model_lib.errors import UserError
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the named device, or the best present one for "auto"; `UserError` if it is not there."""
+    """Return the named device, or the best present one for "auto"; `UserError` if it is not there.
+
+    Torch starts a thread for each core of the machine; from here on, none beyond those that a container may use.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def engine() -> Any:
     return client
 
 
-def inside(image: str, *command: str) -> str:
+def inside(image: str, *command: str, limits: Sequence[str] = ()) -> str:
     """Run a command as the pipelines' steps run, and return what it printed."""
-    options = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", image]
+    options = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", *limits, image]
     return subprocess.run(["docker", "run", *options, *command], check=True, capture_output=True, text=True).stdout
 
 
@@ -60,8 +61,10 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
 
 @pytest.mark.usefixtures("engine")
 def test_a_step_works_on_as_many_cores_as_its_limit_leaves() -> None:
-    command = ["docker", "run", "--rm", "--network", "none", "--cpus", "1", CORE, "captioner", "info", "--json"]
-    assert json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["cpus"] == 1
+    one = ("--cpus", "1")
+    assert json.loads(inside(CORE, "captioner", "info", "--json", limits=one))["cpus"] == 1
+    torchs = "import torch; from model_lib.model.precision import choose_device; choose_device('auto')"
+    assert inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=one) == "1\n"
 
 
 def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
@@ -116,6 +119,7 @@ class Watched:
 def test_both_pipelines_in_containers(
     engine: Any,
     scenes: Path,
+    saved_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
@@ -141,14 +145,18 @@ def test_both_pipelines_in_containers(
         def run(pipeline: Any, arguments: dict[str, Any], name: str) -> None:
             monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
             (tmp_path / name).mkdir()
+            (tmp_path / name / "mine").write_text("of somebody else")
             run_locally(pipeline, arguments, tmp_path / name, "docker")
+            assert (tmp_path / name / "mine").stat().st_uid == os.getuid(), "only captioner's own files change hands"
 
+        saved_model.chmod(0o755)
         watched = Watched(engine)
         arguments = {
             "data_dataset": "gs://b/scenes",
             "data_output": "gs://b/data",
             "train_checkpoint_uri": "gs://b/candidates",
-            "train_candidates": [{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}],
+            # One of them goes on from a folder of this machine, which the containers' user may read.
+            "train_candidates": [{"name": "slow", "learning_rate": 1e-6, "start": str(saved_model)}, {"name": "fast"}],
             "train_preset": "tiny",
             "train_epochs": 2,
             "eval_num_beams": 1,
