@@ -51,7 +51,7 @@ def _value(kind: Any, value: Any, place: str) -> Any:
     if kind is int and (not isinstance(value, int) or isinstance(value, bool) or not -LARGEST <= value < LARGEST):
         raise TypeError(f"{place} is {value!r:.60}, not a whole number of 64 bits")
     if kind is str:
-        _of(str, value, place).encode()  # halves of characters can be in no file's name and on no page
+        _of(str, value, place).encode()  # lone surrogates can be in no file's name and on no page
     return value
 
 

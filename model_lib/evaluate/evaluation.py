@@ -17,7 +17,7 @@ from model_lib.evaluate.gallery import to_show
 from model_lib.evaluate.judgement import FEW_PICTURES, Evaluation, Judgement, Pictures, View
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.holding import held
-from model_lib.ingest.annotations import HALVES, read_captions
+from model_lib.ingest.annotations import SURROGATES, read_captions
 from model_lib.ingest.places import pictures_at
 from model_lib.model.config import DecodeConfig
 from model_lib.pages.page import thumbnail
@@ -157,7 +157,7 @@ def read_results(uri: str) -> dict[int, str]:
                 raise TypeError(f"image_id {image_id!r:.60} with caption {caption!r:.60}")
             if image_id in captions:
                 raise UserError(f"{uri}: image_id {image_id} occurs twice")
-            captions[image_id] = HALVES.sub("", caption)
+            captions[image_id] = SURROGATES.sub("", caption)
     except (KeyError, TypeError) as error:
         raise UserError(
             f'{uri}: is not COCO results ({type(error).__name__}: {error}); expected [{{"image_id", "caption"}}]'

@@ -21,8 +21,8 @@ from model_lib.ingest.tables import TABLES, read_table
 LONGEST_CAPTION = 1000
 """Characters of a caption; a longer one is no caption of a picture."""
 CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
-"""Control characters that are no spaces, and halves of characters, which no file can hold."""
-HALVES = re.compile("[\ud800-\udfff]")
+"""Control characters that are no spaces, and lone surrogates, which no file can hold."""
+SURROGATES = re.compile("[\ud800-\udfff]")
 KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 """Karpathy's splits, and where their pictures go."""
 
@@ -66,7 +66,8 @@ class Listing:
         self.rejected.append(Rejected(CONTROL.sub("?", name), reason, CONTROL.sub("?", detail)))
 
     def add(self, image_id: int, name: str, split: str, place: Place, texts: list[str]) -> None:
-        """Add a picture, or say why it cannot be used."""
+        """Add a picture, or say why it cannot be used; `UserError` if it would be read from outside its folder."""
+        _require_inside(self.names[-1], image_id, name)
         if CONTROL.search(name):
             self.reject(name, "bad_name", f"image id {image_id}: its file name has control characters: {name!a}")
             return
@@ -106,8 +107,8 @@ def read_captions(uri: str) -> tuple[list[tuple[int, str]], dict[int, list[str]]
     images, notes = _read_coco(uri)
     captions: dict[int, list[str]] = {image_id: [] for image_id, _ in images}
     for image_id, texts in notes.items():
-        captions[image_id] = [line for text in texts if (line := " ".join(HALVES.sub("", text).split()))]
-    return [(image_id, HALVES.sub("?", name)) for image_id, name in images], captions
+        captions[image_id] = [line for text in texts if (line := " ".join(SURROGATES.sub("", text).split()))]
+    return [(image_id, SURROGATES.sub("?", name)) for image_id, name in images], captions
 
 
 def _read_coco(uri: str) -> tuple[list[tuple[int, str]], dict[int, list[str]]]:
@@ -177,8 +178,6 @@ def _require_inside(uri: str, image_id: int, name: str) -> None:
 def _add_coco(listing: Listing, uri: str, place: Place, split: str) -> None:
     """Add what a COCO captions file lists, by image id."""
     images, captions = _read_coco(uri)
-    for image_id, name in images:
-        _require_inside(uri, image_id, name)
     seen = set()
     for image_id, name in sorted(images):
         if image_id in seen:
@@ -211,7 +210,6 @@ def _add_karpathy(listing: Listing, uri: str, places: Place | Mapping[int, tuple
             for image in images:
                 image_id = _integer(image["cocoid"] if "cocoid" in image else image["imgid"])
                 name = "/".join(filter(None, [_text(image.get("filepath", "")), _text(image["filename"])]))
-                _require_inside(uri, image_id, name)
                 if image["split"] not in KARPATHY:
                     raise UserError(
                         f"{uri}: image {image_id} is of split {image['split']!r}, not {', '.join(KARPATHY)}"
@@ -249,7 +247,6 @@ def _add_table(listing: Listing, uri: str, place: Place, split: str) -> None:
         for name in captions
     }
     for name in sorted(captions, key=lambda name: ids[name]):
-        _require_inside(uri, ids[name], name)
         where = split if split != "auto" else _auto_split(ids[name])
         listing.add(ids[name], name, where, place, captions.pop(name))
 

@@ -169,6 +169,21 @@ def test_training_on_train2017_and_judging_on_karpathys_test_is_a_leak(
     require_apart(whole, whole, "val")  # the ids are the same, the pictures are not
 
 
+def test_names_that_leave_the_folder_are_refused_in_cocos_lists_under_karpathys_too(
+    scenes: Path, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "coco"
+    shutil.copytree(scenes, dataset)
+    coco = dataset / "annotations" / "captions_train2017.json"
+    document = json.loads(coco.read_text())
+    document["images"][0]["file_name"] = str(scenes / "train2017" / document["images"][0]["file_name"])
+    coco.write_text(json.dumps(document))
+    coco.with_name("captions_val2017.json").write_text('{"images": [], "annotations": []}')  # its ids are the same
+    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
+    with pytest.raises(UserError, match="leaves the image folder"):
+        ingest(IngestConfig(dataset=str(dataset), karpathy=str(listed), output=str(tmp_path / "out")))
+
+
 def test_karpathys_list_given_as_annotations_is_named(scenes: Path, tmp_path: Path) -> None:
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
     with pytest.raises(UserError, match="give it as --karpathy"):
