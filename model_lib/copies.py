@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -32,7 +33,7 @@ def find(uri: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
     """
     fs, path = storage.filesystem(uri)
     try:
-        return storage.patiently(uri, lambda: _find(fs, path, depth))
+        return storage.retrying(uri, lambda: _find(fs, path, depth))
     except OSError as error:
         where = storage.encodable(str(error.filename or uri))
         said = f"{where}: cannot be listed: {error.strerror or first_line(error)}; let it be read, and start again"
@@ -48,7 +49,7 @@ def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dic
     own = type(fs)._find is not AsyncFileSystem._find if fs.async_impl else type(fs).find is not AbstractFileSystem.find
     if own:
         return dict(fs.find(path, maxdepth=depth, detail=True))
-    found, folders = {}, [(path, 1)]
+    found, folders, linked = {}, [(path, 1)], {os.path.realpath(path)}
     while folders:
         folder, level = folders.pop()
         try:
@@ -56,11 +57,28 @@ def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dic
         except FileNotFoundError:  # removed since the folder above was listed
             continue
         for info in infos:
+            if info.get("islink"):
+                info = _followed(info)
+                if info["type"] == "directory":
+                    if info["destination"] in linked or Path(folder).resolve().is_relative_to(info["destination"]):
+                        continue  # a circle
+                    linked.add(info["destination"])
             if info["type"] != "directory":
                 found[info["name"]] = info
             elif level != depth:
                 folders.append((info["name"], level + 1))
     return found
+
+
+def _followed(info: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of a link's target, by the link's name; of a broken link, what is known of itself."""
+    try:
+        target = os.stat(info["name"])
+    except OSError:
+        return info
+    kind = "directory" if stat.S_ISDIR(target.st_mode) else "file"
+    real = os.path.realpath(info["name"])
+    return {**info, "type": kind, "size": target.st_size, "mtime": target.st_mtime, "destination": real}
 
 
 def _fetch(uri: str, names: Iterable[str], target: Path) -> None:
@@ -72,7 +90,7 @@ def _fetch(uri: str, names: Iterable[str], target: Path) -> None:
             raise UserError(f"{uri}: holds {name}, which leaves the folder; remove it there")
         local = target / below
         local.parent.mkdir(parents=True, exist_ok=True)
-        storage.patiently(uri, functools.partial(fs.get_file, name, str(local)))
+        storage.retrying(uri, functools.partial(fs.get_file, name, str(local)))
 
 
 @contextlib.contextmanager
@@ -104,7 +122,7 @@ def local_file(uri: str) -> Iterator[Path]:
     os.close(handle)
     try:
         with storage.one_line(uri):
-            storage.patiently(uri, lambda: fs.get_file(path, copy))
+            storage.retrying(uri, lambda: fs.get_file(path, copy))
         yield Path(copy)
     finally:
         os.unlink(copy)

@@ -4,10 +4,10 @@ What cannot be shown is a `PictureError` with a reason from a short list, so tha
 counted and reported while the others go on.
 """
 
+import contextlib
 import io
-import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,8 +22,6 @@ MAX_PIXELS = 128 * 1024 * 1024
 """Pictures with more pixels are refused: decoding one would need more than half a gigabyte."""
 LARGEST_FILE = 256 * 2**20
 """Bytes of a file from which it is not read, nor inflated from an archive."""
-SMALLEST_CROP = 0.85
-"""Side of the smallest crop in training, as a share of the shorter side: what a caption names stays in sight."""
 
 
 class PictureError(Exception):
@@ -39,19 +37,19 @@ class PictureError(Exception):
         self.detail = detail
 
 
-def read_picture(uri: str, patience: float | None = 0.0) -> bytes:
+def read_picture(uri: str, retry_seconds: float | None = 0.0) -> bytes:
     """Return the bytes of a picture's file.
 
     Args:
         uri: path, URI or address.
-        patience: seconds for which a store that fails is asked again; None: as long as a stage's own files.
+        retry_seconds: seconds for which a store that fails is asked again; None: as long as a stage's own files.
 
     Raises:
         UserError: it is missing, or no file.
         WorkError: its store or server failed.
         PictureError: it is too large to be a picture, which is not read to its end.
     """
-    content = storage.read_bytes(uri, LARGEST_FILE, patience)
+    content = storage.read_bytes(uri, LARGEST_FILE, retry_seconds)
     require_readable(len(content))
     return content
 
@@ -76,15 +74,36 @@ def open_picture(content: bytes) -> Image.Image:
     """
     if not content:
         raise PictureError("empty", "the file has no bytes")
+    with _damage():
+        image = Image.open(io.BytesIO(content), formats=_formats())
+        return _upright_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a Pillow image as `open_picture` returns its file; the image itself stays as it is.
+
+    Raises:
+        PictureError: its file is damaged, or it has more than `MAX_PIXELS`.
+    """
+    with _damage():
+        return _upright_rgb(image.copy())
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise PictureError("too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Raise what Pillow says of a damaged or hostile file as a `PictureError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a bomb is refused below; other warnings are no news to the user
-            image = Image.open(io.BytesIO(content), formats=_formats())
-            if image.width * image.height > MAX_PIXELS:
-                raise PictureError("too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            yield
     except Image.DecompressionBombError as error:
         raise PictureError("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -142,33 +161,6 @@ def to_pixels(image: Image.Image, size: int) -> np.ndarray:
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-"""Words that are wrong of a mirrored picture."""
-
-
-def augmented(image: Image.Image, size: int, captions: Iterable[str], rng: np.random.Generator) -> np.ndarray:
-    """Return a view of a picture that its captions stay true of: a large crop, mirrored half of the time.
-
-    A picture is not mirrored if a caption says left or right. Colours stay as they are, since captions name them.
-
-    Args:
-        image: RGB, any size.
-        size: side of the result in pixels.
-        captions: of the picture.
-        rng: decides; the same state gives the same view.
-
-    Returns:
-        uint8 [3, size, size].
-    """
-    side = min(image.size) * rng.uniform(SMALLEST_CROP, 1)
-    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    pixels = np.asarray(view).transpose(2, 0, 1)
-    if rng.random() < 0.5 and not any(SIDED.search(caption) for caption in captions):
-        pixels = pixels[:, :, ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 def is_picture(content: bytes) -> bool:

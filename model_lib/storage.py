@@ -20,7 +20,7 @@ import fsspec
 
 from model_lib.allowing import web_session
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.patience import ask_again
+from model_lib.retries import retry, status_may_pass
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # and this, which rights it tried before it found some
@@ -36,16 +36,16 @@ MISTAKES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationErr
 """Exceptions of botocore for what is not set up, or cannot be a bucket's name."""
 
 
-def patiently(uri: str, action: Callable[[], _ANSWER], patience: float | None = None) -> _ANSWER:
+def retrying(uri: str, action: Callable[[], _ANSWER], retry_seconds: float | None = None) -> _ANSWER:
     """Return what `action` does with the store of `uri`, asked again after growing pauses while the store fails.
 
-    What will not pass (a missing file, a full disk, a right that is not given) is raised at once. `patience` is in
-    seconds; by default that of `ask_again`.
+    What will not pass (a missing file, a full disk, a right that is not given) is raised at once. Without
+    `retry_seconds` it is asked for as long as `retry` does.
     """
     if is_local(uri):
         return action()
     try:
-        return ask_again(uri, action, may_pass, patience)
+        return retry(uri, action, may_pass, retry_seconds)
     except (OSError, ValueError, UserError, WorkError):
         raise
     except Exception as error:  # each driver has exceptions of its own
@@ -60,7 +60,7 @@ def may_pass(error: Exception) -> bool:
         return False
     status = getattr(error, "code", None) or getattr(error, "status", None)
     if isinstance(status, int):
-        return status in (408, 429) or status >= 500
+        return status_may_pass(status)
     if isinstance(error, OSError):
         of_this_machine = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
         return error.errno not in of_this_machine and not str(error).startswith("Forbidden")  # gcsfs's 403
@@ -107,21 +107,21 @@ def join(base: str, *parts: str) -> str:
 
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return patiently(uri, lambda: bool(fs.exists(path)))
+    return retrying(uri, lambda: bool(fs.exists(path)))
 
 
 def is_folder(uri: str) -> bool:
     fs, path = filesystem(uri)
-    return patiently(uri, lambda: bool(fs.isdir(path)))
+    return retrying(uri, lambda: bool(fs.isdir(path)))
 
 
-def read_bytes(uri: str, most: int | None = None, patience: float | None = None) -> bytes:
+def read_bytes(uri: str, most: int | None = None, retry_seconds: float | None = None) -> bytes:
     """Return the content of `uri`, or the start of a longer one.
 
     Args:
         uri: path or URI.
         most: bytes beyond which no more than one is read, whatever a store says of the size.
-        patience: seconds for which a store that fails is asked again; by default those of `ask_again`.
+        retry_seconds: seconds for which a store that fails is asked again; by default those of `retry`.
 
     Raises:
         UserError: it is missing, a folder, a device or not readable.
@@ -133,7 +133,7 @@ def read_bytes(uri: str, most: int | None = None, patience: float | None = None)
         with one_line(uri):
             return bytes(fs.cat_file(path)) if most is None else _start(fs, path, most + 1)
 
-    return patiently(uri, read, patience)
+    return retrying(uri, read, retry_seconds)
 
 
 def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
@@ -203,7 +203,7 @@ def whole_file(uri: str) -> Any:
                 os.fsync(written.fileno())  # or a machine that loses its power leaves an empty file under the name
             os.replace(part, path)
         else:
-            patiently(uri, lambda: fs.put_file(part, path))
+            retrying(uri, lambda: fs.put_file(part, path))
     except Exception as error:
         if not disk_is_full(error):
             raise
@@ -236,7 +236,7 @@ def require_writable(folder: str) -> None:
     """Raise `UserError` now if files cannot be written under `folder`, rather than after an hour of work."""
     if encodable(absolute(folder)) != absolute(folder):
         raise UserError(f"{encodable(absolute(folder))}: is not UTF-8, and JSON cannot hold it; choose another output")
-    probe = join(folder, f".write-test-{os.getpid()}")
+    probe = join(folder, f".part-{os.getpid()}-test")  # where a kill leaves it, the next run removes it as any other
     try:
         write_bytes(probe, b"")
         remove(probe)
@@ -245,16 +245,14 @@ def require_writable(folder: str) -> None:
 
 
 def require_room(folder: str, need: int, what: str) -> None:
-    """Raise `UserError` if the local `folder` cannot grow to `need` bytes for `what`; other stores are not asked."""
-    path = Path(filesystem(folder)[1])
-    if not is_local(folder) or not path.is_dir():
+    """Raise `UserError` if a local `folder` has no room for `need` more bytes of `what`; other stores are not asked."""
+    if not is_local(folder):
         return
-    there = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(path).free
-    if need > there + free:
+    free = shutil.disk_usage(filesystem(folder)[1]).free
+    if need > free:
         raise UserError(
-            f"{folder}: needs {need / 1e9:.2f} GB for {what}, and {free / 1e9:.2f} GB are free besides the "
-            f"{there / 1e9:.2f} GB there; choose another output, or keep fewer"
+            f"{folder}: needs {need / 1e9:.2f} GB more for {what}, and {free / 1e9:.2f} GB are free; make room there, "
+            "or choose another folder"
         )
 
 
@@ -266,7 +264,7 @@ def remove(uri: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             fs.rm(path, recursive=True)
 
-    patiently(uri, act)
+    retrying(uri, act)
 
 
 def list_names(uri: str) -> list[str]:
@@ -274,7 +272,7 @@ def list_names(uri: str) -> list[str]:
     fs, path = filesystem(uri)
     if not is_folder(uri):
         return []
-    names = (Path(entry).name for entry in patiently(uri, lambda: fs.ls(path, detail=False, refresh=True)))
+    names = (Path(entry).name for entry in retrying(uri, lambda: fs.ls(path, detail=False, refresh=True)))
     return sorted(name for name in names if not name.startswith("."))
 
 

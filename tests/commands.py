@@ -26,7 +26,7 @@ PRELOADED = [
     "model_lib.model.captioning",
     "model_lib.registry.registry",
 ]
-PATIENCE = 600.0
+TIMEOUT = 600.0
 """Seconds in which a command must end."""
 
 _processes = multiprocessing.get_context("forkserver")
@@ -45,10 +45,10 @@ def run(arguments: list[str], folder: Path, environment: dict[str, str], stdin: 
         streams[0].write_text(stdin)
         process = _processes.Process(target=_command, args=(arguments, folder, environment, streams))
         process.start()
-        process.join(PATIENCE)
+        process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
-            raise AssertionError(f"captioner {' '.join(arguments)}: has not ended after {PATIENCE:.0f} seconds")
+            raise AssertionError(f"captioner {' '.join(arguments)}: has not ended after {TIMEOUT:.0f} seconds")
         return CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in streams[1:]))
 
 

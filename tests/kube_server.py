@@ -119,6 +119,8 @@ class KubeServer:
         self.calls: list[str] = []
         self.steps = {"step": ("1234", "Running")}
         """The pods of a pipeline's steps: their uid and phase."""
+        self.forbidden = False
+        """Whether the steps' account may not make TrainJobs."""
         self.failing = 0
         """So many of the next requests are answered 503."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -151,7 +153,10 @@ class KubeServer:
             return {"kind": "APIResourceList", "groupVersion": "trainer.kubeflow.org/v1alpha1", "resources": []}
         jobs = f"{JOBS}/namespaces/kubeflow/trainjobs"
         if (method, path) == ("POST", jobs):
-            return self._create(checked(json.loads(body)))
+            if self.forbidden:
+                raise Refused(403, "trainjobs.trainer.kubeflow.org is forbidden")
+            document = checked(json.loads(body))
+            return document if query.get("dryRun") == "All" else self._create(document)
         if path.startswith(f"{jobs}/"):
             name = path.removeprefix(f"{jobs}/")
             if name not in self.jobs:

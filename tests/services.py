@@ -22,7 +22,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-PATIENCE = 120.0
+TIMEOUT = 120.0
 """Seconds in which a server must answer."""
 
 
@@ -40,7 +40,7 @@ def running(command: list[str], address: str, log: Path) -> Iterator[None]:
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while not _answers(address):
                 assert server.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)

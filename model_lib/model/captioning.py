@@ -21,7 +21,7 @@ from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
 from model_lib.model.tokens import decode_tokens
-from model_lib.pictures import EXTENSIONS, PictureError, open_picture, read_picture, to_pixels
+from model_lib.pictures import EXTENSIONS, PictureError, as_rgb, open_picture, read_picture, to_pixels
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,9 @@ def load_pixels(image: Any, size: int) -> np.ndarray:
     if isinstance(image, np.ndarray | torch.Tensor):
         image = _from_array(np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image))
     if isinstance(image, Image.Image):
-        return to_pixels(image.convert("RGB"), size)
+        return to_pixels(as_rgb(image), size)
+    if not isinstance(image, str | bytes | os.PathLike):
+        raise UserError(f"picture given as {type(image).__name__}: expected a path, URI, bytes, PIL image or array")
     content = image if isinstance(image, bytes) else read_picture(os.fspath(image))
     return to_pixels(open_picture(content), size)
 
@@ -163,7 +165,7 @@ def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> l
 
     Args:
         model: the captioner.
-        images: paths, URIs, addresses, bytes, PIL images, arrays or tensors: see `load_pixels`.
+        images: paths, URIs, addresses, bytes, PIL images, arrays or tensors: see `load_pixels`; or one path.
         options: those of `DecodeConfig`, `num_beams=5` for example.
 
     Raises:
@@ -172,7 +174,8 @@ def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> l
     """
     captions: list[Caption] = []
     config = DecodeConfig.from_options(**options)
-    for image, result in zip(images := list(images), caption_each(model, images, config), strict=True):
+    images = [images] if isinstance(images, str | bytes | os.PathLike) else list(images)
+    for image, result in zip(images, caption_each(model, images, config), strict=True):
         if not isinstance(result, list):
             raise UserError(f"{_name(image)}: {result}") if isinstance(result, PictureError) else result
         captions += result

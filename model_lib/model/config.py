@@ -15,7 +15,7 @@ class DecodeConfig(StageConfig):
     """Nucleus sampling: draw from the smallest set of tokens with this probability."""
     top_k: int | None = option(None, minimum=1)
     """Draw from this many most likely tokens."""
-    temperature: float | None = option(None, minimum=0)
+    temperature: float | None = option(None, minimum=0.001)
     """Divides the logits before drawing; below 1 safer, above 1 bolder."""
     length_penalty: float = 1.0
     """Exponent of the length by which a beam's score is divided."""
@@ -38,7 +38,6 @@ class DecodeConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.top_p is None or 0 < self.top_p <= 1, f"top_p: {self.top_p} is not above 0 and at most 1")
-        require(self.temperature is None or self.temperature > 0, f"temperature: {self.temperature} is not above 0")
         require(
             not (self.samples and self.num_beams > 1),
             "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or the other",

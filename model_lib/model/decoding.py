@@ -19,6 +19,9 @@ from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoder import CrossCache, SelfAttentionCache
 
+TRIES = 8
+"""Draws from all tokens before the nucleus is sorted out: at top_p 0.5 one row in 256 comes to it."""
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -148,8 +151,8 @@ def draw(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> Te
 
     The nucleus is the smallest set of most likely tokens whose probabilities reach `top_p` (Holtzman et al., 2020,
     "The Curious Case of Neural Text Degeneration"); tokens as likely as its last belong to it too. Instead of sorting
-    the vocabulary, a token is drawn from all and drawn again until it lies in the nucleus, which it does if those more
-    likely do not reach `top_p` without it.
+    the vocabulary, a token is drawn from all and drawn again until it lies in the nucleus: a token does if those more
+    likely than it sum to less than `top_p`. Where `TRIES` draws miss a small nucleus, the vocabulary is sorted.
     """
     if config.temperature is not None:
         logits = logits / config.temperature
@@ -160,16 +163,28 @@ def draw(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> Te
     cumulative = probs.cumsum(-1)
     drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     left = torch.arange(len(logits), device=logits.device)
-    while len(left):
+    for attempt in range(TRIES + 1):
+        if config.top_p is not None and attempt == TRIES:
+            probs = _nucleus(probs, config.top_p)
+            cumulative = probs.cumsum(-1)
         chance = torch.rand((len(left), 1), device=logits.device, generator=generator)
         # In (0, total]: a place before the first or between two equal sums would be a token of probability zero.
         token = torch.searchsorted(cumulative, (1 - chance) * cumulative[:, -1:])
-        drawn[left] = token[:, 0]
-        if config.top_p is None:
+        drawn[left] = token[:, 0].clamp_(max=logits.shape[-1] - 1)  # beyond it where a model's weights are no numbers
+        if config.top_p is None or attempt == TRIES:
             break
         again = ~_in_nucleus(probs, token, config.top_p)
         left, probs, cumulative = left[again], probs[again], cumulative[again]
+        if not len(left):
+            break
     return drawn
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Return probabilities [R, V] with zeros outside of each row's nucleus."""
+    ordered = probs.sort(-1, descending=True).values
+    size = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True)
+    return probs.masked_fill(probs < ordered.gather(-1, (size - 1).clamp_(min=0)), 0)
 
 
 def _in_nucleus(probs: Tensor, token: Tensor, top_p: float) -> Tensor:

@@ -56,6 +56,17 @@ def weights_digest(folder: str) -> str:
     return digest.hexdigest()
 
 
+def source_digest(source: str) -> str | None:
+    """Return the digest of a model's weights where others may take their place.
+
+    None for a registry's version, which never changes, and for a hub's name. Raises as `resolve_captioner`.
+    """
+    if source.startswith("models:/"):
+        return None
+    folder = resolve_captioner(source)
+    return weights_digest(folder) if Path(folder).is_dir() else None
+
+
 def lasting_source(source: str) -> str:
     """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
     if source.startswith("models:/"):

@@ -16,10 +16,10 @@ from model_lib import storage
 from model_lib.errors import UserError, first_line
 from model_lib.ingest.annotations import coco_2017
 from model_lib.presets import PRESETS
-from model_lib.train.config import TrainConfig
+from model_lib.steps.candidates import candidate_configs
 from model_lib.train.trainjob import require_trainer
 
-PATIENCE = 40.0
+TIMEOUT = 40.0
 """Seconds after which a check that has no answer counts as failed."""
 
 
@@ -48,10 +48,12 @@ class Needs:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
-def training_sources(
-    candidates: list[dict[str, Any]], preset: str, vision: str, decoder: str, tokenizer: str
-) -> tuple[list[str], list[str]]:
+def training_sources(candidates: list[dict[str, Any]], **common: Any) -> tuple[list[str], list[str]]:
     """Return the sources of the weights and of the tokenizers apart that the candidates start from.
+
+    Args:
+        candidates: each one's own options, over the common ones.
+        common: options of all candidates; empty strings stand for None.
 
     Raises:
         UserError: a candidate has an unknown option or one out of range, or no name of its own.
@@ -60,7 +62,7 @@ def training_sources(
     tokenizers: set[str] = set()
     if not candidates:
         return [], []
-    for config in check_candidates(candidates, preset=preset, vision=vision, decoder=decoder, tokenizer=tokenizer):
+    for config in candidate_configs(candidates, **common):
         parts = PRESETS[config.preset]
         if config.start is not None:
             weights.add(config.start)
@@ -68,27 +70,6 @@ def training_sources(
             weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
             tokenizers |= {config.tokenizer} if config.tokenizer else set()
     return sorted(weights), sorted(tokenizers)
-
-
-def check_candidates(candidates: Any, **common: Any) -> list[TrainConfig]:
-    """Return each candidate's configuration, its place left open; empty strings stand for None.
-
-    Raises:
-        UserError: an option is unknown or out of range, or two candidates have one name.
-    """
-    if not isinstance(candidates, list) or not candidates or not all(isinstance(c, dict) for c in candidates):
-        raise UserError('candidates: expected a JSON list of objects, [{"name": "a", "learning_rate": 1e-3}]')
-    configs = []
-    for candidate in candidates:
-        for fixed in ("data", "output"):
-            if fixed in candidate:
-                raise UserError(f"candidate {candidate}: {fixed} is set by the pipeline; leave it out")
-        options = {name: value for name, value in {**common, **candidate}.items() if value not in ("", None)}
-        configs.append(TrainConfig.from_options(**options, data="-", output="-"))
-    names = [config.name for config in configs]
-    if len(set(names)) < len(names):
-        raise UserError(f"candidates: each needs a name of its own, not {', '.join(names)}")
-    return configs
 
 
 def preflight(needs: Needs) -> None:
@@ -125,13 +106,13 @@ def preflight(needs: Needs) -> None:
 
     # Daemons, so that one which hangs does not keep the step from ending.
     threads = [threading.Thread(target=attempt, args=check, daemon=True) for check in checks]
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     problems += [
-        f"{name}: no answer within {PATIENCE:.0f} seconds" if name not in answers else answers[name] or ""
+        f"{name}: no answer within {TIMEOUT:.0f} seconds" if name not in answers else answers[name] or ""
         for name, _ in checks
     ]
     problems = [problem for problem in problems if problem]

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
 from model_lib.errors import WorkError, first_line, printable
-from model_lib.patience import ask_again
+from model_lib.retries import retry, status_may_pass
 from model_lib.tracking.runs import Point, Run
 
 log = logging.getLogger(__name__)
@@ -26,16 +26,16 @@ AT_ONCE = 500
 """Points; a server takes at most 1,000 a call."""
 AT_START = 10.0
 """Seconds for which a server that fails at the start is asked again: a wrong address is told at once."""
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+FAIL_FAST = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
+def failing_fast() -> Iterator[None]:
     """Let MLflow's client, which asks again for minutes, fail within seconds in the body, unless the user set it.
 
     It takes that from the environment alone.
     """
-    ours = {name: value for name, value in IMPATIENCE.items() if name not in os.environ}
+    ours = {name: value for name, value in FAIL_FAST.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
@@ -46,8 +46,8 @@ def impatient() -> Iterator[None]:
 
 def answered(uri: str, action: Callable[[], _Answer]) -> _Answer:
     """Return what `action` has from the server at `uri`; what that fails with is raised within seconds."""
-    with impatient():
-        return ask_again(printable(f"MLflow at {uri}"), action, _passing, AT_START)
+    with failing_fast():
+        return retry(printable(f"MLflow at {uri}"), action, _passing, AT_START)
 
 
 def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
@@ -66,7 +66,7 @@ def _passing(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
-    return status == 429 or status >= 500
+    return status_may_pass(status)
 
 
 def reason(error: Exception) -> str:
@@ -105,7 +105,7 @@ class MlflowRun(Run):
     def _begin(self) -> None:
         self.finished = False
         asked(self.client.tracking_uri, self._open)
-        self.held.enter_context(impatient())
+        self.held.enter_context(failing_fast())
         # A daemon: what hangs in a call must not keep the process from ending.
         self.sender = threading.Thread(target=self._keep_sending, name="mlflow", daemon=True)
         self.sender.start()
@@ -186,7 +186,7 @@ class MlflowRun(Run):
                 self.monitor.finish()
             try:
                 if kind is None:
-                    ask_again(printable(f"MLflow at {uri}"), end, _passing)
+                    retry(printable(f"MLflow at {uri}"), end, _passing)
                 else:
                     end()
             except Exception as error:

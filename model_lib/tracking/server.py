@@ -24,7 +24,7 @@ from model_lib import storage
 from model_lib.errors import UserError, first_line, printable
 from model_lib.tracking.revision import VERSION_TAG, code_version
 from model_lib.tracking.runs import NO_TRACKING, Run, Tracking
-from model_lib.tracking.sending import MlflowRun, asked, impatient
+from model_lib.tracking.sending import MlflowRun, asked, failing_fast
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
@@ -231,7 +231,7 @@ class MlflowTracking(Tracking):
         from mlflow.exceptions import MlflowException
 
         try:
-            with impatient():
+            with failing_fast():
                 if not self.knows(run_id):
                     return {}
                 known = self.client.get_run(run_id).data.metrics
@@ -273,7 +273,9 @@ def embedded_uri(workdir: str) -> str:
 
 def do_not_wait_long() -> None:
     """Let this process's calls to MLflow and to stores fail within half a minute. For steps that only ask or tell."""
-    os.environ.update(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", CAPTIONER_PATIENCE="10")
+    os.environ.update(
+        MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", CAPTIONER_RETRY_SECONDS="10"
+    )
 
 
 def adopt_secret(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -299,11 +301,13 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the command's own
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        os.environ["MLFLOW_TRACKING_URI"] = embedded_uri(workdir)
-    uri = os.environ["MLFLOW_TRACKING_URI"]
-    if uri.startswith("sqlite:///") and not (file := Path(uri.removeprefix("sqlite:///"))).exists():
-        _make_store(file)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or embedded_uri(workdir)
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///")).absolute()  # a step's process may be elsewhere
+        uri = f"sqlite:///{file}"
+        if not file.exists():
+            _make_store(file)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     names = ("MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID", "MLFLOW_RUN_ID")
     return MlflowTracking(uri, *(os.environ.get(name) or None for name in names))
 

@@ -195,8 +195,10 @@ def require_room(config: TrainConfig, model: nn.Module) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     copies = 3 + (config.ema is not None and config.ema > 0)  # weights, two moments, their average
     one, best = 4 * trained * copies, 4 * sum(p.numel() for p in model.parameters())
+    output = Path(storage.filesystem(config.output)[1])
+    there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     what = f"{config.checkpoints_kept} checkpoints, one more while it is written, and the best model"
-    storage.require_room(config.output, (config.checkpoints_kept + 1) * one + best, what)
+    storage.require_room(config.output, (config.checkpoints_kept + 1) * one + best - there, what)
 
 
 def unwritten(uri: str, error: Exception) -> WorkError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.patience import ask_again
+from model_lib.retries import retry, status_may_pass
 
 log = logging.getLogger(__name__)
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -70,7 +70,7 @@ class Cluster:
         from kubernetes.client import ApiException
 
         try:
-            return ask_again("Kubernetes", lambda: action(*arguments, **options), _passing)
+            return retry("Kubernetes", lambda: action(*arguments, **options), _passing)
         except ApiException as error:
             if error.status != absent:
                 raise
@@ -82,6 +82,22 @@ class Cluster:
                 "train_nodes: this cluster has no Kubeflow Trainer, which several machines need; install it "
                 "(docs/cluster.md), or train on one"
             )
+
+    def rehearse(self, document: dict[str, Any]) -> None:
+        """Let Kubernetes check a TrainJob without making it; `UserError` if it would refuse."""
+        from kubernetes.client import ApiException
+
+        create = self.objects.create_namespaced_custom_object
+        try:
+            with told():
+                self._ask(create, *self._arguments(), document, dry_run="All", absent=409)
+        except WorkError as error:
+            if not isinstance(error.__cause__, ApiException):
+                raise
+            raise UserError(
+                f"train_nodes: no TrainJob can be made here: {error}; kubectl apply -f deploy/trainer.yaml "
+                "(docs/cluster.md) installs what it needs"
+            ) from error
 
     def account(self) -> str:
         """Return the service account of this pod."""
@@ -226,7 +242,7 @@ def _passing(error: Exception) -> bool:
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, ApiException):
-        return error.status == 429 or error.status >= 500
+        return status_may_pass(error.status)
     return isinstance(error, HTTPError)
 
 

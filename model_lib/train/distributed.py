@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model_lib.errors import UserError, exit_code
 from model_lib.model.precision import choose_device
 
-PATIENCE = timedelta(hours=6)
+TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others, while one fills a cache for example; one that died is noticed at once."""
 _Value = TypeVar("_Value")
 
@@ -157,7 +157,7 @@ def join_world(device: str) -> Iterator[World]:
         place = _own_device(device, local)
     except UserError as error:
         raise unknown.once(error) from None
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield replace(unknown, device=place)
     except RuntimeError as error:

@@ -5,7 +5,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_lib import storage
 from model_lib.data.shards import SplitReader
-from model_lib.errors import UserError
 from model_lib.model.captioner import Captioner
 from model_lib.progress import Progress
 
@@ -67,13 +66,8 @@ class FeatureCache:
 
     def _require_room(self, need: int) -> None:
         there = self.file.stat().st_blocks * 512 if self.file.exists() else 0
-        free = shutil.disk_usage(self.file.parent).free + there
-        log.warning("feature cache: %s needs %.1f GB; %.1f GB are free", self.file, need / 1e9, free / 1e9)
-        if need > free:
-            raise UserError(
-                f"{self.file.parent}: the feature cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                "choose another folder, or train without feature_cache"
-            )
+        log.warning("feature cache: %s takes %.1f GB", self.file, need / 1e9)
+        storage.require_room(str(self.file.parent), need - there, "the feature cache")
 
     def _ready(self) -> bool:
         return self.done.exists() and self.file.exists()

@@ -34,12 +34,12 @@ from model_lib.holding import held
 from model_lib.model.captioner import Captioner
 from model_lib.model.sources import lasting_source
 from model_lib.model.tokens import encode_captions
-from model_lib.pictures import augmented
 from model_lib.progress import INTERVAL, Progress
 from model_lib.records import believing
 from model_lib.tracking.runs import Point, Trained
 from model_lib.tracking.server import NO_TRACKING, Run, Tracking
 from model_lib.train import checkpoint
+from model_lib.train.augmentation import augmented
 from model_lib.train.build import build_model, identity
 from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig

@@ -16,7 +16,7 @@ from model_lib.options import as_arguments
 from model_lib.train.cluster import GROUP, NODE, VERSION, Cluster, told
 from model_lib.train.config import TrainConfig
 
-RUNTIME = "captioner"
+RUNTIME = {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": "captioner"}
 """The training runtime in `deploy/trainer.yaml`. Kubeflow Trainer's own starts a failed machine again and again."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 """Variables of the step that its machines need too: what a server gives, not what comes from a secret."""
@@ -96,7 +96,7 @@ def job_document(
         "kind": "TrainJob",
         "metadata": {"name": name, **({"ownerReferences": [owner]} if owner else {})},
         "spec": {
-            "runtimeRef": {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": RUNTIME},
+            "runtimeRef": RUNTIME,
             "trainer": {
                 "image": machines.image,
                 "command": ["python", "-m", "torch.distributed.run", "-m", "model_lib", "train"],
@@ -139,9 +139,18 @@ def job_name(config: TrainConfig, fingerprint: str) -> str:
 
 
 def require_trainer() -> None:
-    """Raise `UserError` unless this is a cluster with Kubeflow Trainer."""
+    """Raise `UserError` unless this is a cluster with Kubeflow Trainer, our runtime and the right to use them."""
     with told():
-        Cluster().require_trainer()
+        cluster = Cluster()
+        cluster.require_trainer()
+    cluster.rehearse(
+        {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": "TrainJob",
+            "metadata": {"name": "captioner-preflight"},
+            "spec": {"runtimeRef": RUNTIME, "trainer": {"numNodes": 1}},
+        }
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tests.services import Faults, faulty_bucket
 
 
 @pytest.fixture(autouse=True)
-def impatient_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def driver_that_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's own attempts would take most of the tests."""
     sleep = asyncio.sleep
     quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))

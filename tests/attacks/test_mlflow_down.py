@@ -22,7 +22,7 @@ from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.model_uris import download_model
-from model_lib.tracking.sending import IMPATIENCE
+from model_lib.tracking.sending import FAIL_FAST
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner
@@ -67,7 +67,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_lib.tracking.sending.INTERVAL", 0.02)
     monkeypatch.setattr("model_lib.tracking.sending.LONGEST_PAUSE", 0.1)
     monkeypatch.setattr("model_lib.tracking.sending.AT_START", 0.1)
-    monkeypatch.setenv("CAPTIONER_PATIENCE", "0.1")
+    monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0.1")
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], None]]) -> list[int]:
@@ -119,7 +119,7 @@ def test_away_at_the_start_is_told_before_any_work(tmp_path: Path) -> None:
 def test_a_server_that_takes_calls_and_never_answers_is_told_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(IMPATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setitem(FAIL_FAST, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         with pytest.raises(WorkError, match=r"timed out.*nothing was done"):

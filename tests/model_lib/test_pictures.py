@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil
 
 from model_lib.ingest.reducing import reduced
 from model_lib.model.captioner import normalise
-from model_lib.pictures import PictureError, augmented, open_picture, to_pixels
+from model_lib.pictures import PictureError, open_picture, to_pixels
 
 BROKEN = {
     "broken.png": "unreadable",
@@ -108,34 +108,6 @@ def test_small_pictures_are_not_enlarged_for_storing() -> None:
         Image.new("RGB", size).save(content, "PNG")
         stored = reduced(content.getvalue(), 256, 95)
         assert open_picture(stored.content).size == (stored.width, stored.height) == expected
-
-
-def sides(image: Image.Image, captions: list[str]) -> set[str]:
-    """Return on which sides the red half of a picture was seen in forty views of it."""
-    seen = set()
-    for seed in range(40):
-        pixels = augmented(image, 32, captions, np.random.default_rng(seed))
-        assert pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8
-        seen.add("left" if pixels[0, :, 0].mean() > pixels[0, :, -1].mean() else "right")
-    return seen
-
-
-def test_a_picture_is_mirrored_only_if_its_captions_stay_true() -> None:
-    image = Image.new("RGB", (80, 60), "black")
-    image.paste("red", (0, 0, 40, 60))
-    assert sides(image, ["a red half", "a bright leftover"]) == {"left", "right"}
-    assert sides(image, ["a picture", "Red on the LEFT, black elsewhere"]) == {"left"}
-    assert sides(image, ["the right-hand side is black"]) == {"left"}
-
-
-def test_views_keep_most_of_the_picture_and_its_colours() -> None:
-    image = Image.new("RGB", (60, 60), (10, 200, 30))
-    image.paste("white", (20, 20, 40, 40))
-    for seed in range(40):
-        pixels = augmented(image, 32, [], np.random.default_rng(seed))
-        assert pixels[:, 16, 16].min() > 240 and pixels[:, 0, 0].tolist() == [10, 200, 30]
-        again = augmented(image, 32, [], np.random.default_rng(seed))
-        assert np.array_equal(pixels, again)
 
 
 @pytest.mark.parametrize("kind", ["DDS", "EPS", "PCX", "ICO", "TGA", "SGI", "PDF", "XBM", "IM"])

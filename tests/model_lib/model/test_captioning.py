@@ -11,13 +11,14 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from model_lib import Caption, Captioner, UserError, generate_caption
 from model_lib.errors import WorkError
 from model_lib.model.captioning import caption_each, find_pictures, load_pixels
 from model_lib.model.config import DecodeConfig
 from model_lib.model.explain import render_explanation, word_attention
+from model_lib.pictures import PictureError
 
 
 @pytest.fixture()
@@ -57,6 +58,29 @@ def test_a_picture_in_every_form_gets_the_same_caption(model: Captioner, scenes:
 def test_grey_arrays_are_grey_pictures(model: Captioner) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
     assert model.caption([grey]) == model.caption([np.stack([grey] * 3, -1)])
+
+
+def test_an_image_of_pillow_is_seen_as_its_file_is(odd_images: Path) -> None:
+    seen = 0
+    for file in sorted(odd_images.iterdir()):
+        try:
+            by_path = load_pixels(file, 32)
+        except PictureError as error:
+            with pytest.raises((PictureError, UnidentifiedImageError, Image.DecompressionBombError)) as refused:
+                load_pixels(Image.open(file), 32)
+            assert getattr(refused.value, "reason", error.reason) == error.reason, file
+        else:
+            with Image.open(file) as image:
+                assert np.array_equal(load_pixels(image, 32), by_path), file
+            seen += 1
+    assert seen == 19
+
+
+def test_one_path_is_one_picture_and_what_is_none_is_said(model: Captioner, scenes: Path) -> None:
+    file = scenes / "val2017" / "000000000001.jpg"
+    assert model.caption(str(file)) == model.caption(file) == model.caption([file])
+    with pytest.raises(UserError, match="picture given as NoneType: expected a path"):
+        model.caption([None])
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)])

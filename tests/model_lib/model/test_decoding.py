@@ -7,7 +7,7 @@ import torch
 
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
-from model_lib.model.decoding import Decoded, _Rows, decode
+from model_lib.model.decoding import Decoded, _Rows, decode, draw
 from tests.model_lib.model.test_model import pixels, reference_decoder, small_model_with_equal_widths
 from tests.small import small_model
 
@@ -210,6 +210,22 @@ def test_samples_follow_the_distribution(options: dict) -> None:
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5, (chi_square, freedom)
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.001, 0.015])
+def test_a_nucleus_that_draws_miss_is_found_all_the_same(top_p: float) -> None:
+    """Drawn again and again until one lies in it, a billionth would take a billion draws."""
+    probs = torch.tensor([0.01, 0.02, 0.01, *[0.96 / 960] * 960]).repeat(2_000, 1)
+    drawn = draw(probs.log(), DecodeConfig(top_p=top_p), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {1}
+    drawn = draw(probs.log(), DecodeConfig(top_p=0.03), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {0, 1, 2}, "and those as likely as its last"
+
+
+def test_weights_that_are_no_numbers_draw_tokens_of_the_vocabulary() -> None:
+    for options in ({"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 3}):
+        drawn = draw(torch.full((4, 8), torch.nan), DecodeConfig(**options), torch.Generator().manual_seed(0))
+        assert ((drawn >= 0) & (drawn < 8)).all()
+
+
 def test_a_seed_reproduces_and_another_differs(model: Captioner) -> None:
     features = model.encode(pixels(model, 3))
 
@@ -231,6 +247,7 @@ def test_more_tokens_than_positions_is_refused(model: Captioner) -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"temperature": 0.0},
+        {"temperature": 1e-38},
         {"num_beams": 0},
         {"num_beams": 2, "top_k": 3},
         {"num_captions": 2},

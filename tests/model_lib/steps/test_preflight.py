@@ -9,7 +9,8 @@ import pytest
 
 from model_lib import UserError
 from model_lib.steps import preflight
-from model_lib.steps.preflight import Needs, check_candidates, training_sources
+from model_lib.steps.candidates import candidate_configs
+from model_lib.steps.preflight import Needs, training_sources
 from model_lib.tracking.server import do_not_wait_long
 from tests.services import free_port, mlflow_server
 
@@ -81,10 +82,10 @@ def test_a_data_set_as_its_archives_is_there_and_without_one_of_them_is_not(arch
 
 
 def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CAPTIONER_PATIENCE", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+    for name in ("CAPTIONER_RETRY_SECONDS", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.setenv(name, "600")  # so that they are put back as they were
     do_not_wait_long()
-    assert os.environ["CAPTIONER_PATIENCE"] == os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+    assert os.environ["CAPTIONER_RETRY_SECONDS"] == os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=f"MLflow at {address}: "):
         preflight.preflight(Needs(environment={"MLFLOW_TRACKING_URI": address}))
@@ -92,7 +93,7 @@ def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatc
 
 def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket behind a firewall answers neither yes nor no."""
-    monkeypatch.setattr(preflight, "PATIENCE", 0.5)
+    monkeypatch.setattr(preflight, "TIMEOUT", 0.5)
     monkeypatch.setattr(preflight, "_readable", lambda folder: time.sleep(30))
     with pytest.raises(UserError, match="reading gs://far/away: no answer within"):
         preflight.preflight(Needs(folders=["gs://far/away"], environment={}))
@@ -105,10 +106,10 @@ def test_the_hubs_absence_is_said_with_the_remedy() -> None:
 
 def test_the_weights_that_candidates_start_from() -> None:
     common = {"vision": "", "decoder": "", "tokenizer": ""}
-    assert training_sources([], "clip-l-gpt2-medium", **common) == ([], [])
-    assert training_sources([{"name": "a"}], "tiny", **common) == ([], [])
+    assert training_sources([], preset="clip-l-gpt2-medium", **common) == ([], [])
+    assert training_sources([{"name": "a"}], preset="tiny", **common) == ([], [])
     two = [{"name": "a"}, {"name": "b", "decoder": "gs://b/gpt2", "tokenizer": "gs://b/bpe"}]
-    weights, tokenizers = training_sources(two, "clip-l-gpt2-medium", **common)
+    weights, tokenizers = training_sources(two, preset="clip-l-gpt2-medium", **common)
     assert weights == ["gs://b/gpt2", "openai-community/gpt2-medium", "openai/clip-vit-large-patch14"]
     assert tokenizers == ["gs://b/bpe"]
 
@@ -126,4 +127,4 @@ def test_the_weights_that_candidates_start_from() -> None:
 )
 def test_wrong_candidates_are_refused(candidates: object, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_candidates(candidates, preset="tiny")
+        candidate_configs(candidates, preset="tiny")

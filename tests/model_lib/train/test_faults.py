@@ -141,7 +141,7 @@ def test_a_gpu_with_little_memory_trains_in_parts(data: Path, tmp_path: Path, ca
 def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
     finished: Path, data: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"disk/run: needs 0\.\d+ GB for 20 checkpoints, .*; choose another output"):
+    with pytest.raises(UserError, match=r"disk/run: needs 0\.\d+ GB more for 20 checkpoints, .* choose another folder"):
         train(config(data, small_disk / "run", epochs=3, checkpoints_kept=20))
     run, filler = small_disk / "run", small_disk / "filler"
     with monkeypatch.context() as patched:
@@ -196,7 +196,7 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("model_lib.patience.time.sleep", pauses.append)
+    monkeypatch.setattr("model_lib.retries.time.sleep", pauses.append)
     answers = iter([ConnectionResetError("reset"), TimeoutError("slow"), "content"])
 
     def ask() -> str:
@@ -205,13 +205,13 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
             raise answer
         return answer
 
-    assert storage.patiently("gs://bucket/file", ask) == "content"
+    assert storage.retrying("gs://bucket/file", ask) == "content"
     assert len(pauses) == 2 and 0.5 <= pauses[0] <= 1 <= pauses[1] <= 2
     assert "gs://bucket/file: fails (TimeoutError: slow); asking again" in caplog.text
     for lasting in (FileNotFoundError("gone"), PermissionError("not yours"), OSError(28, "No space left on device")):
         with pytest.raises(type(lasting)):
-            storage.patiently("gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error))
+            storage.retrying("gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error))
     assert len(pauses) == 2
-    monkeypatch.setenv("CAPTIONER_PATIENCE", "0")
+    monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
     with pytest.raises(ConnectionResetError):
-        storage.patiently("gs://bucket/file", lambda: (_ for _ in ()).throw(ConnectionResetError("for ever")))
+        storage.retrying("gs://bucket/file", lambda: (_ for _ in ()).throw(ConnectionResetError("for ever")))

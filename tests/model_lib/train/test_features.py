@@ -95,10 +95,10 @@ def test_its_need_is_said_and_refused_where_there_is_no_room(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     FeatureCache(str(tmp_path), small_model(), reader(data), "fingerprint", batch_size=32)
-    assert "needs 0.0 GB" in caplog.text
+    assert "takes 0.0 GB" in caplog.text
     pictures = reader(data)
     pictures.rows = 10**12
-    with pytest.raises(UserError, match=r"the feature cache needs 1632000\.0 GB and .* are free"):
+    with pytest.raises(UserError, match=r"needs 1632000\.00 GB more for the feature cache, and .* are free"):
         FeatureCache(str(tmp_path), small_model(), pictures, "fingerprint", batch_size=32)
 
 

@@ -151,8 +151,12 @@ def test_without_kubeflow_trainer_or_a_cluster_it_is_said_at_once(
         for ask in (require_trainer, lambda: train_on(MACHINES, config(data, tmp_path / "run"), "f")):
             with pytest.raises(UserError, match=r"train_nodes: this cluster has no Kubeflow Trainer, .*; install it"):
                 ask()
-        server.trainer = True
+        server.trainer = server.forbidden = True
+        with pytest.raises(UserError, match=r"is forbidden \(403\); kubectl apply -f deploy/trainer\.yaml"):
+            require_trainer()
+        server.forbidden = False
         require_trainer()
+        assert not server.jobs
     monkeypatch.setenv("KUBECONFIG", os.devnull)
     with pytest.raises(UserError, match="several machines: this is no Kubernetes cluster"):
         require_trainer()
