@@ -1,7 +1,9 @@
 """Pictures that are learned from and judged on: scores on them say nothing, and are refused."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -13,6 +15,8 @@ from model_lib.records import believing, require_columns
 
 log = logging.getLogger(__name__)
 COLUMNS = {"image_id": "whole number", "file_name": "text", "sha256": "text"}
+COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})\.\w+")
+"""How COCO names its files, and all who cut it up: by their id in twelve digits."""
 NAMED = 3
 """Pictures that a message names."""
 
@@ -40,7 +44,8 @@ def require_unseen(record: Mapping[str, Any], judged: Manifest, split: str) -> N
 def require_apart(training: Manifest, judged: Manifest, split: str) -> None:
     """Raise `UserError` if a picture of `judged`'s split is among `training`'s training pictures.
 
-    Pictures are the same if their files are; and, where one data set has Karpathy's splits, if COCO's ids are.
+    Pictures are the same if their files are; and, where one data set has Karpathy's splits, if COCO's ids are, which
+    both have in their files' names.
 
     Args:
         training: the data that a model learns from.
@@ -65,8 +70,10 @@ def _pictures(manifest: Manifest, split: str, by_id: bool) -> Iterator[tuple[str
     """Yield each picture's name and what it is known by."""
     for shard in manifest.shards:
         if shard.split == split:
-            for row in storage.patiently(shard.uri, lambda uri=shard.uri: _read(uri)):  # type: ignore[misc]
-                yield row["file_name"], [row["sha256"], row["image_id"]] if by_id else [row["sha256"]]
+            for row in storage.retrying(shard.uri, lambda uri=shard.uri: _read(uri)):  # type: ignore[misc]
+                coco = COCO_NAME.fullmatch(PurePosixPath(row["file_name"]).name)
+                is_cocos = by_id and coco is not None and int(coco[1]) == row["image_id"]
+                yield row["file_name"], [row["sha256"], *([row["image_id"]] if is_cocos else [])]
 
 
 def _read(uri: str) -> list[dict]:

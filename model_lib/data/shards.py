@@ -297,7 +297,7 @@ class _ShardFile:
                 raise
 
         try:
-            return storage.patiently(self.uri, attempt)
+            return storage.retrying(self.uri, attempt)
         except OSError as error:
             raise WorkError(f"{self.uri}: cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
@@ -306,7 +306,7 @@ def _require_whole(shard: Shard) -> None:
     fs, path = storage.filesystem(shard.uri)
     if not storage.exists(shard.uri):
         raise UserError(f"{shard.uri}: the manifest names this shard, but it is not there; ingest anew")
-    size = storage.patiently(shard.uri, lambda: fs.size(path))
+    size = storage.retrying(shard.uri, lambda: fs.size(path))
     if size != shard.bytes:
         raise UserError(f"{shard.uri}: has {size} bytes, not the manifest's {shard.bytes}; ingest anew")
 
@@ -334,7 +334,7 @@ def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = T
 
     def check(shard: Shard) -> None:
         _require_whole(shard)
-        if storage.patiently(shard.uri, lambda: digest(shard)) != shard.sha256:
+        if storage.retrying(shard.uri, lambda: digest(shard)) != shard.sha256:
             raise UserError(f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; ingest anew")
 
     threads = ThreadPoolExecutor(workers or cores())

@@ -21,10 +21,11 @@ import tyro
 
 from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
+from model_lib.holding import held
 from model_lib.ingest.places import open_zip
 from model_lib.options import StageConfig, option
-from model_lib.patience import ask_again
 from model_lib.progress import Progress
+from model_lib.retries import retry, status_may_pass
 from model_lib.scores.spice import MODELS
 
 SERVERS = {"coco2017": "http://images.cocodataset.org", "spice": "https://nlp.stanford.edu/software"}
@@ -81,16 +82,16 @@ def download(config: DownloadConfig) -> list[Fetched]:
         UserError: the server does not have it, or the output cannot be written.
         WorkError: the server failed for long, or what it sent is damaged.
     """
-    storage.require_writable(config.output)
-    fetched = []
-    for place, md5 in ARCHIVES[config.dataset].items():
-        url = f"{(config.base or SERVERS[config.dataset]).rstrip('/')}/{place}"
-        target = storage.join(config.output, place.rpartition("/")[2])
-        fetched.append(fetch(url, target, md5 if config.base is None else None))
-    if config.dataset == "spice":
-        for archive in fetched:
-            _take_out(archive.uri, config.output)
-    return fetched
+    with held(config.output):
+        fetched = []
+        for place, md5 in ARCHIVES[config.dataset].items():
+            url = f"{(config.base or SERVERS[config.dataset]).rstrip('/')}/{place}"
+            target = storage.join(config.output, place.rpartition("/")[2])
+            fetched.append(fetch(url, target, md5 if config.base is None else None))
+        if config.dataset == "spice":
+            for archive in fetched:
+                _take_out(archive.uri, config.output)
+        return fetched
 
 
 def _take_out(archive: str, output: str) -> None:
@@ -107,15 +108,15 @@ def _take_out(archive: str, output: str) -> None:
 
 def fetch(url: str, target: str, md5: str | None) -> Fetched:
     """Fetch one zip archive to `target`, unless it is there in the server's size; `md5` is checked if it is given."""
-    server = _patiently(url, lambda: _head(url))
+    server = _retrying(url, lambda: _head(url))
     if storage.exists(target):
         fs, path = storage.filesystem(target)
-        if storage.patiently(target, lambda: fs.size(path)) == server.size:
+        if storage.retrying(target, lambda: fs.size(path)) == server.size:
             return Fetched(target, server.size, _files(target))
     with _sink(target, server) as sink, Progress(f"download {target}", server.size // MEGABYTE, "MB") as progress:
         progress.resume(sink.size // MEGABYTE)
         while sink.size < server.size:
-            _patiently(url, lambda: _receive(url, server, sink, progress))
+            _retrying(url, lambda: _receive(url, server, sink, progress))
         _check(url, server, sink, md5)
     return Fetched(target, server.size, _files(target))
 
@@ -146,10 +147,10 @@ class _Sink:
         self._count(chunk)
 
 
-def _patiently(url: str, action: Callable[[], _ANSWER]) -> _ANSWER:
+def _retrying(url: str, action: Callable[[], _ANSWER]) -> _ANSWER:
     """Return what `action` asks the server, tried again for some minutes; `WorkError` if it fails for longer."""
     try:
-        return ask_again(url, action, _passing)
+        return retry(url, action, _passing)
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
         raise WorkError(f"{url}: fails: {first_line(error)}; start again to go on") from error
 
@@ -157,7 +158,7 @@ def _patiently(url: str, action: Callable[[], _ANSWER]) -> _ANSWER:
 def _passing(error: Exception) -> bool:
     """Whether a server's failure may pass."""
     if isinstance(error, urllib.error.HTTPError):
-        return error.code in (408, 429) or error.code >= 500
+        return status_may_pass(error.code)
     return isinstance(error, (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException))
 
 
@@ -197,7 +198,7 @@ def _receive(url: str, server: _Server, sink: _Sink, progress: Progress) -> None
                 progress.advance(sink.size // MEGABYTE - progress.done)
         except (OSError, http.client.HTTPException):
             if sink.size == began:
-                raise  # else the rest is asked for at once, with new patience
+                raise  # else the rest is asked for at once, with new tries
         if sink.size == began:
             raise ConnectionError("the server sent nothing")
 
@@ -226,7 +227,7 @@ def _sink(target: str, server: _Server) -> Iterator[_Sink]:
         part.unlink(missing_ok=True)
         about.write_text(json.dumps(asked))
     part.touch()
-    storage.require_room(str(part.parent), server.size - part.stat().st_size + _used(part.parent), target)
+    storage.require_room(str(part.parent), server.size - part.stat().st_size, target)
     with part.open("r+b") as file:
         sink = _Sink(file, iter(lambda: file.read(CHUNK), b""))
         try:
@@ -239,10 +240,6 @@ def _sink(target: str, server: _Server) -> Iterator[_Sink]:
             raise WorkError(str(error) if isinstance(error, _Damaged) else f"{target}: {said}") from error
     part.replace(path)
     about.unlink()
-
-
-def _used(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 class _Damaged(WorkError):

@@ -9,11 +9,12 @@ the same bytes, whatever the number of workers, and however often it was killed 
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -156,6 +157,7 @@ def _write_shard(
         rejected.append(first[1])
     else:
         return None
+    storage.remove(storage.join(config.output, "manifest.json"))  # a half-done ingest is not a data set
     with storage.whole_file(storage.join(config.output, name)) as part:
         file = _ShardFile(part)
         for place, result in chain([first], results):
@@ -171,9 +173,18 @@ def _write_shard(
 
 
 def _write_split(
-    split: str, entries: list[Entry], config: IngestConfig, journal: Journal, progress: Progress
+    split: str, entries: list[Entry], learned: Set[str], config: IngestConfig, journal: Journal, progress: Progress
 ) -> tuple[list[Finished], list[Rejected]]:
-    """Write the shards of a split that are not there yet; return all of them, and what could not be used."""
+    """Write the shards of a split that are not there yet; return all of them, and what could not be used.
+
+    Args:
+        split: its name.
+        entries: its pictures.
+        learned: SHA-256 of files that are left out.
+        config: of the ingest.
+        journal: of what is there.
+        progress: of all splits.
+    """
     finished = list(journal.read(split, len(entries)))
     start = finished[-1].end if finished else 0
     progress.resume(start)
@@ -181,6 +192,8 @@ def _write_split(
     def counted() -> Iterator[tuple[int, Result]]:
         for place, result in enumerate(_in_order(entries[start:], config), start):
             progress.advance()
+            if not isinstance(result, Rejected) and result[0]["sha256"] in learned:
+                result = Rejected(entries[place].file_name, "double", "is the same file as a training picture")
             yield place, result
 
     results, rejected = counted(), list[Rejected]()
@@ -204,7 +217,6 @@ def ingest(config: IngestConfig) -> Manifest:
 
 
 def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
-    storage.remove(storage.join(config.output, "manifest.json"))  # a half-done ingest is not a data set
     journal = Journal(config.output, config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP)))
     splits: dict[str, list[Entry]] = {}
     for entry in listing.entries:
@@ -213,7 +225,9 @@ def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
     quarantine = list(listing.rejected)
     with Progress("ingest", len(listing.entries), "pictures") as progress:
         for split in sorted(splits):
-            made, rejected = _write_split(split, splits[split], config, journal, progress)
+            # Splits are by name: a file under two names could be learned and judged on. Others' splits are theirs.
+            learned = _files(config.output, finished.get("train", [])) if config.split == "auto" else set()
+            made, rejected = _write_split(split, splits[split], learned, config, journal, progress)
             quarantine += rejected
             if made:
                 finished[split] = made
@@ -236,6 +250,21 @@ def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
     return manifest
 
 
+def _files(output: str, finished: list[Finished]) -> set[str]:
+    """Return the SHA-256 of each file in some shards."""
+    found: set[str] = set()
+    for one in finished:
+        uri = storage.join(output, one.shard.uri)
+        found |= storage.retrying(uri, functools.partial(_sha256_column, uri))
+    return found
+
+
+def _sha256_column(uri: str) -> set[str]:
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return set(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
+
+
 def _keep_memory() -> None:
     """Let glibc keep what it frees: else each picture's pixels are new memory, whose pages threads queue up for."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -246,6 +275,7 @@ def _keep_memory() -> None:
 
 def _conclude(output: str, manifest: Manifest, quarantine: list[Rejected]) -> None:
     """Write quarantine and manifest; remove an earlier ingest's shards, which whoever reads *.parquet would take."""
+    storage.remove(storage.join(output, "manifest.json"))
     with storage.whole_file(storage.join(output, "quarantine.parquet")) as part:
         pq.write_table(pa.Table.from_pylist([vars(row) for row in quarantine], QUARANTINE_SCHEMA), part)
     named = {shard.uri for shard in manifest.shards}

@@ -82,7 +82,7 @@ class Journal:
         fs, path = storage.filesystem(uri)
         if storage.is_local(uri):
             return sha256_of(Path(path)) == shard.sha256
-        return bool(storage.patiently(uri, lambda: fs.size(path)) == shard.bytes)
+        return bool(storage.retrying(uri, lambda: fs.size(path)) == shard.bytes)
 
     def close(self) -> None:
         """Remove all records: the manifest says it all."""

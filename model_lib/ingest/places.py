@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 from model_lib import storage
 from model_lib.copies import local_file
@@ -47,11 +48,12 @@ class Folder:
         self.local = Path(storage.filesystem(root)[1]) if storage.is_local(root) else None
 
     def uri(self, name: str) -> str:
-        return storage.join(self.root, name)
+        on_the_web = self.root.startswith(("http://", "https://"))
+        return storage.join(self.root, quote(name) if on_the_web else name)
 
     def read(self, name: str) -> bytes:
         """Return a picture's bytes; `UserError` if it is missing."""
-        return read_picture(self.uri(name) if self.local is None else str(self.local / name), patience=None)
+        return read_picture(self.uri(name) if self.local is None else str(self.local / name), retry_seconds=None)
 
 
 class Archive:
@@ -77,7 +79,7 @@ class Archive:
         except KeyError as error:
             raise UserError(f"{self.root}: has no {name}") from error
         require_readable(info.file_size)
-        content = storage.patiently(self.root, lambda: self._inflated(info))
+        content = storage.retrying(self.root, lambda: self._inflated(info))
         if isinstance(content, PictureError):
             raise content
         return content
@@ -105,7 +107,7 @@ def open_zip(uri: str) -> zipfile.ZipFile:
     fs, path = storage.filesystem(uri)
     if storage.is_local(uri):
         return _directory(uri, path)
-    return storage.patiently(uri, lambda: _directory(uri, fs.open(path, "rb")))
+    return storage.retrying(uri, lambda: _directory(uri, fs.open(path, "rb")))
 
 
 def _directory(uri: str, file: Path | str | IO[bytes]) -> zipfile.ZipFile:

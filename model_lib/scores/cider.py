@@ -24,8 +24,8 @@ Vector = tuple[list[dict[Ngram, float]], list[float], int]
 
 
 def words(text: str) -> list[str]:
-    """Split a caption plainly: lower case, words and numbers, no punctuation."""
-    return re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", text.lower())
+    """Split a caption plainly: lower case, words and numbers of any script, no punctuation."""
+    return re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text.lower())
 
 
 def _ngrams(caption: Sequence[str]) -> Counter[Ngram]:

@@ -20,8 +20,6 @@ SURE = 0.95
 BLEU, METEOR = "Bleu", "METEOR"
 BLEU_COUNTS = ("length", "reference_length", *(f"{kind}_{n}" for kind in ("ngrams", "matches") for n in range(1, 5)))
 """A caption's counts from which BLEU follows."""
-METEOR_COUNTS = 23
-"""Of a caption, in the order in which METEOR 1.5 prints them."""
 Statistics = Mapping[str, np.ndarray]
 """For each score float64 [pictures, counts]: `BLEU_COUNTS`, METEOR's, or the picture's own score alone."""
 

@@ -6,6 +6,7 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -83,29 +84,42 @@ def test_a_damaged_member_is_quarantined_and_a_damaged_archive_refused(archives:
         ingest(IngestConfig(dataset=str(archives), output=str(tmp_path / "out")))
 
 
-@pytest.fixture()
-def website(scenes: Path) -> Iterator[str]:
+@contextmanager
+def website(folder: Path) -> Iterator[str]:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(scenes)))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def test_pictures_may_be_on_a_web_server(website: str, scenes: Path, tmp_path: Path) -> None:
+def test_pictures_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
     lists = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
     lists["images"].append({"id": 999, "file_name": "gone.jpg"})
     lists["annotations"].append({"id": 10**6, "image_id": 999, "caption": "gone"})
     (tmp_path / "captions.json").write_text(json.dumps(lists))
-    config = IngestConfig(
-        annotations=str(tmp_path / "captions.json"), images=f"{website}/val2017", output=str(tmp_path / "out")
-    )
-    manifest = ingest(config)
+    options = {"annotations": str(tmp_path / "captions.json"), "output": str(tmp_path / "out")}
+    with website(scenes) as address:
+        manifest = ingest(IngestConfig(images=f"{address}/val2017", **options))
     assert sum(manifest.counts.values()) == 12 and manifest.quarantined == {"missing": 1}
+
+
+def test_pictures_of_any_name_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
+    names = ["a #1.jpg", "what?.jpg", "a%20b.jpg", "äß 猫.jpg", "deep/a+b&c=d.jpg"]
+    (tmp_path / "deep").mkdir()
+    for number, name in enumerate(names, 1):
+        shutil.copy(scenes / "val2017" / f"00000000000{number}.jpg", tmp_path / name)
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    notes = [{"id": number, "image_id": number, "caption": "a scene"} for number in range(len(names))]
+    (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    options = {"annotations": str(tmp_path / "captions.json"), "output": str(tmp_path / "out")}
+    with website(tmp_path) as address:
+        manifest = ingest(IngestConfig(images=address, **options))
+    assert manifest.quarantined == {} and {row["file_name"] for row in rows(manifest)} == set(names)
 
 
 # ---- Karpathy's splits -----------------------------------------------------------------------------------------
@@ -184,6 +198,20 @@ def test_names_that_leave_the_folder_are_refused_in_cocos_lists_under_karpathys_
         ingest(IngestConfig(dataset=str(dataset), karpathy=str(listed), output=str(tmp_path / "out")))
 
 
+def test_own_pictures_are_not_taken_for_cocos_of_the_same_ids(scenes: Path, tmp_path: Path) -> None:
+    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "train", "test", "val"])
+    split = ingest(IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "k")))
+    document = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
+    for image in document["images"]:
+        name = f"mine-{image['id']}.jpg"
+        (tmp_path / name).write_bytes((scenes / "val2017" / image["file_name"]).read_bytes())
+        image["file_name"] = name
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(document))
+    options = {"annotations": str(own), "images": str(tmp_path), "split": "val", "output": str(tmp_path / "own")}
+    require_apart(read_manifest(split.uri), read_manifest(ingest(IngestConfig(**options)).uri), "val")
+
+
 def test_karpathys_list_given_as_annotations_is_named(scenes: Path, tmp_path: Path) -> None:
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
     with pytest.raises(UserError, match="give it as --karpathy"):
@@ -217,10 +245,22 @@ def test_rows_of_one_file_are_its_captions(scenes: Path, tmp_path: Path, ending:
         write_table(file, kept)
         images, output = str(scenes / "train2017"), str(tmp_path / str(count))
         manifest = ingest(IngestConfig(annotations=str(file), images=images, output=output))
-        made[count] = {row["file_name"]: row for row in rows(manifest)}
-        assert sum(manifest.counts.values()) == count and min(row["image_id"] for row in made[count].values()) > 0
+        made[count] = {row["file_name"]: {**row, "split": ""} for row in rows(manifest)}
+        assert manifest.counts == {"train": count - 1, "val": 1}, "of few pictures one is for validation"
+        assert min(row["image_id"] for row in made[count].values()) > 0
     assert made[5][names[0]]["captions"] == [f'caption {n}, "quoted" of two lines' for n in range(3)]
     assert all(made[4][name] == made[5][name] for name in names[:4])
+
+
+def test_a_file_under_two_names_is_not_learned_and_judged_on(scenes: Path, tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(61)]
+    for name in names:
+        shutil.copy(scenes / "train2017" / f"00000000000{2 if name == '60.jpg' else 1}.jpg", tmp_path / name)
+    write_table(file := tmp_path / "captions.csv", [(name, "a scene") for name in names])
+    for _ in range(2):  # also from the journal of one that was there
+        manifest = ingest(IngestConfig(annotations=str(file), images=str(tmp_path), output=str(tmp_path / "out")))
+        assert manifest.quarantined["double"] > 0 and sum(manifest.counts.values()) < 61
+        require_apart(read_manifest(manifest.uri), read_manifest(manifest.uri), "val")
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_cocos_archives_are_fetched_and_ingested(server: Server, scenes: Path, t
     config = DownloadConfig(dataset="coco2017", output=str(tmp_path / "coco"), base=server.address)
     fetched = download(config)
     assert [one.files for one in fetched] == [2, 12, 64]
-    assert sorted(file.name for file in (tmp_path / "coco").iterdir()) == sorted(
+    assert sorted(file.name for file in (tmp_path / "coco").glob("[!.]*")) == sorted(
         place.rpartition("/")[2] for place in ARCHIVES["coco2017"]
     )
     assert ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "data"))).counts["train"] == 64
@@ -148,7 +148,7 @@ def test_what_breaks_off_is_resumed_to_the_byte(server: Server, tmp_path: Path) 
 
 
 def test_another_process_goes_on_with_the_part(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAPTIONER_PATIENCE", "0")
+    monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
     server.files["a.zip"] = archive(tmp_path)
     url, target = f"{server.address}/a.zip", tmp_path / "a.zip"
     server.breaks = [1_000_000, 0]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from model_lib import UserError
+from model_lib import UserError, storage
 from model_lib.data.shards import Manifest, SplitReader, read_manifest
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
@@ -105,6 +105,16 @@ def test_lone_annotations_keep_some_pictures_for_validation(scenes: Path, tmp_pa
     annotations, images = scenes / "annotations" / "captions_train2017.json", scenes / "train2017"
     manifest = ingest(IngestConfig(annotations=str(annotations), images=str(images), output=str(tmp_path)))
     assert manifest.counts["train"] + manifest.counts["val"] == 64 and 1 <= manifest.counts["val"] <= 16
+
+
+def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(scenes: Path, tmp_path: Path) -> None:
+    annotations, output = scenes / "annotations" / "captions_train2017.json", str(tmp_path / "out")
+    made = ingest(IngestConfig(annotations=str(annotations), images=str(scenes / "train2017"), output=output))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no usable picture among 64 listed"):
+        ingest(IngestConfig(annotations=str(annotations), images=str(tmp_path / "empty"), output=output))
+    assert read_manifest(output).fingerprint == made.fingerprint
+    assert all(storage.exists(shard.uri) for shard in read_manifest(output).shards)
 
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "gs://b/x.jpg"])
@@ -326,7 +336,10 @@ def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Pat
     for made in (tmp_path / "whole").glob("*.parquet"):
         assert made.read_bytes() == (output / made.name).read_bytes(), made.name
     one, other = (read_manifest(str(tmp_path / name)) for name in ("whole", "killed"))
-    assert one.fingerprint == other.fingerprint and one.quarantined == other.quarantined == {"unreadable": 8}
+    assert one.fingerprint == other.fingerprint and one.quarantined == other.quarantined == {
+        "unreadable": 8,
+        "double": 46,
+    }
 
 
 def test_records_of_other_input_or_of_damaged_shards_are_not_taken(tmp_path: Path) -> None:

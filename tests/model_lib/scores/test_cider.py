@@ -54,3 +54,10 @@ def test_with_the_end_as_a_word_a_truncated_sentence_scores_less() -> None:
     assert score("a red circle on a") < 0.8 * score(f"a red circle on a white background {END}")
     assert score("a red circle on a white background") < score(f"a red circle on a white background {END}")
     assert score(f"one red circle {END}") > score("one red circle")
+
+
+def test_captions_of_any_script_have_words() -> None:
+    assert words("Mädchen im Café, 2-mal. Кошка сидит!") == ["mädchen", "im", "café", "2-mal", "кошка", "сидит"]
+    assert words("A dog's well-known ball_game --- isn't") == ["a", "dog's", "well-known", "ball", "game", "isn't"]
+    said = {1: "кошка сидит на столе", 2: "собака бежит по траве"}
+    assert corpus_cider(said, {number: [caption] for number, caption in said.items()}) > 1
