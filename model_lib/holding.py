@@ -28,7 +28,9 @@ BEAT = 5.0
 SILENCE = 30.0
 """Seconds without one after which a run counts as dead. Whoever waits counts them: machines' clocks differ."""
 SETTLE = 1.0
-"""Seconds after which of two runs that began at the same moment the one that wrote first knows of the other."""
+"""Seconds to wait after writing the file: of two runs that begin together, the first to write then sees the other's."""
+GRACE = 10.0
+"""Seconds in which a run that lost its folder may end in good order."""
 
 
 @contextlib.contextmanager
@@ -164,6 +166,8 @@ class _Lease:
                 continue
             log.error("%s: another run took it over while this one gave no sign of life; ending", self.folder)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from what it waits for
+            if not self.ended.wait(GRACE):  # or it ignores that: a shell's background job does
+                os._exit(130)
             return
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 AHEAD = 4
 """Batches that are read and decoded before the model asks for them."""
-PATIENCE = 60.0
+RETRY_SECONDS = 60.0
 """Seconds for which a picture is asked for again while its store fails."""
 
 
@@ -107,7 +107,7 @@ def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.
         if picture.is_from_list:
             allowing.require_listed(picture.uri, source)
         require_readable(picture.bytes)
-        content = read_picture(picture.uri, PATIENCE)
+        content = read_picture(picture.uri, RETRY_SECONDS)
         row["bytes"] = len(content)
         if _changed(picture, content):
             raise PictureError("changed", "is another file than was listed; the next run captions it")

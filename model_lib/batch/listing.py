@@ -18,7 +18,7 @@ from model_lib.pictures import EXTENSIONS
 
 LISTS = {".parquet", ".csv", ".txt"}
 """Endings of files that list pictures."""
-COLUMNS = ("uri", "file", "file_name", "path")
+COLUMNS = ("uri", "url", "file", "file_name", "filename", "path", "image")
 """Names of the column that holds a list's pictures; without one of them it is the first."""
 
 
@@ -64,12 +64,11 @@ def _below(config: BatchConfig) -> Iterable[Picture]:
         raise UserError(f"{config.images}: no such folder of pictures")
     files = find(config.images, None if config.recursive else 1)
     output_fs, output = storage.filesystem(config.output)
+    is_inside = output_fs == fs and output.startswith(f"{path.rstrip('/')}/")
     for name, info in files.items():
         uri = name if storage.is_local(config.images) else fs.unstrip_protocol(name)
         relative = name.removeprefix(path).lstrip("/")
-        if PurePosixPath(name).suffix.lower() not in EXTENSIONS:
-            continue
-        if output_fs == fs and name.startswith(f"{output}/"):
+        if PurePosixPath(name).suffix.lower() not in EXTENSIONS or (is_inside and name.startswith(f"{output}/")):
             continue
         if config.include and not _matches(relative, config.include):
             continue
@@ -93,6 +92,8 @@ def _from_list(uri: str, ending: str) -> Iterable[Picture]:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
             place = rows[0].index(_column(rows[0])) if rows else 0
             headed = bool(rows) and rows[0][place] in COLUMNS
+            if rows and not headed and len(rows[0]) > 1 and PurePosixPath(rows[0][0]).suffix.lower() not in EXTENSIONS:
+                raise ValueError(f"which column is it? head it with one of {', '.join(COLUMNS)}")
             names = [row[place] for row in rows[1 if headed else 0 :] if len(row) > place]
         else:
             names = content.decode("utf-8-sig").splitlines()

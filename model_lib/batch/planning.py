@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import Picture, list_pictures
 from model_lib.batch.rows import read_shard
 from model_lib.errors import UserError
-from model_lib.model.sources import lasting_source, resolve_captioner, weights_digest
+from model_lib.model.sources import lasting_source, source_digest
 from model_lib.records import as_record, believing, require_columns, require_name
 
 ANOTHER_TIME = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
@@ -60,7 +59,7 @@ class Plan:
                 return list(parquet.read_row_group(index).to_pylist())
 
         with believing(uri, "the listing of a plan that captioner batch wrote"):
-            pictures = [as_record(Picture, row) for row in storage.patiently(uri, read)]
+            pictures = [as_record(Picture, row) for row in storage.retrying(uri, read)]
             if len(pictures) != self.shards[index].pictures:
                 raise ValueError(f"row group {index} has {len(pictures)} pictures, not {self.shards[index].pictures}")
         return pictures
@@ -116,15 +115,7 @@ def folder_of(config: BatchConfig) -> str:
         UserError: there is no such model.
     """
     name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
-    return storage.join(config.output, f"{name}-{config.key(*_weights(config.model))[:8]}")
-
-
-def _weights(model: str) -> list[str]:
-    """Return the digest of a model's weights where others may take their place: in no registry, and on no hub."""
-    if model.startswith("models:/"):
-        return []
-    folder = resolve_captioner(model)
-    return [weights_digest(folder)] if Path(folder).is_dir() else []
+    return storage.join(config.output, f"{name}-{config.key(*filter(None, [source_digest(config.model)]))[:8]}")
 
 
 def plan(config: BatchConfig, folder: str) -> Plan:

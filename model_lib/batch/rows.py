@@ -34,7 +34,7 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
             return pq.ParquetFile(file).read(columns=columns)
 
     with believing(uri, "captions that captioner batch wrote"):
-        table = storage.patiently(uri, read)
+        table = storage.retrying(uri, read)
         wanted = {"uri": "text", "status": "text", "caption": "text", "score": "number", "error": "text"}
         require_columns(table.schema, {name: kind for name, kind in wanted.items() if not columns or name in columns})
         table.validate(full=True)

@@ -160,6 +160,25 @@ def test_of_two_that_begin_at_once_one_goes_on(store: str) -> None:
         assert process.stdout is not None and sorted(process.stdout.read().split()) == ["held", "refused"]
 
 
+TAKEN = """
+import sys, time
+from model_lib import holding, storage
+holding.BEAT = holding.GRACE = 0.1
+with holding.held(sys.argv[1]):
+    there = storage.read_json(f"{sys.argv[1]}/.lock")
+    storage.write_json(f"{sys.argv[1]}/.lock", {**there, "run": "another"})
+    time.sleep(60)
+    print("went on")
+"""
+
+
+def test_a_shells_background_job_ends_too_which_ignores_interrupts(store: str) -> None:
+    command = [sys.executable, "-c", TAKEN, f"{store}/job"]
+    ignoring = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    ended = subprocess.run(command, preexec_fn=ignoring, capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 130 and ended.stdout == "" and "another run took it over" in ended.stderr
+
+
 def test_a_run_that_was_taken_for_dead_ends_when_another_took_over(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "BEAT", 0.1)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process of pytest's ignores

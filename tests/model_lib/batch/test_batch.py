@@ -117,8 +117,8 @@ def test_a_picture_that_goes_while_it_is_read_has_its_row_too(
 ) -> None:
     original = captions_module.read_picture
 
-    def reading(uri: str, *patience: float) -> bytes:
-        content = original(uri, *patience)
+    def reading(uri: str, *retry_seconds: float) -> bytes:
+        content = original(uri, *retry_seconds)
         if uri.endswith("3.jpg"):
             Path(uri).unlink()
         return content

@@ -49,6 +49,17 @@ def test_a_list_of_pictures_is_captioned_too(kind: str, pictures: Path, saved_mo
     assert (summary.pictures, summary.ok, summary.errors) == (3, 2, {"missing": 1})
 
 
+def test_a_table_says_in_which_column_its_pictures_are(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "list.csv"
+    file.write_text("label,filename\nx,pictures/000000000001.jpg\n")
+    assert listed(file, tmp_path / "out", saved_model) == ["000000000001.jpg"]
+    file.write_text("pictures/000000000001.jpg,x\n")
+    assert listed(file, tmp_path / "other", saved_model) == ["000000000001.jpg"]
+    file.write_text("photo,label\npictures/000000000001.jpg,x\n")
+    with pytest.raises(UserError, match="which column is it\\? head it with one of uri, url, file"):
+        listed(file, tmp_path / "out", saved_model)
+
+
 def test_shards_are_bounded_by_count_and_by_bytes(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
     for number in range(4):
         (pictures / f"big-{number}.jpg").write_bytes(bytes(600_000))
@@ -62,6 +73,32 @@ def test_an_output_inside_the_pictures_is_not_captioned(pictures: Path, saved_mo
     shutil.copy(pictures / "000000000001.jpg", pictures / "out" / "x.jpg")
     assert len(listed(pictures, pictures / "out", saved_model)) == 12
     assert len(listed(pictures, tmp_path / "o", saved_model)) == 13
+
+
+@pytest.mark.parametrize("above", ["the folder above", "the same folder"])
+def test_an_output_around_the_pictures_hides_none(above: str, pictures: Path, saved_model: Path) -> None:
+    output = pictures.parent if above == "the folder above" else pictures
+    assert len(listed(pictures, output, saved_model)) == 12
+    summary = batch(config(pictures, output, saved_model))
+    assert summary.ok == 12 and len(listed(pictures, output, saved_model)) == 12
+
+
+def test_links_stand_for_their_pictures_and_folders(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    first, second, *_ = sorted(pictures.iterdir())
+    os.utime(first, (1, 1))  # a link is younger than its picture
+    (links / "a.jpg").symlink_to(first)
+    (links / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (links / "folder").symlink_to(pictures)
+    (pictures / "round").symlink_to(links)  # and so on, without an end
+    (pictures / "itself").symlink_to(pictures)
+    summary = batch(config(links, tmp_path / "out", saved_model))
+    assert (summary.pictures, summary.ok, summary.errors) == (14, 13, {"missing": 1})
+    before = written(summary)
+    first.write_bytes(second.read_bytes())
+    again = batch(config(links, tmp_path / "out", saved_model))
+    assert again.ok == 13 and written(again) != before, "what a link leads to has changed"
 
 
 def test_a_store_that_its_driver_names_otherwise_is_listed_and_captioned_all_the_same(
