@@ -52,3 +52,7 @@ class EvaluateConfig(DecodeConfig):
         )
         require(self.images is None or self.results is not None, "images: are those of --results; a model has its data")
         require(self.images is not None or self.clip is None or judged, "clip: sees pictures; name them with --images")
+        require(self.images is None or self.clip is not None, "images: are for CLIPScore; name a CLIP with --clip")
+        for name in ("split", "limit"):
+            default = getattr(EvaluateConfig, name)
+            require(judged or getattr(self, name) == default, f"{name}: is of --data, not of --results")

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,7 +79,8 @@ def _write(config: EvaluateConfig, judgement: Judgement, tracking: Tracking) -> 
 
     assert config.output is not None
     evaluation, run_id = judgement.evaluation, judgement.evaluation.mlflow_run_id
-    curves = {evaluation.name: tracking.curves(run_id)} if run_id is not None else None
+    curves = {run_id: tracking.curves(run_id)} if run_id is not None else None
+    storage.remove(storage.join(config.output, UNSENT))  # of an evaluation before, which this one replaces
     judgement.write(config.output, render_report(judgement, curves=curves))
     if run_id is not None:
         storage.write_json(storage.join(config.output, UNSENT), {"key": _key(config)})
@@ -101,8 +101,8 @@ def _key(config: EvaluateConfig) -> str:
 def _left_unsent(config: EvaluateConfig) -> bool:
     """Whether the output holds this very evaluation, and MLflow was away when it was to be logged."""
     assert config.output is not None
-    file = storage.join(config.output, UNSENT)
-    return storage.exists(file) and storage.read_json(file) == {"key": _key(config)}
+    file, scores = (storage.join(config.output, name) for name in (UNSENT, "scores.json"))
+    return storage.exists(file) and storage.exists(scores) and storage.read_json(file) == {"key": _key(config)}
 
 
 def _send(config: EvaluateConfig, evaluation: Evaluation, tracking: Tracking) -> Evaluation:
@@ -172,12 +172,12 @@ def _judge_model(config: EvaluateConfig) -> Judgement:
     from model_lib.data.shards import SplitReader, read_manifest
     from model_lib.model.captioner import Captioner
     from model_lib.model.captioning import caption_pixels
-    from model_lib.model.sources import lasting_source
+    from model_lib.model.sources import lasting_source, source_digest
 
     assert config.model is not None and config.data is not None
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
-    weights = _digest(source)  # before they are loaded: it is then never that of others which came meanwhile
+    weights = source_digest(source)  # before they are loaded: it is then never that of others which came meanwhile
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
     require_unseen(model.training_record, manifest, config.split)
     reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
@@ -216,16 +216,6 @@ def _judge_model(config: EvaluateConfig) -> Judgement:
     places = to_show(pictures.main())
     views = _views(model, reader, [order[n] for n in places], [captions[n] for n in places])
     return Judgement(evaluation, replace(pictures, views=views))
-
-
-def _digest(source: str) -> str | None:
-    """Return the digest of a model in a folder; None if its source means the same for good, or is a hub's name."""
-    from model_lib.model.sources import resolve_captioner, weights_digest
-
-    if source.startswith("models:/"):
-        return None
-    folder = resolve_captioner(source)
-    return weights_digest(folder) if Path(folder).is_dir() else None
 
 
 def _score(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from model_lib import storage
 from model_lib.errors import UserError
 from model_lib.records import as_record, believing, require_columns, require_values
-from model_lib.scores.significance import Statistics
+from model_lib.scores.significance import Comparison, Statistics
 
 FEW_PICTURES = 100
 """On fewer, CIDEr means little: how rare a word is, is counted in their references."""
@@ -146,6 +146,17 @@ class Judgement:
         storage.write_bytes(storage.join(folder, "pictures.parquet"), _parquet(self.pictures))
         storage.write_bytes(storage.join(folder, "report.html"), report.encode())
         storage.write_json(storage.join(folder, "scores.json"), self.evaluation.to_dict())
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a challenger becomes the champion, and why."""
+
+    promote: bool
+    reason: str
+    """In a sentence."""
+    comparisons: list[Comparison] = field(default_factory=list)
+    """With the champion, score by score; none where there was no champion."""
 
 
 def _parquet(pictures: Pictures) -> bytes:

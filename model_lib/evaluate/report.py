@@ -5,16 +5,12 @@ Nothing in it is asked for from elsewhere, so it shows in a sandboxed frame and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from model_lib.evaluate.gallery import cards
-from model_lib.evaluate.judgement import FEW_PICTURES, MAIN, Evaluation, Judgement
+from model_lib.evaluate.judgement import FEW_PICTURES, MAIN, Decision, Evaluation, Judgement
 from model_lib.pages.charts import Chart, Series, line_chart
 from model_lib.pages.page import render_page
 from model_lib.scores.significance import Comparison, compare
-
-if TYPE_CHECKING:
-    from model_lib.registry.promotion import Decision
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 CHARTS = {
@@ -23,7 +19,7 @@ CHARTS = {
 }
 """For each chart the metrics of training that it shows, and the split that they were measured on."""
 DIVERSITY = {
-    "distinct": ("Distinct captions", "{:.1%}", "no other before says the same"),
+    "distinct": ("Distinct captions", "{:.1%}", "different captions, of all"),
     "vocabulary": ("Vocabulary", "{:,.0f}", "different words in all captions"),
     "words": ("Words a caption", "{:.1f}", "mean length"),
     "ended": ("Complete captions", "{:.1%}", "not cut at the most tokens"),
@@ -58,7 +54,7 @@ def render_report(
     *,
     others: Sequence[Judgement] = (),
     champion: Judgement | None = None,
-    decision: "Decision | None" = None,
+    decision: Decision | None = None,
     curves: Curves | None = None,
 ) -> str:
     """Return the page; captions stand in it as text, whatever they hold.
@@ -68,7 +64,7 @@ def render_report(
         others: of the other candidates, on the same pictures.
         champion: of the present champion, on the same pictures.
         decision: whether the model takes the champion's place, and why.
-        curves: for each model's name its metrics in training, each a list of step and value.
+        curves: for each training's MLflow run its metrics, each a list of step and value.
     """
     compared: dict[str, Comparison] = {}
     if decision is not None and decision.comparisons:
@@ -137,14 +133,12 @@ def _habits(models: Sequence[_Model]) -> list[_Row]:
 
 
 def _charts(curves: Curves, models: Sequence[_Model]) -> list[Chart]:
-    colours = {one.evaluation.name: one.colour for one in reversed(models)}
-    for name in curves:
-        colours.setdefault(name, len(colours))
+    known = [(one, curves.get(one.evaluation.mlflow_run_id or "", {})) for one in models]
     drawn = []
     for title, metrics in CHARTS.items():
         series = [
-            Series(f"{name}, {measured}", colours[name], metric.startswith("train"), found[metric])
-            for name, found in curves.items()
+            Series(f"{one.evaluation.name}, {measured}", one.colour, metric.startswith("train"), found[metric])
+            for one, found in known
             for metric, measured in metrics.items()
             if metric in found
         ]

@@ -9,7 +9,21 @@ NO_CHAMPION = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegisterConfig(StageConfig):
+class Policy(StageConfig):
+    """What a challenger must show to become the champion."""
+
+    metric: str = "CIDEr"
+    """The score that decides; higher is better."""
+    min_gain: float = option(0.0, minimum=0)
+    """How much better than the champion a candidate must be; it must be really better, beyond chance, too."""
+    max_loss: float = option(0.05, minimum=0)
+    """Share by which another score than the deciding one may fall below the champion's, if it falls for certain."""
+    max_slowdown: float = option(0.5, minimum=0)
+    """Share by which captioning may become slower than the champion's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig(Policy):
     """Make the best candidate a version of the registered model, and the champion if it beats the present one."""
 
     evaluations: tuple[str, ...]
@@ -17,14 +31,6 @@ class RegisterConfig(StageConfig):
     champion_evaluation: str | None = None
     """Folder that evaluate wrote for the champion on the same data, or none if there was no champion to judge; needed
     once there is one. Another that became champion since then stays."""
-    metric: str = "CIDEr"
-    """The score that decides."""
-    min_gain: float = option(0.0, minimum=0)
-    """How much better than the champion a candidate must be; it must be really better, beyond chance, too."""
-    max_loss: float = option(0.05, minimum=0)
-    """Share by which another score than the deciding one may fall below the champion's."""
-    max_slowdown: float = option(0.5, minimum=0)
-    """Share by which captioning may become slower than the champion's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ import model_lib
 from model_lib import storage
 from model_lib.errors import UserError
 from model_lib.evaluate.judgement import Evaluation
+from model_lib.evaluate.report import DIVERSITY
 from model_lib.model.config import DecodeConfig
 from model_lib.model.sources import read_training, weights_digest
 from model_lib.pages.page import render_markdown
@@ -29,13 +30,6 @@ STORES = ("aiohttp", "requests", "gcsfs", "s3fs")
 """Packages that read web addresses and buckets, pinned where they are installed."""
 LONGEST_CARD = 5000
 """Characters of a description that MLflow's database holds."""
-MEANINGS = {
-    "distinct": "distinct from all others",
-    "vocabulary": "different words",
-    "words": "words a caption",
-    "ended": "ended by themselves",
-    "learned": "word for word in the training captions",
-}
 
 
 def render_card(winner: Evaluation, folder: str) -> str:
@@ -63,7 +57,7 @@ def render_card(winner: Evaluation, folder: str) -> str:
         scratch=config.get("train_everything", False),
         vision=config.get("vision_config", {}),
         decoder=config.get("decoder_config", {}),
-        meanings=MEANINGS,
+        labels={name: f"{label} ({meaning})" for name, (label, _, meaning) in DIVERSITY.items()},
         version=model_lib.__version__,
     )
 

@@ -1,39 +1,14 @@
 """The promotion rule: which candidate wins, and whether it takes the champion's place. Pure functions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from model_lib.errors import UserError
-from model_lib.evaluate.judgement import Evaluation, Judgement
+from model_lib.evaluate.judgement import Decision, Evaluation, Judgement
+from model_lib.registry.config import Policy
 from model_lib.scores.significance import Comparison, compare
 
 COMPARABLE = ("data_fingerprint", "split", "pictures", "tokenizer", "decoding", "clip")
 """What two evaluations must have in common before their scores may be compared."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What a challenger must show."""
-
-    metric: str = "CIDEr"
-    """The score that decides; higher is better."""
-    min_gain: float = 0.0
-    """How much better the challenger must be, on the score's scale."""
-    max_loss: float = 0.05
-    """Share of the champion's value by which each other score may fall, if it falls for certain."""
-    max_slowdown: float = 0.5
-    """Share of the champion's pictures a second by which the challenger may be slower."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether the challenger becomes the champion, and why."""
-
-    promote: bool
-    reason: str
-    """In a sentence."""
-    comparisons: list[Comparison] = field(default_factory=list)
-    """With the champion, score by score; none where there was no champion."""
 
 
 def score_of(evaluation: Evaluation, metric: str) -> float:

@@ -5,17 +5,18 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from model_lib import storage
 from model_lib.errors import UserError
-from model_lib.evaluate.judgement import Evaluation, Judgement
+from model_lib.evaluate.judgement import Decision, Evaluation, Judgement
 from model_lib.evaluate.report import render_report
 from model_lib.model.sources import resolve_captioner
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
-from model_lib.registry.promotion import Decision, Policy, choose_winner, decide
+from model_lib.registry.promotion import choose_winner, decide
 from model_lib.registry.turns import CHAMPION, DECISION, REASON, draw, require_turn, turn
 from model_lib.scores.significance import Comparison
 from model_lib.tracking.model_uris import MODEL, version_uri
@@ -101,17 +102,16 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         decision = _decided(before)
         client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
     else:
-        folder = resolve_captioner(winner.model)
+        folder = _local_model(winner.model)
         champion = _champion_judgement(config, present)
-        policy = Policy(**{f.name: getattr(config, f.name) for f in fields(Policy)})
-        decision = decide(champion, best, policy)
+        decision = decide(champion, best, config)
         storage.remove(page)  # of another decision on the same evaluation
         run_id = _winners_run(winner, tracking)
         version, decision, now = _make_version(config, winner, folder, run_id, champion, decision, tracking)
     if not storage.exists(page):
         others = [one for one in candidates if one is not best]
-        trained = (one.evaluation for one in candidates)
-        curves = {one.name: tracking.curves(one.mlflow_run_id) for one in trained if one.mlflow_run_id is not None}
+        runs = {one.evaluation.mlflow_run_id for one in candidates}
+        curves = {run: tracking.curves(run) for run in runs if run is not None}
         html = render_report(best, others=others, champion=champion, decision=decision, curves=curves)
         storage.write_bytes(page, html.encode())
     tracking.add(run_id, {}, {}, {"evaluation/decision.html": storage.read_bytes(page)})
@@ -128,6 +128,14 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
             for e in (candidate.evaluation for candidate in candidates)
         ],
     )
+
+
+def _local_model(source: str) -> str:
+    """Return the folder with a model's files; `UserError` if they are on a hub, where others may take their place."""
+    folder = resolve_captioner(source)
+    if not Path(folder).is_dir():
+        raise UserError(f"{source}: lies on a hub; fetch it into a folder, judge it there and register that")
+    return folder
 
 
 def _registered_before(client: Any, winner: Evaluation, champion: str | None) -> Any:

@@ -15,13 +15,14 @@ from model_lib.evaluate.judgement import Evaluation, Judgement, Pictures, View
 from model_lib.evaluate.report import render_report
 from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
 from model_lib.pages.page import thumbnail
-from model_lib.registry.promotion import Policy, decide
+from model_lib.registry.config import Policy
+from model_lib.registry.promotion import decide
 from model_lib.scores.significance import corpus_scores, intervals
 from tests.browser import browser_page
 
 CURVES = {
-    "new": {"train_loss": [(n, 5 / n) for n in range(1, 400)], "val_loss": [(200, 2.0), (399, 1.5)]},
-    "old": {"val_slice_CIDEr": [(200, 0.5), (399, float("nan"))], "learning_rate": [(1, 0.1)]},
+    "run of new": {"train_loss": [(n, 5 / n) for n in range(1, 400)], "val_loss": [(200, 2.0), (399, 1.5)]},
+    "run of old": {"val_slice_CIDEr": [(200, 0.5), (399, float("nan"))], "learning_rate": [(1, 0.1)]},
 }
 HOSTILE = [
     "<script>document.title='ran'</script>",
@@ -53,6 +54,7 @@ def judged(
     shown = {n: View(file.getvalue(), [(word, looked) for word in said[n].split()]) for n in range(min(count, views))}
     evaluation = Evaluation(
         name=name,
+        mlflow_run_id=f"run of {name}",
         model=f"runs/{name}/best",
         split="val",
         pictures=count,
@@ -203,7 +205,7 @@ def test_whatever_it_is_told_stands_there_as_text(page: Page, troubles: list[str
     for n, text in enumerate(HOSTILE):
         told = {"name": text, "model": text, "split": text, "frequencies": text, "missing": {text: text}, "clip": text}
         one = Judgement(replace(judgement.evaluation, **told, decoding={"num_beams": 1, text: text}), pictures)
-        curves = {text: CURVES["new"]}
+        curves = {f"run of {text}": CURVES["run of new"]}
         decision = replace(decide(None, one, Policy()), reason=text)
         report = render_report(one, others=[one], champion=one, decision=decision, curves=curves)
         frame = show(page, tmp_path, report)

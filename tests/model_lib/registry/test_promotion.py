@@ -8,7 +8,8 @@ import pytest
 
 from model_lib import UserError
 from model_lib.evaluate.judgement import Evaluation, Judgement, Pictures
-from model_lib.registry.promotion import Policy, choose_winner, decide
+from model_lib.registry.config import Policy
+from model_lib.registry.promotion import choose_winner, decide
 from model_lib.scores.significance import corpus_scores, intervals
 
 PICTURES = 200

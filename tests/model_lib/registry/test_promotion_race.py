@@ -11,8 +11,8 @@ import mlflow
 import pytest
 
 from model_lib.errors import WorkError
+from model_lib.evaluate.judgement import Decision
 from model_lib.registry import turns
-from model_lib.registry.promotion import Decision
 from model_lib.registry.registry import champion_version, settle
 from model_lib.registry.turns import draw, turn
 from model_lib.tracking.model_uris import MODEL

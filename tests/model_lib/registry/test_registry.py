@@ -17,13 +17,9 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.judgement import Evaluation, Judgement
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import champion_version, register
-from model_lib.steps.candidates import (
-    candidate_config,
-    configure_candidates,
-    decision_markdown,
-    judge_champion,
-    judge_model,
-)
+from model_lib.steps.candidates import candidate_config, configure_candidates
+from model_lib.steps.judging import judge_champion, judge_model
+from model_lib.steps.outcome import decision_markdown
 from model_lib.tracking.model_uris import pin_version
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
