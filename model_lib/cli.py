@@ -300,6 +300,8 @@ def _run(argv: list[str]) -> int:
     name, *options = argv
     if name not in names:
         raise UserError(f"unknown command {name!r}; one of {', '.join(names)}")
+    if name in elsewhere and importlib.util.find_spec("kfp") is None:
+        raise UserError(f"{name}: needs kfp, which is not installed: pip install 'captioner[pipelines]'")
     function = COMMANDS.get(name) or elsewhere[name].load()
     wants_json = "--json" in options
     output = function(parse(function, name, [option for option in options if option != "--json"]))

@@ -83,21 +83,12 @@ def define(parallel: int) -> Any:
         with dsl.ExitHandler(closed, name="Caption a bucket"):
             checked = preflight(
                 run_name=run_name,
-                dataset="",
-                images=caption_images,
-                model=caption_model,
-                candidates=[],
-                preset="",
-                vision="",
-                decoder="",
-                tokenizer="",
-                clip="",
-                data_output="",
-                checkpoint_uri="",
-                caption_output=caption_output,
                 secret_name=secret_name,
                 secret_keys=secret_keys,
-                train_nodes=1,
+                candidates=[],
+                images=caption_images,
+                model=caption_model,
+                caption_output=caption_output,
             )
             place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
             gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)

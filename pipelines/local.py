@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import time
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,8 +50,8 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
 
     root, log_file = work / "pipeline", work / "pipeline.log"
     root.mkdir(exist_ok=True)
-    how = local.SubprocessRunner(use_venv=False) if runner == "subprocess" else _docker_runner(arguments, work)
-    with warnings.catch_warnings(), log_file.open("w") as log, _followed(log):
+    steps = _processes() if runner == "subprocess" else _containers(arguments, work)
+    with warnings.catch_warnings(), log_file.open("w") as log, steps as how, _followed(log):
         warnings.simplefilter("ignore")
         local.init(how, pipeline_root=str(root), raise_on_error=True)
         before = set(root.glob("*"))
@@ -82,11 +83,21 @@ def _without_retries(pipeline: Any) -> Any:
     return pipeline
 
 
-def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
-    """Return the runner that starts each step in its image: with a read-only root, and never as root.
+@contextlib.contextmanager
+def _processes() -> Iterator[Any]:
+    """Yield the runner that starts each step as a process."""
+    from kfp import local
 
-    The working directory and what the arguments name are mounted in their own places: paths mean the same inside. As
-    root, steps run as the working directory's owner, who gets what captioner has made there.
+    yield local.SubprocessRunner(use_venv=False)
+
+
+@contextlib.contextmanager
+def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
+    """Yield the runner that starts each step in its image: with a read-only root, with all GPUs, and never as root.
+
+    The working directory and what the arguments and variables name are mounted in their own places: paths mean the same
+    inside. As root, steps run as the working directory's owner, who gets what captioner has made there. What is at work
+    after the body is stopped, as kfp leaves a step's container alone.
     """
     import docker
     from kfp import local
@@ -102,11 +113,13 @@ def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
         raise UserError(f"runner docker: image {image} is not on this machine; build it with make images") from error
     except docker.errors.DockerException as error:
         raise UserError(f"runner docker: no Docker engine answers: {error}") from error
-    outside = {place for place in _texts(arguments) if place.startswith("/") and not Path(place).is_relative_to(work)}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+    places = {place: True for place in (*_texts(arguments), *environment.values()) if place.startswith("/")}
+    places |= {place: False for place in _written(environment)}
     mounts = [
-        docker.types.Mount(place, place, type="bind", read_only=True)
-        for place in sorted(outside)
-        if Path(place).exists()
+        docker.types.Mount(place, place, type="bind", read_only=read_only)
+        for place, read_only in sorted(places.items())
+        if Path(place).exists() and not Path(place).is_relative_to(work)
     ]
     mounts.append(docker.types.Mount(str(work), str(work), type="bind"))
     mounts.append(docker.types.Mount("/tmp", None, type="volume"))  # a fresh one a step
@@ -117,14 +130,30 @@ def _docker_runner(arguments: dict[str, Any], work: Path) -> Any:
         made = [place for name in MADE for place in (work / name, *(work / name).rglob("*")) if place.exists()]
         for place in (work, *made):
             os.chown(place, user, group, follow_symlinks=False)
-    return local.DockerRunner(
-        mounts=mounts,
-        environment={name: value for name, value in os.environ.items() if name.startswith(PASSED)},
-        network_mode="host",  # a tracking server on this machine is at the same address inside
-        user=f"{user}:{group or USER}",
-        read_only=True,
-        shm_size="1g",
-    )
+    gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
+    label = f"captioner.run={uuid.uuid4().hex}"
+    try:
+        yield local.DockerRunner(
+            mounts=mounts,
+            environment=environment,
+            network_mode="host",  # a tracking server on this machine is at the same address inside
+            user=f"{user}:{group or USER}",
+            read_only=True,
+            shm_size="1g",
+            labels=[label],
+            device_requests=gpus if "nvidia" in client.info().get("Runtimes", {}) else [],
+        )
+    finally:
+        for container in client.containers.list(filters={"label": label}):
+            with contextlib.suppress(docker.errors.APIError):  # it has just ended
+                container.stop()
+
+
+def _written(environment: Mapping[str, str]) -> set[str]:
+    """Return the folders outside the working directory that steps write: the hub's cache, MLflow's own store."""
+    found = {environment[name] for name in ("HF_HOME", "HF_HUB_CACHE") if environment.get(name)}
+    store = environment.get("MLFLOW_TRACKING_URI", "")
+    return found | ({str(Path(store.removeprefix("sqlite:///")).parent)} if store.startswith("sqlite:///") else set())
 
 
 @contextlib.contextmanager

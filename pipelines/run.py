@@ -16,12 +16,13 @@ from typing import Any, Literal
 from model_lib import storage
 from model_lib.cli import Output
 from model_lib.errors import UserError
+from model_lib.holding import held
 from model_lib.ingest.annotations import coco_2017
 from model_lib.ingest.config import ScenesConfig
 from model_lib.ingest.places import Folder
-from model_lib.options import StageConfig, option
+from model_lib.options import StageConfig, option, require
 from model_lib.pictures import EXTENSIONS, PictureError
-from model_lib.steps.preflight import check_candidates
+from model_lib.steps.candidates import candidate_configs
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
 from pipelines.summary import read_summary, summary_lines
@@ -60,15 +61,28 @@ class RunConfig(StageConfig):
     num_beams: int = option(5, minimum=1)
     """Beams in judging the candidates; 1: greedy."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("://" not in self.workdir, f"workdir {self.workdir}: is not a folder of this machine")
+
 
 def run(config: RunConfig) -> Output:
     """Run `train_captioner` with everything under the working directory."""
-    from pipelines.train_captioner import define
-
     started = time.monotonic()
     work = Path(config.workdir).absolute()
     candidates = _candidates(config)
-    storage.require_writable(str(work))
+    with held(str(work)):
+        summary = _run(config, candidates, work)
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    return Output(summary, summary_lines(summary))
+
+
+def _run(config: RunConfig, candidates: list[dict[str, Any]], work: Path) -> dict[str, Any]:
+    """Run the pipeline in a working directory that no other run has; return the summary."""
+    from pipelines.train_captioner import define
+
+    tracking = require_mlflow(tracking_from_environment(str(work)))
+    tracking.require_answer()
     dataset = _dataset(config, work)
     arguments = {
         "data_dataset": dataset,
@@ -82,7 +96,6 @@ def run(config: RunConfig) -> Output:
         "caption_output": str(work / "captions"),
         "secret_keys": [],
     }
-    tracking = require_mlflow(tracking_from_environment(str(work)))
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
     os.environ.pop("MLFLOW_RUN_ID", None)
     try:
@@ -93,8 +106,7 @@ def run(config: RunConfig) -> Output:
     summary = read_summary(root, tracking.uri)
     if summary["registered"]["promoted"]:
         _link_best(work, summary["model"])
-    summary["seconds"] = round(time.monotonic() - started, 1)
-    return Output(summary, summary_lines(summary))
+    return summary
 
 
 def _link_best(work: Path, model: str) -> None:
@@ -163,5 +175,5 @@ def _candidates(config: RunConfig) -> list[dict[str, Any]]:
             candidates = json.loads(config.candidates)
         except json.JSONDecodeError as error:
             raise UserError(f"candidates: is not JSON: {error}") from error
-    check_candidates(candidates, **_common(config))
+    candidate_configs(candidates, **_common(config))
     return [_absolute(candidate) for candidate in candidates]

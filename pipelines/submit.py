@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 COMPILED = Path(__file__).parent / "compiled"
 POLL = 2.0
 """Seconds between two looks at a run."""
-PATIENCE = 600.0
+RETRY_SECONDS = 600.0
 """Seconds for which a server that does not answer is asked again while its run goes on."""
 WHO = "; --auth says how to prove who you are"
 ENDS = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
@@ -88,6 +88,8 @@ class SubmitConfig(_ServerConfig):
 
     run_name: str | None = None
     """Name of the run; by default the pipeline's and the time."""
+    cache: bool = True
+    """Take what steps returned that have run with the same input; no, if what they wrote was deleted since."""
     wait: bool = False
     """Follow the run to its end; exit code 1 if it fails."""
 
@@ -175,7 +177,12 @@ def submit(config: SubmitConfig) -> Output:
         experiment, pipeline_id, version_id, version = _prepare(client, config)
         name = config.run_name or f"{config.pipeline} {datetime.now():%Y-%m-%d %H:%M:%S}"
         run = client.run_pipeline(
-            experiment, name, params=config.arguments(), pipeline_id=pipeline_id, version_id=version_id
+            experiment,
+            name,
+            params=config.arguments(),
+            pipeline_id=pipeline_id,
+            version_id=version_id,
+            enable_caching=None if config.cache else False,  # None: as each step says
         )
     link = f"{config.host.rstrip('/')}/#/runs/details/{run.run_id}"
     document = {"run_id": run.run_id, "name": name, "version": version, "link": link}
@@ -310,7 +317,7 @@ def _follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, st
             answered = time.monotonic()
         except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
             refused = isinstance(error, kfp_server_api.ApiException) and error.status in (401, 403, 404)
-            if refused or time.monotonic() - answered > PATIENCE:
+            if refused or time.monotonic() - answered > RETRY_SECONDS:
                 raise
             time.sleep(POLL)
             continue

@@ -97,23 +97,36 @@ def define(parallel: int) -> Any:
         closed = close(run_name=run_name, registers=True, images=caption_images)
         place(closed, "Close", secret=secret_name, keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Train a captioner"):
+            training = {
+                "candidates": train_candidates,
+                "preset": train_preset,
+                "vision": train_vision,
+                "decoder": train_decoder,
+                "tokenizer": train_tokenizer,
+                "epochs": train_epochs,
+                "batch_size": train_batch_size,
+                "learning_rate": train_learning_rate,
+                "precision": train_precision,
+                "checkpoint_uri": train_checkpoint_uri,
+            }
+            policy = {
+                "metric": register_metric,
+                "min_gain": register_min_gain,
+                "max_loss": register_max_loss,
+                "max_slowdown": register_max_slowdown,
+            }
             checked = preflight(
                 run_name=run_name,
-                dataset=data_dataset,
-                images=caption_images,
-                model="",
-                candidates=train_candidates,
-                preset=train_preset,
-                vision=train_vision,
-                decoder=train_decoder,
-                tokenizer=train_tokenizer,
-                clip=eval_clip,
-                data_output=data_output,
-                checkpoint_uri=train_checkpoint_uri,
-                caption_output=caption_output,
                 secret_name=secret_name,
                 secret_keys=secret_keys,
+                dataset=data_dataset,
+                data_output=data_output,
+                **training,
+                **policy,
                 train_nodes=train_nodes,
+                clip=eval_clip,
+                images=caption_images,
+                caption_output=caption_output,
             )
             place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
 
@@ -128,19 +141,7 @@ def define(parallel: int) -> Any:
             place(judged, "Judge the champion", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6)
             on_gpu(judged, gpu)
 
-            configured = candidates(
-                **data,
-                checkpoint_uri=train_checkpoint_uri,
-                candidates=train_candidates,
-                preset=train_preset,
-                vision=train_vision,
-                decoder=train_decoder,
-                tokenizer=train_tokenizer,
-                epochs=train_epochs,
-                batch_size=train_batch_size,
-                learning_rate=train_learning_rate,
-                precision=train_precision,
-            )
+            configured = candidates(**data, **training)
             place(configured, "Candidates", secret=secret_name, keys=BUCKET)
 
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
@@ -175,10 +176,7 @@ def define(parallel: int) -> Any:
             registered = register(
                 evaluations=dsl.Collected(evaluated.outputs["Output"]),
                 champion_evaluation=judged.output,
-                metric=register_metric,
-                min_gain=register_min_gain,
-                max_loss=register_max_loss,
-                max_slowdown=register_max_slowdown,
+                **policy,
             )
             # No retries: a second attempt would register a second version, unless the first is champion already.
             place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8, retries=0)

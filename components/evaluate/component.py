@@ -16,7 +16,8 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
 ) -> str:
     """Judge the candidate's model, keep the evaluation beside it, and return the evaluation's URI."""
-    from model_lib.steps.candidates import candidate_config, judge_model
+    from model_lib.steps.candidates import candidate_config
+    from model_lib.steps.judging import judge_model
     from model_lib.storage import join, read_bytes, write_bytes
     from model_lib.tracking.server import tracking_from_environment
 

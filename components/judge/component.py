@@ -8,7 +8,8 @@ from components import JUDGE
 @dsl.component(base_image=JUDGE, install_kfp_package=False)
 def judge(data: str, fingerprint: str, num_beams: int, limit: int, clip: str, output: str) -> str:
     """Return the URI of the champion's evaluation under `output`, or none if there is no champion yet."""
-    from model_lib.steps.candidates import judge_champion, require_same_data
+    from model_lib.steps.candidates import require_same_data
+    from model_lib.steps.judging import judge_champion
     from model_lib.tracking.server import tracking_from_environment
 
     require_same_data(data, fingerprint)

@@ -8,29 +8,49 @@ from components import CORE
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def preflight(
     run_name: str,
-    dataset: str,
-    images: str,
-    model: str,
-    candidates: list,
-    preset: str,
-    vision: str,
-    decoder: str,
-    tokenizer: str,
-    clip: str,
-    data_output: str,
-    checkpoint_uri: str,
-    caption_output: str,
     secret_name: str,
     secret_keys: list,
-    train_nodes: int,
+    candidates: list,
+    dataset: str = "",
+    images: str = "",
+    model: str = "",
+    preset: str = "",
+    vision: str = "",
+    decoder: str = "",
+    tokenizer: str = "",
+    epochs: int = 0,
+    batch_size: int = 0,
+    learning_rate: float = 0.0,
+    precision: str = "",
+    clip: str = "",
+    data_output: str = "",
+    checkpoint_uri: str = "",
+    caption_output: str = "",
+    train_nodes: int = 1,
+    metric: str = "CIDEr",
+    min_gain: float = 0.0,
+    max_loss: float = 0.0,
+    max_slowdown: float = 0.0,
 ) -> None:
-    """Check places, weights, MLflow and secrets (empty: not needed), then open the pipeline's run in MLflow."""
+    """Check options, places, weights, MLflow and secrets (empty: none needed), then open the run in MLflow."""
+    from model_lib.registry.config import Policy
     from model_lib.steps.preflight import Needs, preflight, training_sources
     from model_lib.tracking.server import adopt_secret, do_not_wait_long, tracking_from_environment
 
     adopt_secret()
     do_not_wait_long()
-    weights, tokenizers = training_sources(candidates, preset, vision, decoder, tokenizer)
+    Policy(metric=metric, min_gain=min_gain, max_loss=max_loss, max_slowdown=max_slowdown)
+    weights, tokenizers = training_sources(
+        candidates,
+        preset=preset,
+        vision=vision,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        precision=precision,
+    )
     preflight(
         Needs(
             dataset=dataset,

@@ -20,7 +20,7 @@ def register(
     """Register the winner among `evaluations`; return the champion's model URI."""
     from model_lib.registry.config import RegisterConfig
     from model_lib.registry.registry import register as run
-    from model_lib.steps.candidates import decision_markdown, serving_model, tell_outcome
+    from model_lib.steps.outcome import decision_markdown, serving_model, tell_outcome
     from model_lib.storage import read_bytes, write_bytes
     from model_lib.tracking.model_uris import version_uri
     from model_lib.tracking.server import tracking_from_environment
