@@ -88,8 +88,6 @@ class SubmitConfig(_ServerConfig):
 
     run_name: str | None = None
     """Name of the run; by default the pipeline's and the time."""
-    cache: bool = True
-    """Take what steps returned that have run with the same input; no, if what they wrote was deleted since."""
     wait: bool = False
     """Follow the run to its end; exit code 1 if it fails."""
 
@@ -177,12 +175,7 @@ def submit(config: SubmitConfig) -> Output:
         experiment, pipeline_id, version_id, version = _prepare(client, config)
         name = config.run_name or f"{config.pipeline} {datetime.now():%Y-%m-%d %H:%M:%S}"
         run = client.run_pipeline(
-            experiment,
-            name,
-            params=config.arguments(),
-            pipeline_id=pipeline_id,
-            version_id=version_id,
-            enable_caching=None if config.cache else False,  # None: as each step says
+            experiment, name, params=config.arguments(), pipeline_id=pipeline_id, version_id=version_id
         )
     link = f"{config.host.rstrip('/')}/#/runs/details/{run.run_id}"
     document = {"run_id": run.run_id, "name": name, "version": version, "link": link}

@@ -48,6 +48,7 @@ Trains image captioners, judges them, registers the best in MLflow and captions 
 | `train_epochs`, `train_batch_size`, `train_learning_rate` | 0: the preset's |
 | `train_precision` | `auto`, `bfloat16`, `float16` or `float32` |
 | `train_nodes` | machines that train one candidate together, `gpu_count` GPUs each; several need Kubeflow Trainer |
+| `train_cache_key` | any text; another one runs again what KFP would pass over, as after files were deleted |
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
 | `eval_clip` | CLIP for CLIPScore: `openai/clip-vit-base-patch32` or a folder or URI of it; empty: no CLIPScore |
 | `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
@@ -76,6 +77,7 @@ def define(parallel: int) -> Any:
         train_learning_rate: float = TrainConfig.learning_rate,
         train_precision: str = TrainConfig.precision,
         train_nodes: int = 1,
+        train_cache_key: str = "",
         eval_num_beams: int = EvaluateConfig.num_beams,
         eval_limit: int = EvaluateConfig.limit,
         eval_clip: str = "",
@@ -141,7 +143,7 @@ def define(parallel: int) -> Any:
             place(judged, "Judge the champion", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6)
             on_gpu(judged, gpu)
 
-            configured = candidates(**data, **training)
+            configured = candidates(**data, **training, cache_key=train_cache_key)
             place(configured, "Candidates", secret=secret_name, keys=BUCKET)
 
             # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -141,6 +143,7 @@ def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path,
         (("run", "--candidates", '[{{"lerning_rate": 1}}]'), ["lerning_rate"]),
         (("run", "--candidates", '[{{"seed": 1}}, {{"seed": 2}}]'), ["a name of its own"]),
         (("run", "--preset", "huge"), ["huge"]),
+        (("run", "--workdir", "gs://b/work"), ["gs://b/work: is not a folder of this machine"]),
         (("compile", "--output", "/proc/x"), ["/proc/x", "written"]),
         (("batch", "--images", "{scenes}", "--output", "", "--model", "{model}"), ["output: is empty"]),
         (("caption", "-f", "a.jpg", "--model", "{model}"), ["a.jpg: no such file"]),
@@ -148,6 +151,11 @@ def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path,
         (("caption", "-f", "a.jpg", "--model", "{model}", "--seed", "99999999999999999999"), ["seed"]),
         (("evaluate", "--results", "gone.json", "--annotations", "gone.json"), ["gone.json"]),
         (("evaluate", "--model", "m"), ["give either"]),
+        (("evaluate", "--results", "r", "--annotations", "a", "--limit", "1"), ["limit: is of --data"]),
+        (
+            ("evaluate", "--results", "r", "--annotations", "a", "--images", "i"),
+            ["images: are for CLIPScore", "--clip"],
+        ),
         (("register", "--evaluations", "gone"), ["gone/scores.json"]),
         (("caption", "-f", "a.jpg", "--model", "./gone"), ["./gone: no such folder"]),
         (("caption", "-f", "a.jpg", "--model", "{scenes}"), ["{scenes}: not a captioner"]),
@@ -165,6 +173,14 @@ def test_bad_usage_and_input_is_one_line(
     places = {"scenes": str(scenes), "model": str(saved_model)}
     filled = [argument.format(**places) for argument in arguments]
     refused(captioner(*filled), *(word.format(**places) for word in words))
+
+
+@pytest.mark.parametrize("command", ["run", "compile", "submit"])
+def test_without_kfp_the_library_says_how_to_get_it(command: str) -> None:
+    code = f"import sys; sys.modules['kfp'] = None; from model_lib.cli import main; main(['{command}'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = f"captioner: error: {command}: needs kfp, which is not installed: pip install 'captioner[pipelines]'\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_model_folder_without_weights_is_refused(

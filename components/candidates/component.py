@@ -10,6 +10,7 @@ def candidates(
     data: str,
     fingerprint: str,
     checkpoint_uri: str,
+    cache_key: str,
     candidates: list,
     preset: str,
     vision: str,
@@ -20,7 +21,7 @@ def candidates(
     learning_rate: float,
     precision: str,
 ) -> list[dict]:
-    """Return for each candidate the data's fingerprint and its training options: the common ones, its own over them."""
+    """Return for each candidate its training options, the common ones and its own over them, and what they are for."""
     from model_lib.steps.candidates import configure_candidates
     from model_lib.tracking.server import tracking_from_environment
 
@@ -29,6 +30,7 @@ def candidates(
         data,
         fingerprint,
         checkpoint_uri,
+        cache_key,
         candidates,
         preset=preset,
         vision=vision,

@@ -43,9 +43,9 @@ def candidate_configs(candidates: Any, **common: Any) -> list[TrainConfig]:
 
 
 def configure_candidates(
-    data: str, fingerprint: str, root: str, candidates: list[dict[str, Any]], **common: Any
+    data: str, fingerprint: str, root: str, cache_key: str, candidates: list[dict[str, Any]], **common: Any
 ) -> list[dict[str, Any]]:
-    """Return each candidate's configuration as a document: `{"fingerprint", "options"}`.
+    """Return each candidate's configuration as a document: `{"fingerprint", "options", "cache_key"}`.
 
     Its output is keyed by what shapes the result, so that a retry and a rerun find the same checkpoints, and another
     configuration or other data never does.
@@ -54,6 +54,7 @@ def configure_candidates(
         data: the data set's manifest.
         fingerprint: the data set's.
         root: folder or URI under which candidates are kept.
+        cache_key: any text; another one lets Kubeflow Pipelines, which looks at the document, run the steps again.
         candidates: each one's own options, over the common ones.
         common: options of all candidates; empty strings stand for None.
 
@@ -66,7 +67,8 @@ def configure_candidates(
             config = replace(config, start=lasting_source(config.start))
         output = storage.join(root, f"{config.name}-{config.key(fingerprint)}")
         options = replace(config, data=data, output=output).to_dict()
-        documents.append({"fingerprint": fingerprint, "options": {k: v for k, v in options.items() if v is not None}})
+        given = {name: value for name, value in options.items() if value is not None}
+        documents.append({"fingerprint": fingerprint, "options": given, "cache_key": cache_key})
     return documents
 
 

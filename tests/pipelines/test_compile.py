@@ -36,7 +36,7 @@ STAGES = {
     "register": RegisterConfig,
     "caption": BatchConfig,
 }
-PIPELINES_OWN = {"train_candidates", "train_nodes", "train_checkpoint_uri", "caption_model"}
+PIPELINES_OWN = {"train_candidates", "train_nodes", "train_cache_key", "train_checkpoint_uri", "caption_model"}
 PIPELINES_OWN |= {"data_dataset", "data_output", "caption_options"}
 CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations", "secret_name", "secret_keys"}
 ON_GPU = {"train", "evaluate", "judge", "caption"}

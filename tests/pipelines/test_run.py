@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import Captioner, generate_caption
+from model_lib.holding import held
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
@@ -99,6 +100,17 @@ def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_picture_keeps_i
     assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
     assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()
     in_mlflow(tmp_path / "work", summary["tracking_uri"], ["fast", "slow", "slow"])
+
+
+def test_a_second_run_in_a_working_directory_is_refused_and_leaves_the_firsts_log(
+    captioner: Run, tmp_path: Path
+) -> None:
+    with held(str(tmp_path / "work")):
+        (tmp_path / "work" / "pipeline.log").write_text("of the first")
+        done = captioner("run", "--workdir", "work", "--scenes", "2")
+    assert done.returncode == 2 and "work: process" in done.stderr and "is at work there" in done.stderr
+    assert (tmp_path / "work" / "pipeline.log").read_text() == "of the first"
+    assert not (tmp_path / "work" / "scenes").exists()
 
 
 def test_the_validation_pictures_of_an_archive_are_taken_out_for_captioning(

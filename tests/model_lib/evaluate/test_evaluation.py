@@ -11,6 +11,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from model_lib import UserError
+from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.judgement import Evaluation, Judgement
@@ -219,6 +220,30 @@ def test_a_tracked_models_report_has_its_curves(judged: tuple[Path, Evaluation],
     assert "<polyline" in (tmp_path / "judged" / "report.html").read_text()
     assert tracking.added == evaluation_metrics(again)
     assert {"CIDEr", "CIDEr_shuffled", "diversity_distinct", "pictures_per_second"} <= again.figures().keys()
+
+
+class Away(Remembering):
+    """Tracking by a server that fails."""
+
+    def add(self, *_: object) -> None:
+        raise ConnectionError("no answer")
+
+
+def test_what_one_evaluation_still_had_to_send_is_gone_with_the_next(
+    judged: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    _, other = judged
+    shutil.copytree(other.model, model := tmp_path / "model")
+    about = json.loads((model / "training.json").read_text())
+    (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
+    options = {"data": str(about["configuration"]["data"]), "output": str(tmp_path / "judged"), "limit": 4}
+    with pytest.raises(WorkError, match="its scores are not in MLflow"):
+        evaluate(EvaluateConfig(model=str(model), **options), Away())
+    assert (tmp_path / "judged" / "unsent.json").exists()
+    evaluate(EvaluateConfig(model=other.model, **options))
+    assert not (tmp_path / "judged" / "unsent.json").exists()
+    again = evaluate(EvaluateConfig(model=str(model), **options), Remembering())
+    assert again.model == str(model), "and not what the other one was found to be"
 
 
 @pytest.mark.parametrize(

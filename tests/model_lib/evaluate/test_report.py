@@ -309,6 +309,14 @@ def test_the_worst_are_shown_and_some_of_the_rest() -> None:
     assert to_show(cider[:7]) == np.argsort(cider[:7]).tolist()
 
 
+def test_models_of_one_name_have_their_own_curves() -> None:
+    ours, theirs = (replace(judged("same", [1.0]).evaluation, mlflow_run_id=run) for run in ("ours", "theirs"))
+    pictures = judged("same", [1.0]).pictures
+    curves = {"theirs": {"val_loss": [(1, 9.0), (2, 8.0)]}, "ours": {"val_loss": [(1, 1.0), (2, 0.5)]}}
+    page = render_report(Judgement(ours, pictures), others=[Judgement(theirs, pictures)], curves=curves)
+    assert page.index("same, val: 0.5 at step 2") < page.index("same, val: 8 at step 2")
+
+
 def test_cards_pair_captions_by_picture() -> None:
     new, old = judged("new", [2.0, 1.0]), judged("old", [0.5])
     first, second = cards(new.pictures, old.pictures)

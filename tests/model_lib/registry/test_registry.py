@@ -24,6 +24,7 @@ from model_lib.tracking.model_uris import pin_version
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
+from tests.model_lib.registry.test_promotion import judged
 
 
 @pytest.fixture()
@@ -146,6 +147,13 @@ def test_a_champion_that_is_not_there_is_refused_in_one_line(tracking: MlflowTra
     assert "\n" not in str(refused.value)
 
 
+def test_a_model_of_a_hub_is_refused_before_anything_is_logged(tracking: MlflowTracking, tmp_path: Path) -> None:
+    judged(0.5, "far", model="owner/captioner").write(str(tmp_path / "judged"), "")
+    with pytest.raises(UserError, match="owner/captioner: lies on a hub; fetch it into a folder, judge it there"):
+        register(RegisterConfig(evaluations=(str(tmp_path / "judged"),)), tracking)
+    assert champion_version(tracking.uri) is None and not tracking.client.search_runs([tracking.experiment_id])
+
+
 def test_a_name_that_means_another_version_later_is_refused() -> None:
     with pytest.raises(UserError, match="'latest' is no version; use models:/captioner/1, or"):
         pin_version("models:/captioner/latest")
@@ -157,8 +165,11 @@ def test_candidates_have_places_of_their_own_and_notice_other_data(data: Path, t
 
     fingerprint = read_manifest(str(data)).fingerprint
     options = {"preset": "tiny", "vision": "", "epochs": 0}
-    documents = configure_candidates(str(data), fingerprint, "gs://b/c", [{"name": "a"}, {"name": "b"}], **options)
-    again = configure_candidates(str(data), fingerprint, "gs://b/c", [{"name": "a", "seed": 1}], **options)
+    place = (str(data), fingerprint, "gs://b/c")
+    documents = configure_candidates(*place, "", [{"name": "a"}, {"name": "b"}], **options)
+    again = configure_candidates(*place, "", [{"name": "a", "seed": 1}], **options)
+    (anew,) = configure_candidates(*place, "after files were deleted", [{"name": "a"}], **options)
+    assert anew != documents[0] and candidate_config(anew) == candidate_config(documents[0])
     outputs = [candidate_config(document).output for document in (*documents, *again)]
     assert len(set(outputs)) == 3 and outputs[0].startswith("gs://b/c/a-")
     through_json = json.loads(json.dumps(documents[0]), parse_int=float)  # a pipeline knows no whole numbers

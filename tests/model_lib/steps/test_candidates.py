@@ -110,5 +110,5 @@ def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
     numbers = {"epochs": 0, "batch_size": 0, "learning_rate": 0.0}
     listed = [{"name": "on", "start": "models:/captioner@champion"}]
     fingerprint = read_manifest(str(data)).fingerprint
-    (document,) = candidates.python_func(str(data), fingerprint, str(tmp_path / "c"), listed, **common, **numbers)
+    (document,) = candidates.python_func(str(data), fingerprint, str(tmp_path / "c"), "", listed, **common, **numbers)
     assert document["options"]["start"] == "models:/captioner/1"

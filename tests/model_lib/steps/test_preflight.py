@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from components.preflight.component import preflight as component
 from model_lib import UserError
 from model_lib.steps import preflight
 from model_lib.steps.candidates import candidate_configs
@@ -112,6 +113,26 @@ def test_the_weights_that_candidates_start_from() -> None:
     weights, tokenizers = training_sources(two, preset="clip-l-gpt2-medium", **common)
     assert weights == ["gs://b/gpt2", "openai-community/gpt2-medium", "openai/clip-vit-large-patch14"]
     assert tokenizers == ["gs://b/bpe"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "fp16"}, "precision: 'fp16' is not one of"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0"),
+        ({"min_gain": -1.0}, "min_gain: -1.0 is not at least 0"),
+        ({"candidates": [{"name": "a", "colour": "red"}]}, "unknown option 'colour'"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_before_any_work(
+    options: dict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "preflight", None)
+    for name in ("CAPTIONER_RETRY_SECONDS", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "1")
+    given = {"run_name": "r", "secret_name": "s", "secret_keys": [], "candidates": [{"name": "a"}], "preset": "tiny"}
+    with pytest.raises(UserError, match=said):
+        component.python_func(**{**given, **options})
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,17 @@ def test_a_webhook_that_is_away_or_none_is_tried_again_and_never_shown(
     assert "attempt 3" in caplog.text and "s3cret" not in caplog.text
 
 
+@pytest.mark.parametrize(("given", "place"), [("", "work"), ("sqlite:///mine/mlflow.db", "mine")])
+def test_the_embedded_store_is_the_same_wherever_a_step_runs(
+    given: str, place: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment.chdir(tmp_path)
+    environment.setenv("MLFLOW_TRACKING_URI", given)
+    tracking = require_mlflow(tracking_from_environment("work"))
+    assert tracking.uri == os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/{place}/mlflow.db"
+    assert (tmp_path / place / "mlflow.db").exists()
+
+
 def test_the_secrets_variables_give_way_to_the_servers() -> None:
     variables = {
         "CAPTIONER_MLFLOW_TRACKING_URI": "http://ours",

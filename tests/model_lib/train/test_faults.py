@@ -212,6 +212,9 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
         with pytest.raises(type(lasting)):
             storage.retrying("gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error))
     assert len(pauses) == 2
+    monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "10m")
+    with pytest.raises(UserError, match="CAPTIONER_RETRY_SECONDS=10m: is not a number of seconds"):
+        storage.retrying("gs://bucket/file", lambda: "content")
     monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
     with pytest.raises(ConnectionResetError):
         storage.retrying("gs://bucket/file", lambda: (_ for _ in ()).throw(ConnectionResetError("for ever")))
