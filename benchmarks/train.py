@@ -42,12 +42,12 @@ from model_lib.ingest.config import IngestConfig, ScenesConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model.precision import autocast, autocast_dtype
-from model_lib.model.tokens import IGNORED, side_by_side, train_tokenizer
+from model_lib.model.tokens import IGNORED, pack_captions, train_tokenizer
 from model_lib.presets import PRESETS
 from model_lib.tracking.server import Run, Tracking
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.loss import caption_loss
-from model_lib.train.training import Trained, train
+from model_lib.train.training import train
 
 CAPTIONS = 5
 COCO_PICTURES = 118_287
@@ -121,10 +121,10 @@ class Work:
         self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(model.device)
         self.captions = coco_like_captions(count, model.config.decoder_config.vocab_size)
         pairs = [[ids] for picture in self.captions for ids in picture]
-        self.pairs = side_by_side(pairs, self.end, multiple=1).to(model.device)
+        self.pairs = pack_captions(pairs, self.end, multiple=1).to(model.device)
 
     def ours(self) -> Tensor:
-        rows = side_by_side(self.captions, self.end).to(self.model.device)
+        rows = pack_captions(self.captions, self.end).to(self.model.device)
         features = self.model.encode(self.pixels)
         with autocast(self.dtype, self.model.device):
             return caption_loss(self.model, features, rows) / rows.count

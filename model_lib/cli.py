@@ -27,9 +27,8 @@ from model_lib.batch.config import BatchConfig
 from model_lib.cores import cores
 from model_lib.errors import UserError, printable
 from model_lib.evaluate.config import EvaluateConfig
-from model_lib.exits import one_line
-from model_lib.ingest.config import IngestConfig, ScenesConfig
-from model_lib.ingest.download import DownloadConfig
+from model_lib.exits import exit_in_one_line
+from model_lib.ingest.config import DownloadConfig, IngestConfig, ScenesConfig
 from model_lib.model.config import DecodeConfig
 from model_lib.options import Precision, StageConfig, option
 from model_lib.presets import PRESETS
@@ -283,7 +282,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what bucket drivers leave unfinished at exit
-    with one_line():
+    with exit_in_one_line():
         sys.exit(_run(argv))
 
 

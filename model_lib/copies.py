@@ -114,14 +114,14 @@ def local_file(uri: str) -> Iterator[Path]:
     """
     fs, path = storage.filesystem(uri)
     if storage.is_local(uri):
-        with storage.one_line(uri), Path(path).open("rb"):
+        with storage.reading(uri), Path(path).open("rb"):
             pass
         yield Path(path)
         return
     handle, copy = tempfile.mkstemp()
     os.close(handle)
     try:
-        with storage.one_line(uri):
+        with storage.reading(uri):
             storage.retrying(uri, lambda: fs.get_file(path, copy))
         yield Path(copy)
     finally:

@@ -29,7 +29,7 @@ def _out_of_memory(error: Exception) -> NoReturn:
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
+def exit_in_one_line() -> Iterator[None]:
     """Exit with the line that is meant for the user when the body fails by their input, or by the world it works in."""
     try:
         yield

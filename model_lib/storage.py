@@ -130,7 +130,7 @@ def read_bytes(uri: str, most: int | None = None, retry_seconds: float | None = 
     fs, path = filesystem(uri)
 
     def read() -> bytes:
-        with one_line(uri):
+        with reading(uri):
             return bytes(fs.cat_file(path)) if most is None else _start(fs, path, most + 1)
 
     return retrying(uri, read, retry_seconds)
@@ -161,7 +161,7 @@ def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
 
 
 @contextlib.contextmanager
-def one_line(uri: str) -> Iterator[None]:
+def reading(uri: str) -> Iterator[None]:
     """Raise what goes wrong while `uri` is read as a `UserError` or a `WorkError`."""
     try:
         yield

@@ -62,7 +62,6 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     """Return the summary as lines of text."""
     registered, captioned = summary["registered"], summary["captioned"]
     left_out = ", ".join(f"{count} {reason}" for reason, count in summary["quarantined"].items())
-    fate = "is the champion now" if registered["promoted"] else "is registered as challenger"
     failed = ", ".join(f"{count} {reason}" for reason, count in captioned["errors"].items())
     train, val = summary["pictures"]["train"], summary["pictures"]["val"]
     scheme, _, store = summary["tracking_uri"].partition(":///")
@@ -88,7 +87,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"            on {first['pictures']:,} pictures of {first['split']}; shuffled: captions swapped about",
         *_doubts(next(row for row in summary["candidates"] if row["name"] == registered["winner"])),
         "",
-        f"Winner      {registered['winner']}, version {registered['version']}, {fate}:",
+        f"Winner      {registered['winner']}, version {registered['version']}, {registered['fate']}:",
         f"            {registered['reason']}",
         f"Champion    version {registered['champion_version']}  ({CHAMPION_URI})",
         "",

@@ -7,8 +7,8 @@
                            report.html          the same for people, with pictures
              latest.json                        the last summary
 
-Every picture listed has exactly one row, with a status. Started again, only pictures that are new or changed, or whose
-store failed the last time, are captioned; rows of pictures that are listed no more go. Another model, another version
-of it or other options have a folder of their own. A shard's file is named after the pictures that it holds, so that it
-is there, or it is not.
+Every picture listed has exactly one row, with a status. Started again, only pictures that are new or changed, or that
+could not be read but may be now, are captioned; rows of pictures no longer listed are removed. Another model, another
+version of it or other options have a folder of their own. A shard's file is named after the pictures that it holds, so
+that a file of that name is always the finished shard.
 """

@@ -33,7 +33,7 @@ class Summary:
     pictures: int
     ok: int
     errors: dict[str, int]
-    """Pictures without a caption, a reason."""
+    """Number of pictures without a caption, for each reason."""
     captions: str
     """Folder of the Parquet files."""
     report: str
@@ -58,7 +58,6 @@ def merge(made: Plan) -> Summary:
     Raises:
         WorkError: a shard is not captioned yet, or its file holds other pictures than were planned.
     """
-    remove_strangers(made)  # whoever reads all of the folder would find a picture twice
     # A listing may be behind, so that what it does not show is looked for itself.
     missing = [index for index in made.missing() if not storage.exists(made.captions(made.shards[index]))]
     if missing:
@@ -90,6 +89,7 @@ def merge(made: Plan) -> Summary:
             heapq.heappush(notable.worst, (-score, row["uri"], row))
             if len(notable.worst) > WORST:
                 heapq.heappop(notable.worst)
+    remove_strangers(made)  # whoever reads all of the folder would find a picture twice
     captions, report = storage.join(made.folder, "captions"), storage.join(made.folder, "report.html")
     pictures, rate = statuses.total(), statuses.total() / seconds if seconds else 0.0
     summary = Summary(

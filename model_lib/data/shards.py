@@ -1,7 +1,7 @@
 """The data set that ingest made: its manifest, and batches of pictures read from its Parquet shards.
 
-A split's pictures are numbered in the order of its shards, and an epoch is a plan: a list of batches of those numbers
-that depends on the seed and the epoch alone. So a training run goes on at any step by leaving out the start of a plan.
+A split's pictures are numbered in the order of its shards, and an epoch is an order: a list of batches of those numbers
+that depends on the seed and the epoch alone. So a training run goes on at any step by leaving out an order's start.
 """
 
 import hashlib
@@ -53,9 +53,9 @@ class Manifest:
     format_version: int
     shards: list[Shard]
     counts: dict[str, int]
-    """Pictures a split."""
+    """Number of pictures in each split."""
     quarantined: dict[str, int]
-    """Rows of the quarantine, a reason: pictures, and captions, that were left out."""
+    """Number of pictures and captions in the quarantine, for each reason."""
     fingerprint: str
     configuration: dict[str, Any]
     uri: str
@@ -113,7 +113,7 @@ class Batch:
     jpegs: list[bytes]
 
 
-Plan = Sequence[np.ndarray]
+BatchOrder = Sequence[np.ndarray]
 """For each batch the numbers of its pictures."""
 
 
@@ -131,7 +131,7 @@ class SplitReader:
     def __init__(self, manifest: Manifest, split: str, *, size: int, workers: int = 0, limit: int = 0) -> None:
         manifest.require_split(split)
         self.size, self.workers = size, workers or cores()
-        self.files = [_ShardFile(shard) for shard in manifest.shards if shard.split == split]
+        self.files = [_ShardReader(shard) for shard in manifest.shards if shard.split == split]
         self.groups = [(file, group) for file in self.files for group in range(len(file.rows))]
         counts = [file.rows[group] for file, group in self.groups]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -144,12 +144,14 @@ class SplitReader:
         columns = (file.read(group, ["captions"])["captions"].to_pylist() for file, group in self.groups)
         return [captions for column in columns for captions in column][: self.rows]
 
-    def in_order(self, batch_size: int) -> Plan:
-        """Return the plan that keeps the order of the shards."""
+    def in_order(self, batch_size: int) -> BatchOrder:
+        """Return the order of the shards."""
         return _cut(np.arange(self.rows), batch_size)
 
-    def shuffled(self, batch_size: int, seed: int, epoch: int, lengths: np.ndarray, sort_batches: int = 8) -> Plan:
-        """Return the plan of an epoch in which pictures of similar length come together.
+    def shuffled(
+        self, batch_size: int, seed: int, epoch: int, lengths: np.ndarray, sort_batches: int = 8
+    ) -> BatchOrder:
+        """Return the order of an epoch in which pictures of similar length come together.
 
         Row groups are shuffled, and pictures within a window of several groups, so that reading stays near in the
         files; then, a few batches at a time, neighbours in length make a batch, and the batches are shuffled again.
@@ -180,11 +182,13 @@ class SplitReader:
         if window:
             yield np.concatenate(window)
 
-    def batches(self, plan: Plan, view: Callable[[Image.Image, int], np.ndarray] | None = None) -> Iterator[Batch]:
-        """Yield the batches of a plan, read and decoded ahead by threads.
+    def batches(
+        self, order: BatchOrder, view: Callable[[Image.Image, int], np.ndarray] | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of an order, read and decoded ahead by threads.
 
         Args:
-            plan: whose pictures, and in which order.
+            order: whose pictures, and in which order.
             view: takes a picture and its number to pixels, uint8 [3, size, size]; by default CLIP's view of it.
         """
         shown = view or (lambda image, number: to_pixels(image, self.size))
@@ -196,7 +200,7 @@ class SplitReader:
                 file, _ = self.groups[int(np.searchsorted(self.starts, number, "right")) - 1]
                 raise UserError(f"{file.uri}: picture {number} of its split is {error}; ingest anew") from error
 
-        tables: OrderedDict[int, Any] = OrderedDict()  # row groups in use; a plan stays within a few windows
+        tables: OrderedDict[int, Any] = OrderedDict()  # row groups in use; an order stays within a few windows
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
 
         def row(number: int, place: int) -> dict[str, Any]:
@@ -214,7 +218,7 @@ class SplitReader:
 
         def read() -> Iterator[Batch]:
             with ThreadPoolExecutor(self.workers) as pool:
-                for numbers in plan:
+                for numbers in order:
                     places = (np.searchsorted(self.starts, numbers, "right") - 1).tolist()
                     load(places)
                     rows = [row(*pair) for pair in zip(numbers.tolist(), places, strict=True)]
@@ -245,7 +249,7 @@ def ahead(source: Iterator[Item], depth: int) -> Generator[Item, None, None]:
             yield item
 
 
-class _ShardFile:
+class _ShardReader:
     """One shard, read a row group at a time; each page is checked against its own checksum."""
 
     def __init__(self, shard: Shard) -> None:

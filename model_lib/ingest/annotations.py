@@ -16,7 +16,7 @@ from model_lib.errors import UserError
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.json_stream import NotJson, sections
 from model_lib.ingest.places import Place, open_zip, opened, pictures_at
-from model_lib.ingest.tables import TABLES, read_table
+from model_lib.ingest.tables import READERS, read_table
 
 LONGEST_CAPTION = 1000
 """Characters of a caption; a longer one is no caption of a picture."""
@@ -269,7 +269,7 @@ def read_listing(config: IngestConfig) -> Listing:
             _add_karpathy(listing, config.karpathy, place)
         else:
             listing = Listing([str(config.annotations)])
-            add = _add_table if listing.names[0].lower().endswith(TABLES) else _add_coco
+            add = _add_table if listing.names[0].lower().endswith(tuple(READERS)) else _add_coco
             add(listing, listing.names[0], place, config.split)
             if config.split == "auto":
                 listing.hold_one_out()

@@ -1,8 +1,11 @@
-"""The configurations of what makes a data set: ingest, and the scenes that are drawn for a try."""
+"""The configurations of what makes a data set: download, ingest, and the scenes that are drawn for a try."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from model_lib.errors import UserError
 from model_lib.options import StageConfig, option, require
 
 
@@ -84,3 +87,23 @@ class IngestConfig(StageConfig):
             require(
                 self.dataset is None and self.karpathy is None, f"split {self.split}: the data has splits of its own"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig(StageConfig):
+    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models; broken off, it goes on.
+
+    captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
+    """
+
+    dataset: Annotated[Literal["coco2017", "spice"], tyro.conf.Positional]
+    """coco2017, 19 GB of pictures and their captions; or spice, 0.5 GB of models for evaluate --spice."""
+    output: str = option(shapes=False)
+    """Folder or URI for the archives."""
+    base: str | None = None
+    """Address of another server, a mirror for example; of COCO's own the archives' checksums are known."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base is not None and not self.base.startswith(("http://", "https://")):
+            raise UserError(f"base {self.base}: is not an http(s) address")

@@ -15,15 +15,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
-
-import tyro
+from typing import IO, Any, TypeVar
 
 from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.holding import held
+from model_lib.ingest.config import DownloadConfig
 from model_lib.ingest.places import open_zip
-from model_lib.options import StageConfig, option
 from model_lib.progress import Progress
 from model_lib.retries import retry, status_may_pass
 from model_lib.scores.spice import MODELS
@@ -44,26 +42,6 @@ TIMEOUT = 60.0
 """Seconds after which a silent server counts as gone."""
 
 _ANSWER = TypeVar("_ANSWER")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadConfig(StageConfig):
-    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models; broken off, it goes on.
-
-    captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
-    """
-
-    dataset: Annotated[Literal["coco2017", "spice"], tyro.conf.Positional]
-    """coco2017, 19 GB of pictures and their captions; or spice, 0.5 GB of models for evaluate --spice."""
-    output: str = option(shapes=False)
-    """Folder or URI for the archives."""
-    base: str | None = None
-    """Address of another server, a mirror for example; of COCO's own the archives' checksums are known."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.base is not None and not self.base.startswith(("http://", "https://")):
-            raise UserError(f"base {self.base}: is not an http(s) address")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _in_order(entries: Iterable[Entry], config: IngestConfig) -> Iterator[Result
         pool.shutdown(cancel_futures=True)
 
 
-class _ShardFile:
+class _ShardWriter:
     """A shard that is being written, a row group at a time.
 
     Args:
@@ -159,7 +159,7 @@ def _write_shard(
         return None
     storage.remove(storage.join(config.output, "manifest.json"))  # a half-done ingest is not a data set
     with storage.whole_file(storage.join(config.output, name)) as part:
-        file = _ShardFile(part)
+        file = _ShardWriter(part)
         for place, result in chain([first], results):
             end = place + 1
             if isinstance(result, Rejected):

@@ -11,8 +11,6 @@ import pyarrow.parquet as pq
 
 from model_lib.errors import UserError, first_line
 
-TABLES = (".csv", ".jsonl", ".parquet")
-"""Endings of the tables that can be read."""
 COLUMNS = ("file", "caption")
 
 
@@ -26,9 +24,8 @@ def read_table(uri: str, path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: it is damaged, has no such columns, or something else than text in them.
     """
-    read = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}["." + uri.lower().rpartition(".")[2]]
     try:
-        for number, (file, caption) in read(path):
+        for number, (file, caption) in READERS["." + uri.lower().rpartition(".")[2]](path):
             if not isinstance(file, str) or not file:
                 raise UserError(f"{uri}: row {number}: file {file!r} is not a file's name")
             if caption is not None and not isinstance(caption, str):
@@ -73,3 +70,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, [row[name] for name in COLUMNS]
+
+
+READERS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
+"""For each ending that can be read, what yields the number and the values of each row."""

@@ -30,8 +30,8 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.pytorch_utils import Conv1D
 
 from model_lib.errors import UserError, first_line
-from model_lib.model import packing, weights
-from model_lib.model.decoder import CrossCache, Decoder, SelfAttentionCache, SideBySide
+from model_lib.model import prepacking, weights
+from model_lib.model.decoder import CrossCache, Decoder, PackedLayout, SelfAttentionCache
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.sources import read_training, resolve_captioner
 from model_lib.presets import Preset
@@ -201,7 +201,7 @@ class Captioner(PreTrainedModel):
         tokens: Tensor,
         visual: CrossCache,
         cache: SelfAttentionCache | None = None,
-        layout: SideBySide | None = None,
+        layout: PackedLayout | None = None,
     ) -> Tensor:
         """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]; with a layout N is 1."""
         return self.decoder(tokens, visual, cache, layout)
@@ -299,21 +299,21 @@ class Captioner(PreTrainedModel):
         Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()` unpack them.
         """
         self.to(device, dtype).eval()
-        if packing.can_pack(device, dtype):
-            packing.pack(self)
+        if prepacking.can_pack(device, dtype):
+            prepacking.pack(self)
         return self
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            packing.unpack(self)
+            prepacking.unpack(self)
         return super().train(mode)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        packing.unpack(self)
+        prepacking.unpack(self)
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        packing.unpack(self)  # this is what moves and converts tensors, and packed ones cannot be
+        prepacking.unpack(self)  # this is what moves and converts tensors, and packed ones cannot be
         return super()._apply(fn, recurse)
 
     @classmethod

@@ -31,7 +31,7 @@ CrossCache = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class PackedLayout:
     """Several sequences in one row of tokens: each starts at position 0 and sees itself alone."""
 
     positions: Tensor
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         return cast(Iterable[Block], self.h)
 
     def forward(
-        self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None, layout: SideBySide | None
+        self, tokens: Tensor, visual: CrossCache, cache: SelfAttentionCache | None, layout: PackedLayout | None
     ) -> Tensor:
         if layout is not None:
             positions, mask = layout.positions.unsqueeze(1), layout.mask

@@ -50,11 +50,11 @@ def decode(model: Captioner, features: Tensor, config: DecodeConfig) -> list[lis
     """
     visual = model.cross_cache(features)
     if config.num_beams > 1:
-        return _beam_search(_Rows(model, visual, config.num_beams, config), config)
-    return _one_by_one(_Rows(model, visual, config.num_captions, config), config)
+        return _beam_search(_DecodingState(model, visual, config.num_beams, config), config)
+    return _one_by_one(_DecodingState(model, visual, config.num_captions, config), config)
 
 
-class _Rows:
+class _DecodingState:
     """The rows being decoded: feeds their newest tokens to the decoder, and knows what may not come next."""
 
     def __init__(self, model: Captioner, visual: CrossCache, rows: int, config: DecodeConfig) -> None:
@@ -114,7 +114,7 @@ def _left(open_: Tensor) -> Tensor | None:
     return left if 0 < len(left) <= len(open_) // 2 else None
 
 
-def _one_by_one(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
+def _one_by_one(rows: _DecodingState, config: DecodeConfig) -> list[list[Decoded]]:
     """Take the most likely token at each step, or draw one."""
     generator = torch.Generator(rows.device).manual_seed(config.seed)
     B, N = rows.history.shape[:2]
@@ -196,7 +196,7 @@ def _in_nucleus(probs: Tensor, token: Tensor, top_p: float) -> Tensor:
     return more_likely < top_p
 
 
-def _beam_search(rows: _Rows, config: DecodeConfig) -> list[list[Decoded]]:
+def _beam_search(rows: _DecodingState, config: DecodeConfig) -> list[list[Decoded]]:
     N, longest, end = config.num_beams, config.max_new_tokens, rows.end
     B, device = rows.history.shape[0], rows.device
     running = torch.full((B, N), -1e9, device=device)

@@ -61,7 +61,7 @@ def _ended(ids: list[int], end: int, max_tokens: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedCaptions:
     """A batch for the decoder: the captions of each picture side by side in one row, padded to the longest row."""
 
     tokens: Tensor
@@ -88,7 +88,7 @@ class Rows:
         return replace(self, **moved)
 
 
-def side_by_side(captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8) -> Rows:
+def pack_captions(captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8) -> PackedCaptions:
     """Lay each picture's captions, ids as `encode_captions` returns them, into one row.
 
     Args:
@@ -111,7 +111,7 @@ def side_by_side(captions: Sequence[Sequence[Sequence[int]]], end: int, multiple
             start += len(ids)
     tokens, targets, positions, caption = torch.from_numpy(values)
     places = torch.from_numpy(np.flatnonzero(values[1] != IGNORED))
-    return Rows(tokens, targets, positions, caption, places, len(places))
+    return PackedCaptions(tokens, targets, positions, caption, places, len(places))
 
 
 def decode_tokens(tokenizer: Any, ids: list[int]) -> str:

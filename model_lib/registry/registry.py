@@ -60,7 +60,7 @@ class Registered:
         return f"does not replace version {self.champion_version}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "fate": self.fate}
 
 
 def champion_version(uri: str) -> str | None:

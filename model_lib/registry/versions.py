@@ -14,8 +14,8 @@ from model_lib.tracking.server import Tracking, require_mlflow
 
 ROLLED_BACK = "rolled_back"
 """Tag of a version that was champion and was taken back: what followed it, and when."""
-SHOWN = ("CIDEr", "SPICE", "CLIPScore", "METEOR", "Bleu_4", "ROUGE_L")
-"""Scores in the table of versions, where they were computed."""
+HIDDEN = ("Bleu_1", "Bleu_2", "Bleu_3")
+"""Scores that the table of versions does not show."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _version(found: Any, aliases: dict[str, str]) -> Version:
 
 def versions_table(versions: list[Version]) -> list[str]:
     """Return the versions as lines of text: a row each, and below it why it was decided so."""
-    names = [name for name in SHOWN if any(name in one.scores for one in versions)]
+    names = [name for name in dict.fromkeys(name for one in versions for name in one.scores) if name not in HIDDEN]
     metrics = {one.metric for one in versions}
     others = [name for name in names if metrics != {name}]
     head = ["version", "name", "deciding score", *others, "data", "aliases", "decision"]

@@ -1,7 +1,6 @@
 """Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at all."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 Point = tuple[str, float, int, int]
@@ -84,18 +83,3 @@ class Tracking:
 
 
 NO_TRACKING = Tracking()
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a finished run leaves behind."""
-
-    model: str
-    """Folder or URI of the best model, self-contained."""
-    validation_loss: float
-    """Its mean cross-entropy in nats a token, on as many captions a validation picture as it learns from."""
-    validation_cider: float
-    """Its CIDEr on the validation pictures, greedy and plainly split: what the best model is chosen by."""
-    steps: int
-    run_id: str | None
-    """The MLflow run."""

@@ -15,6 +15,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,32 @@ from torch import Tensor, nn
 from model_lib import storage
 from model_lib.copies import fetched
 from model_lib.errors import UserError, WorkError, first_line
+from model_lib.records import as_record
 from model_lib.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 FILES = {"state.safetensors", "state.json"}
 FORMAT_VERSION = 2
 """Of what is in a checkpoint; part of what a run was made from."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: what `state.json` says."""
+
+    step: int
+    validated: int
+    """The last step that was validated …"""
+    stale: int
+    """… and how many validations were no better than the best."""
+    best: list[Any] | None
+    """CIDEr and negative loss of the best model."""
+    origin: str
+    """What the run was made from."""
+    learner: dict[str, Any]
+    unsent: list[Any]
+    """Points that MLflow may not have; their values may be NaN."""
+    configuration: dict[str, Any]
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,13 +97,13 @@ class Checkpoints:
     def _names(self) -> list[str]:
         return [name for name in storage.list_names(self.folder) if name.startswith("step-")]
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def write(self, name: str, tensors: Mapping[str, Tensor], position: Position) -> None:
         """Write a checkpoint, and then remove older ones and what kills left half-written.
 
         Args:
             name: "step-…"; names sort by age.
             tensors: a `snapshot`.
-            state: the position in the run, as JSON.
+            position: in the run.
 
         Raises:
             WorkError: it could not be written; those before it are untouched.
@@ -92,7 +113,7 @@ class Checkpoints:
             with storage.whole_file(self._uri(name, "state.safetensors")) as part:
                 entries["state.safetensors"] = _write_safetensors(Path(part), tensors)
             with storage.whole_file(self._uri(name, "state.json")) as part:
-                Path(part).write_text(json.dumps(state))
+                Path(part).write_text(json.dumps(asdict(position)))
                 entries["state.json"] = _entry(Path(part))
             storage.write_json(self._uri(name, "manifest.json"), entries)
         except Exception as error:
@@ -166,14 +187,13 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, A
     return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
 
-def load(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the state of a whole checkpoint."""
+def load(uri: str) -> tuple[dict[str, Tensor], Position]:
+    """Return the tensors of a whole checkpoint, and the run's position."""
     with restoring(uri), fetched(uri) as folder:
-        state = json.loads((folder / "state.json").read_text())
-        for name in ("step", "validated", "stale"):
-            if type(state[name]) is not int or state[name] < 0:
-                raise ValueError(f"its {name} is {state[name]!r:.60}")
-        return load_file(folder / "state.safetensors"), state
+        position = as_record(Position, json.loads((folder / "state.json").read_text()))
+        if min(position.step, position.validated, position.stale) < 0:
+            raise ValueError("its steps are negative")
+        return load_file(folder / "state.safetensors"), position
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The configuration of training."""
+"""The configuration of training, and its result."""
 
 import re
 from dataclasses import dataclass
@@ -134,3 +134,18 @@ class TrainConfig(StageConfig):
             require("://" not in self.feature_cache, f"feature_cache {self.feature_cache}: is not a local folder")
             require(preset.vision is not None, f"feature_cache: preset {self.preset} trains its vision tower")
             require(self.augment == "no", "feature_cache: keeps one view of each picture; give --augment no too")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run leaves behind."""
+
+    model: str
+    """Folder or URI of the best model, self-contained."""
+    validation_loss: float
+    """Its mean cross-entropy in nats a token, on as many captions a validation picture as it learns from."""
+    validation_cider: float
+    """Its CIDEr on the validation pictures, greedy and plainly split: what the best model is chosen by."""
+    steps: int
+    run_id: str | None
+    """The MLflow run."""

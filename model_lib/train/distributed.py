@@ -87,7 +87,7 @@ class World:
         return values
 
     def lead(self, work: Callable[[], _Value]) -> _Value:
-        """Return in each process what `work` returned in the first; if it failed there, that raises and others end."""
+        """Run `work` in the first process and return its result in all; if it fails, that one raises and others end."""
         results = self.gather(self.together(lambda: work() if self.leads else None))
         return results[0]  # type: ignore[return-value]
 

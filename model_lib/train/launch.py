@@ -10,10 +10,9 @@ import torch
 
 from model_lib.cores import cores
 from model_lib.errors import WorkError
-from model_lib.exits import one_line
-from model_lib.tracking.runs import Trained
+from model_lib.exits import exit_in_one_line
 from model_lib.tracking.server import NO_TRACKING, Tracking
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import started_by_launcher
 
 
@@ -79,5 +78,5 @@ def _work(config: TrainConfig, tracking: Tracking) -> Trained:
     from model_lib.train.training import train
 
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
-    with one_line():
+    with exit_in_one_line():
         return train(config, tracking)

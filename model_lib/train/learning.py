@@ -53,7 +53,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 class _Loss(nn.Module):
-    """From a part of a batch its summed loss and reward: one forward pass, so that it can be wrapped as a whole."""
+    """From pixels to summed loss and reward, as one module, so that DistributedDataParallel can wrap it."""
 
     def __init__(self, model: Captioner, objective: Objective, label_smoothing: float, dtype: torch.dtype) -> None:
         super().__init__()

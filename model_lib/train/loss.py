@@ -11,15 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_lib.model.captioner import Captioner
-from model_lib.model.decoder import SideBySide
-from model_lib.model.tokens import Rows
+from model_lib.model.decoder import PackedLayout
+from model_lib.model.tokens import PackedCaptions
 
 SLICE = 1024
 """Tokens whose logits exist at the same time."""
 
 
 def caption_loss(
-    model: Captioner, features: Tensor, rows: Rows, label_smoothing: float = 0.0, weights: Tensor | None = None
+    model: Captioner,
+    features: Tensor,
+    rows: PackedCaptions,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the summed cross-entropy of all tokens that have a target.
 
@@ -36,7 +40,7 @@ def caption_loss(
     Returns:
         Sum in nats, float32 scalar.
     """
-    layout = SideBySide(rows.positions, rows.mask())
+    layout = PackedLayout(rows.positions, rows.mask())
     hidden = model.hidden(rows.tokens.unsqueeze(1), model.cross_cache(features), layout=layout).squeeze(1)
     if weights is None:
         weights = torch.ones_like(rows.targets, dtype=torch.float32)

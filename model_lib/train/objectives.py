@@ -11,7 +11,7 @@ from torch import Tensor
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import Decoded, decode
-from model_lib.model.tokens import IGNORED, Rows, decode_tokens, side_by_side
+from model_lib.model.tokens import IGNORED, PackedCaptions, decode_tokens, pack_captions
 from model_lib.scores.cider import END, CiderD, words
 from model_lib.train.config import TrainConfig
 from model_lib.train.loss import caption_loss
@@ -23,7 +23,7 @@ LARGEST_SEED = 2**63 - 1
 class Learned:
     """What is to be minimised of some pictures: `caption_loss` of `rows`, with `weights`."""
 
-    rows: Rows
+    rows: PackedCaptions
     weights: Tensor | None
     """Of each token, float32 [B, T]; None: all 1."""
     reward: float = 0.0
@@ -95,7 +95,7 @@ class SelfCritical:
         rewards = torch.tensor([self.rewards(model, *pair) for pair in zip(numbers, drawn, strict=True)])
         others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
         advantages = rewards - others
-        rows = side_by_side([[one.tokens for one in captions] for captions in drawn], model.tokenizer.eos_token_id)
+        rows = pack_captions([[one.tokens for one in captions] for captions in drawn], model.tokenizer.eos_token_id)
         weights = advantages.gather(1, rows.caption.clamp(min=0)) * (rows.targets != IGNORED)
         return Learned(rows, weights, float(rewards.sum()))
 
@@ -125,4 +125,4 @@ class LearnCaptions:
         return sum(len(caption) for number in numbers for caption in self.ids[number])
 
     def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
-        return Learned(side_by_side([self.ids[number] for number in numbers], self.end), None)
+        return Learned(pack_captions([self.ids[number] for number in numbers], self.end), None)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model_lib import storage
 from model_lib.background import Background
-from model_lib.data.shards import AHEAD, Manifest, Plan, SplitReader, ahead, read_manifest, verify
+from model_lib.data.shards import AHEAD, BatchOrder, Manifest, SplitReader, ahead, read_manifest, verify
 from model_lib.errors import UserError, WorkError
 from model_lib.exits import Asked, heeding
 from model_lib.holding import held
@@ -36,13 +36,13 @@ from model_lib.model.sources import lasting_source
 from model_lib.model.tokens import encode_captions
 from model_lib.progress import INTERVAL, Progress
 from model_lib.records import believing
-from model_lib.tracking.runs import Point, Trained
+from model_lib.tracking.runs import Point
 from model_lib.tracking.server import NO_TRACKING, Run, Tracking
 from model_lib.train import checkpoint
 from model_lib.train.augmentation import augmented
 from model_lib.train.build import build_model, identity
 from model_lib.train.checkpoint import Checkpoints
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import World, join_world, shared, started_by_launcher
 from model_lib.train.features import FeatureCache
 from model_lib.train.learning import Learner, require_compiler
@@ -185,10 +185,10 @@ class _Run:
         self.model.train()
         config = self.config
         order = self.train_data.shuffled(config.batch_size, config.seed, epoch, self.lengths, config.sort_batches)
-        plan = order[skip:]
+        rest = order[skip:]
         self.logged_at, self.pictures = time.monotonic(), 0
-        with closing(ahead(self._pictures([self.world.share(batch) for batch in plan], epoch), AHEAD)) as shares:
-            for batch, pixels in zip(plan, shares, strict=True):
+        with closing(ahead(self._pictures([self.world.share(batch) for batch in rest], epoch), AHEAD)) as shares:
+            for batch, pixels in zip(rest, shares, strict=True):
                 self.saving.check()
                 measured = self.learner.learn(batch, pixels, self.step)
                 self.step += 1
@@ -208,14 +208,14 @@ class _Run:
                 if self._due:
                     return
 
-    def _pictures(self, plan: Plan, epoch: int) -> Generator[Tensor]:
+    def _pictures(self, order: BatchOrder, epoch: int) -> Generator[Tensor]:
         """Yield the pixels of each batch's pictures, or their features from the cache."""
 
         def pinned(values: Tensor) -> Tensor:
             return values.pin_memory() if self.world.device.type == "cuda" else values
 
         if self.cache is not None:
-            for numbers in plan:
+            for numbers in order:
                 yield pinned(self.cache.read(numbers))
             return
 
@@ -223,7 +223,7 @@ class _Run:
             rng = np.random.default_rng([self.config.seed, epoch, number])
             return augmented(image, self.model.image_size, self.texts[number], rng)
 
-        for batch in self.train_data.batches(plan, view if self.config.augment == "yes" else None):
+        for batch in self.train_data.batches(order, view if self.config.augment == "yes" else None):
             yield pinned(torch.from_numpy(batch.pixels))
 
     def _log(self, run: Run, progress: Progress, measured: dict[str, Tensor | float]) -> None:
@@ -315,16 +315,16 @@ class _Run:
         """Write a checkpoint while training goes on, after the work that comes `first`."""
         if not self.world.leads:
             return
-        state = {
-            "step": self.step,
-            "validated": self.validated,
-            "stale": self.stale,
-            "best": None if self.best is None else [self.best.cider, self.best.negative_loss],
-            "origin": self.origin,
-            "learner": self.learner.state(),
-            "unsent": run.unsent(),  # what this checkpoint goes on from is not logged again
-            "configuration": self.config.to_dict(),
-        }
+        position = checkpoint.Position(
+            step=self.step,
+            validated=self.validated,
+            stale=self.stale,
+            best=None if self.best is None else [self.best.cider, self.best.negative_loss],
+            origin=self.origin,
+            learner=self.learner.state(),
+            unsent=run.unsent(),  # what this checkpoint goes on from is not logged again
+            configuration=self.config.to_dict(),
+        )
         self.saving.wait()  # before there is a second copy in memory, here too
         tensors = checkpoint.snapshot(self.model, self.learner.optimizer, self.learner.average.state())
         name = f"step-{self.step:08d}" + ("-validated" if self.validated == self.step else "")
@@ -332,7 +332,7 @@ class _Run:
         def write() -> None:
             if first is not None:
                 first()
-            self.checkpoints.write(name, tensors, state)
+            self.checkpoints.write(name, tensors, position)
 
         self.saving.start(write)
         self.saved, self.saved_at = self.step, time.monotonic()
@@ -354,13 +354,13 @@ class _Run:
             self.world.together(lambda: self._restore(uri))
 
     def _restore(self, uri: str) -> None:
-        tensors, state = checkpoint.load(uri)
+        tensors, position = checkpoint.load(uri)
         with checkpoint.restoring(uri):
-            self._require_same(state["origin"])
-            self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), state["learner"])
-            self.step, self.validated, self.stale = state["step"], state["validated"], state["stale"]
-            self.best = None if state["best"] is None else Standing(*map(float, state["best"]))
-            self.unsent = [(str(name), float(value), int(at), int(step)) for name, value, at, step in state["unsent"]]
+            self._require_same(position.origin)
+            self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), position.learner)
+            self.step, self.validated, self.stale = position.step, position.validated, position.stale
+            self.best = None if position.best is None else Standing(*map(float, position.best))
+            self.unsent = [(str(name), float(value), int(at), int(step)) for name, value, at, step in position.unsent]
         self.saved = self.step
         if self.world.leads:
             log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)

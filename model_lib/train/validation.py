@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_lib.data.shards import Manifest, Plan, SplitReader
+from model_lib.data.shards import BatchOrder, Manifest, SplitReader
 from model_lib.errors import WorkError
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
 from model_lib.model.precision import autocast
-from model_lib.model.tokens import decode_tokens, encode_captions, side_by_side
+from model_lib.model.tokens import decode_tokens, encode_captions, pack_captions
 from model_lib.progress import Progress
 from model_lib.scores.cider import corpus_cider
 from model_lib.train.config import TrainConfig
@@ -72,13 +72,13 @@ class Validator:
     def _measure(
         self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
     ) -> dict[str, float]:
-        plans = {split: shared(reader.in_order(at_once), self.world) for split, reader in self.slices.items()}
+        orders = {split: shared(reader.in_order(at_once), self.world) for split, reader in self.slices.items()}
         scores: dict[str, float] = {}
         model.eval()
-        pictures = sum(len(numbers) for plan in plans.values() for numbers in plan)
+        pictures = sum(len(numbers) for order in orders.values() for numbers in order)
         with Progress(f"validate {self.config.name}", pictures, "pictures", shown=self.world.leads) as progress:
             for split, reader in self.slices.items():
-                loss, cider = self._measure_on(reader, plans[split], model, encode, dtype, progress)
+                loss, cider = self._measure_on(reader, orders[split], model, encode, dtype, progress)
                 scores |= {f"{split}_slice_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
         return scores
 
@@ -86,7 +86,7 @@ class Validator:
     def _measure_on(
         self,
         reader: SplitReader,
-        plan: Plan,
+        order: BatchOrder,
         model: Captioner,
         encode: Callable[[Tensor], Tensor],
         dtype: torch.dtype,
@@ -97,10 +97,10 @@ class Validator:
         captions: dict[int, str] = {}
         references: dict[int, list[str]] = {}
         decoding = DecodeConfig(max_new_tokens=config.max_tokens)
-        for batch in reader.batches(plan):
+        for batch in reader.batches(order):
             features = encode(torch.from_numpy(batch.pixels))
             ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
-            rows = side_by_side(ids, model.tokenizer.eos_token_id)
+            rows = pack_captions(ids, model.tokenizer.eos_token_id)
             with autocast(dtype, features.device):
                 losses += float(caption_loss(model, features, rows.to(features.device)))
                 decoded = decode(model, features, decoding)

@@ -78,7 +78,7 @@ def state(file: Path) -> None:
     """A checkpoint's position in its run, as its manifest would hold for it."""
     save_file({"model.x": torch.zeros(1)}, file.parent / "state.safetensors")
     _, found = checkpoint.load(str(file.parent))
-    assert min(found["step"], found["validated"], found["stale"]) >= 0
+    assert min(found.step, found.validated, found.stale) >= 0
 
 
 def picture(file: Path) -> None:

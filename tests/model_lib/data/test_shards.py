@@ -20,7 +20,7 @@ def lengths(reader: SplitReader) -> np.ndarray:
     return np.array([sum(len(text) for text in texts) for texts in reader.captions()])
 
 
-def ids(reader: SplitReader, plan: shards.Plan) -> list[list[int]]:
+def ids(reader: SplitReader, plan: shards.BatchOrder) -> list[list[int]]:
     return [batch.image_ids for batch in reader.batches(plan)]
 
 
@@ -45,7 +45,7 @@ def test_order_depends_on_seed_and_epoch_alone(reader: SplitReader) -> None:
 def test_pictures_with_captions_of_similar_length_come_together(reader: SplitReader) -> None:
     long = lengths(reader)
 
-    def spread(plan: shards.Plan) -> float:
+    def spread(plan: shards.BatchOrder) -> float:
         return float(np.mean([np.ptp(long[batch]) for batch in plan]))
 
     assert spread(reader.shuffled(8, 0, 0, long)) < 0.5 * spread(reader.shuffled(8, 0, 0, np.zeros(64)))

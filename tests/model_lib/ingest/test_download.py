@@ -17,8 +17,8 @@ from model_lib.data.shards import read_manifest
 from model_lib.errors import UserError, WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
-from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.download import ARCHIVES, DownloadConfig, download, fetch
+from model_lib.ingest.config import DownloadConfig, IngestConfig
+from model_lib.ingest.download import ARCHIVES, download, fetch
 from model_lib.ingest.ingesting import ingest
 from model_lib.scores.spice import MODELS, spice_scores
 

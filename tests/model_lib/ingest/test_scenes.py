@@ -11,8 +11,7 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig, ScenesConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.scenes import HELD_OUT, make_scenes
-from model_lib.tracking.runs import Trained
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.training import train
 
 

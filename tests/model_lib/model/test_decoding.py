@@ -7,7 +7,7 @@ import torch
 
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
-from model_lib.model.decoding import Decoded, _Rows, decode, draw
+from model_lib.model.decoding import Decoded, _DecodingState, decode, draw
 from tests.model_lib.model.test_model import pixels, reference_decoder, small_model_with_equal_widths
 from tests.small import small_model
 
@@ -62,8 +62,8 @@ def test_finished_pictures_leave_and_the_others_go_on_the_same(
     model, _ = ending_model()
     features = torch.randn(16, 5, 32, generator=torch.Generator().manual_seed(2))
     sizes = []
-    keep = _Rows.keep
-    monkeypatch.setattr(_Rows, "keep", lambda rows, places: sizes.append(len(places)) or keep(rows, places))
+    keep = _DecodingState.keep
+    monkeypatch.setattr(_DecodingState, "keep", lambda rows, places: sizes.append(len(places)) or keep(rows, places))
     config = DecodeConfig(max_new_tokens=20, **options)
     together = decode(model, features, config)
     assert sizes and sizes[0] <= 8 and sizes == sorted(sizes, reverse=True)
@@ -131,7 +131,7 @@ def test_with_and_without_caches_the_same(options: dict[str, float]) -> None:
     config = DecodeConfig(max_new_tokens=7, **options)
     uncached = _Uncached(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model_lib.model.decoding._Rows.logits", uncached.logits)
+        patch.setattr("model_lib.model.decoding._DecodingState.logits", uncached.logits)
         plain = decode(model, features, config)
     assert uncached.calls > 1
     for (ours,), (theirs,) in zip(decode(model, features, config), plain, strict=True):

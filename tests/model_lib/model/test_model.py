@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from model_lib import Captioner, UserError
 from model_lib.model.captioner import CaptionerConfig
-from model_lib.model.tokens import side_by_side
+from model_lib.model.tokens import pack_captions
 from model_lib.pictures import to_pixels
 from model_lib.presets import PRESETS
 from model_lib.train.config import TrainConfig
@@ -218,7 +218,7 @@ def small_model_with_equal_widths() -> Captioner:
 def test_a_training_step_moves_every_trained_weight_and_no_frozen_one(model: Captioner) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    rows = side_by_side(torch.randint(0, 200, (2, 3, 8)).tolist(), 0)
+    rows = pack_captions(torch.randint(0, 200, (2, 3, 8)).tolist(), 0)
     (caption_loss(model, model.encode(pixels(model, 2)), rows) / rows.count).backward()
     optimizer.step()
     for name, parameter in model.named_parameters():

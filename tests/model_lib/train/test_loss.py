@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model_lib.model.captioner import Captioner
-from model_lib.model.tokens import IGNORED, encode_captions, side_by_side
+from model_lib.model.tokens import IGNORED, encode_captions, pack_captions
 from model_lib.train import loss as loss_module
 from model_lib.train.loss import caption_loss
 from tests.model_lib.model.test_model import pixels
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_those_of_one_row_a_caption(
 ) -> None:
     monkeypatch.setattr(loss_module, "SLICE", slice_)
     model.requires_grad_(True)
-    rows = side_by_side(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
+    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
     assert rows.count == int((rows.targets != IGNORED).sum()) < rows.tokens.numel()
     wanted = one_row_a_caption(model, smoothing)
     theirs = gradients(model, wanted)
@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_those_of_one_row_a_caption(
 
 
 def test_weights_scale_each_captions_loss(model: Captioner) -> None:
-    rows = side_by_side(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
+    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
     shares = torch.tensor([[0.5, -2.0, 1.0], [3.0, 0.0, 0.0]])
     weights = shares.gather(1, rows.caption.clamp(min=0))
     got = caption_loss(model, model.encode(pixels(model, 2)), rows, weights=weights)
@@ -71,7 +71,7 @@ def test_weights_scale_each_captions_loss(model: Captioner) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_near(model: Captioner, dtype: torch.dtype) -> None:
-    rows = side_by_side(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
+    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
     whole = caption_loss(model, model.encode(pixels(model, 2)), rows)
     wanted = gradients(model, whole)["head.weight"]
     model.freeze_into(dtype)
@@ -90,14 +90,14 @@ def test_the_picture_is_encoded_once_and_its_keys_computed_once_for_all_captions
     attention = model.decoder.h[0].crossattention
     project = attention.keys_values
     monkeypatch.setattr(attention, "keys_values", lambda visual: seen.append(visual.shape[0]) or project(visual))
-    rows = side_by_side(torch.randint(0, 200, (2, 5, 6)).tolist(), 0)
+    rows = pack_captions(torch.randint(0, 200, (2, 5, 6)).tolist(), 0)
     caption_loss(model, model.encode(pixels(model, 2)), rows)
     assert seen == [2] and rows.tokens.shape == (2, 32)  # 30 tokens, padded for the matrix units
 
 
 def test_long_captions_are_cut_and_short_ones_end(model: Captioner) -> None:
     captions = encode_captions(model.tokenizer, [["a red circle on a white background", "a"]], 5, max_tokens=3)
-    rows = side_by_side(captions, 0)
+    rows = pack_captions(captions, 0)
     assert rows.caption[0].tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
     assert rows.positions[0, :5].tolist() == [0, 1, 2, 0, 1] and rows.tokens[0, [0, 3]].tolist() == [0, 0]
     assert 0 not in rows.targets[0, :3].tolist()

@@ -18,7 +18,7 @@ from model_lib import UserError
 from model_lib.data.shards import read_manifest
 from model_lib.tracking.server import MlflowTracking, Run, Tracking
 from model_lib.train.build import build_model
-from model_lib.train.checkpoint import Checkpoints, load, snapshot
+from model_lib.train.checkpoint import Checkpoints, Position, load, snapshot
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner, make_optimizer
 from model_lib.train.training import train
@@ -201,7 +201,7 @@ def test_half_written_checkpoints_never_push_out_whole_ones(finished: Path, data
     assert newest is not None and newest.endswith("step-00000006-validated")
     model = build_model(config(data, tmp_path), read_manifest(str(data)))
     tensors = snapshot(model, make_optimizer(model, config(data, tmp_path)), {})
-    checkpoints.write("step-00000005", tensors, {"step": 5})
+    checkpoints.write("step-00000005", tensors, Position(5, 0, 0, None, "", {}, [], {}))
     names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
     assert names[0] == "step-00000005" and checkpoints.newest() == newest
 

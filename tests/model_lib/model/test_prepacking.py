@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, GPT2Config
 
 from model_lib import Captioner
 from model_lib.model.captioner import CaptionerConfig
-from model_lib.model.packing import PackedLinear, can_pack
+from model_lib.model.prepacking import PackedLinear, can_pack
 
 CPU = torch.device("cpu")
 
