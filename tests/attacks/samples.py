@@ -70,6 +70,7 @@ RECORD = {
     "rejected": [{"file_name": "a.jpg", "reason": "missing", "detail": "no such file"}],
 }
 STATE = {"step": 3, "validated": 2, "stale": 0, "best": [0.5, -1.0], "origin": "0", "unsent": [["loss", 1.0, 5, 3]]}
+STATE |= {"learner": {}, "configuration": {}}
 OPTIONS = {
     "TrainConfig": {"data": "d", "output": "o", "epochs": 2, "learning_rate": 0.1},
     "BatchConfig": {"images": "i", "output": "o", "model": "m", "include": ["*.jpg"]},

@@ -70,8 +70,8 @@ def kept(tmp_path: Path) -> Checkpoints:
     """Two checkpoints."""
     made = Checkpoints(str(tmp_path / "run"))
     for step in (1, 2):
-        state = {"step": step, "validated": 0, "stale": 0}
-        made.write(f"step-0000000{step}", {"model.w": torch.full((3,), float(step))}, state)
+        position = checkpoint.Position(**{**samples.STATE, "step": step})
+        made.write(f"step-0000000{step}", {"model.w": torch.full((3,), float(step))}, position)
     return made
 
 
@@ -103,12 +103,12 @@ def whole_checkpoint(folder: Path, state: Any) -> None:
 
 def test_a_whole_checkpoint_of_something_else_is_refused(kept: Checkpoints, tmp_path: Path) -> None:
     newest = Path(str(kept.newest()))
-    for state in ([], None, 1, {}, {"step": -1, "validated": 0, "stale": 0}, {"step": "1", "validated": 0, "stale": 0}):
+    for state in ([], None, 1, {}, samples.STATE | {"step": -1}, samples.STATE | {"step": "1"}):
         whole_checkpoint(newest, state)
         assert kept.newest() == str(newest)
         refused(lambda: checkpoint.load(str(newest)), tmp_path)
     (newest / "state.safetensors").write_bytes(pickle.dumps([1]))
-    whole_checkpoint(newest, {"step": 1, "validated": 0, "stale": 0})
+    whole_checkpoint(newest, samples.STATE)
     refused(lambda: checkpoint.load(str(newest)), tmp_path)
 
 

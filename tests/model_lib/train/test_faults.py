@@ -74,8 +74,8 @@ def test_a_run_that_no_longer_learns_stops_with_its_checkpoint_intact(
     ruin(monkeypatch, *range(4, 999))
     with pytest.raises(WorkError, match=r"gradients of the last \d+ steps up to \d+ are not finite; .* float32"):
         train(config(data, tmp_path, epochs=20, batch_size=16, log_steps=1, validate_every=4))
-    tensors, state = load(Checkpoints(str(tmp_path)).newest() or "")
-    assert state["step"] + 4 >= MOST_SKIPPED and all(tensor.isfinite().all() for tensor in tensors.values())
+    tensors, position = load(Checkpoints(str(tmp_path)).newest() or "")
+    assert position.step + 4 >= MOST_SKIPPED and all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(

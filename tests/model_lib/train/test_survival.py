@@ -37,7 +37,7 @@ def same_best(ours: Path, theirs: Path) -> bool:
 def newest_step(folder: Path) -> int:
     newest = Checkpoints(str(folder)).newest()
     assert newest is not None
-    return int(load(newest)[1]["step"])
+    return load(newest)[1].step
 
 
 def stop_at(step: int, patched: pytest.MonkeyPatch) -> None:
