@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,6 +205,19 @@ def test_both_pipelines_in_containers(
     out = capfd.readouterr().err
     for step in ("preflight", "ingest", "judge", "train", "evaluate", "register", "plan", "caption", "merge", "close"):
         assert f"step {step}" in out, step
+
+
+def test_an_interrupted_run_leaves_no_container_at_work(engine: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "model_lib", "run", "--runner", "docker", "--scenes", "8", "--workdir"]
+    # A test's process may ignore interrupts, and what it starts would too.
+    heeding = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    run = subprocess.Popen([*command, str(tmp_path / "work")], preexec_fn=heeding)
+    ours = {"label": "captioner.run"}
+    while not engine.containers.list(filters=ours):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130 and not engine.containers.list(filters=ours)
 
 
 def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> None:
