@@ -29,6 +29,8 @@ PASSED = (
     "WEBHOOK_URL",
 )
 """Beginnings of the environment variables that containers see; on a cluster most come from the secret."""
+RUN_LABEL = "captioner.run"
+"""Label of each step's container."""
 MADE = ("candidates", "captions", "data", "mlartifacts", "mlflow.db", "pipeline")
 """What steps write in the working directory."""
 
@@ -131,7 +133,7 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
         for place in (work, *made):
             os.chown(place, user, group, follow_symlinks=False)
     gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
-    label = f"captioner.run={uuid.uuid4().hex}"
+    run = uuid.uuid4().hex
     try:
         yield local.DockerRunner(
             mounts=mounts,
@@ -140,11 +142,11 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
             user=f"{user}:{group or USER}",
             read_only=True,
             shm_size="1g",
-            labels=[label],
+            labels={RUN_LABEL: run},
             device_requests=gpus if "nvidia" in client.info().get("Runtimes", {}) else [],
         )
     finally:
-        for container in client.containers.list(filters={"label": label}):
+        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run}"}):
             with contextlib.suppress(docker.errors.APIError):  # it has just ended
                 container.stop()
 

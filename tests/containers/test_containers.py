@@ -25,7 +25,7 @@ from components import CORE, JUDGE, MODEL
 from model_lib import __version__
 from model_lib.errors import UserError
 from pipelines import caption_bucket, train_captioner
-from pipelines.local import run_locally
+from pipelines.local import RUN_LABEL, run_locally
 from tests.services import free_port, gcs_emulator, mlflow_server, running, webhook
 
 docker = pytest.importorskip("docker")
@@ -151,7 +151,8 @@ def test_both_pipelines_in_containers(
             run_locally(pipeline, arguments, tmp_path / name, "docker")
             assert (tmp_path / name / "mine").stat().st_uid == os.getuid(), "only captioner's own files change hands"
 
-        saved_model.chmod(0o755)
+        for place in (saved_model, *saved_model.iterdir()):
+            place.chmod(0o755)
         watched = Watched(engine)
         arguments = {
             "data_dataset": "gs://b/scenes",
@@ -212,7 +213,7 @@ def test_an_interrupted_run_leaves_no_container_at_work(engine: Any, tmp_path: P
     # A test's process may ignore interrupts, and what it starts would too.
     heeding = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     run = subprocess.Popen([*command, str(tmp_path / "work")], preexec_fn=heeding)
-    ours = {"label": "captioner.run"}
+    ours = {"label": RUN_LABEL}
     while not engine.containers.list(filters=ours):
         assert run.poll() is None
         time.sleep(0.1)
