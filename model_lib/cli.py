@@ -174,9 +174,11 @@ def evaluate(config: EvaluateConfig) -> Output:
 
 def register(config: RegisterConfig) -> Output:
     from model_lib.registry.registry import register as run
-    from model_lib.tracking.server import tracking_from_environment
+    from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
-    registered = run(config, tracking_from_environment())
+    tracking = require_mlflow(tracking_from_environment())
+    tracking.require_answer()  # who waits at a prompt is told at once; a step of a pipeline waits
+    registered = run(config, tracking)
     line = f"version {registered.version} ({registered.winner}) {registered.fate}: {registered.reason}"
     return Output(asdict(registered), [line])
 

@@ -56,7 +56,7 @@ def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dic
             infos = fs.ls(folder, detail=True)
         except FileNotFoundError:  # removed since the folder above was listed
             continue
-        for info in infos:
+        for info in sorted(infos, key=lambda one: str(one["name"])):  # of two links to one folder always the same
             if info.get("islink"):
                 info = _followed(info)
                 if info["type"] == "directory":

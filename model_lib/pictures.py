@@ -76,6 +76,7 @@ def open_picture(content: bytes) -> Image.Image:
         raise PictureError("empty", "the file has no bytes")
     with _damage():
         image = Image.open(io.BytesIO(content), formats=_formats())
+        _require_few_pixels(image)
         return _upright_rgb(image)
 
 
@@ -86,12 +87,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
         PictureError: its file is damaged, or it has more than `MAX_PIXELS`.
     """
     with _damage():
+        _require_few_pixels(image)
         return _upright_rgb(image.copy())
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _require_few_pixels(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise PictureError("too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)

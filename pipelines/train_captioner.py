@@ -117,6 +117,7 @@ def define(parallel: int) -> Any:
                 "max_loss": register_max_loss,
                 "max_slowdown": register_max_slowdown,
             }
+            judging = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
             checked = preflight(
                 run_name=run_name,
                 secret_name=secret_name,
@@ -125,8 +126,8 @@ def define(parallel: int) -> Any:
                 data_output=data_output,
                 **training,
                 **policy,
+                **judging,
                 train_nodes=train_nodes,
-                clip=eval_clip,
                 images=caption_images,
                 caption_output=caption_output,
             )
@@ -138,7 +139,6 @@ def define(parallel: int) -> Any:
             # The manifest by its URI and fingerprint: an artifact is a new input in each run, and nothing were cached.
             data = {"data": ingested.outputs["manifest"], "fingerprint": ingested.outputs["fingerprint"]}
 
-            judging = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
             judged = judge(**data, **judging, output=train_checkpoint_uri)
             place(judged, "Judge the champion", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6)
             on_gpu(judged, gpu)

@@ -15,13 +15,11 @@ def merge(
     """Check the shards of a plan once they are captioned, each of which tells its plan; count what they hold."""
     from dataclasses import asdict
 
-    from model_lib.batch.merging import merge as run
-    from model_lib.batch.merging import summary_markdown
-    from model_lib.batch.planning import referred
+    from model_lib.batch.merging import merge_planned, summary_markdown
     from model_lib.storage import read_bytes, write_bytes, write_json
     from model_lib.tracking.server import tracking_from_environment
 
-    merged = run(referred(plans[0]))
+    merged = merge_planned(plans[0])
     write_json(captions.path, asdict(merged))
     captions.metadata.update(asdict(merged))
     write_bytes(report.path, read_bytes(merged.report))

@@ -22,6 +22,8 @@ def preflight(
     batch_size: int = 0,
     learning_rate: float = 0.0,
     precision: str = "",
+    num_beams: int = 1,
+    limit: int = 0,
     clip: str = "",
     data_output: str = "",
     checkpoint_uri: str = "",
@@ -34,12 +36,13 @@ def preflight(
 ) -> None:
     """Check options, places, weights, MLflow and secrets (empty: none needed), then open the run in MLflow."""
     from model_lib.registry.config import Policy
-    from model_lib.steps.preflight import Needs, preflight, training_sources
+    from model_lib.steps.preflight import Needs, preflight, require_judging, training_sources
     from model_lib.tracking.server import adopt_secret, do_not_wait_long, tracking_from_environment
 
     adopt_secret()
     do_not_wait_long()
-    Policy(metric=metric, min_gain=min_gain, max_loss=max_loss, max_slowdown=max_slowdown)
+    policy = Policy(metric=metric, min_gain=min_gain, max_loss=max_loss, max_slowdown=max_slowdown)
+    require_judging(policy, num_beams=num_beams, limit=limit, clip=clip)
     weights, tokenizers = training_sources(
         candidates,
         preset=preset,

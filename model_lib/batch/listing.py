@@ -18,7 +18,7 @@ from model_lib.pictures import EXTENSIONS
 
 LISTS = {".parquet", ".csv", ".txt"}
 """Endings of files that list pictures."""
-COLUMNS = ("uri", "url", "file", "file_name", "filename", "path", "image")
+COLUMNS = ("uri", "file", "file_name", "path", "url", "filename", "image")
 """Names of the column that holds a list's pictures; without one of them it is the first."""
 
 
@@ -92,7 +92,7 @@ def _from_list(uri: str, ending: str) -> Iterable[Picture]:
             rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"))))
             place = rows[0].index(_column(rows[0])) if rows else 0
             headed = bool(rows) and rows[0][place] in COLUMNS
-            if rows and not headed and len(rows[0]) > 1 and PurePosixPath(rows[0][0]).suffix.lower() not in EXTENSIONS:
+            if rows and not headed and len(rows[0]) > 1 and not _may_be_picture(rows[0][0]):
                 raise ValueError(f"which column is it? head it with one of {', '.join(COLUMNS)}")
             names = [row[place] for row in rows[1 if headed else 0 :] if len(row) > place]
         else:
@@ -104,6 +104,11 @@ def _from_list(uri: str, ending: str) -> Iterable[Picture]:
         text = str(name or "").strip()
         if text:
             yield Picture(text if "://" in text or text.startswith("/") else storage.join(folder, text))
+
+
+def _may_be_picture(name: str) -> bool:
+    """Whether a table's first cell is no heading."""
+    return "://" in name or name.startswith("/") or PurePosixPath(name).suffix.lower() in EXTENSIONS
 
 
 def _column(names: list[str]) -> str:

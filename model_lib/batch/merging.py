@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from model_lib import storage
-from model_lib.batch.planning import Plan, remove_strangers
+from model_lib.batch.planning import Plan, referred, remove_strangers
 from model_lib.batch.rows import ABOUT, read_shard
 from model_lib.errors import UserError, WorkError
+from model_lib.holding import held
 from model_lib.pages.page import render_page, thumbnail
 from model_lib.pictures import PictureError, open_picture, read_picture
 from model_lib.records import believing
@@ -105,6 +106,12 @@ def merge(made: Plan) -> Summary:
     for uri in (storage.join(made.folder, "summary.json"), storage.join(made.config.output, "latest.json")):
         storage.write_json(uri, asdict(summary))
     return summary
+
+
+def merge_planned(reference: str) -> Summary:
+    """Merge the plan that `reference` means, and let nobody plan anew meanwhile; raises as `merge` and `held`."""
+    with held(referred(reference).folder):
+        return merge(referred(reference))
 
 
 def _filled(table: pa.Table) -> bool:

@@ -6,7 +6,7 @@ All yield the same `Entry`, and a `Rejected` row for each picture or caption tha
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -88,11 +88,6 @@ class Listing:
         elif CONTROL.search(text):
             self.cleaned += 1
         return caption
-
-    def hold_one_out(self) -> None:
-        """Let the first picture be for validation if none is, as of few pictures none may be."""
-        if len(self.entries) > 1 and all(entry.split != "val" for entry in self.entries):
-            self.entries[0] = replace(self.entries[0], split="val")
 
     def digest(self) -> str:
         """Digest everything that is listed, in its order."""
@@ -271,8 +266,6 @@ def read_listing(config: IngestConfig) -> Listing:
             listing = Listing([str(config.annotations)])
             add = _add_table if listing.names[0].lower().endswith(tuple(READERS)) else _add_coco
             add(listing, listing.names[0], place, config.split)
-            if config.split == "auto":
-                listing.hold_one_out()
         return listing
     sources = {split: coco_2017(config.dataset, split) for split in ("train", "val")}
     if config.karpathy is not None:

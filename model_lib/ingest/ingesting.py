@@ -14,8 +14,9 @@ import hashlib
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -173,27 +174,32 @@ def _write_shard(
 
 
 def _write_split(
-    split: str, entries: list[Entry], learned: Set[str], config: IngestConfig, journal: Journal, progress: Progress
+    split: str, entries: list[Entry], files: set[str], config: IngestConfig, journal: Journal, progress: Progress
 ) -> tuple[list[Finished], list[Rejected]]:
     """Write the shards of a split that are not there yet; return all of them, and what could not be used.
 
     Args:
         split: its name.
         entries: its pictures.
-        learned: SHA-256 of files that are left out.
+        files: SHA-256 of the files in other splits; where splits are by name, those are left out, and ours added.
         config: of the ingest.
         journal: of what is there.
         progress: of all splits.
     """
+    others = frozenset(files)
     finished = list(journal.read(split, len(entries)))
     start = finished[-1].end if finished else 0
     progress.resume(start)
+    if _splits_by_name(config):
+        files |= _files(config.output, finished)
 
     def counted() -> Iterator[tuple[int, Result]]:
         for place, result in enumerate(_in_order(entries[start:], config), start):
             progress.advance()
-            if not isinstance(result, Rejected) and result[0]["sha256"] in learned:
-                result = Rejected(entries[place].file_name, "double", "is the same file as a training picture")
+            if not isinstance(result, Rejected) and _splits_by_name(config):
+                files.add(result[0]["sha256"])
+                if result[0]["sha256"] in others:
+                    result = Rejected(entries[place].file_name, "double", "is the same file as a training picture")
             yield place, result
 
     results, rejected = counted(), list[Rejected]()
@@ -216,18 +222,32 @@ def ingest(config: IngestConfig) -> Manifest:
         return _ingest(config, listing)
 
 
+def _splits_by_name(config: IngestConfig) -> bool:
+    """Whether chance splits the pictures: a file under two names could then be learned and judged on."""
+    return config.annotations is not None and config.split == "auto"
+
+
+def _hold_one_out(entries: list[Entry], config: IngestConfig) -> None:
+    """Let the first picture that can be used be for validation if none is, as of few pictures none may be."""
+    if len(entries) > 1 and all(entry.split != "val" for entry in entries):
+        usable = (place for place, entry in enumerate(entries) if not isinstance(_store(entry, config), Rejected))
+        if (place := next(usable, None)) is not None:
+            entries[place] = replace(entries[place], split="val")
+
+
 def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
+    if _splits_by_name(config):
+        _hold_one_out(listing.entries, config)
     journal = Journal(config.output, config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP)))
     splits: dict[str, list[Entry]] = {}
     for entry in listing.entries:
         splits.setdefault(entry.split, []).append(entry)
     finished: dict[str, list[Finished]] = {}
+    files: set[str] = set()
     quarantine = list(listing.rejected)
     with Progress("ingest", len(listing.entries), "pictures") as progress:
         for split in sorted(splits):
-            # Splits are by name: a file under two names could be learned and judged on. Others' splits are theirs.
-            learned = _files(config.output, finished.get("train", [])) if config.split == "auto" else set()
-            made, rejected = _write_split(split, splits[split], learned, config, journal, progress)
+            made, rejected = _write_split(split, splits[split], files, config, journal, progress)
             quarantine += rejected
             if made:
                 finished[split] = made
@@ -261,7 +281,7 @@ def _files(output: str, finished: list[Finished]) -> set[str]:
 
 def _sha256_column(uri: str) -> set[str]:
     fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
+    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:  # no pictures beside
         return set(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
 
 

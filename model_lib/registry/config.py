@@ -8,6 +8,10 @@ NO_CHAMPION = "none"
 """In place of a champion's evaluation: there was no champion when the candidates were judged."""
 
 
+METRICS = ("CIDEr", "SPICE", "CLIPScore", "RefCLIPScore", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4")
+"""Scores that may decide."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy(StageConfig):
     """What a challenger must show to become the champion."""
@@ -20,6 +24,10 @@ class Policy(StageConfig):
     """Share by which another score than the deciding one may fall below the champion's, if it falls for certain."""
     max_slowdown: float = option(0.5, minimum=0)
     """Share by which captioning may become slower than the champion's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.metric in METRICS, f"metric {self.metric!r}: unknown; one of {', '.join(METRICS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from model_lib.registry.promotion import choose_winner, decide
 from model_lib.registry.turns import CHAMPION, DECISION, REASON, draw, require_turn, turn
 from model_lib.scores.significance import Comparison
 from model_lib.tracking.model_uris import MODEL, version_uri
-from model_lib.tracking.sending import asked
 from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
 
 CHALLENGER = "challenger"
@@ -94,7 +93,7 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
     page = storage.join(judged, "decision.html")
     client = mlflow.MlflowClient(tracking.uri)
-    present = asked(tracking.uri, lambda: champion_version(tracking.uri))
+    present = champion_version(tracking.uri)
     before = _registered_before(client, winner, present)
     champion: Judgement | None = None
     if before is not None:

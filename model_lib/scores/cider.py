@@ -8,6 +8,7 @@ by it; the scores of `captioner evaluate` are the official toolkit's own.
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -18,14 +19,21 @@ SIGMA = 6.0
 """Spread of the length penalty, in words."""
 END = "<end>"
 """Stands for end-of-text where captions are scored with it, so that stopping early or late costs."""
+_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+_LETTER, _IDEOGRAPH = f"(?:[^\\W_]|[{_MARKS}])", "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
+WORD = re.compile(f"{_IDEOGRAPH}|(?:(?!{_IDEOGRAPH}){_LETTER})+(?:[-'](?:(?!{_IDEOGRAPH}){_LETTER})+)*")
+"""A word: letters and digits with what stands above, below and beside them, hyphens and apostrophes inside."""
 Ngram = tuple[str, ...]
 Vector = tuple[list[dict[Ngram, float]], list[float], int]
 """For each order the weights of n-grams, the norms of these, and the length."""
 
 
 def words(text: str) -> list[str]:
-    """Split a caption plainly: lower case, words and numbers of any script, no punctuation."""
-    return re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", text.lower())
+    """Split a caption plainly: lower case, words and numbers of any script, no punctuation.
+
+    Chinese and Japanese are split into characters; other scripts without spaces, as Thai, are not split.
+    """
+    return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def _ngrams(caption: Sequence[str]) -> Counter[Ngram]:

@@ -14,8 +14,10 @@ from typing import Any
 
 from model_lib import storage
 from model_lib.errors import UserError, first_line
+from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.annotations import coco_2017
 from model_lib.presets import PRESETS
+from model_lib.registry.config import Policy
 from model_lib.steps.candidates import candidate_configs
 from model_lib.train.trainjob import require_trainer
 
@@ -70,6 +72,15 @@ def training_sources(candidates: list[dict[str, Any]], **common: Any) -> tuple[l
             weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
             tokenizers |= {config.tokenizer} if config.tokenizer else set()
     return sorted(weights), sorted(tokenizers)
+
+
+def require_judging(policy: Policy, **judging: Any) -> None:
+    """Raise `UserError` if the options of judging are out of range, or do not give the score that decides."""
+    given = {name: value for name, value in judging.items() if value != ""}
+    config = EvaluateConfig.from_options(model="-", data="-", output="-", **given)
+    lacking = {"CLIPScore": config.clip is None, "RefCLIPScore": config.clip is None, "SPICE": True}
+    if lacking.get(policy.metric):
+        raise UserError(f"register_metric {policy.metric}: needs eval_clip; SPICE is for captioner evaluate alone")
 
 
 def preflight(needs: Needs) -> None:

@@ -121,7 +121,7 @@ class Watched:
 def test_both_pipelines_in_containers(
     engine: Any,
     scenes: Path,
-    saved_model: Path,
+    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
@@ -151,7 +151,7 @@ def test_both_pipelines_in_containers(
             run_locally(pipeline, arguments, tmp_path / name, "docker")
             assert (tmp_path / name / "mine").stat().st_uid == os.getuid(), "only captioner's own files change hands"
 
-        for place in (saved_model, *saved_model.iterdir()):
+        for place in (finished, finished / "best", *(finished / "best").iterdir()):
             place.chmod(0o755)
         watched = Watched(engine)
         arguments = {
@@ -159,7 +159,10 @@ def test_both_pipelines_in_containers(
             "data_output": "gs://b/data",
             "train_checkpoint_uri": "gs://b/candidates",
             # One of them goes on from a folder of this machine, which the containers' user may read.
-            "train_candidates": [{"name": "slow", "learning_rate": 1e-6, "start": str(saved_model)}, {"name": "fast"}],
+            "train_candidates": [
+                {"name": "slow", "learning_rate": 1e-6, "start": str(finished / "best")},
+                {"name": "fast"},
+            ],
             "train_preset": "tiny",
             "train_epochs": 2,
             "eval_num_beams": 1,

@@ -55,8 +55,12 @@ def test_a_table_says_in_which_column_its_pictures_are(pictures: Path, saved_mod
     assert listed(file, tmp_path / "out", saved_model) == ["000000000001.jpg"]
     file.write_text("pictures/000000000001.jpg,x\n")
     assert listed(file, tmp_path / "other", saved_model) == ["000000000001.jpg"]
+    file.write_text("path,filename\n/far/b.jpg,b.jpg\n")
+    assert planned(config(file, tmp_path / "third", saved_model)).pictures(0)[0].uri == "/far/b.jpg"
+    file.write_text("gs://bucket/objects/123,x\n")
+    assert listed(file, tmp_path / "fourth", saved_model) == ["123"]
     file.write_text("photo,label\npictures/000000000001.jpg,x\n")
-    with pytest.raises(UserError, match="which column is it\\? head it with one of uri, url, file"):
+    with pytest.raises(UserError, match="which column is it\\? head it with one of uri, file"):
         listed(file, tmp_path / "out", saved_model)
 
 

@@ -263,6 +263,14 @@ def test_a_file_under_two_names_is_not_learned_and_judged_on(scenes: Path, tmp_p
         require_apart(read_manifest(manifest.uri), read_manifest(manifest.uri), "val")
 
 
+def test_official_splits_are_whole_whatever_is_in_them_twice(scenes: Path, tmp_path: Path) -> None:
+    """Scores on them are compared with published ones."""
+    shutil.copytree(scenes, tmp_path / "coco")
+    shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "coco" / "val2017" / "000000000001.jpg")
+    manifest = ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "out")))
+    assert manifest.counts == {"train": 64, "val": 12} and manifest.quarantined == {}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -59,5 +59,7 @@ def test_with_the_end_as_a_word_a_truncated_sentence_scores_less() -> None:
 def test_captions_of_any_script_have_words() -> None:
     assert words("Mädchen im Café, 2-mal. Кошка сидит!") == ["mädchen", "im", "café", "2-mal", "кошка", "сидит"]
     assert words("A dog's well-known ball_game --- isn't") == ["a", "dog's", "well-known", "ball", "game", "isn't"]
+    assert words("कुत्ता सोता है, பூனை") == ["कुत्ता", "सोता", "है", "பூனை"]
+    assert words("cafe\u0301 一只猫。ネコ 2匹") == ["café", *"一只猫ネコ", "2", "匹"]
     said = {1: "кошка сидит на столе", 2: "собака бежит по траве"}
     assert corpus_cider(said, {number: [caption] for number, caption in said.items()}) > 1

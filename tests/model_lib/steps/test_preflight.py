@@ -121,6 +121,10 @@ def test_the_weights_that_candidates_start_from() -> None:
         ({"precision": "fp16"}, "precision: 'fp16' is not one of"),
         ({"learning_rate": -1.0}, "learning_rate: -1.0"),
         ({"min_gain": -1.0}, "min_gain: -1.0 is not at least 0"),
+        ({"metric": "Cider"}, "metric 'Cider': unknown; one of CIDEr"),
+        ({"metric": "CLIPScore"}, "register_metric CLIPScore: needs eval_clip"),
+        ({"num_beams": 0}, "num_beams: 0 is not at least 1"),
+        ({"limit": -1}, "limit: -1 is not at least 0"),
         ({"candidates": [{"name": "a", "colour": "red"}]}, "unknown option 'colour'"),
     ],
 )
