@@ -286,6 +286,33 @@ def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
     assert len(found) == len(set(found)) == summary.pictures == len(list(pictures.iterdir()))
 
 
+def test_other_pictures_take_no_captions_place(pictures: Path, scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+    first = batch(config(pictures, tmp_path / "out", saved_model))
+    with pytest.raises(UserError, match=f"has the captions of {pictures}; name another output"):
+        batch(config(scenes / "val2017", tmp_path / "out", saved_model))
+    assert len(rows(first)) == 12
+
+
+def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    go_on = threading.Event()
+
+    def slow(uri: str, *_: object) -> bytes:
+        asked.append(uri)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        go_on.wait(60)
+        return Path(uri).read_bytes()
+
+    monkeypatch.setattr("model_lib.batch.captions.read_picture", slow)
+    with pytest.raises(KeyboardInterrupt):
+        batch(config(pictures, tmp_path / "out", saved_model, workers=2))
+    go_on.set()
+    assert len(asked) <= 4, "of twelve that were to be read"
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
@@ -364,30 +391,3 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
         found = in_bucket(fs, f"killed-{number}")
         assert len(found) == len({row["uri"] for row in found}) == 65
         assert sum(row["status"] == "ok" for row in found) == 64
-
-
-def test_other_pictures_take_no_captions_place(pictures: Path, scenes: Path, saved_model: Path, tmp_path: Path) -> None:
-    first = batch(config(pictures, tmp_path / "out", saved_model))
-    with pytest.raises(UserError, match=f"has the captions of {pictures}; name another output"):
-        batch(config(scenes / "val2017", tmp_path / "out", saved_model))
-    assert len(rows(first)) == 12
-
-
-def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
-    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-    go_on = threading.Event()
-
-    def slow(uri: str, *_: object) -> bytes:
-        asked.append(uri)
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-        go_on.wait(60)
-        return Path(uri).read_bytes()
-
-    monkeypatch.setattr("model_lib.batch.captions.read_picture", slow)
-    with pytest.raises(KeyboardInterrupt):
-        batch(config(pictures, tmp_path / "out", saved_model, workers=2))
-    go_on.set()
-    assert len(asked) <= 4, "of twelve that were to be read"
