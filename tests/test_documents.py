@@ -101,7 +101,6 @@ def test_tests_that_are_named_are_there() -> None:
         assert set(re.findall(r"`(test_\w+)`", page.read_text())) <= there, page.name
 
 
-@pytest.mark.usefixtures("java")
 def test_the_commands_and_the_python_of_the_readme_work(tmp_path: Path) -> None:
     given = [words(command)[1:] for command in [*STAGES, *SECOND]]
     run = [

@@ -315,7 +315,7 @@ def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Pat
         process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted = len(before) + int(rng.integers(1, 4))
         records = lambda: list(output.glob(".journal/*/*.json"))  # noqa: E731
-        while process.poll() is None and (kills == 8 or len(records()) < wanted):
+        while process.poll() is None and (kills == 5 or len(records()) < wanted):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         done = process.poll()

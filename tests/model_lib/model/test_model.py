@@ -91,15 +91,20 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.fixture(scope="module")
-def full_size_model() -> Captioner:
-    """The full-size captioner of random weights, its cross-attention switched on.
+LAYERS = [4, pytest.param(24, marks=pytest.mark.soak)]
+"""Of a model as wide as the full size, which has 24."""
+
+
+def wide_model(layers: int) -> Captioner:
+    """Return the full-size captioner, or so many layers of it, of random weights, its cross-attention switched on.
 
     They repeat a drawn million: to draw 810 million takes longer than the tests.
     """
+    preset = PRESETS["clip-l-gpt2-medium"]
     drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02
+    vision, decoder = {**preset.vision_shape, "num_hidden_layers": layers}, {**preset.decoder_shape, "n_layer": layers}
     with init.no_init_weights():
-        model = Captioner(CaptionerConfig.of(PRESETS["clip-l-gpt2-medium"])).eval()
+        model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=decoder)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(drawn.repeat(parameter.numel() // len(drawn) + 1)[: parameter.numel()].view_as(parameter))
@@ -145,22 +150,19 @@ def test_decoder_logits_and_gradients_are_those_of_transformers() -> None:
 
 
 # In bfloat16, slow on CPUs, one row a picture: with two, ours are summed in one product, and theirs from two passes.
+@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize(
     ("dtype", "rows", "limit"),
     [(torch.float32, 2, 1e-5), pytest.param(torch.bfloat16, 1, 1e-2, marks=pytest.mark.soak)],
 )
-def test_full_size_decoder_is_transformers_own(
-    full_size_model: Captioner, dtype: torch.dtype, rows: int, limit: float
-) -> None:
-    logits, gradients = parity(full_size_model, dtype, rows)
+def test_full_size_decoder_is_transformers_own(layers: int, dtype: torch.dtype, rows: int, limit: float) -> None:
+    logits, gradients = parity(wide_model(layers), dtype, rows)
     assert logits < limit and max(gradients.values()) < limit, (logits, max(gradients.values()))
 
 
-@pytest.mark.parametrize("size", ["small", "full"])
-def test_pictures_are_encoded_as_clip_encodes_what_its_processor_makes(
-    size: str, request: pytest.FixtureRequest
-) -> None:
-    model = small_model() if size == "small" else request.getfixturevalue("full_size_model")
+@pytest.mark.parametrize("layers", [None, *LAYERS])
+def test_pictures_are_encoded_as_clip_encodes_what_its_processor_makes(layers: int | None) -> None:
+    model = small_model() if layers is None else wide_model(layers)
     side = model.image_size
     processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     with init.no_init_weights():
