@@ -35,7 +35,7 @@ from benchmarks.train import coco_like_captions
 from model_lib.background import Background
 from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.presets import PRESETS
-from model_lib.train.checkpoint import Checkpoints, snapshot
+from model_lib.train.checkpoint import Checkpoints, Position, snapshot
 from model_lib.train.config import TrainConfig
 from model_lib.train.distributed import World, join_world
 from model_lib.train.learning import Learner
@@ -103,6 +103,7 @@ def saving(options: argparse.Namespace) -> tuple[float, float, float]:
         learner = learner_of(options, world)
         batch, pixels = batch_of(options, learner)
         checkpoints, seconds = Checkpoints(folder), {}
+        nowhere = Position(0, 0, 0, None, "", {}, [], {})
 
         def steps(count: int) -> float:
             began = time.perf_counter()
@@ -120,11 +121,11 @@ def saving(options: argparse.Namespace) -> tuple[float, float, float]:
         seconds["plain"] = steps(count)
         began = time.perf_counter()
         with Background() as background:
-            background.start(partial(checkpoints.write, "step-1", tensors(), {}))
+            background.start(partial(checkpoints.write, "step-1", tensors(), nowhere))
             steps(count)
             thread = time.perf_counter() - began
         began = time.perf_counter()
-        checkpoints.write("step-2", tensors(), {})
+        checkpoints.write("step-2", tensors(), nowhere)
         at_once = time.perf_counter() - began
     return thread - seconds["plain"], at_once, size
 

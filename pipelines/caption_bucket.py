@@ -21,7 +21,7 @@ NO_OPTIONS: dict[str, Any] = {}
 
 DESCRIPTION = f"""\
 Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again it
-captions what is missing, new or changed; another model or other options have a folder of their own in the output.
+captions what is missing, new or changed; other pictures, another model and other options have folders of their own.
 
 | parameter | meaning |
 |---|---|

@@ -10,10 +10,10 @@ from model_lib.options import Precision, option
 class BatchConfig(DecodeConfig):
     """Caption every picture under a folder or bucket prefix into Parquet; started again, it does what is missing."""
 
-    images: str = option(shapes=False)
+    images: str = option()
     """Folder or URI of the pictures, or a list of them: .parquet or .csv with a column uri, or .txt, a line each."""
     output: str = option(shapes=False)
-    """Folder or URI, in which each model and its options have a folder: Parquet files, summary.json, report.html."""
+    """Folder or URI, in which pictures, model and options have their own: Parquet files, summary.json, report.html."""
     model: str
     """The model: a folder, hub name, URI or models:/captioner@champion."""
     recursive: bool = option(True, shapes=False)

@@ -109,7 +109,7 @@ def resolved(config: BatchConfig) -> BatchConfig:
 
 
 def folder_of(config: BatchConfig) -> str:
-    """Return where everything of a `resolved` configuration's model and options lies.
+    """Return where everything of a `resolved` configuration's pictures, model and options lies.
 
     Raises:
         UserError: there is no such model.
@@ -126,14 +126,12 @@ def plan(config: BatchConfig, folder: str) -> Plan:
         folder: as `folder_of` returns it.
 
     Raises:
-        UserError: there are no pictures, or the output cannot be written or has the captions of other pictures.
+        UserError: there are no pictures, or the output cannot be written.
     """
     pictures = list_pictures(config)
     storage.require_writable(folder)
     wanted = {picture.uri: picture for picture in pictures}
     before = read_plan(folder) if storage.exists(storage.join(folder, "plan.json")) else None
-    if before is not None and before.config.images != config.images:
-        raise UserError(f"{config.output}: has the captions of {before.config.images}; name another output")
     kept = [] if before is None else _kept(before, wanted)
     groups = [*kept, *_split(list(wanted.values()), config)]
     listing = f"listing-{_digest([_digest(group) for group in groups])}.parquet"
