@@ -180,7 +180,7 @@ def register(config: RegisterConfig) -> Output:
     tracking.require_answer()  # who waits at a prompt is told at once; a step of a pipeline waits
     registered = run(config, tracking)
     line = f"version {registered.version} ({registered.winner}) {registered.fate}: {registered.reason}"
-    return Output(asdict(registered), [line])
+    return Output(registered.to_dict(), [line])
 
 
 def models(config: ModelsConfig) -> Output:

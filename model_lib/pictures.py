@@ -107,7 +107,7 @@ def _damage() -> Iterator[None]:
     """Raise what Pillow says of a damaged or hostile file as a `PictureError`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bomb is refused below; other warnings are no news to the user
+            warnings.simplefilter("ignore")  # a bomb is refused by its size; other warnings are no news
             yield
     except Image.DecompressionBombError as error:
         raise PictureError("too_large", str(error)) from error

@@ -116,12 +116,9 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
     except docker.errors.DockerException as error:
         raise UserError(f"runner docker: no Docker engine answers: {error}") from error
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-    places = {place: True for place in (*_texts(arguments), *environment.values()) if place.startswith("/")}
-    places |= {place: False for place in _written(environment)}
     mounts = [
         docker.types.Mount(place, place, type="bind", read_only=read_only)
-        for place, read_only in sorted(places.items())
-        if Path(place).exists() and not Path(place).is_relative_to(work)
+        for place, read_only in outside(arguments, environment, work).items()
     ]
     mounts.append(docker.types.Mount(str(work), str(work), type="bind"))
     mounts.append(docker.types.Mount("/tmp", None, type="volume"))  # a fresh one a step
@@ -151,11 +148,20 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
                 container.stop()
 
 
-def _written(environment: Mapping[str, str]) -> set[str]:
-    """Return the folders outside the working directory that steps write: the hub's cache, MLflow's own store."""
-    found = {environment[name] for name in ("HF_HOME", "HF_HUB_CACHE") if environment.get(name)}
+def outside(arguments: dict[str, Any], environment: Mapping[str, str], work: Path) -> dict[str, bool]:
+    """Return what steps need outside the working directory, each place with whether it is only read.
+
+    Written are the hub's cache, and the folder of an MLflow store of its own.
+    """
     store = environment.get("MLFLOW_TRACKING_URI", "")
-    return found | ({str(Path(store.removeprefix("sqlite:///")).parent)} if store.startswith("sqlite:///") else set())
+    written = [environment.get(name, "") for name in ("HF_HOME", "HF_HUB_CACHE")]
+    written += [str(Path(store.removeprefix("sqlite:///")).parent)] if store.startswith("sqlite:///") else []
+    places = dict.fromkeys((*_texts(arguments), *environment.values()), True) | dict.fromkeys(written, False)
+    return {
+        place: read_only
+        for place, read_only in sorted(places.items())
+        if place.startswith("/") and Path(place).exists() and not Path(place).is_relative_to(work)
+    }
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from model_lib.options import Precision, option
 class BatchConfig(DecodeConfig):
     """Caption every picture under a folder or bucket prefix into Parquet; started again, it does what is missing."""
 
-    images: str = option()
+    images: str
     """Folder or URI of the pictures, or a list of them: .parquet or .csv with a column uri, or .txt, a line each."""
     output: str = option(shapes=False)
     """Folder or URI, in which pictures, model and options have their own: Parquet files, summary.json, report.html."""

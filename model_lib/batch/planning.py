@@ -115,7 +115,7 @@ def folder_of(config: BatchConfig) -> str:
         UserError: there is no such model.
     """
     name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
-    return storage.join(config.output, f"{name}-{config.key(*filter(None, [source_digest(config.model)]))[:8]}")
+    return storage.join(config.output, f"{name}-{config.key(source_digest(config.model) or '')[:8]}")
 
 
 def plan(config: BatchConfig, folder: str) -> Plan:

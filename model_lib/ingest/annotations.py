@@ -67,7 +67,7 @@ class Listing:
 
     def add(self, image_id: int, name: str, split: str, place: Place, texts: list[str]) -> None:
         """Add a picture, or say why it cannot be used; `UserError` if it would be read from outside its folder."""
-        _require_inside(self.names[-1], image_id, name)
+        _require_inside(" and ".join(self.names), image_id, name)
         if CONTROL.search(name):
             self.reject(name, "bad_name", f"image id {image_id}: its file name has control characters: {name!a}")
             return
@@ -272,7 +272,7 @@ def read_listing(config: IngestConfig) -> Listing:
         known = {}
         for uri, place in sources.values():
             known.update({image_id: (place, name) for image_id, name in read_captions(uri)[0]})
-        listing = Listing([config.karpathy])
+        listing = Listing([*(uri for uri, _ in sources.values()), config.karpathy])
         _add_karpathy(listing, config.karpathy, known)
         return listing
     listing = Listing([])

@@ -174,33 +174,34 @@ def _write_shard(
 
 
 def _write_split(
-    split: str, entries: list[Entry], files: set[str], config: IngestConfig, journal: Journal, progress: Progress
+    split: str,
+    entries: list[Entry],
+    learned: set[str] | None,
+    config: IngestConfig,
+    journal: Journal,
+    progress: Progress,
 ) -> tuple[list[Finished], list[Rejected]]:
     """Write the shards of a split that are not there yet; return all of them, and what could not be used.
 
     Args:
         split: its name.
         entries: its pictures.
-        files: SHA-256 of the files in other splits; where splits are by name, those are left out, and ours added.
+        learned: SHA-256 of the training pictures' files, to which those are added and from which others are kept apart;
+            None where the splits are somebody else's.
         config: of the ingest.
         journal: of what is there.
         progress: of all splits.
     """
-    others = frozenset(files)
     finished = list(journal.read(split, len(entries)))
     start = finished[-1].end if finished else 0
     progress.resume(start)
-    if _splits_by_name(config):
-        files |= _files(config.output, finished)
+    if learned is not None and split == "train":
+        learned |= _learned_before(config.output, finished)
 
     def counted() -> Iterator[tuple[int, Result]]:
         for place, result in enumerate(_in_order(entries[start:], config), start):
             progress.advance()
-            if not isinstance(result, Rejected) and _splits_by_name(config):
-                files.add(result[0]["sha256"])
-                if result[0]["sha256"] in others:
-                    result = Rejected(entries[place].file_name, "double", "is the same file as a training picture")
-            yield place, result
+            yield place, result if learned is None else _kept_apart(result, learned)
 
     results, rejected = counted(), list[Rejected]()
     while (made := _write_shard(results, rejected, shard_name(split, len(finished)), split, config)) is not None:
@@ -208,6 +209,34 @@ def _write_split(
         finished.append(made)
         rejected.clear()
     return finished, [row for one in finished for row in one.rejected] + rejected
+
+
+def _kept_apart(result: Result, learned: set[str]) -> Result:
+    """Return a picture's row, or why it has none: it is of another split, and is learned under another name."""
+    if isinstance(result, Rejected):
+        return result
+    row, _ = result
+    if row["split"] == "train":
+        learned.add(row["sha256"])
+    elif row["sha256"] in learned:
+        return Rejected(row["file_name"], "double", "is the same file as a training picture")
+    return result
+
+
+def _learned_before(output: str, finished: list[Finished]) -> set[str]:
+    """Return the SHA-256 of each picture's file in shards that are there."""
+    found: set[str] = set()
+    for one in finished:
+        uri = storage.join(output, one.shard.uri)
+        found |= storage.retrying(uri, functools.partial(_sha256_column, uri))
+    return found
+
+
+def _sha256_column(uri: str) -> set[str]:
+    fs, path = storage.filesystem(uri)
+    # Read ahead, as drivers do by default, pictures would come along.
+    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:
+        return set(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
 
 
 def ingest(config: IngestConfig) -> Manifest:
@@ -222,11 +251,6 @@ def ingest(config: IngestConfig) -> Manifest:
         return _ingest(config, listing)
 
 
-def _splits_by_name(config: IngestConfig) -> bool:
-    """Whether chance splits the pictures: a file under two names could then be learned and judged on."""
-    return config.annotations is not None and config.split == "auto"
-
-
 def _hold_one_out(entries: list[Entry], config: IngestConfig) -> None:
     """Let the first picture that can be used be for validation if none is, as of few pictures none may be."""
     if len(entries) > 1 and all(entry.split != "val" for entry in entries):
@@ -236,18 +260,19 @@ def _hold_one_out(entries: list[Entry], config: IngestConfig) -> None:
 
 
 def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
-    if _splits_by_name(config):
+    by_name = config.annotations is not None and config.split == "auto"
+    if by_name:
         _hold_one_out(listing.entries, config)
     journal = Journal(config.output, config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP)))
     splits: dict[str, list[Entry]] = {}
     for entry in listing.entries:
         splits.setdefault(entry.split, []).append(entry)
     finished: dict[str, list[Finished]] = {}
-    files: set[str] = set()
+    learned: set[str] | None = set() if by_name else None  # a file may have two names, of which one is to learn from
     quarantine = list(listing.rejected)
     with Progress("ingest", len(listing.entries), "pictures") as progress:
         for split in sorted(splits):
-            made, rejected = _write_split(split, splits[split], files, config, journal, progress)
+            made, rejected = _write_split(split, splits[split], learned, config, journal, progress)
             quarantine += rejected
             if made:
                 finished[split] = made
@@ -268,21 +293,6 @@ def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
     _conclude(config.output, manifest, quarantine)
     journal.close()
     return manifest
-
-
-def _files(output: str, finished: list[Finished]) -> set[str]:
-    """Return the SHA-256 of each file in some shards."""
-    found: set[str] = set()
-    for one in finished:
-        uri = storage.join(output, one.shard.uri)
-        found |= storage.retrying(uri, functools.partial(_sha256_column, uri))
-    return found
-
-
-def _sha256_column(uri: str) -> set[str]:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:  # no pictures beside
-        return set(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
 
 
 def _keep_memory() -> None:

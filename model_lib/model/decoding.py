@@ -160,24 +160,26 @@ def draw(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> Te
         least = logits.topk(min(config.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     probs = logits.softmax(-1)
-    cumulative = probs.cumsum(-1)
-    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    drawn = _draw_from_all(probs, generator)
+    if config.top_p is None:
+        return drawn
     left = torch.arange(len(logits), device=logits.device)
-    for attempt in range(TRIES + 1):
-        if config.top_p is not None and attempt == TRIES:
-            probs = _nucleus(probs, config.top_p)
-            cumulative = probs.cumsum(-1)
-        chance = torch.rand((len(left), 1), device=logits.device, generator=generator)
-        # In (0, total]: a place before the first or between two equal sums would be a token of probability zero.
-        token = torch.searchsorted(cumulative, (1 - chance) * cumulative[:, -1:])
-        drawn[left] = token[:, 0].clamp_(max=logits.shape[-1] - 1)  # beyond it where a model's weights are no numbers
-        if config.top_p is None or attempt == TRIES:
-            break
-        again = ~_in_nucleus(probs, token, config.top_p)
-        left, probs, cumulative = left[again], probs[again], cumulative[again]
+    for draws in range(1, TRIES + 1):
+        outside = ~_in_nucleus(probs, drawn[left].unsqueeze(1), config.top_p)
+        left, probs = left[outside], probs[outside]
         if not len(left):
             break
+        drawn[left] = _draw_from_all(probs if draws < TRIES else _nucleus(probs, config.top_p), generator)
     return drawn
+
+
+def _draw_from_all(probs: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a token from each row of probabilities [R, V], which need not sum to one; int64 [R]."""
+    cumulative = probs.cumsum(-1)
+    chance = torch.rand((len(probs), 1), device=probs.device, generator=generator)
+    # In (0, total]: a place before the first or between two equal sums would be a token of probability zero.
+    token = torch.searchsorted(cumulative, (1 - chance) * cumulative[:, -1:])[:, 0]
+    return token.clamp_(max=probs.shape[-1] - 1)  # it is beyond where a model's weights are no numbers
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

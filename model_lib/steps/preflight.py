@@ -78,9 +78,10 @@ def require_judging(policy: Policy, **judging: Any) -> None:
     """Raise `UserError` if the options of judging are out of range, or do not give the score that decides."""
     given = {name: value for name, value in judging.items() if value != ""}
     config = EvaluateConfig.from_options(model="-", data="-", output="-", **given)
-    lacking = {"CLIPScore": config.clip is None, "RefCLIPScore": config.clip is None, "SPICE": True}
-    if lacking.get(policy.metric):
-        raise UserError(f"register_metric {policy.metric}: needs eval_clip; SPICE is for captioner evaluate alone")
+    if policy.metric == "SPICE":
+        raise UserError("register_metric SPICE: is not computed in a pipeline; choose another score")
+    if policy.metric.endswith("CLIPScore") and config.clip is None:
+        raise UserError(f"register_metric {policy.metric}: needs eval_clip")
 
 
 def preflight(needs: Needs) -> None:

@@ -259,6 +259,7 @@ def test_a_registry_that_is_away_is_not_taken_for_an_empty_one(captioner: Callab
     saying = {
         ("batch", *given): f"captioner: failed: models:/captioner@champion: MLflow at {address}: fails",
         ("models",): f"captioner: failed: MLflow at {address}: fails",
+        ("register", "--evaluations", "gone"): f"captioner: failed: MLflow at {address}: fails",
         ("run", "--scenes", "2"): f"captioner: failed: MLflow at {address}: fails",
     }
     with ThreadPoolExecutor() as both:

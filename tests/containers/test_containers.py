@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import docker
 import fsspec
 import mlflow
 import pyarrow.parquet as pq
@@ -28,7 +29,6 @@ from pipelines import caption_bucket, train_captioner
 from pipelines.local import RUN_LABEL, run_locally
 from tests.services import free_port, gcs_emulator, mlflow_server, running, webhook
 
-docker = pytest.importorskip("docker")
 pytestmark = pytest.mark.containers
 ROOT = Path(__file__).parents[2]
 IMAGES = (CORE, MODEL, JUDGE)

@@ -76,6 +76,16 @@ def test_an_image_of_pillow_is_seen_as_its_file_is(odd_images: Path) -> None:
     assert seen == 19
 
 
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_lib.pictures.MAX_PIXELS", 100)
+    with Image.open(scenes / "val2017" / "000000000001.jpg") as image:
+        with pytest.raises(PictureError, match="too_large"):
+            load_pixels(image, 32)
+        assert image.tile, "which is empty once it is decoded"
+
+
 def test_one_path_is_one_picture_and_what_is_none_is_said(model: Captioner, scenes: Path) -> None:
     file = scenes / "val2017" / "000000000001.jpg"
     assert model.caption(str(file)) == model.caption(file) == model.caption([file])

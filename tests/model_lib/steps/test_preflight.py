@@ -123,6 +123,7 @@ def test_the_weights_that_candidates_start_from() -> None:
         ({"min_gain": -1.0}, "min_gain: -1.0 is not at least 0"),
         ({"metric": "Cider"}, "metric 'Cider': unknown; one of CIDEr"),
         ({"metric": "CLIPScore"}, "register_metric CLIPScore: needs eval_clip"),
+        ({"metric": "SPICE"}, "register_metric SPICE: is not computed in a pipeline"),
         ({"num_beams": 0}, "num_beams: 0 is not at least 1"),
         ({"limit": -1}, "limit: -1 is not at least 0"),
         ({"candidates": [{"name": "a", "colour": "red"}]}, "unknown option 'colour'"),

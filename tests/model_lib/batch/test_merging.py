@@ -1,0 +1,112 @@
+"""Planned, captioned and merged apart, as a pipeline's steps do it; and the page that merging leaves."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from components.plan.component import plan
+from model_lib import UserError, storage
+from model_lib.batch import captions as captions_module
+from model_lib.batch.batching import batch
+from model_lib.batch.captions import caption_planned
+from model_lib.batch.merging import merge, merge_planned
+from model_lib.batch.planning import referred
+from model_lib.batch.rows import FIELDS
+from model_lib.errors import WorkError
+from model_lib.holding import held
+from tests.model_lib.batch.test_batch import config, planned, rows
+
+
+def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
+    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pipeline does it: each step knows only the plan's reference and the number of its shard."""
+    whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
+    made = planned(config(scenes / "val2017", tmp_path / "apart", saved_model))
+    with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
+        merge(made)
+    for index in made.missing():
+        caption_planned(made.reference, index)
+    apart = merge_planned(made.reference)
+    assert (apart.pictures, apart.ok) == (whole.pictures, whole.ok) == (12, 12)
+    assert [row["caption"] for row in rows(apart)] == [row["caption"] for row in rows(whole)]
+
+    monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
+    caption_planned(made.reference, 0)
+    with pytest.raises(UserError, match=r"gone/plan\.json: no such file"):
+        caption_planned(str(tmp_path / "gone" / made.listing), 0)
+
+
+def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
+    pictures: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    """Two pipelines on one output: neither works on the other's plan, and no picture is captioned in two files."""
+    options = config(pictures, tmp_path / "out", saved_model)
+    first = planned(options)
+    late = first.captions(first.shards[0])
+    min(pictures.iterdir()).unlink()
+    second = planned(options)
+    for step in (lambda: caption_planned(first.reference, 0), lambda: referred(first.reference)):
+        with pytest.raises(UserError, match="another run planned there since; start again once it has ended"):
+            step()
+    for index in second.missing():
+        caption_planned(second.reference, index)
+    shutil.copy(second.captions(second.shards[-1]), late)  # a step of the first that had begun before
+    summary = merge_planned(second.reference)
+    found = [row["uri"] for row in rows(summary)]
+    assert len(found) == len(set(found)) == summary.pictures == len(list(pictures.iterdir()))
+
+
+def test_nobody_plans_or_merges_while_another_is_at_work(
+    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config(pictures, tmp_path / "out", saved_model)
+    made = planned(options)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    given = {"images": options.images, "output": options.output, "model": options.model}
+    steps = (
+        lambda: plan.python_func(**given, num_beams=1, shard_pictures=5, options={}),
+        lambda: merge_planned(made.reference),
+    )
+    with held(made.folder):
+        for step in steps:
+            with pytest.raises(UserError, match="is at work there; wait for it"):
+                step()
+
+
+def test_the_report_shows_counts_reasons_and_pictures_and_nothing_from_elsewhere(
+    odd_images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(odd_images, tmp_path / "<b>odd")
+    page = Path(batch(config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report).read_text()
+    assert "19 of 26 pictures captioned" in page and page.count("data:image/jpeg;base64,") == 2 * 19
+    assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace("http-equiv", "")
+    assert len(page) < 3_000_000
+
+
+def most_memory() -> int:
+    """Return the most KiB that this process had in memory since it was last asked."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line)
+
+
+def test_the_reports_large_pictures_are_not_all_in_memory_at_once(saved_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
+    for number in range(1, 12):
+        shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
+    made = planned(config(tmp_path / "large", tmp_path / "out", saved_model, shard_pictures=20))
+    rows = [{"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.pictures(0)]
+    with storage.whole_file(made.captions(made.shards[0])) as part:
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(FIELDS)), part)
+    most_memory()
+    before = most_memory()
+    page = Path(merge(made).report).read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * 12 and most_memory() - before < 3 * 48_000
