@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
 
 from model_lib.errors import UserError, WorkError, first_line, printable
 
@@ -22,10 +22,22 @@ NO_MEMORY = (
 """How it is said that the memory is used up, in exceptions of other kinds than `MemoryError`."""
 
 
-def _out_of_memory(error: Exception) -> NoReturn:
-    said = f" ({printable(first_line(error))})" if str(error) else ""
-    print(f"captioner: failed: the memory is used up{said}; give it more, or less to do at once", file=sys.stderr)
-    sys.exit(1)
+TERMINATION_LOG = Path("/dev/termination-log")
+"""Where a Kubernetes container leaves the reason of its end: the pod's status shows it, and Argo its node's message."""
+
+
+def _ending(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and the line that an exception ends the process with, or None if it is a defect."""
+    if isinstance(error, UserError):
+        return 2, f"captioner: error: {error}"
+    if isinstance(error, (WorkError, OSError)):
+        return 1, f"captioner: failed: {printable(str(error))}"
+    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        reason = f" ({printable(first_line(error))})" if str(error) else ""
+        return 1, f"captioner: failed: the memory is used up{reason}; give it more, or less to do at once"
+    if type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):  # of a server, and of its own store
+        return 1, printable(f"captioner: failed: MLflow: {' '.join(str(error).split())}")
+    return None
 
 
 @contextmanager
@@ -33,23 +45,18 @@ def exit_in_one_line() -> Iterator[None]:
     """Exit with the line that is meant for the user when the body fails by their input, or by the world it works in."""
     try:
         yield
-    except UserError as error:
-        print(f"captioner: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (WorkError, OSError) as error:
-        print(f"captioner: failed: {printable(str(error))}", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError as error:
-        _out_of_memory(error)
-    except Exception as error:
-        if any(words in str(error) for words in NO_MEMORY):
-            _out_of_memory(error)
-        if not type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):  # of a server, and of its own store
-            raise
-        print(printable(f"captioner: failed: MLflow: {' '.join(str(error).split())}"), file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        ending = _ending(error)
+        if ending is None:
+            raise
+        code, line = ending
+        print(line, file=sys.stderr)
+        if TERMINATION_LOG.exists():
+            with TERMINATION_LOG.open("a") as log:  # to what other processes of this container say
+                print(line, file=log)
+        sys.exit(code)
 
 
 class Asked:

@@ -58,17 +58,29 @@ def may_pass(error: Exception) -> bool:
     """Return whether a remote store's failure may pass: too many requests, an error of its own, a lost connection."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
-    status = getattr(error, "code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
+    status = _http_status(error)
+    if status is not None:
         return status_may_pass(status)
     if isinstance(error, OSError):
-        of_this_machine = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-        return error.errno not in of_this_machine and not str(error).startswith("Forbidden")  # gcsfs's 403
+        final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL)
+        return error.errno not in final and not str(error).startswith("Forbidden")  # gcsfs's 403
     if isinstance(error, WorkError):
         return isinstance(error.__cause__, Exception) and may_pass(error.__cause__)
     if type(error).__name__ in MISTAKES:
         return False
     return type(error).__module__.split(".")[0] in ("aiohttp", "asyncio", "botocore", "gcsfs", "requests", "urllib3")
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """Return the HTTP status with which a store answered, of a driver's exception or of the one that caused it."""
+    while error is not None:
+        response = getattr(error, "response", None)  # botocore's, which s3fs turns into an OSError
+        answered = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        status = answered or getattr(error, "code", None) or getattr(error, "status", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -145,7 +157,7 @@ def _start(fs: fsspec.AbstractFileSystem, path: str, most: int) -> bytes:
             return file.read(most)
     if "http" not in fs.protocol:
         try:
-            return bytes(fs.cat_file(path, 0, most))
+            return bytes(fs.cat_file(path, start=0, end=most))  # drivers disagree on the order of what is not named
         except FileNotFoundError:
             raise
         except Exception:

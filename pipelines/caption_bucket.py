@@ -15,7 +15,7 @@ from components.preflight.component import preflight
 from model_lib.batch.config import BatchConfig
 from model_lib.tracking.model_uris import CHAMPION_URI
 from pipelines import placement
-from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place
+from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place, place_preflight
 
 NO_OPTIONS: dict[str, Any] = {}
 
@@ -54,8 +54,8 @@ def caption_pictures(
         captioned = caption(shard=shard)
         place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), cpu=4, memory=16, hours=12, retries=4)
         on_gpu(captioned, gpu)
-    merged = merge(plans=dsl.Collected(captioned.output))
-    place(merged, "Merge", secret=secret, keys=BUCKET, memory=4)
+    merged = merge(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=dsl.Collected(captioned.output))
+    place(merged, "Merge", secret=secret, keys=(*BUCKET, *WEBHOOK), memory=4)
     return planned
 
 
@@ -77,12 +77,11 @@ def define(parallel: int) -> Any:
         secret_name: str = placement.SECRET,
         secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
-        run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        closed = close(run_name=run_name, registers=False, images=caption_images)
+        closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
         place(closed, "Close", secret=secret_name, keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Caption a bucket"):
             checked = preflight(
-                run_name=run_name,
+                run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
                 secret_name=secret_name,
                 secret_keys=secret_keys,
                 candidates=[],
@@ -90,7 +89,7 @@ def define(parallel: int) -> Any:
                 model=caption_model,
                 caption_output=caption_output,
             )
-            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
+            place_preflight(checked, secret_name)
             gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
             caption_pictures(
                 caption_images,

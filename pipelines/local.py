@@ -60,7 +60,7 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
         try:
             _without_retries(pipeline)(**arguments)
         except Exception as error:
-            refused = re.findall(r"^\s*model_lib\.errors\.UserError: (.*)$", log_file.read_text(), re.MULTILINE)
+            refused = re.findall(r"^\s*captioner: error: (.*)$", log_file.read_text(), re.MULTILINE)
             if refused:
                 raise UserError(refused[-1]) from error
             raise WorkError(f"the pipeline stopped ({error}); {log_file} has all that its steps printed") from error

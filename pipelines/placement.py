@@ -40,7 +40,7 @@ GPU_TOLERATIONS = [
 PARAMETERS = """\
 | `gpu_resource`, `gpu_count` | what a step on a GPU asks of its node, and how many: `nvidia.com/gpu`, `1` |
 | `gpu_node_selector`, `gpu_tolerations` | labels and taints of the GPU nodes; by default GKE's spot nodes with an L4 |
-| `secret_name` | Kubernetes secret from which the steps' environment comes |
+| `secret_name` | Kubernetes secret from which the steps' environment comes; it need not exist, but may not be empty |
 | `secret_keys` | keys that it must have: the run ends at once without them |
 """
 
@@ -98,10 +98,16 @@ def place(
     kubernetes.set_image_pull_policy(task, "IfNotPresent")  # what make push pinned are digests
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")
-    # The pod's label, and not a parameter: that would be another input for each run, and nothing would be cached.
+    # The pod's labels, and no parameters: those would be other inputs in each run, and nothing would be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
+    kubernetes.use_field_path_as_env(task, "KFP_WORKFLOW", "metadata.labels['workflows.argoproj.io/workflow']")
     kubernetes.use_secret_as_env(task, secret, variables(keys), optional=True)
     return task
+
+
+def place_preflight(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
+    """Place the first step of a pipeline; its time includes pulling its image onto a node that has just started."""
+    return place(task, "Preflight", secret=secret, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.25, retries=1)
 
 
 def variables(keys: tuple[str, ...]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import placement
 from pipelines.caption_bucket import NO_OPTIONS, caption_pictures
-from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, variables
+from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, place_preflight, variables
 
 CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
 """By default: learning all captions of a picture in each step, or its first alone."""
@@ -95,8 +95,7 @@ def define(parallel: int) -> Any:
         secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
         gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
-        run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
-        closed = close(run_name=run_name, registers=True, images=caption_images)
+        closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
         place(closed, "Close", secret=secret_name, keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Train a captioner"):
             training = {
@@ -118,20 +117,31 @@ def define(parallel: int) -> Any:
                 "max_slowdown": register_max_slowdown,
             }
             judging = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
+            machines = {
+                "nodes": train_nodes,
+                "image": MODEL,
+                **TRAIN_SIZE,
+                "gpu_resource": gpu_resource,
+                "gpu_count": gpu_count,
+                "gpu_node_selector": gpu_node_selector,
+                "gpu_tolerations": gpu_tolerations,
+                "secret_name": secret_name,
+                "secret_variables": variables(MODEL_KEYS),
+                "user": USER,
+            }
             checked = preflight(
-                run_name=run_name,
-                secret_name=secret_name,
+                run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
                 secret_keys=secret_keys,
                 dataset=data_dataset,
                 data_output=data_output,
                 **training,
                 **policy,
                 **judging,
-                train_nodes=train_nodes,
+                **machines,
                 images=caption_images,
                 caption_output=caption_output,
             )
-            place(checked, "Preflight", secret=secret_name, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.1, retries=0)
+            place_preflight(checked, secret_name)
 
             ingested = ingest(dataset=data_dataset, output=data_output, shortest_side=data_shortest_side)
             # What lies at a URI is not among the inputs, nor who is champion: cached answers could be old ones.
@@ -151,37 +161,26 @@ def define(parallel: int) -> Any:
                 # Each retry goes on from the last checkpoint.
                 often: dict[str, Any] = {"secret": secret_name, "keys": MODEL_KEYS, "hours": 72, "retries": 6}
                 with dsl.If(train_nodes > 1, name="On several machines"):
-                    job = train_job(
-                        candidate=candidate,
-                        nodes=train_nodes,
-                        image=MODEL,
-                        **TRAIN_SIZE,
-                        gpu_resource=gpu_resource,
-                        gpu_count=gpu_count,
-                        gpu_node_selector=gpu_node_selector,
-                        gpu_tolerations=gpu_tolerations,
-                        secret_name=secret_name,
-                        secret_variables=variables(MODEL_KEYS),
-                        user=USER,
-                    )
+                    job = train_job(candidate=candidate, **machines)
                     place(job, "Train", **often, cached=True)
                 with dsl.Else(name="On one"):
                     trained = train(candidate=candidate)
                     on_gpu(place(trained, "Train", **TRAIN_SIZE, **often, cached=True), gpu)
-                model_uri = dsl.OneOf(job.outputs["Output"], trained.outputs["Output"])
-                evaluated = evaluate(candidate=candidate, model_uri=model_uri, **judging)
+                # It finds the model by the candidate: OneOf fails where a step that it looks at came from the cache.
+                evaluated = evaluate(candidate=candidate, **judging).after(job, trained)
                 place(
                     evaluated, "Evaluate", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6, cached=True
                 )
                 on_gpu(evaluated, gpu)
 
             registered = register(
+                run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
                 evaluations=dsl.Collected(evaluated.outputs["Output"]),
                 champion_evaluation=judged.output,
                 **policy,
+                images=caption_images,
             )
-            # No retries: a second attempt would register a second version, unless the first is champion already.
-            place(registered, "Register", secret=secret_name, keys=BUCKET, memory=8, retries=0)
+            place(registered, "Register", secret=secret_name, keys=(*BUCKET, *WEBHOOK), memory=8)
 
             with dsl.If(caption_images != "", name="Pictures to caption"):
                 caption_pictures(

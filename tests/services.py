@@ -62,8 +62,8 @@ def _answers(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, store: str | None = None, port: int = 0) -> Iterator[str]:
-    """Yield the address of an MLflow server with its files in `folder`, and by default its SQLite store as well."""
+def mlflow_server(folder: Path, store: str | None = None, port: int = 0, artifacts: str | None = None) -> Iterator[str]:
+    """Yield the address of an MLflow server, its store and its artifacts by default in `folder`."""
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -71,7 +71,7 @@ def mlflow_server(folder: Path, store: str | None = None, port: int = 0) -> Iter
         "--backend-store-uri",
         store or f"sqlite:///{folder}/mlflow.db",
         "--artifacts-destination",
-        str(folder / "art"),
+        artifacts or str(folder / "art"),
     ]
     with running(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
         yield f"http://127.0.0.1:{port}"
@@ -250,6 +250,34 @@ def gcs_emulator(bucket: str, folder: Path, faults: Faults | None = None) -> Ite
     ):
         # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30 seconds for an answer.
         yield {"STORAGE_EMULATOR_HOST": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+
+
+@contextlib.contextmanager
+def s3_server(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the environment in which s3://`bucket` is one that a server on loopback holds in memory."""
+    address = f"http://127.0.0.1:{free_port()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", address.rpartition(":")[2]]
+    # The three that a cluster's secret holds, and no region.
+    environment = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    with running(command, f"{address}/moto-api/", folder / "s3.log"):
+        urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
+        yield environment
+
+
+STORES = {"gs": gcs_emulator, "s3": s3_server}
+"""The stores that captioner is tested on, by the scheme of their URIs."""
+
+
+@contextlib.contextmanager
+def store(scheme: str, bucket: str, folder: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """Yield the file system of an emulated bucket, for this process and those that it starts."""
+    with STORES[scheme](bucket, folder) as environment, pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+        yield fsspec.filesystem(scheme, use_listings_cache=False)
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The stages against a bucket: Google Cloud Storage as gcsfs speaks it, from an emulator on loopback."""
+"""Every command against a bucket on loopback: Google Cloud Storage and S3, as gcsfs and s3fs speak them."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -14,77 +15,88 @@ import pytest
 from torch import Tensor
 
 from model_lib import UserError
+from model_lib.storage import version
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner
 from model_lib.train.training import train
-from tests.services import Faults, faulty_bucket, gcs_emulator
+from tests.services import STORES, Faults, faulty_bucket, store
 
 Run = Callable[..., CompletedProcess]
 BUCKET = "gs://pictures"
 
 
-@pytest.fixture()
-def bucket(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+class Bucket(NamedTuple):
+    uri: str
+    fs: fsspec.AbstractFileSystem
+
+
+@pytest.fixture(params=STORES)
+def bucket(request: pytest.FixtureRequest, scenes: Path, tmp_path: Path) -> Iterator[Bucket]:
     """A bucket with the scenes in it, for this process and those that it starts."""
-    with gcs_emulator("pictures", tmp_path / "gcs") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        fs = fsspec.filesystem("gs", skip_instance_cache=True)
+    with store(request.param, "pictures", tmp_path / request.param) as fs:
         for file in sorted(scenes.rglob("*")):
             if file.is_file():
                 fs.pipe_file(f"pictures/scenes/{file.relative_to(scenes)}", file.read_bytes())
-        yield fs
+        yield Bucket(f"{request.param}://pictures", fs)
 
 
-def test_the_whole_way_in_a_bucket(captioner: Run, bucket: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
-    def run(*arguments: object) -> dict:
-        done = captioner(*arguments, "--json", XDG_CACHE_HOME=str(tmp_path / "cache"))
+def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_path: Path) -> None:
+    uri, fs = bucket
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+
+    def run(*arguments: object) -> Any:
+        done = captioner(*arguments, "--json", **variables)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    made = run("ingest", "--dataset", f"{BUCKET}/scenes", "--output", f"{BUCKET}/data")
+    run("scenes", "--output", f"{uri}/drawn", "--train", "2", "--val", "2")
+    assert len(fs.ls("pictures/drawn/train2017")) == 2
+    made = run("ingest", "--dataset", f"{uri}/scenes", "--output", f"{uri}/data")
     assert made["counts"] == {"train": 64, "val": 12} and not made["quarantined"]
-    options = ("--data", f"{BUCKET}/data", "--output", f"{BUCKET}/run", "--preset", "tiny")
+    options = ("--data", f"{uri}/data", "--output", f"{uri}/run", "--preset", "tiny")
     trained = run("train", *options, "--epochs", "2")
-    assert trained["model"] == f"{BUCKET}/run/best" and trained["steps"] == 4
-    kept = {Path(name).name for name in bucket.ls("pictures/run/checkpoints", detail=False)}
+    assert trained["model"] == f"{uri}/run/best" and trained["steps"] == 4
+    kept = {Path(name).name for name in fs.ls("pictures/run/checkpoints", detail=False)}
     assert kept == {"step-00000002-validated", "step-00000004-validated"}
     assert run("train", *options, "--epochs", "2") == trained, "the second call finds the first one's checkpoint"
 
-    judged = run("evaluate", "--model", f"{BUCKET}/run/best", "--data", f"{BUCKET}/data", "--output", f"{BUCKET}/j")
-    assert judged["pictures"] == 12 and bucket.exists("pictures/j/report.html")
-
-    bucket.pipe_file("pictures/scenes/val2017/broken.jpg", b"no picture")
-    options = (
-        "--images",
-        f"{BUCKET}/scenes/val2017",
-        "--output",
-        f"{BUCKET}/captions",
-        "--model",
-        f"{BUCKET}/run/best",
-        "--shard_pictures",
-        "5",
+    judged = run("evaluate", "--model", f"{uri}/run/best", "--data", f"{uri}/data", "--output", f"{uri}/j")
+    assert judged["pictures"] == 12 and fs.exists("pictures/j/report.html")
+    annotations = f"{uri}/scenes/annotations/captions_val2017.json"
+    assert run("evaluate", "--results", f"{uri}/j/results.json", "--annotations", annotations)["pictures"] == 12
+    assert run("register", "--evaluations", f"{uri}/j")["promoted"] and fs.exists("pictures/j/decision.html")
+    assert [version["aliases"] for version in run("models")] == [["champion"]]
+    one = f"{uri}/scenes/val2017/000000000001.jpg"
+    by_folder, by_registry = (
+        run("caption", "-f", one, "--model", model) for model in (f"{uri}/run/best", "models:/captioner@champion")
     )
-    summary = run("batch", *options)
-    assert (summary["pictures"], summary["ok"], summary["errors"]) == (13, 12, {"unreadable": 1})
-    parts = sorted(bucket.glob("pictures/captions/*/captions/*.parquet"))
-    rows = [row for part in parts for row in pq.ParquetFile(bucket.open(part)).read().to_pylist()]
-    assert len(parts) == 3 and len(rows) == 13
-    assert all(row["uri"].startswith(f"{BUCKET}/scenes/val2017/") for row in rows)
+    assert by_folder == by_registry and by_folder[0]["caption"]
 
-    bucket.rm_file(parts[1])
-    written = bucket.info(parts[0])["generation"]
+    fs.pipe_file("pictures/scenes/val2017/broken.jpg", b"no picture")
+    fs.pipe_file("pictures/scenes/val2017/empty.jpg", b"")
+    options = ("--images", f"{uri}/scenes/val2017", "--output", f"{uri}/captions", "--model", f"{uri}/run/best")
+    options += ("--shard_pictures", "5")
+    summary = run("batch", *options)
+    assert (summary["pictures"], summary["ok"], summary["errors"]) == (14, 12, {"unreadable": 1, "empty": 1})
+    parts = sorted(fs.glob("pictures/captions/*/captions/*.parquet"))
+    rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
+    assert len(parts) == 3 and len(rows) == 14
+    assert all(row["uri"].startswith(f"{uri}/scenes/val2017/") for row in rows)
+
+    fs.rm_file(parts[1])
+    written = version(fs.info(parts[0]))
     again = run("batch", *options)
     assert {**again, "pictures_per_second": 0} == {**summary, "pictures_per_second": 0}
-    assert bucket.info(parts[0])["generation"] == written, "what was there was not done again"
+    assert version(fs.info(parts[0])) == written, "what was there was not done again"
 
 
-def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: fsspec.AbstractFileSystem) -> None:
-    done = captioner("ingest", "--dataset", "gs://elsewhere/set", "--output", f"{BUCKET}/out")
-    assert done.returncode == 2 and "gs://elsewhere/set/annotations" in done.stderr
+def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: Bucket) -> None:
+    scheme = bucket.uri.partition(":")[0]
+    done = captioner("ingest", "--dataset", f"{scheme}://elsewhere/set", "--output", f"{bucket.uri}/out")
+    assert done.returncode == 2 and f"{scheme}://elsewhere/set/annotations" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    done = captioner("ingest", "--dataset", f"{BUCKET}/scenes", "--output", "gs://elsewhere/out")
-    assert done.returncode == 2 and "gs://elsewhere/out: cannot be written to" in done.stderr, done.stderr
+    done = captioner("ingest", "--dataset", f"{bucket.uri}/scenes", "--output", f"{scheme}://elsewhere/out")
+    assert done.returncode == 2 and f"{scheme}://elsewhere/out: cannot be written to" in done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

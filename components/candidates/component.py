@@ -22,22 +22,24 @@ def candidates(
     precision: str,
 ) -> list[dict]:
     """Return for each candidate its training options, the common ones and its own over them, and what they are for."""
+    from model_lib.exits import exit_in_one_line
     from model_lib.steps.candidates import configure_candidates
     from model_lib.tracking.server import tracking_from_environment
 
-    tracking_from_environment()  # a candidate may start from a model of the registry
-    return configure_candidates(
-        data,
-        fingerprint,
-        checkpoint_uri,
-        cache_key,
-        candidates,
-        preset=preset,
-        vision=vision,
-        decoder=decoder,
-        tokenizer=tokenizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        precision=precision,
-    )
+    with exit_in_one_line():
+        tracking_from_environment()  # a candidate may start from a model of the registry
+        return configure_candidates(
+            data,
+            fingerprint,
+            checkpoint_uri,
+            cache_key,
+            candidates,
+            preset=preset,
+            vision=vision,
+            decoder=decoder,
+            tokenizer=tokenizer,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            precision=precision,
+        )

@@ -9,8 +9,10 @@ from components import MODEL
 def caption(shard: dict) -> str:
     """Caption a shard of a plan, unless its file is there; return the plan's reference."""
     from model_lib.batch.captions import caption_planned
+    from model_lib.exits import exit_in_one_line
     from model_lib.tracking.server import tracking_from_environment
 
-    tracking_from_environment()
-    caption_planned(shard["plan"], int(shard["shard"]))  # in a document all numbers arrive as fractions
-    return shard["plan"]
+    with exit_in_one_line():
+        tracking_from_environment()
+        caption_planned(shard["plan"], int(shard["shard"]))  # in a document all numbers arrive as fractions
+        return shard["plan"]

@@ -8,7 +8,6 @@ from components import JUDGE
 @dsl.component(base_image=JUDGE, install_kfp_package=False)
 def evaluate(
     candidate: dict,
-    model_uri: str,
     num_beams: int,
     limit: int,
     clip: str,
@@ -16,15 +15,18 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
 ) -> str:
     """Judge the candidate's model, keep the evaluation beside it, and return the evaluation's URI."""
+    from model_lib.exits import exit_in_one_line
+    from model_lib.steps.artifacts import set_metadata
     from model_lib.steps.candidates import candidate_config
     from model_lib.steps.judging import judge_model
     from model_lib.storage import join, read_bytes, write_bytes
     from model_lib.tracking.server import tracking_from_environment
 
-    config = candidate_config(candidate)
-    options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}
-    evaluation, folder = judge_model(model_uri, config.data, config.output, tracking_from_environment(), **options)
-    for name, value in evaluation.figures().items():
-        metrics.log_metric(name, value)
-    write_bytes(report.path, read_bytes(join(folder, "report.html")))
-    return folder
+    with exit_in_one_line():
+        config = candidate_config(candidate)
+        options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}
+        model = join(config.output, "best")
+        evaluation, folder = judge_model(model, config.data, config.output, tracking_from_environment(), **options)
+        set_metadata(metrics, **evaluation.figures())
+        write_bytes(report.path, read_bytes(join(folder, "report.html")))
+        return folder

@@ -12,11 +12,15 @@ def ingest(dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.D
     "Ingested", [("manifest", str), ("fingerprint", str)]
 ):
     """Write shards under `output`; the artifact is their manifest, which names them by URI."""
+    from model_lib.exits import exit_in_one_line
     from model_lib.ingest.config import IngestConfig
     from model_lib.ingest.ingesting import ingest as run
+    from model_lib.steps.artifacts import set_metadata
     from model_lib.storage import join, write_json
 
-    manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))
-    write_json(data.path, manifest.located(manifest.uri).to_dict())
-    data.metadata.update(manifest.counts, quarantined=manifest.quarantined, fingerprint=manifest.fingerprint)
-    return (join(manifest.uri, "manifest.json"), manifest.fingerprint)
+    with exit_in_one_line():
+        manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))
+        write_json(data.path, manifest.located(manifest.uri).to_dict())
+        known = {**manifest.counts, "quarantined": manifest.quarantined, "fingerprint": manifest.fingerprint}
+        set_metadata(data, **known)
+        return (join(manifest.uri, "manifest.json"), manifest.fingerprint)

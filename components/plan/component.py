@@ -14,13 +14,15 @@ def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: i
     from model_lib.batch.config import BatchConfig
     from model_lib.batch.planning import folder_of, resolved
     from model_lib.batch.planning import plan as run
+    from model_lib.exits import exit_in_one_line
     from model_lib.holding import held
     from model_lib.tracking.server import tracking_from_environment
 
-    tracking_from_environment()
-    named = {"images": images, "output": output, "model": model}
-    named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
-    config = resolved(BatchConfig.from_options(**{**named, **options}))
-    with held(folder := folder_of(config)):
-        made = run(config, folder)
-    return [{"plan": made.reference, "shard": shard} for shard in made.missing() or [0]]
+    with exit_in_one_line():
+        tracking_from_environment()
+        named = {"images": images, "output": output, "model": model}
+        named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
+        config = resolved(BatchConfig.from_options(**{**named, **options}))
+        with held(folder := folder_of(config)):
+            made = run(config, folder)
+        return [{"plan": made.reference, "shard": shard} for shard in made.missing() or [0]]

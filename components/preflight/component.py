@@ -28,43 +28,72 @@ def preflight(
     data_output: str = "",
     checkpoint_uri: str = "",
     caption_output: str = "",
-    train_nodes: int = 1,
     metric: str = "CIDEr",
     min_gain: float = 0.0,
     max_loss: float = 0.0,
     max_slowdown: float = 0.0,
+    nodes: int = 1,
+    image: str = "",
+    cpu: int = 0,
+    memory: int = 0,
+    gpu_resource: str = "",
+    gpu_count: str = "0",
+    gpu_node_selector: dict = {},
+    gpu_tolerations: list = [],
+    secret_variables: dict = {},
+    user: int = 0,
 ) -> None:
     """Check options, places, weights, MLflow and secrets (empty: none needed), then open the run in MLflow."""
+    from model_lib.exits import exit_in_one_line
     from model_lib.registry.config import Policy
+    from model_lib.steps.candidates import candidate_configs
+    from model_lib.steps.kfp_runs import run_state, run_title
     from model_lib.steps.preflight import Needs, preflight, require_judging, training_sources
     from model_lib.tracking.server import adopt_secret, do_not_wait_long, tracking_from_environment
+    from model_lib.train.trainjob import Machines
 
-    adopt_secret()
-    do_not_wait_long()
-    policy = Policy(metric=metric, min_gain=min_gain, max_loss=max_loss, max_slowdown=max_slowdown)
-    require_judging(policy, num_beams=num_beams, limit=limit, clip=clip)
-    weights, tokenizers = training_sources(
-        candidates,
-        preset=preset,
-        vision=vision,
-        decoder=decoder,
-        tokenizer=tokenizer,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        precision=precision,
-    )
-    preflight(
-        Needs(
-            dataset=dataset,
-            folders=[images],
-            outputs=[data_output, checkpoint_uri, caption_output],
-            weights=[model, clip, *weights],
-            tokenizers=tokenizers,
-            machines=train_nodes,
-            pairs={"caption_images": images, "caption_output": caption_output},
+    with exit_in_one_line():
+        adopt_secret()
+        do_not_wait_long()
+        policy = Policy(metric=metric, min_gain=min_gain, max_loss=max_loss, max_slowdown=max_slowdown)
+        require_judging(policy, num_beams=num_beams, limit=limit, clip=clip)
+        training = {
+            "preset": preset,
+            "vision": vision,
+            "decoder": decoder,
+            "tokenizer": tokenizer,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "precision": precision,
+        }
+        configs = candidate_configs(candidates, **training) if candidates else []
+        weights, tokenizers = training_sources(configs)
+        machines = Machines(
+            count=nodes,
+            image=image,
+            cpu=cpu,
+            memory=memory,
+            gpu_resource=gpu_resource,
+            gpu_count=int(gpu_count),
+            node_selector=gpu_node_selector,
+            tolerations=gpu_tolerations,
             secret=secret_name,
-            keys=secret_keys,
+            secret_variables=secret_variables,
+            user=user,
         )
-    )
-    tracking_from_environment().open_pipeline(run_name)
+        preflight(
+            Needs(
+                dataset=dataset,
+                folders=[images],
+                outputs=[data_output, checkpoint_uri, caption_output],
+                weights=[model, clip, *weights],
+                tokenizers=tokenizers,
+                candidates=configs,
+                machines=machines,
+                pairs={"caption_images": images, "caption_output": caption_output},
+                secret=secret_name,
+                keys=secret_keys,
+            )
+        )
+        tracking_from_environment().open_pipeline(run_title(run_name), run_state)

@@ -7,39 +7,50 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def register(
+    run_name: str,
     evaluations: list,
     champion_evaluation: str,
     metric: str,
     min_gain: float,
     max_loss: float,
     max_slowdown: float,
+    images: str,
     decision: dsl.Output[dsl.Markdown],
     page: dsl.Output[dsl.HTML],
     model: dsl.Output[dsl.Model],
 ) -> str:
-    """Register the winner among `evaluations`; return the champion's model URI."""
+    """Register the winner among `evaluations`; return the champion's model URI.
+
+    Without `images` to caption, a run has succeeded with it.
+    """
+    from model_lib.exits import exit_in_one_line
     from model_lib.registry.config import RegisterConfig
     from model_lib.registry.registry import register as run
+    from model_lib.steps.artifacts import set_metadata, write_model
+    from model_lib.steps.closing import finish_pipeline
+    from model_lib.steps.kfp_runs import run_title
     from model_lib.steps.outcome import decision_markdown, serving_model, tell_outcome
     from model_lib.storage import read_bytes, write_bytes
     from model_lib.tracking.model_uris import version_uri
     from model_lib.tracking.server import tracking_from_environment
 
-    config = RegisterConfig(
-        evaluations=tuple(evaluations),
-        champion_evaluation=champion_evaluation,
-        metric=metric,
-        min_gain=min_gain,
-        max_loss=max_loss,
-        max_slowdown=max_slowdown,
-    )
-    tracking = tracking_from_environment()
-    registered = run(config, tracking)
-    write_bytes(decision.path, decision_markdown(registered, tracking).encode())
-    write_bytes(page.path, read_bytes(registered.page))
-    decision.metadata.update(registered.to_dict())
-    model.metadata.update(uri=version_uri(registered.version), version=registered.version, champion=registered.promoted)
-    tell_outcome(registered, tracking)
-    serving = serving_model(registered)
-    tracking.mark("register")
-    return serving
+    with exit_in_one_line():
+        config = RegisterConfig(
+            evaluations=tuple(evaluations),
+            champion_evaluation=champion_evaluation,
+            metric=metric,
+            min_gain=min_gain,
+            max_loss=max_loss,
+            max_slowdown=max_slowdown,
+        )
+        tracking = tracking_from_environment()
+        registered = run(config, tracking)
+        write_bytes(decision.path, decision_markdown(registered, tracking).encode())
+        write_bytes(page.path, read_bytes(registered.page))
+        set_metadata(decision, **registered.to_dict())
+        name = version_uri(registered.version)
+        write_model(model, model=registered.model, name=name, version=registered.version, champion=registered.promoted)
+        tell_outcome(registered, tracking)
+        serving = serving_model(registered)
+        finish_pipeline(run_title(run_name), tracking, last=not images)
+        return serving

@@ -20,25 +20,27 @@ def train_job(
     secret_variables: dict,
     user: int,
     model: dsl.Output[dsl.Model],
-) -> str:
-    """Train the candidate on several machines, or go on from its last checkpoint; return its model's URI."""
+) -> None:
+    """Train the candidate on several machines, or go on from its last checkpoint."""
+    from model_lib.exits import exit_in_one_line
+    from model_lib.steps.artifacts import write_model
     from model_lib.steps.candidates import candidate_config
     from model_lib.train.trainjob import Machines, train_on
 
-    config = candidate_config(candidate)
-    machines = Machines(
-        count=nodes,
-        image=image,
-        cpu=cpu,
-        memory=memory,
-        gpu_resource=gpu_resource,
-        gpu_count=int(gpu_count),
-        node_selector=gpu_node_selector,
-        tolerations=gpu_tolerations,
-        secret=secret_name,
-        secret_variables=secret_variables,
-        user=user,
-    )
-    trained = train_on(machines, config, candidate["fingerprint"])
-    model.metadata.update(trained, checkpoints=config.output)
-    return trained["model"]
+    with exit_in_one_line():
+        config = candidate_config(candidate)
+        machines = Machines(
+            count=nodes,
+            image=image,
+            cpu=cpu,
+            memory=memory,
+            gpu_resource=gpu_resource,
+            gpu_count=int(gpu_count),
+            node_selector=gpu_node_selector,
+            tolerations=gpu_tolerations,
+            secret=secret_name,
+            secret_variables=secret_variables,
+            user=user,
+        )
+        trained = train_on(machines, config, candidate["fingerprint"])
+        write_model(model, **trained, checkpoints=config.output)

@@ -42,6 +42,8 @@ class Registered:
     reason: str
     champion_version: str
     """The version that serves now; empty if none does."""
+    model: str
+    """Where the winner's model lies."""
     evaluation: str
     """Folder of the winner's evaluation."""
     page: str
@@ -120,6 +122,7 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         promoted=decision.promote,
         reason=decision.reason,
         champion_version=version if decision.promote else now or "",
+        model=winner.model,
         evaluation=judged,
         page=page,
         candidates=[

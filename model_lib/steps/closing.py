@@ -1,4 +1,8 @@
-"""The end of a pipeline run: its MLflow runs are ended, and a webhook hears of it."""
+"""The end of a pipeline run: its MLflow runs are ended and a webhook is told, by the last step or by the exit handler.
+
+The last step does it for a run that succeeded, the exit handler for the others: Kubeflow Pipelines (2.17) runs that
+once, so not again after a *Retry* that succeeded, and not at all where Argo gives a workflow up.
+"""
 
 import http.client
 import json
@@ -7,7 +11,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from model_lib.errors import first_line, printable
@@ -15,57 +19,64 @@ from model_lib.tracking.server import Tracking
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
+SUCCEEDED, FAILED, UNKNOWN = "SUCCEEDED", "FAILED", "UNKNOWN"
 
 
-def close_pipeline(run_name: str, last: Sequence[str], find_tracking: Callable[[], Tracking]) -> dict[str, Any]:
-    """End the run's open MLflow runs and post the outcome to WEBHOOK_URL, if there is one.
-
-    Whether the run succeeded is read from the marks that its last steps left in MLflow. The state which Kubeflow
-    Pipelines (2.17) tells an exit handler is that of its bookkeeping: COMPLETE or FAILED, but RUNNING still where the
-    last steps were skipped or cached. Neither MLflow nor the webhook being away is a reason for a good run to fail.
+def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> None:
+    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL, if there is one; at most once each.
 
     Args:
         run_name: the pipeline run's name.
-        last: the steps that end a run which succeeded.
-        find_tracking: returns the tracking; called here, as it may fail.
-
-    Returns:
-        What was posted: `text` for chat rooms, and its parts; `state` is SUCCEEDED, FAILED or UNKNOWN.
+        tracking: where its runs are.
+        last: whether the step that calls it is the run's last; else nothing is done.
     """
-    state, address = "UNKNOWN", None
+    if last:
+        _end(run_name, SUCCEEDED, tracking)
+
+
+def close_pipeline(run_name: str, find_tracking: Callable[[], Tracking]) -> None:
+    """End the MLflow runs that a pipeline run left open, as failed, and notify WEBHOOK_URL of what it does not know.
+
+    A run that `finish_pipeline` ended has succeeded. The state that Kubeflow Pipelines (2.17) gives to an exit handler
+    is that of its bookkeeping: RUNNING still where the last steps were skipped or cached.
+
+    Args:
+        run_name: the pipeline run's name.
+        find_tracking: returns the tracking; called here, as it may fail.
+    """
     try:
         tracking = find_tracking()
-        if tracking.parent() is not None:
-            succeeded = set(last) <= tracking.marks()
-            state = "SUCCEEDED" if succeeded else "FAILED"
-            address = tracking.close_pipeline(succeeded)
-        else:
-            state = "FAILED"  # the first step makes the run, or ends the pipeline
-    except Exception as failure:  # MLflow may be why the run failed
-        log.warning("MLflow's runs were not closed: %s", printable(first_line(failure)))
-    told = {"run": run_name, "state": state, "mlflow": address}
-    text = f"captioner: {run_name} " + ("ended, MLflow does not say how" if state == "UNKNOWN" else state.lower())
-    told["text"] = text + (f" ({address})" if address else "")
+        _end(run_name, SUCCEEDED if tracking.succeeded() else FAILED, tracking)
+    except Exception as error:  # MLflow may be why the run failed
+        log.warning("MLflow's runs were not closed: %s", printable(first_line(error)))
+        _notify(run_name, UNKNOWN, None)
+
+
+def _end(run_name: str, state: str, tracking: Tracking) -> None:
+    address = tracking.close_pipeline(state == SUCCEEDED)
+    if tracking.notified() != state and _notify(run_name, state, address):
+        tracking.set_notified(state)
+
+
+def _notify(run_name: str, state: str, address: str | None) -> bool:
+    """Post the outcome to WEBHOOK_URL: `text` for chat rooms, and its parts; return whether it was taken."""
     webhook = os.environ.get("WEBHOOK_URL")
-    if webhook:
-        _post(webhook, told)
-    return told
+    if not webhook:
+        return False
+    text = f"captioner: {run_name} " + ("ended, MLflow does not say how" if state == UNKNOWN else state.lower())
+    document = {"run": run_name, "state": state, "mlflow": address}
+    return _post(webhook, {**document, "text": text + (f" ({address})" if address else "")})
 
 
-def last_steps(registers: bool, images: str) -> list[str]:
-    """Return the steps that end a run: one that trains registers, and one with pictures to caption merges."""
-    return [*(["register"] if registers else []), *(["merge"] if images else [])]
-
-
-def _post(webhook: str, document: dict[str, Any]) -> None:
-    """Post JSON; the address is a secret, so it is not in the log."""
+def _post(webhook: str, document: dict[str, Any]) -> bool:
+    """Post JSON; return whether it was taken. The address is a secret, so it is not in the log."""
     for attempt in range(ATTEMPTS):
         try:
             request = urllib.request.Request(
                 webhook, json.dumps(document).encode(), {"Content-Type": "application/json"}
             )
             with urllib.request.urlopen(request, timeout=10):
-                return
+                return True
         except (OSError, ValueError, http.client.HTTPException) as failure:
             if isinstance(failure, urllib.error.HTTPError):
                 reason = f"status {failure.code}"
@@ -73,3 +84,4 @@ def _post(webhook: str, document: dict[str, Any]) -> None:
                 reason = type(getattr(failure, "reason", failure)).__name__
             log.warning("the webhook did not take the outcome (attempt %d): %s", attempt + 1, reason)
             time.sleep(2**attempt)
+    return False

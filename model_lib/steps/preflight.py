@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 from model_lib import storage
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError, WorkError, first_line
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.annotations import coco_2017
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
-from model_lib.steps.candidates import candidate_configs
-from model_lib.train.trainjob import require_trainer
+from model_lib.retries import status_may_pass
+from model_lib.train.config import TrainConfig
+from model_lib.train.trainjob import Machines, require_trainer
 
 TIMEOUT = 40.0
 """Seconds after which a check that has no answer counts as failed."""
@@ -39,8 +40,10 @@ class Needs:
     """Models: hub names, folders, URIs or `models:/…`."""
     tokenizers: Sequence[str] = ()
     """Tokenizers that lie apart from their models: hub names, folders or URIs."""
-    machines: int = 1
-    """Machines that train one candidate: more than one need Kubeflow Trainer."""
+    candidates: Sequence[TrainConfig] = ()
+    """Candidates that are trained …"""
+    machines: Machines | None = None
+    """… and the machines that train each: more than one need Kubeflow Trainer."""
     pairs: Mapping[str, str] = field(default_factory=dict)
     """Parameters by name, of which all or none are to be given."""
     secret: str = "captioner"
@@ -50,21 +53,11 @@ class Needs:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
-def training_sources(candidates: list[dict[str, Any]], **common: Any) -> tuple[list[str], list[str]]:
-    """Return the sources of the weights and of the tokenizers apart that the candidates start from.
-
-    Args:
-        candidates: each one's own options, over the common ones.
-        common: options of all candidates; empty strings stand for None.
-
-    Raises:
-        UserError: a candidate has an unknown option or one out of range, or no name of its own.
-    """
+def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list[str]]:
+    """Return the sources of the weights, and of the tokenizers apart, that the candidates start from."""
     weights: set[str] = set()
     tokenizers: set[str] = set()
-    if not candidates:
-        return [], []
-    for config in candidate_configs(candidates, **common):
+    for config in candidates:
         parts = PRESETS[config.preset]
         if config.start is not None:
             weights.add(config.start)
@@ -89,7 +82,9 @@ def preflight(needs: Needs) -> None:
 
     Raises:
         UserError: something is missing; the message names all of it.
+        WorkError: nothing is known to be missing, but a server failed or did not answer, which may pass.
     """
+    several = needs.machines is not None and needs.machines.count > 1
     checks: list[tuple[str, Callable[[], str | None]]] = [
         ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
         *([(f"reading {needs.dataset}", partial(_dataset, needs.dataset))] if needs.dataset else []),
@@ -97,24 +92,34 @@ def preflight(needs: Needs) -> None:
         *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
         *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
         *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
-        *([("Kubeflow Trainer", require_trainer)] if needs.machines > 1 else []),
+        *([("Kubeflow Trainer", partial(require_trainer, needs.candidates, needs.machines))] if several else []),
     ]
-    problems = [
+    missing = [
         f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"
         for key in needs.keys
         if not needs.environment.get(key)
     ]
     if any(needs.pairs.values()):
-        problems += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
-    answers: dict[str, str | None] = {}
+        missing += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
+    failures = {name: f"{name}: no answer within {TIMEOUT:.0f} seconds" for name, _ in checks}
+    found: dict[str, str] = {}
 
     def attempt(name: str, check: Callable[[], str | None]) -> None:
+        failure = None
         try:
-            answers[name] = check()
+            problem = check()
         except UserError as error:
-            answers[name] = str(error)
+            problem = str(error)
+        except WorkError as error:
+            problem, failure = None, str(error)
         except Exception as error:  # whatever a driver raises: its reason is the answer
-            answers[name] = f"{name}: {type(error).__name__}: {first_line(error)}"
+            problem, failure = None, f"{name}: {type(error).__name__}: {first_line(error)}"
+        if problem is not None:
+            found[name] = problem
+        if failure is None:
+            del failures[name]
+        else:
+            failures[name] = failure
 
     # Daemons, so that one which hangs does not keep the step from ending.
     threads = [threading.Thread(target=attempt, args=check, daemon=True) for check in checks]
@@ -123,13 +128,9 @@ def preflight(needs: Needs) -> None:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    problems += [
-        f"{name}: no answer within {TIMEOUT:.0f} seconds" if name not in answers else answers[name] or ""
-        for name, _ in checks
-    ]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise UserError("; ".join(problems))
+    missing += [found[name] for name, _ in checks if name in found]
+    if missing or failures:
+        raise (UserError if missing else WorkError)("; ".join([*missing, *list(failures.values())]))
 
 
 def _readable(folder: str) -> str | None:
@@ -141,18 +142,18 @@ def _dataset(dataset: str) -> None:
         coco_2017(dataset, split)
 
 
-def _tracking(uri: str | None) -> str | None:
+def _tracking(uri: str | None) -> None:
     """Ask MLflow for its experiments."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     if not uri:
-        return None  # the embedded store
+        return  # the embedded store
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
-        return f"MLflow at {uri}: {first_line(error)}"
-    return None
+        kind = WorkError if status_may_pass(error.get_http_status_code()) else UserError
+        raise kind(f"MLflow at {uri}: {first_line(error)}") from error
 
 
 def _weights(source: str) -> str | None:

@@ -1,10 +1,18 @@
 """Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 Point = tuple[str, float, int, int]
 """A metric's name, its value, when it was measured (ms since 1970), and the step of training."""
+
+RunState = Callable[[str], str | None]
+"""Returns the state of a pipeline run, given Kubeflow's id of it, or None where that cannot be known."""
+
+
+def unknown_state(run_id: str) -> str | None:
+    """Return None: a `RunState` where there is nobody to ask."""
+    return None
 
 
 class Run:
@@ -56,8 +64,8 @@ class Tracking:
         """Return a run's curves of training, each its steps and values; {} if they cannot be had."""
         return {}
 
-    def open_pipeline(self, name: str) -> None:
-        """Make the pipeline run's own run, unless it is there, and end those that nobody ended."""
+    def open_pipeline(self, name: str, run_state: RunState = unknown_state) -> None:
+        """Make the pipeline run's own run, unless it is there, and end those of pipeline runs that are over."""
 
     def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
         """Say in the pipeline run's own run what came of it; the note is Markdown."""
@@ -70,12 +78,16 @@ class Tracking:
         """Return the pipeline run's own run, or None if there is none."""
         return None
 
-    def mark(self, step: str) -> None:
-        """Leave a mark in the pipeline run's own run that the step is done."""
+    def succeeded(self) -> bool:
+        """Return whether the pipeline run's own run was ended as succeeded."""
+        return False
 
-    def marks(self) -> set[str]:
-        """Return the steps that are marked as done."""
-        return set()
+    def notified(self) -> str | None:
+        """Return the outcome of the pipeline run that its webhook has taken, or None."""
+        return None
+
+    def set_notified(self, state: str) -> None:
+        """Remember the outcome that the webhook has taken."""
 
     def run_url(self, run_id: str) -> str | None:
         """Return the address at which people see a run, or None if there is none."""

@@ -23,7 +23,7 @@ from typing import Any
 from model_lib import storage
 from model_lib.errors import UserError, first_line, printable
 from model_lib.tracking.revision import VERSION_TAG, code_version
-from model_lib.tracking.runs import NO_TRACKING, Run, Tracking
+from model_lib.tracking.runs import NO_TRACKING, Run, RunState, Tracking, unknown_state
 from model_lib.tracking.sending import MlflowRun, asked, failing_fast
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,12 @@ NOTE_TAG = "mlflow.note.content"
 """What MLflow shows as a run's description."""
 RUN_TAG = "captioner.run"
 """Tag by which a training run is found again."""
-DONE_TAG = "captioner.done."
+NOTIFIED_TAG = "captioner.notified"
+"""Tag of a pipeline's run: the outcome that its webhook has taken."""
 CURVES = ("train_loss", "val_loss", "train_slice_CIDEr", "val_slice_CIDEr", "learning_rate")
 """Metrics of training that a report draws."""
+ENDED = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED", "DELETED": "FAILED"}
+"""The states in which a pipeline run is over, each with the status of its MLflow run."""
 PAGE = 1000
 """Runs asked for at once; a server gives no more than 50,000."""
 ABANDONED = 30
@@ -114,15 +117,18 @@ class MlflowTracking(Tracking):
             run_id = str(created.info.run_id)
         return MlflowRun(client, run_id, params, described)
 
-    def mark(self, step: str) -> None:
+    def succeeded(self) -> bool:
+        above = self._above()
+        return above is not None and above.info.status == "FINISHED"
+
+    def notified(self) -> str | None:
+        above = self._above()
+        return None if above is None else above.data.tags.get(NOTIFIED_TAG)
+
+    def set_notified(self, state: str) -> None:
         parent = self.parent()
         if parent is not None:
-            self.client.set_tag(parent, DONE_TAG + step, "true")
-
-    def marks(self) -> set[str]:
-        above = self._above()
-        tags = above.data.tags if above is not None else {}
-        return {name.removeprefix(DONE_TAG) for name in tags if name.startswith(DONE_TAG)}
+            self.client.set_tag(parent, NOTIFIED_TAG, state)
 
     def _above(self) -> Any:
         """Return the pipeline run's own run, which is the oldest with its tag and no parent, or None."""
@@ -135,7 +141,7 @@ class MlflowTracking(Tracking):
         above = self._above()
         return None if above is None else str(above.info.run_id)
 
-    def open_pipeline(self, name: str) -> None:
+    def open_pipeline(self, name: str, run_state: RunState = unknown_state) -> None:
         if self.pipeline_run_id is None:
             return
         above = self._above()
@@ -145,18 +151,24 @@ class MlflowTracking(Tracking):
         else:
             link = {} if NOTE_TAG in above.data.tags else {NOTE_TAG: _link(above)}
             self._tag(above, {**code_version(), **link})
-        self._end_abandoned()
+        self._end_abandoned(run_state)
 
-    def _end_abandoned(self) -> None:
-        """End pipelines' runs of ours that were open for longer than any lives: nothing ended them when they died.
+    def _end_abandoned(self, run_state: RunState) -> None:
+        """End the MLflow runs of pipeline runs that are over: KFP's *Retry* runs no exit handler a second time.
 
-        It does no harm to one that lives all the same: its steps end their runs as they would have.
+        Where the state of a pipeline run is unknown, its MLflow run is ended after a time that none lives. That does
+        no harm to one that lives all the same: its steps end their runs as they would have.
         """
         before = int(time.time() * 1000) - ABANDONED * 24 * 3600 * 1000
-        for run in list(self._search(f"attributes.status = 'RUNNING' and attributes.start_time < {before}")):
+        for run in list(self._search("attributes.status = 'RUNNING'")):
             tags = run.data.tags
-            if {PIPELINE_RUN_TAG, VERSION_TAG} <= tags.keys() and PARENT_TAG not in tags:
-                self._close(str(run.info.run_id), "FAILED")
+            if not {PIPELINE_RUN_TAG, VERSION_TAG} <= tags.keys() or PARENT_TAG in tags:
+                continue
+            if tags[PIPELINE_RUN_TAG] == self.pipeline_run_id:
+                continue
+            state = run_state(tags[PIPELINE_RUN_TAG])
+            if state in ENDED or (state is None and run.info.start_time < before):
+                self._close(str(run.info.run_id), ENDED.get(str(state), "FAILED"))
 
     def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
         above = self._above()

@@ -1,0 +1,40 @@
+"""What a step writes of its artifacts for the pages of Kubeflow Pipelines."""
+
+import math
+from typing import Any
+
+from model_lib.storage import write_bytes
+
+
+def set_metadata(artifact: Any, **values: Any) -> None:
+    """Set an artifact's metadata, without what is None or not finite.
+
+    Kubeflow Pipelines (2.17) refuses such values only once the step's work is done, and then fails the step.
+
+    Args:
+        artifact: of kfp.
+        values: by name, as JSON has them: also lists and dictionaries, which may hold more of them.
+    """
+    artifact.metadata.update(_storable(values))
+
+
+def write_model(artifact: Any, *, model: str, **values: Any) -> None:
+    """Write where a model lies into its artifact, which people see, and into the metadata beside `values`.
+
+    The artifact's own URI cannot lead there: the launcher of Kubeflow Pipelines (2.17) fails a step after its work if
+    an artifact lies outside of the run's own folder, and inside it would be a copy of gigabytes.
+    """
+    write_bytes(artifact.path, f"{model}\n".encode())
+    set_metadata(artifact, model=model, **values)
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _storable(inner) for name, inner in value.items() if _is_storable(inner)}
+    if isinstance(value, list | tuple):
+        return [_storable(inner) for inner in value if _is_storable(inner)]
+    return value
+
+
+def _is_storable(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
