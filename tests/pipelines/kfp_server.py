@@ -93,10 +93,22 @@ class KfpServer:
     Args:
         states: those that a run goes through, one a look; an integer fails that look with its HTTP status.
         token: that requests must bear, if any.
+        failing: the node that fails if a run does.
+        log: of the failing node's pod.
+        large: whether the runs' workflows are so large that the list of nodes stops after its first look.
     """
 
-    def __init__(self, states: tuple[str | int, ...] = ("RUNNING", "SUCCEEDED"), token: str | None = None) -> None:
+    def __init__(
+        self,
+        states: tuple[str | int, ...] = ("RUNNING", "SUCCEEDED"),
+        token: str | None = None,
+        failing: str = "preflight",
+        log: str = "",
+        large: bool = False,
+    ) -> None:
         self.states, self.token = list(states), token
+        self.failing, self.log, self.large = failing, log, large
+        self.listed: list[dict] = []
         self.calls: list[str] = []
         self.experiments: dict[str, dict] = {}
         self.pipelines: dict[str, dict] = {}
@@ -135,23 +147,23 @@ class KfpServer:
                     if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
                         raise Refused(401, "Unauthenticated")
                     query = {name: values[0] for name, values in parse_qs(url.query).items()}
-                    document = server.route(method, url.path, query, body, self.headers.get("Content-Type") or "")
-                    status = 200
+                    kind = self.headers.get("Content-Type") or ""
+                    status, document = 200, server.route(method, url.path, query, body, kind)
                 except Refused as refused:
                     status, document = refused.status, {"code": refused.status, "message": str(refused)}
-                content = json.dumps(document).encode()
+                content = document.encode() if isinstance(document, str) else json.dumps(document).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/plain" if isinstance(document, str) else "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
 
         return Handler
 
-    def route(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> dict:
+    def route(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> dict | str:
         """Return the answer to a request."""
         api = "/apis/v2beta1"
-        routes: list[tuple[str, str, Callable[..., dict]]] = [
+        routes: list[tuple[str, str, Callable[..., dict | str]]] = [
             ("GET", f"{api}/healthz", lambda: {"multi_user": False}),
             ("GET", f"{api}/experiments", lambda: {"experiments": self._named(self.experiments, query)}),
             ("POST", f"{api}/experiments", lambda: self._add(self.experiments, "experiment_id", json.loads(body))),
@@ -161,6 +173,8 @@ class KfpServer:
             ("POST", f"{api}/pipelines/upload_version", lambda: self._upload(query, body, kind)),
             ("POST", f"{api}/runs", lambda: self._start(json.loads(body), self.runs, "run_id")),
             ("GET", f"{api}/runs/([^/]+)", self._look),
+            ("GET", "/apis/v1beta1/runs/([^/]+)", self._manifest),
+            ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", self._log),
             ("GET", f"{api}/recurringruns", lambda: {"recurringRuns": self._named(self.recurring, query)}),
             ("POST", f"{api}/recurringruns", lambda: self._schedule(json.loads(body))),
         ]
@@ -229,11 +243,38 @@ class KfpServer:
     def _look(self, run_id: str) -> dict:
         if run_id not in self.runs:
             raise Refused(404, f"Run {run_id} not found")
+        parameters = self.runs[run_id]["runtime_config"].get("parameters", {})
+        if parameters.get("secret_name") == "":
+            spec = 'component_input_parameter:"secret_name"'
+            reason = f"resolving input parameter with spec {spec}. Expected a non-empty string"
+            self.states, self.failing = ["FAILED"], "preflight-driver"
+            self.log = f"F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) failed: {reason}"
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, int):
             raise Refused(state, "the server has a bad moment")
-        # The real server lists every node of Argo's workflow under Argo's names.
+        # The real server lists every node of Argo's workflow under Argo's names: a node that is retried has a child for
+        # each attempt, and a step's own has the node in which its program runs. `run.error` stays null.
         names = ["root", "root-driver", "exit-handler-1", "preflight-driver", "preflight", "executor"]
-        nodes = [{"task_id": str(n), "display_name": name, "state": state} for n, name in enumerate(names)]
-        row = {**self.runs[run_id], "state": state, "run_details": {"task_details": nodes}}
-        return row
+        ended = names.index(self.failing) + 1 + (self.failing == "preflight")
+        failed = {"root", "exit-handler-1", self.failing, *(["executor"] if self.failing == "preflight" else [])}
+        nodes = [
+            {
+                "task_id": str(number),
+                "display_name": name,
+                "state": state if state != "FAILED" or name in failed else "SUCCEEDED",
+                "child_tasks": [{"pod_name": f"{name}-1"}],
+            }
+            for number, name in enumerate(names if state != "FAILED" else names[:ended])
+        ]
+        if not self.large or not self.listed:
+            self.listed = nodes
+        return {**self.runs[run_id], "state": state, "error": None, "run_details": {"task_details": self.listed}}
+
+    def _manifest(self, run_id: str) -> dict:
+        nodes = {"compressedNodes": "H4sI"} if self.large else {"nodes": {}}
+        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": json.dumps({"status": nodes})}}
+
+    def _log(self, run_id: str, pod: str) -> str:
+        if pod != f"{self.failing}-1" or not self.log:  # its status is sent before the log is looked for
+            return json.dumps({"error_message": f"Failed to read logs for run {run_id}", "error_details": "…"})
+        return self.log

@@ -40,7 +40,6 @@ PIPELINES_OWN = {"train_candidates", "train_nodes", "train_cache_key", "train_ch
 PIPELINES_OWN |= {"data_dataset", "data_output", "caption_options"}
 CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations", "secret_name", "secret_keys"}
 ON_GPU = {"train", "evaluate", "judge", "caption"}
-ONCE = {"preflight", "register"}
 CACHED = {"train", "train-job", "evaluate"}
 STEPS = {
     "train_captioner": {
@@ -123,6 +122,31 @@ def test_what_flows_between_steps_has_one_type(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_output_is_one_of_several_steps(name: str) -> None:
+    """Of a branch whose step came from the cache the driver knows no state, and `dsl.OneOf` fails over it."""
+    spec, _ = compiled(name)
+    for dag, _own in dags(spec):
+        assert not [key for key, output in dag.outputs.parameters.items() if output.HasField("value_from_oneof")]
+        assert not [key for key, output in dag.outputs.artifacts.items() if len(output.artifact_selectors) > 1]
+
+
+def test_evaluate_waits_for_whichever_step_trained() -> None:
+    spec, _ = compiled("train_captioner")
+    (loop,) = [dag for dag, _ in dags(spec) if "evaluate" in dag.tasks]
+    (branches,) = loop.tasks["evaluate"].dependent_tasks
+    inner = spec.components[loop.tasks[branches].component_ref.name].dag.tasks
+    trainings = [spec.components[task.component_ref.name].dag.tasks.keys() for task in inner.values()]
+    assert sorted(name for names in trainings for name in names) == ["train", "train-job"]
+
+
+def test_preflight_has_time_for_its_image_to_be_pulled() -> None:
+    for name in NAMES:
+        spec, configs = compiled(name)
+        task = tasks(spec)["preflight"]
+        assert configs["exec-preflight"].active_deadline_seconds == 900 and task.retry_policy.max_retry_count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_named_by_a_step_reaches_it(name: str) -> None:
     """Resources, secrets and placement take parameters by name, through loops and conditions."""
     spec, configs = compiled(name)
@@ -152,10 +176,10 @@ def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) ->
         assert (config.security_context.run_as_user, config.security_context.run_as_non_root) == (1000, True)
         assert {mount.mount_path for mount in config.empty_dir_mounts} >= {"/tmp"}
         retries = task.retry_policy
-        assert (retries.max_retry_count > 0 and retries.backoff_factor == 2) == (task_name not in ONCE)
+        assert retries.max_retry_count > 0 and retries.backoff_factor == 2
         # Argo gives up, and stops what runs, so long after the first attempt began.
         attempts = retries.max_retry_count + 1
-        assert task_name in ONCE or retries.backoff_max_duration.seconds > attempts * config.active_deadline_seconds
+        assert retries.backoff_max_duration.seconds > attempts * config.active_deadline_seconds
         assert task.caching_options.enable_cache == (task_name in CACHED), task_name
         gpu = resources.get("accelerator")
         assert (gpu is not None) == (task_name in ON_GPU), task_name

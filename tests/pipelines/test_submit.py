@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,56 @@ def test_waiting_follows_the_run_to_its_end(captioner: Run, end: str, code: int)
         assert state == 503 or f"Preflight {str(state).lower()}" in done.stderr, done.stderr
     assert not any(word in done.stderr for word in ("driver", "executor", "root", "exit-handler"))
     assert done.stdout.startswith(f"{end.lower()}: {server.host}/#/runs/details/")
-    assert done.stdout.strip().endswith(": failed: Preflight") == (end == "FAILED")
+    assert done.stdout.strip().endswith(": failed: Preflight") == (end == "FAILED"), "its log is gone"
+
+
+LAUNCHER = "E1127 12:00:00.000000      42 launcher_v2.go:473] Component failed to execute successfully: exit status 2"
+
+
+DRIVER = "F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) failed"
+
+
+@pytest.mark.parametrize(
+    ("failing", "lines", "reason"),
+    [
+        ("preflight", ["captioner: error: a: not there", LAUNCHER], "Preflight: captioner: error: a: not there"),
+        ("preflight", ["Traceback …", "ImportError: torch", LAUNCHER], "Preflight: ImportError: torch"),
+        ("preflight-driver", ["{", "}", DRIVER], f"Preflight's driver: {DRIVER}"),
+    ],
+    ids=["mistake", "defect", "driver"],
+)
+def test_waiting_ends_with_the_failed_steps_own_words(
+    captioner: Run, failing: str, lines: list[str], reason: str
+) -> None:
+    with KfpServer(states=("RUNNING", "FAILED"), failing=failing, log="\n".join(lines) + "\n") as server:
+        done = captioner("submit", "--host", server.host, "--pipeline", "caption_bucket", *PLACES, "--wait", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["error"] == f"failed: {reason}", done.stdout
+
+
+def test_waiting_says_where_the_list_of_steps_has_stopped(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    from pipelines import submit
+
+    monkeypatch.setattr(submit, "POLL", 0.01)
+    monkeypatch.setattr(submit, "LIST_PAUSE", 0.05)
+    options = {"pipeline": "caption_bucket", "param": ("caption_images=a", "caption_output=b"), "wait": True}
+    said = {}
+    for large in (True, False):
+        with KfpServer(states=(*["RUNNING"] * 40, "SUCCEEDED"), large=large) as server:
+            done = submit.submit(submit.SubmitConfig(host=server.host, **options))
+        assert done.exit_code == 0
+        said[large] = capfd.readouterr().err
+    stopped = "too large for the server's list of steps, which has stopped; waiting for its end"
+    assert said[True].count(stopped) == 1 and "Preflight succeeded" not in said[True]
+    assert stopped not in said[False] and "Preflight succeeded" in said[False]
+
+
+@pytest.mark.parametrize("command", [("submit",), ("schedule", "--name", "nightly", "--every", "3600")])
+def test_an_empty_secret_is_refused_as_the_server_would_not_say_why(captioner: Run, command: tuple[str, ...]) -> None:
+    with KfpServer() as server:
+        where = ("--host", server.host, "--pipeline", "caption_bucket", *PLACES)
+        done = captioner(*command, *where, "--param", "secret_name=")
+    assert done.returncode == 2 and not server.runs and not server.recurring, done.stdout
+    assert "param secret_name: is empty; name a Kubernetes secret, which need not exist" in done.stderr
 
 
 def test_a_schedule_is_made_once(captioner: Run) -> None:
