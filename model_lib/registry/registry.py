@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from model_lib.errors import UserError
 from model_lib.evaluate.judgement import Decision, Evaluation, Judgement
 from model_lib.evaluate.report import render_report
 from model_lib.model.sources import resolve_captioner
-from model_lib.registry.config import NO_CHAMPION, RegisterConfig
+from model_lib.registry.config import NO_CHAMPION, Policy, RegisterConfig
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
 from model_lib.registry.promotion import choose_winner, decide
-from model_lib.registry.turns import CHAMPION, DECISION, REASON, draw, require_turn, turn
+from model_lib.registry.turns import ABANDONED, CHAMPION, DECISION, PENDING, REASON, draw, require_turn, turn
 from model_lib.scores.significance import Comparison
 from model_lib.tracking.model_uris import MODEL, version_uri
 from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
@@ -25,8 +25,8 @@ from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
 CHALLENGER = "challenger"
 COMPARISONS = "comparisons"
 """Tag of a version: each score of it and of the champion that it was judged against, as JSON."""
-EVALUATION = "evaluation"
-"""Tag of a version: sha256 of the evaluation that it was registered by."""
+REGISTRATION = "registration"
+"""Tag of a version: sha256 of what decided on it, by which a call that was killed or lost its answer finds it again."""
 REPLACED = "replaced"
 """Tag of a version that became champion: the version that was it before."""
 REMEDY = f"captioner evaluate --model models:/{MODEL}@{CHAMPION} --data … --output …, then --champion_evaluation"
@@ -80,7 +80,8 @@ def champion_version(uri: str) -> str | None:
 def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     """Register the best candidate, and make it the champion if it beats the present one.
 
-    A call for a winner that an earlier one made champion, before it was killed maybe, answers what that one decided.
+    Called again with the same evaluations and policy, after it was killed maybe, it answers what it decided before: a
+    pod that is lost is made again by Argo, whatever a step's retries are.
 
     Raises:
         UserError: evaluations are missing or cannot be compared, the champion was not judged, or the winner's model is
@@ -96,19 +97,25 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     page = storage.join(judged, "decision.html")
     client = mlflow.MlflowClient(tracking.uri)
     present = champion_version(tracking.uri)
-    before = _registered_before(client, winner, present)
-    champion: Judgement | None = None
-    if before is not None:
+    champion = _champion_judgement(config)
+    against = None if champion is None else champion.evaluation.model.removeprefix(version_uri(""))
+    before = _registered_before(client, _digest(winner, against, config))
+    if before is not None and (before.tags[DECISION] != PENDING or str(before.version) == present):
         run_id, version, now = str(before.run_id), str(before.version), present
-        decision = _decided(before)
-        client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
+        decision = _decided(before, promoted=version == present)
+        if decision.promote:  # killed between the alias and the tag
+            client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
     else:
+        if config.champion_evaluation is None and present is not None:
+            raise UserError(f"there is a champion, version {present}, to be judged on the same data first: {REMEDY}")
         folder = _local_model(winner.model)
-        champion = _champion_judgement(config, present)
         decision = decide(champion, best, config)
         storage.remove(page)  # of another decision on the same evaluation
-        run_id = _winners_run(winner, tracking)
-        version, decision, now = _make_version(config, winner, folder, run_id, champion, decision, tracking)
+        if before is None:
+            run_id = _winners_run(winner, tracking)
+            before = _make_version(config, winner, folder, run_id, against, tracking)
+        run_id, version = str(before.run_id), str(before.version)
+        decision, now = _decide_in_turn(client, before, against, decision)
     if not storage.exists(page):
         others = [one for one in candidates if one is not best]
         runs = {one.evaluation.mlflow_run_id for one in candidates}
@@ -140,52 +147,47 @@ def _local_model(source: str) -> str:
     return folder
 
 
-def _registered_before(client: Any, winner: Evaluation, champion: str | None) -> Any:
-    """Return the champion if an earlier call for the same winner made it so and was killed, maybe half-way; or None."""
-    if champion is None:
-        return None
-    found = client.get_model_version(MODEL, champion)
-    return found if found.tags.get(EVALUATION) == _digest(winner) else None
+def _registered_before(client: Any, registration: str) -> Any:
+    """Return the version that an earlier call with the same evaluations and policy made, or None."""
+    found = client.search_model_versions(f"name = '{MODEL}' and tags.`{REGISTRATION}` = '{registration}'")
+    usable = [version for version in found if version.tags[DECISION] != ABANDONED]
+    return max(usable, key=lambda version: int(version.version), default=None)
 
 
-def _decided(version: Any) -> Decision:
-    """Return the decision by which a version became champion: what to judge it against is no champion any more."""
+def _decided(version: Any, promoted: bool) -> Decision:
+    """Return the decision on a version as its tags tell it: what it was judged against may be no champion any more."""
     compared = json.loads(version.tags.get(COMPARISONS, "[]"))
-    return Decision(True, version.tags.get(REASON, ""), [Comparison(**one) for one in compared])
+    return Decision(promoted, version.tags.get(REASON, ""), [Comparison(**one) for one in compared])
 
 
-def _digest(evaluation: Evaluation) -> str:
-    return hashlib.sha256(json.dumps(evaluation.to_dict(), sort_keys=True).encode()).hexdigest()
+def _digest(evaluation: Evaluation, against: str | None, policy: Policy) -> str:
+    """Return what tells one registration from another: the winner, the champion before it, and what was asked of it."""
+    asked = {field.name: getattr(policy, field.name) for field in fields(Policy)}
+    return hashlib.sha256(json.dumps([evaluation.to_dict(), against, asked], sort_keys=True).encode()).hexdigest()
 
 
 def _make_version(
-    config: RegisterConfig,
-    winner: Evaluation,
-    folder: str,
-    run_id: str,
-    champion: Judgement | None,
-    decision: Decision,
-    tracking: MlflowTracking,
-) -> tuple[str, Decision, str | None]:
-    """Make the winner a version and decide on it in its turn; return both, and who was champion until then."""
-    import mlflow
-
-    client = mlflow.MlflowClient(tracking.uri)
-    against = None if champion is None else champion.evaluation.model.removeprefix(version_uri(""))
+    config: RegisterConfig, winner: Evaluation, folder: str, run_id: str, against: str | None, tracking: MlflowTracking
+) -> Any:
+    """Make the winner a version, its decision pending; return MLflow's `ModelVersion`."""
     card = render_card(winner, folder)
     # What takes long is done before the number is drawn, as others wait for the decision on it.
     model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
     about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
-    drawn = draw(client, MODEL, f"models:/{model_id}", _tags(winner, config, against), **about)
-    version = str(drawn.version)
-    with turn(client, drawn):
-        now = champion_version(tracking.uri)
+    drawn = draw(tracking.client, MODEL, f"models:/{model_id}", _tags(winner, config, against), **about)
+    shown = json.dumps([{"name": MODEL, "version": int(drawn.version)}])  # from the model to its version in MLflow
+    tracking.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
+    return drawn
+
+
+def _decide_in_turn(client: Any, version: Any, against: str | None, decision: Decision) -> tuple[Decision, str | None]:
+    """Carry out the decision on a pending version in its turn; return it, and who was champion until then."""
+    with turn(client, version):
+        now = champion_version(client.tracking_uri)
         if now != against:
             decision = replace(decision, promote=False, reason=_outdated(now, against))
-        settle(client, version, decision, now)
-    shown = json.dumps([{"name": MODEL, "version": int(version)}])  # from the model to its version in MLflow's pages
-    client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
-    return version, decision, now
+        settle(client, str(version.version), decision, now)
+    return decision, now
 
 
 def settle(client: Any, version: str, decision: Decision, champion: str | None) -> None:
@@ -232,7 +234,7 @@ def _tags(winner: Evaluation, config: RegisterConfig, champion: str | None) -> d
         "split": winner.split,
         "pictures": str(winner.pictures),
         "data_fingerprint": winner.data_fingerprint or "",
-        EVALUATION: _digest(winner),
+        REGISTRATION: _digest(winner, champion, config),
     }
 
 
@@ -245,14 +247,12 @@ def _winners_run(winner: Evaluation, tracking: MlflowTracking) -> str:
         return run.run_id
 
 
-def _champion_judgement(config: RegisterConfig, present: str | None) -> Judgement | None:
+def _champion_judgement(config: RegisterConfig) -> Judgement | None:
     """Return the judgement of the version that was champion when it was judged, or None if there was none.
 
     Raises:
-        UserError: there is a champion now, and none was judged.
+        UserError: what was judged is no version of the model.
     """
-    if config.champion_evaluation is None and present is not None:
-        raise UserError(f"there is a champion, version {present}, to be judged on the same data first: {REMEDY}")
     if config.champion_evaluation in (None, NO_CHAMPION):
         return None
     champion = Judgement.read(config.champion_evaluation)
