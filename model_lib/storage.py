@@ -56,16 +56,18 @@ def retrying(uri: str, action: Callable[[], _ANSWER], retry_seconds: float | Non
 
 def may_pass(error: Exception) -> bool:
     """Return whether a remote store's failure may pass: too many requests, an error of its own, a lost connection."""
+    if isinstance(error, WorkError):
+        return isinstance(error.__cause__, Exception) and may_pass(error.__cause__)
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
         return False
+    if isinstance(error, TimeoutError):  # S3's answer to it is 400
+        return True
     status = _http_status(error)
     if status is not None:
         return status_may_pass(status)
     if isinstance(error, OSError):
         final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL)
         return error.errno not in final and not str(error).startswith("Forbidden")  # gcsfs's 403
-    if isinstance(error, WorkError):
-        return isinstance(error.__cause__, Exception) and may_pass(error.__cause__)
     if type(error).__name__ in MISTAKES:
         return False
     return type(error).__module__.split(".")[0] in ("aiohttp", "asyncio", "botocore", "gcsfs", "requests", "urllib3")

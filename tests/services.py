@@ -295,14 +295,17 @@ def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.Ab
 
 
 @contextlib.contextmanager
-def refusing() -> Iterator[tuple[str, list[str]]]:
-    """Yield the address of a server that lets nobody in, and what they proved themselves with."""
+def refusing(status: int = 403, content: bytes = b"") -> Iterator[tuple[str, list[str]]]:
+    """Yield the address of a server that answers everything with a status, and the proofs of those who asked."""
     proofs: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def refuse(self) -> None:
             proofs.append(self.headers.get("Authorization", ""))
-            self.send_error(403)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else content)
 
         do_GET = do_HEAD = do_POST = refuse
 

@@ -106,9 +106,9 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         if decision.promote:  # killed between the alias and the tag
             client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
     else:
+        folder = _local_model(winner.model)
         if config.champion_evaluation is None and present is not None:
             raise UserError(f"there is a champion, version {present}, to be judged on the same data first: {REMEDY}")
-        folder = _local_model(winner.model)
         decision = decide(champion, best, config)
         storage.remove(page)  # of another decision on the same evaluation
         if before is None:

@@ -1,12 +1,21 @@
-"""Files are written whole or not at all, locally and in a bucket."""
+"""Files are written whole or not at all, locally and in a bucket; what a bucket refuses is not asked again."""
 
+import errno
+import logging
 import os
 from pathlib import Path
 
+import fsspec
 import pytest
+from botocore.exceptions import ClientError
+from gcsfs.retry import HttpError
+from s3fs.errors import translate_boto_error
 
 from model_lib import UserError, storage
 from model_lib.copies import local_folder
+from model_lib.errors import WorkError
+from model_lib.storage import may_pass
+from tests.services import refusing
 
 
 @pytest.mark.parametrize("place", ["{tmp}/file", "memory://store/file"])
@@ -48,3 +57,55 @@ def test_a_mistake_in_the_setup_of_a_bucket_is_told_at_once(
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=r": cannot be read: (Unable to locate|Parameter validation)"):
         storage.read_bytes(f"{bucket}/x")
+
+
+def s3_error(status: int, code: str) -> Exception:
+    """Return the error that s3fs makes of an answer."""
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(answer, "GetObject"))
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (s3_error(416, "InvalidRange"), False),
+        (s3_error(400, "InvalidArgument"), False),
+        (s3_error(403, "AccessDenied"), False),
+        (s3_error(409, "BucketNotEmpty"), False),
+        (s3_error(400, "RequestTimeout"), True),
+        (s3_error(429, "TooManyRequests"), True),
+        (s3_error(500, "InternalError"), True),
+        (s3_error(503, "SlowDown"), True),
+        (HttpError({"code": 400}), False),
+        (HttpError({"code": 412}), False),
+        (HttpError({"code": 408}), True),
+        (HttpError({"code": 503}), True),
+        (OSError(errno.EINVAL, "no"), False),
+        (ConnectionResetError(), True),
+    ],
+    ids=lambda value: str(value),
+)
+def test_only_what_may_pass_is_asked_again(error: Exception, passes: bool) -> None:
+    assert may_pass(error) == passes
+    failed = WorkError("x: cannot be read")
+    failed.__cause__ = error
+    assert may_pass(failed) == passes
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("status", [400, 416])
+def test_a_bucket_that_refuses_a_request_is_believed_at_once(
+    scheme: str, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    content = b"<Error><Code>InvalidRange</Code><Message>not satisfiable</Message></Error>"
+    with refusing(status, content) as (address, asked):
+        for name, value in {"AWS_ENDPOINT_URL": address, "STORAGE_EMULATOR_HOST": address}.items():
+            monkeypatch.setenv(name, value)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "x")
+        fsspec.get_filesystem_class(scheme).clear_instance_cache()
+        with pytest.raises((UserError, WorkError), match=f"{scheme}://bucket/a.jpg: cannot be read: "):
+            storage.read_bytes(f"{scheme}://bucket/a.jpg", 100)
+    fsspec.get_filesystem_class(scheme).clear_instance_cache()
+    assert "asking again" not in caplog.text and 1 <= len(asked) < 6

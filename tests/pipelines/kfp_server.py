@@ -243,6 +243,8 @@ class KfpServer:
     def _look(self, run_id: str) -> dict:
         if run_id not in self.runs:
             raise Refused(404, f"Run {run_id} not found")
+        if "state" in self.runs[run_id]:
+            return self.runs[run_id]
         parameters = self.runs[run_id]["runtime_config"].get("parameters", {})
         if parameters.get("secret_name") == "":
             spec = 'component_input_parameter:"secret_name"'
