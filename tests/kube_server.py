@@ -1,18 +1,22 @@
 """A server on loopback that stands for a Kubernetes cluster with Kubeflow Trainer: TrainJobs, their pods and logs.
 
-A TrainJob is checked against the models of Kubeflow Trainer's own API, and then really runs: each of its machines is a
-process here, with the variables that Trainer's torch plugin gives to torchrun.
+A TrainJob is checked as Kubeflow Trainer 2.3.0 does, and then really runs: each of its machines is a process here, with
+the variables that Trainer's torch plugin gives. What the steps' account may do is what `deploy/trainer.yaml` grants.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,10 +25,25 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 from kubeflow_trainer_api import models
 
-DEPLOYED = yaml.safe_load_all((Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text())
-RUNTIME = next(document for document in DEPLOYED if document["kind"] == "TrainingRuntime")
-JOBS = "/apis/trainer.kubeflow.org/v1alpha1"
+DEPLOYED = {
+    document["kind"]: document
+    for document in yaml.safe_load_all((Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text())
+}
+RUNTIME = DEPLOYED["TrainingRuntime"]
+TEMPLATES = {
+    job["name"]: job["template"]["spec"]["template"]["spec"]
+    for job in RUNTIME["spec"]["template"]["spec"]["replicatedJobs"]
+}
+POD = TEMPLATES["node"]
+API = "/apis/trainer.kubeflow.org/v1alpha1"
+JOBS = f"{API}/namespaces/kubeflow/trainjobs"
+JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/kubeflow/jobsets"
+PODS = "/api/v1/namespaces/kubeflow/pods"
 RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
+SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+PATH = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"
+WEBHOOK = "validator.trainjob.trainer.kubeflow.org"
+VERBS = {"GET": {"get", "list"}, "POST": {"create"}, "DELETE": {"delete"}}
 
 
 class Refused(Exception):
@@ -36,70 +55,173 @@ class Refused(Exception):
 
 
 def checked(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a TrainJob as the API server takes it; `Refused` for unknown fields and wrong types."""
+    """Return a TrainJob as the API server takes it; `Refused` for what it, its schema or Trainer's webhook refuse."""
     try:
         known = models.TrainerV1alpha1TrainJob.from_dict(document).to_dict()
     except ValueError as error:
         raise Refused(422, str(error)) from error
     if known != document:
         raise Refused(400, f"unknown fields: {document} is not {known}")
-    trainer = document["spec"]["trainer"]
-    if RESERVED & {variable["name"] for variable in trainer.get("env", [])}:
-        raise Refused(422, "must not have reserved envs")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"]):
+        raise Refused(422, "metadata.name must match RFC 1035 DNS label format")
     runtime = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME["metadata"]["name"]}
     if document["spec"]["runtimeRef"] != runtime:
-        raise Refused(422, "the runtime is not there")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"]):
-        raise Refused(422, "metadata.name: is not a DNS label")
+        raise Refused(403, f'admission webhook "{WEBHOOK}" denied the request: the runtime is not there')
+    problems = list(denied(document["spec"]))
+    if problems:
+        raise Refused(403, f'admission webhook "{WEBHOOK}" denied the request: {"; ".join(problems)}')
     return document
 
 
-class Machine:
-    """One pod of a job: a process, its log, and how Kubernetes sees it."""
+def denied(spec: dict[str, Any]) -> Any:
+    """Yield what Trainer's webhook has against a TrainJob: its `torch.go` and `jobset.go`."""
+    trainer = spec["trainer"]
+    if RESERVED & {variable["name"] for variable in trainer.get("env", [])}:
+        yield "spec.trainer.env: must not have reserved envs"
+    for patch in spec.get("runtimePatches", []):
+        host, slash, path = patch["manager"].partition("/")
+        if not slash or not re.fullmatch(SUBDOMAIN, host) or not re.fullmatch(PATH, path):
+            yield (
+                f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}": must be a domain-prefixed path '
+                '(such as "acme.io/foo")'
+            )
+        for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
+            if job["name"] not in TEMPLATES:
+                yield "must not have replicated job that doesn't exist in the runtime job template"
+                continue
+            known = {container["name"] for container in TEMPLATES[job["name"]]["containers"]}
+            for container in job["template"]["spec"]["template"]["spec"].get("containers", []):
+                if container["name"] not in known:
+                    yield f"must not have container that doesn't exist in the runtime job {job['name']}"
+                if container.get("env"):
+                    yield "must not have envs for the dataset-initializer, model-initializer, node containers"
 
-    def __init__(self, job: str, index: int, trainer: dict[str, Any], port: int, folder: Path, extra: dict) -> None:
-        self.name, self.job, self.index = f"{job}-node-0-{index}-x", job, index
+
+def allowed(method: str, path: str) -> bool:
+    """Return whether the steps' account may make a request: by our role, or by KFP's own for pods and their logs."""
+    parts = path.split("/")
+    group, named = ("", parts[5:]) if path.startswith("/api/v1/") else (parts[2], parts[6:])
+    if not named:  # what an API offers is for everybody
+        return True
+    if group == "" and named[0] == "pods":
+        return True
+    rules = DEPLOYED["Role"]["rules"]
+    return any(
+        group in rule["apiGroups"] and named[0] in rule["resources"] and VERBS[method] & set(rule["verbs"])
+        for rule in rules
+    )
+
+
+class Machine:
+    """One pod of a job: a process, its log, and how Kubernetes sees it.
+
+    Args:
+        job: name of the JobSet.
+        jobset: its uid.
+        index: of the machine.
+        command: of its process; None if it cannot start.
+        environment: of its process.
+        folder: for its log.
+    """
+
+    def __init__(
+        self, job: str, jobset: str, index: int, command: list[str] | None, environment: Mapping[str, str], folder: Path
+    ) -> None:
+        self.name, self.job, self.jobset, self.index = f"{job}-node-0-{index}-{jobset[:5]}", job, jobset, index
         self.log = folder / f"{self.name}.log"
-        self.stamps: list[str] = []
+        self.log.touch()
+        self.stamps: list[datetime] = []
         """When each line was first seen."""
-        nodes, processes = trainer["numNodes"], trainer["numProcPerNode"]
-        places = {"PET_NNODES": nodes, "PET_NPROC_PER_NODE": processes, "PET_NODE_RANK": index}
-        places |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
-        given = {variable["name"]: variable["value"] for variable in trainer.get("env", []) if "value" in variable}
-        command = [*trainer["command"], *trainer["args"]]
-        assert command[0] == "python"
-        environment = {**os.environ, **{k: str(v) for k, v in places.items()}, **given, **extra, "OMP_NUM_THREADS": "1"}
+        self.waiting: dict[str, str] | None = None
+        """Reason and message of a container that does not start."""
+        self.unscheduled: str | None = None
+        """Why no node takes it."""
+        self.reason: str | None = None
+        """The container's reason in place of Error."""
+        self.message: str | None = None
+        self.process: subprocess.Popen | None = None
+        self.killer: threading.Timer | None = None
+        if command is None:
+            return
+
+        def as_first_process() -> None:
+            os.setsid()
+            if not POD.get("shareProcessNamespace"):  # process 1 gets no signal that it has not asked for
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *command[1:]],
-                env=environment,
+                command,
+                env=dict(environment),
                 cwd=Path(__file__).parents[1],
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                preexec_fn=as_first_process,
             )
 
     @property
     def phase(self) -> str:
+        if self.process is None:
+            return "Pending"
         code = self.process.poll()
         return "Running" if code is None else "Failed" if code else "Succeeded"
+
+    def lines(self) -> list[tuple[datetime, str]]:
+        lines = self.log.read_text().splitlines()
+        now, new = datetime.now(UTC), range(len(lines) - len(self.stamps))
+        self.stamps += [now + timedelta(microseconds=number) for number in new]
+        return list(zip(self.stamps, lines, strict=False))
 
     def document(self) -> dict[str, Any]:
         labels = {
             "jobset.sigs.k8s.io/jobset-name": self.job,
+            "jobset.sigs.k8s.io/jobset-uid": self.jobset,
             "jobset.sigs.k8s.io/replicatedjob-name": "node",
             "batch.kubernetes.io/job-completion-index": str(self.index),
         }
+        state: dict[str, Any] = {"running": {}}
+        conditions: list[dict[str, str]] = []
+        if self.waiting is not None:
+            state = {"waiting": self.waiting}
+        elif self.unscheduled is not None:
+            conditions = [
+                {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": self.unscheduled}
+            ]
+        elif self.phase in ("Failed", "Succeeded"):
+            code = self.process.returncode if self.process else 0
+            ended = {"exitCode": code if code >= 0 else 128 - code, "reason": self.reason or "Error"}
+            state = {"terminated": {**ended, **({"message": self.message} if self.message else {})}}
+        statuses = [] if self.unscheduled else [{"name": "node", "state": state, "ready": False, "restartCount": 0}]
+        for status in statuses:
+            status.update(image="x", imageID="x")
         return {
             "metadata": {"name": self.name, "labels": labels, "creationTimestamp": "2026-11-23T12:00:00Z"},
-            "spec": {"containers": [{"name": "node"}]},
-            "status": {"phase": self.phase},
+            "spec": {
+                "containers": [{"name": "node"}],
+                "terminationGracePeriodSeconds": POD["terminationGracePeriodSeconds"],
+            },
+            "status": {"phase": self.phase, "containerStatuses": statuses, "conditions": conditions},
         }
 
-    def end(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, 9)
-        self.process.wait()
+    def stop(self) -> None:
+        """Let it end as a pod that is deleted: SIGTERM to its program, SIGKILL after its grace."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        self.killer = threading.Timer(POD["terminationGracePeriodSeconds"], self.kill)
+        self.killer.daemon = True
+        self.killer.start()
+
+    def is_gone(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def kill(self) -> None:
+        if self.killer is not None:
+            self.killer.cancel()
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 class KubeServer:
@@ -109,18 +231,35 @@ class KubeServer:
         folder: for logs and the kubeconfig.
         trainer: whether Kubeflow Trainer is installed.
         variables: that a secret and the cluster's DNS would give to the machines.
+        program: Python that the machines run instead of the job's own command, if any.
+        starts: whether the machines' containers start; else the test says what they wait for.
     """
 
-    def __init__(self, folder: Path, trainer: bool = True, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        trainer: bool = True,
+        variables: dict[str, str] | None = None,
+        program: str | None = None,
+        starts: bool = True,
+    ) -> None:
         self.folder, self.trainer, self.variables = folder, trainer, variables or {}
+        self.program, self.starts = program, starts
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.jobsets: dict[str, dict[str, Any]] = {}
         self.machines: dict[str, list[Machine]] = {}
         self.created: list[dict[str, Any]] = []
+        self.rehearsed: list[dict[str, Any]] = []
+        self.beside: list[str] = []
+        """Machines of an earlier job that were there when another of its name was made."""
+        self.stopped: set[str] = set()
+        """Machines that were told to end."""
         self.calls: list[str] = []
         self.steps = {"step": ("1234", "Running")}
         """The pods of a pipeline's steps: their uid and phase."""
         self.forbidden = False
         """Whether the steps' account may not make TrainJobs."""
+        self.webhook_away = False
         self.failing = 0
         """So many of the next requests are answered 503."""
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -139,39 +278,52 @@ class KubeServer:
     def __exit__(self, *_: object) -> None:
         for machines in self.machines.values():
             for machine in machines:
-                machine.end()
+                machine.kill()
         self.server.shutdown()
         self.server.server_close()
 
     def route(self, method: str, path: str, query: dict[str, str], body: bytes) -> dict[str, Any]:
+        """Return the answer to a request."""
         if self.failing:
             self.failing -= 1
             raise Refused(503, "the server is currently unable to handle the request")
-        if path.startswith(JOBS) and not self.trainer:
-            raise Refused(404, "the server could not find the requested resource")
-        if path in (JOBS, f"{JOBS}/"):
+        if not allowed(method, path) or (self.forbidden and method == "POST"):
+            user = "system:serviceaccount:kubeflow:pipeline-runner"
+            raise Refused(403, f'{path.split("/")[6]} is forbidden: User "{user}" cannot {VERBS[method]} it')
+        if path in (API, f"{API}/"):
+            if not self.trainer:
+                raise Refused(404, "the server could not find the requested resource")
             return {"kind": "APIResourceList", "groupVersion": "trainer.kubeflow.org/v1alpha1", "resources": []}
-        jobs = f"{JOBS}/namespaces/kubeflow/trainjobs"
-        if (method, path) == ("POST", jobs):
-            if self.forbidden:
-                raise Refused(403, "trainjobs.trainer.kubeflow.org is forbidden")
+        if path == JOBS and method == "POST":
+            if self.webhook_away:
+                raise Refused(
+                    500, f'Internal error occurred: failed calling webhook "{WEBHOOK}": no endpoints available'
+                )
             document = checked(json.loads(body))
-            return document if query.get("dryRun") == "All" else self._create(document)
-        if path.startswith(f"{jobs}/"):
-            name = path.removeprefix(f"{jobs}/")
+            if query.get("dryRun") == "All":
+                self.rehearsed.append(document)
+                return document
+            return self._create(document)
+        name = path.rpartition("/")[2]
+        if path.startswith(f"{JOBS}/"):
             if name not in self.jobs:
                 raise Refused(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
             if method == "DELETE":
-                for machine in self.machines.pop(name):
-                    machine.end()
-                return self.jobs.pop(name)
+                options = json.loads(body or b"{}")
+                self.delete(name, query.get("propagationPolicy") or options.get("propagationPolicy", "Background"))
+                return {"kind": "Status", "status": "Success"}
             return {**self.jobs[name], "status": {"conditions": self._conditions(name)}}
-        if path == "/api/v1/namespaces/kubeflow/pods":
+        if path.startswith(f"{JOBSETS}/"):
+            if name not in self.jobsets:
+                raise Refused(404, f'jobsets.jobset.x-k8s.io "{name}" not found')
+            return self.jobsets[name]
+        if path == PODS:
             wanted = dict(pair.split("=") for pair in query["labelSelector"].split(","))
-            machines = self.machines.get(wanted["jobset.sigs.k8s.io/jobset-name"], [])
-            return {"kind": "PodList", "apiVersion": "v1", "items": [machine.document() for machine in machines]}
-        if path.startswith("/api/v1/namespaces/kubeflow/pods/"):
-            name = path.rpartition("/")[2]
+            self._collect()
+            pods = [machine.document() for machines in self.machines.values() for machine in machines]
+            found = [pod for pod in pods if wanted.items() <= pod["metadata"]["labels"].items()]
+            return {"kind": "PodList", "apiVersion": "v1", "items": found}
+        if path.startswith(f"{PODS}/"):
             if name not in self.steps:
                 raise Refused(404, f'pods "{name}" not found')
             uid, phase = self.steps[name]
@@ -180,20 +332,56 @@ class KubeServer:
         raise Refused(404, f"{path} not found")
 
     def _create(self, document: dict[str, Any]) -> dict[str, Any]:
-        name, trainer = document["metadata"]["name"], document["spec"]["trainer"]
+        name = document["metadata"]["name"]
         if name in self.jobs:
             raise Refused(409, f'trainjobs.trainer.kubeflow.org "{name}" already exists')
-        self.jobs[name] = document
+        self._collect()
+        self.beside += [machine.name for machine in self.machines.get(name, [])]
         self.created.append(document)
+        self.jobs[name] = {**document, "metadata": {**document["metadata"], "uid": str(uuid.uuid4())}}
+        self._make_jobset(name)
+        return self.jobs[name]
+
+    def _make_jobset(self, name: str) -> None:
+        """Make a TrainJob's JobSet and its pods, as Kubeflow Trainer and JobSet do."""
+        owner = {"kind": "TrainJob", "name": name, "uid": self.jobs[name]["metadata"]["uid"]}
+        uid = str(uuid.uuid4())
+        self.jobsets[name] = {"metadata": {"name": name, "uid": uid, "ownerReferences": [owner]}}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        nodes = range(trainer["numNodes"])
-        self.machines[name] = [Machine(name, node, trainer, port, self.folder, self.variables) for node in nodes]
-        return document
+        trainer = self.jobs[name]["spec"]["trainer"]
+        for index in range(trainer["numNodes"]):
+            places = {"PET_NNODES": trainer["numNodes"], "PET_NPROC_PER_NODE": trainer["numProcPerNode"]}
+            places |= {"PET_NODE_RANK": index, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+            given = {variable["name"]: variable["value"] for variable in trainer.get("env", []) if "value" in variable}
+            environment = {**os.environ, **{k: str(v) for k, v in places.items()}, **given, **self.variables}
+            command = [*trainer["command"], *trainer["args"]]
+            assert command[0] == "python"
+            command = [sys.executable, *(["-c", self.program] if self.program else command[1:])]
+            environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            machine = Machine(name, uid, index, command if self.starts else None, environment, self.folder)
+            self.machines.setdefault(name, []).append(machine)
+
+    def delete(self, name: str, propagation: str) -> None:
+        for machine in self.machines.get(name, []):
+            machine.stop()
+        self.stopped |= {machine.name for machine in self.machines.get(name, [])}
+        self.jobsets.pop(name, None)
+        if propagation == "Foreground":  # while it waits for its dependents, Trainer goes on to reconcile it
+            self.jobs[name]["metadata"]["deletionTimestamp"] = "2026-11-23T12:00:00Z"
+            self._make_jobset(name)
+        else:
+            del self.jobs[name]
+
+    def _collect(self) -> None:
+        """Forget the pods that were deleted and have ended."""
+        for name, machines in self.machines.items():
+            self.machines[name] = [m for m in machines if m.name not in self.stopped or not m.is_gone()]
 
     def _conditions(self, name: str) -> list[dict[str, Any]]:
-        phases = {machine.phase for machine in self.machines[name]}
+        own = self.jobsets.get(name, {"metadata": {"uid": None}})["metadata"]["uid"]
+        phases = {machine.phase for machine in self.machines[name] if machine.jobset == own}
         end = "Failed" if "Failed" in phases else "Complete" if phases == {"Succeeded"} else None
         message = "jobset failed due to one or more job failures" if end == "Failed" else "jobset completed"
         return [{"type": end, "status": "True", "reason": "r", "message": message}] if end else []
@@ -208,7 +396,8 @@ class KubeServer:
                 query = {name: values[0] for name, values in parse_qs(url.query).items()}
                 server.calls.append(f"{self.command} {url.path}")
                 if url.path.endswith("/log"):
-                    self.send_log(url.path.split("/")[-2], query)
+                    with contextlib.suppress(BrokenPipeError):
+                        self.send_log(url.path.split("/")[-2], query)
                     return
                 try:
                     status, document = 200, server.route(self.command, url.path, query, body)
@@ -228,18 +417,17 @@ class KubeServer:
                 (machine,) = (m for machines in server.machines.values() for m in machines if m.name == pod)
                 self.send_response(200)
                 self.end_headers()
-                if "tailLines" in query:
-                    self.wfile.write(
-                        "\n".join(machine.log.read_text().splitlines()[-int(query["tailLines"]) :]).encode()
-                    )
-                    return
+                since = datetime.now(UTC) - timedelta(seconds=int(query.get("sinceSeconds", 10**6)))
                 sent = 0
                 while True:
-                    over = machine.phase != "Running"
-                    lines = machine.log.read_text().splitlines()
-                    machine.stamps += [datetime.now(UTC).isoformat() for _ in lines[len(machine.stamps) :]]
-                    for stamp, line in list(zip(machine.stamps, lines, strict=False))[sent:]:
-                        self.wfile.write(f"{stamp} {line}\n".encode())
+                    over = machine.phase != "Running" or query.get("follow", "").lower() != "true"
+                    lines = [(stamp, line) for stamp, line in machine.lines() if stamp >= since]
+                    lines = lines[-int(query.get("tailLines", len(lines))) :] if lines else lines
+                    for stamp, line in lines[sent:]:
+                        shown = f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"  # as Go's RFC3339Nano
+                        self.wfile.write(
+                            ((shown if query.get("timestamps", "").lower() == "true" else line) + "\n").encode()
+                        )
                     sent = len(lines)
                     if over:
                         return

@@ -84,7 +84,9 @@ def preflight(needs: Needs) -> None:
         UserError: something is missing; the message names all of it.
         WorkError: nothing is known to be missing, but a server failed or did not answer, which may pass.
     """
-    several = needs.machines is not None and needs.machines.count > 1
+    trainer: list[tuple[str, Callable[[], None]]] = []
+    if needs.machines is not None and needs.machines.count > 1:
+        trainer = [("Kubeflow Trainer", partial(require_trainer, needs.candidates, needs.machines))]
     checks: list[tuple[str, Callable[[], str | None]]] = [
         ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
         *([(f"reading {needs.dataset}", partial(_dataset, needs.dataset))] if needs.dataset else []),
@@ -92,7 +94,7 @@ def preflight(needs: Needs) -> None:
         *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
         *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
         *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
-        *([("Kubeflow Trainer", partial(require_trainer, needs.candidates, needs.machines))] if several else []),
+        *trainer,
     ]
     missing = [
         f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"

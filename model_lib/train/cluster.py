@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,40 @@ from model_lib.retries import retry, status_may_pass
 
 log = logging.getLogger(__name__)
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+JOBSETS = ("jobset.x-k8s.io", "v1alpha2")
+LABEL = "jobset.sigs.k8s.io/"
 NODE = "node"
 """What the runtime calls its machines, and the container in them."""
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-QUIET = 60
-"""Seconds without a line after which a log is asked for again: its connection may be gone unnoticed."""
+TIMEOUT = 60
+"""Seconds for which a log is waited for."""
 POLL = 5.0
 """Seconds between two looks at a job."""
-LAST_LINES = 20
+LAST_LINES = 60
 """Lines of each failed machine's log that are shown."""
+MARGIN = 15.0
+"""Seconds beyond its grace after which a pod that is deleted should be gone."""
+MISTAKE = "captioner: error: "
+"""Beginning of the line with which a machine's program refuses its input."""
+STUCK = 600.0
+"""Seconds after which a machine that cannot start fails the job …"""
+REASONS = {
+    "ErrImagePull": "ImagePullBackOff",
+    "ImagePullBackOff": "ImagePullBackOff",
+    "InvalidImageName": "InvalidImageName",
+    "CreateContainerConfigError": "CreateContainerConfigError",
+}
+"""… for these reasons; the first two take turns."""
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Say in one line what Kubernetes' own errors mean."""
+    """Say in one line what Kubernetes' own errors mean.
+
+    Raises:
+        UserError: it refuses what was asked, and would refuse it again.
+        WorkError: it fails or does not answer.
+    """
     from kubernetes.client import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -40,7 +60,8 @@ def told() -> Iterator[None]:
     except ApiException as error:
         with suppress(ValueError, TypeError):
             error.reason = json.loads(error.body)["message"]
-        raise WorkError(f"Kubernetes refused: {error.reason} ({error.status})") from error
+        kind = WorkError if status_may_pass(error.status) else UserError
+        raise kind(f"Kubernetes refused: {error.reason} ({error.status})") from error
     except HTTPError as error:
         raise WorkError(f"Kubernetes does not answer: {first_line(error)}") from error
 
@@ -84,20 +105,23 @@ class Cluster:
             )
 
     def rehearse(self, document: dict[str, Any]) -> None:
-        """Let Kubernetes check a TrainJob without making it; `UserError` if it would refuse."""
-        from kubernetes.client import ApiException
+        """Let Kubernetes check a TrainJob without making it.
 
+        Raises:
+            UserError: it would refuse it.
+            WorkError: it could not check it.
+        """
         create = self.objects.create_namespaced_custom_object
         try:
             with told():
                 self._ask(create, *self._arguments(), document, dry_run="All", absent=409)
-        except WorkError as error:
-            if not isinstance(error.__cause__, ApiException):
-                raise
+        except UserError as error:
             raise UserError(
                 f"train_nodes: no TrainJob can be made here: {error}; kubectl apply -f deploy/trainer.yaml "
-                "(docs/cluster.md) installs what it needs"
+                "(docs/cluster.md) installs the runtime and the rights that it needs"
             ) from error
+        except WorkError as error:
+            raise WorkError(f"train_nodes: no TrainJob can be checked: {error}; this may pass: start again") from error
 
     def account(self) -> str:
         """Return the service account of this pod."""
@@ -127,12 +151,13 @@ class Cluster:
         from urllib3.exceptions import HTTPError
 
         name = document["metadata"]["name"]
+        self.require_trainer()
+        self._require_alone(name)
+        if self._condition(name)[0] is not None:
+            log.warning("TrainJob %s of an attempt before is removed", name)
+            self._delete(name)
+        self._await_end(name)  # a machine of it may still save its checkpoint, in the same output
         try:
-            self.require_trainer()
-            self._require_alone(name)
-            if self._condition(name)[0] is not None:
-                log.warning("TrainJob %s of an attempt before is removed", name)
-                self.remove(name)
             create = self.objects.create_namespaced_custom_object
             self._ask(create, *self._arguments(), document, absent=409)  # there: made by a try without an answer …
             self._require_alone(name)  # … or by another step at this moment
@@ -141,8 +166,9 @@ class Cluster:
         finally:
             try:
                 if self._other_step(name) is None:
-                    self.remove(name)
-            except (ApiException, HTTPError) as error:
+                    self._delete(name)
+                    self._await_end(name)
+            except (ApiException, HTTPError, WorkError) as error:
                 log.warning("TrainJob %s is not removed: %s; kubectl delete trainjob %s", name, first_line(error), name)
 
     def _require_alone(self, name: str) -> None:
@@ -162,12 +188,23 @@ class Cluster:
                 return str(owner["name"])
         return None
 
-    def remove(self, name: str) -> None:
-        """Remove a job with all that it made, and wait until it is gone."""
+    def _delete(self, name: str) -> None:
+        """Delete a job, and in the background all that it made.
+
+        Kubeflow Trainer (2.3) makes a JobSet again while its TrainJob waits for its dependents' end.
+        """
         delete = self.objects.delete_namespaced_custom_object
-        self._ask(delete, *self._arguments(), name, propagation_policy="Foreground")
-        deadline = time.monotonic() + 60
-        while self._condition(name)[0] is not None and time.monotonic() < deadline:
+        self._ask(delete, *self._arguments(), name, propagation_policy="Background")
+
+    def _await_end(self, name: str) -> None:
+        """Wait until no pod of a job of this name is left; `WorkError` after their grace and some seconds."""
+        deadline = None
+        while pods := self._pods(f"{LABEL}jobset-name={name}"):
+            graces = [pod.spec.termination_grace_period_seconds or 30 for pod in pods]
+            deadline = deadline or time.monotonic() + max(graces) + MARGIN
+            if time.monotonic() > deadline:
+                names = ", ".join(pod.metadata.name for pod in pods)
+                raise WorkError(f"TrainJob {name}: its pods are not gone after their grace: kubectl delete pod {names}")
             time.sleep(POLL / 5)
 
     def _condition(self, name: str) -> tuple[str | None, str]:
@@ -181,59 +218,131 @@ class Cluster:
         return "", ""
 
     def follow(self, name: str) -> None:
-        """Show the first machine's log until the job ends; `WorkError` with the last lines of all if it failed."""
-        shown = ""
+        """Show the first machine's log, and what machines wait for, until the job ends.
+
+        Raises:
+            UserError: a machine's program refused its input, or a machine could not start for `STUCK` seconds.
+            WorkError: the job failed otherwise, or was deleted; the last lines of its machines are shown.
+        """
+        machines = _Machines(self)
         while (state := self._condition(name))[0] == "":
-            shown = self._show_log(name, shown)
+            machines.look(self._machines(name))
             time.sleep(POLL)
-        if state[0] == "Complete":
-            self._show_log(name, shown)
-            return
-        for pod in self._pods(name):
-            if pod.status.phase == "Failed":
-                self._show_end(pod)
-        raise WorkError(f"TrainJob {name} failed: {state[1] or 'without a reason'}; its machines' last lines are above")
+        pods = self._machines(name)
+        machines.look(pods)
+        if state[0] != "Complete":
+            raise machines.failure(name, pods, state[1] or "without a reason")
 
-    def _show_end(self, pod: Any) -> None:
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
+    def _machines(self, name: str) -> list[Any]:
+        """Return the pods of a job: of its own JobSet, as one of an earlier job has the same name."""
+        job = self._ask(self.objects.get_namespaced_custom_object, *self._arguments(), name)
+        get = self.objects.get_namespaced_custom_object
+        jobset = job and self._ask(get, *JOBSETS, self.namespace, "jobsets", name)
+        if not jobset or job["metadata"]["uid"] not in {
+            o["uid"] for o in jobset["metadata"].get("ownerReferences", [])
+        }:
+            return []
+        return self._pods(f"{LABEL}jobset-uid={jobset['metadata']['uid']},{LABEL}replicatedjob-name={NODE}")
 
-        with suppress(ApiException, HTTPError):  # a log may be gone with its machine
-            last = self.core.read_namespaced_pod_log(
-                pod.metadata.name, self.namespace, container=NODE, tail_lines=LAST_LINES, _request_timeout=QUIET
-            )
-            print(f"--- {pod.metadata.name}\n{last.rstrip()}", file=sys.stderr, flush=True)
-
-    def _pods(self, name: str) -> list[Any]:
-        labels = f"jobset.sigs.k8s.io/jobset-name={name},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+    def _pods(self, labels: str) -> list[Any]:
         return list(self._ask(self.core.list_namespaced_pod, self.namespace, label_selector=labels).items)
 
-    def _show_log(self, name: str, shown: str) -> str:
-        """Print the first machine's log from the time `shown` on, while it runs; return the last line's time."""
+    def read_log(self, pod: Any, **options: Any) -> str:
+        """Return a machine's log, or nothing if it cannot be had: it may be gone with its node."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
-        first = [pod for pod in self._pods(name) if _index(pod) == 0 and pod.status.phase != "Pending"]
-        if not first:
-            return shown
-        newest = max(first, key=lambda pod: str(pod.metadata.creation_timestamp))
-        with suppress(ApiException, HTTPError):  # a connection that breaks is opened again at the next look
-            stream = self.core.read_namespaced_pod_log(
-                newest.metadata.name,
-                self.namespace,
-                container=NODE,
-                follow=True,
-                timestamps=True,
-                _preload_content=False,
-                _request_timeout=(QUIET, QUIET),
+        try:
+            return str(
+                self.core.read_namespaced_pod_log(
+                    pod.metadata.name, self.namespace, container=NODE, _request_timeout=TIMEOUT, **options
+                )
             )
-            with closing(stream):
-                for line in _lines(stream):
-                    stamp, _, text = line.partition(" ")
-                    if stamp > shown:
-                        print(text, file=sys.stderr, flush=True)
-                        shown = stamp
-        return shown
+        except (ApiException, HTTPError):
+            return ""
+
+
+class _Machines:
+    """What was shown of a job's machines so far."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.shown, self.looked = "", 0.0
+        """Time of the last line that was shown, and when the log was read."""
+        self.waits: set[tuple[str, str, str]] = set()
+        self.stuck: dict[str, tuple[str, str, float]] = {}
+        """Of each machine that cannot start: the reason, what was said of it first, and since when."""
+
+    def look(self, pods: list[Any]) -> None:
+        """Show what is new; `UserError` if a machine could not start for `STUCK` seconds."""
+        for pod in pods:
+            self._look_at_start(pod)
+        first = [pod for pod in pods if _index(pod) == 0 and pod.status.phase != "Pending"]
+        if not first:
+            return
+        now = time.monotonic()
+        recent = {"since_seconds": int(now - self.looked) + 10} if self.looked else {}
+        for line in self.cluster.read_log(first[0], timestamps=True, **recent).splitlines():
+            stamp, _, text = line.partition(" ")
+            if stamp.rstrip("Z") > self.shown:
+                print(text, file=sys.stderr, flush=True)
+                self.shown, self.looked = stamp.rstrip("Z"), now
+
+    def _look_at_start(self, pod: Any) -> None:
+        name, (reason, message) = pod.metadata.name, _waits_for(pod)
+        if reason and (name, reason, message) not in self.waits:
+            self.waits.add((name, reason, message))
+            log.warning("%s waits: %s", name, f"{reason}: {message}" if message else reason)
+        kind = REASONS.get(reason)
+        if kind is None:
+            self.stuck.pop(name, None)
+            return
+        known, said, since = self.stuck.get(name, ("", "", 0.0))
+        if known != kind:
+            self.stuck[name] = (kind, message, time.monotonic())
+        elif time.monotonic() - since > STUCK:
+            raise UserError(f"{name}: cannot start for {STUCK / 60:.0f} minutes: {kind}: {said}")
+
+    def failure(self, name: str, pods: list[Any], reason: str) -> UserError | WorkError:
+        """Show the last lines of each machine that failed; return the error that says why the job did."""
+        ends, mistakes, codes, has_lines = [], [], set(), False
+        for pod in pods:
+            if pod.status.phase != "Failed":
+                continue
+            code, why, message = _end(pod)
+            ends.append(f"{pod.metadata.name}: {why}")
+            lines = self.cluster.read_log(pod, tail_lines=LAST_LINES).rstrip()
+            if lines:
+                has_lines = True
+                print(f"--- {pod.metadata.name}: {why}\n{lines}", file=sys.stderr, flush=True)
+            codes.add(code)
+            mistakes += [line for line in f"{lines}\n{message}".splitlines() if line.startswith(MISTAKE)]
+        if 2 in codes and mistakes:  # of several machines one tells the mistake, and the others end with its code
+            return UserError(mistakes[-1].removeprefix(MISTAKE))
+        text = f"TrainJob {name} failed: {'; '.join([reason, *ends])}"
+        return WorkError(text + ("; its machines' last lines are above" if has_lines else ""))
+
+
+def _waits_for(pod: Any) -> tuple[str, str]:
+    """Return why a pod does not run yet, and what Kubernetes says of it; nothing if it does."""
+    for status in pod.status.container_statuses or []:
+        if status.state.waiting is not None:
+            return status.state.waiting.reason or "", status.state.waiting.message or ""
+    for condition in pod.status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return condition.reason or "", condition.message or ""
+    return "", ""
+
+
+def _end(pod: Any) -> tuple[int, str, str]:
+    """Return the exit code of a machine's program, or -1, why the machine ended, and what it left as its message."""
+    for status in pod.status.container_statuses or []:
+        ended = status.state.terminated
+        if status.name == NODE and ended is not None:
+            message = (ended.message or "").strip()
+            why = f"{ended.reason or 'ended'} (exit code {ended.exit_code})"
+            return ended.exit_code, f"{why}: {message}" if message else why, message
+    return -1, f"{pod.status.reason or 'lost'}: {pod.status.message or 'without a message'}", ""
 
 
 def _passing(error: Exception) -> bool:
@@ -249,12 +358,3 @@ def _passing(error: Exception) -> bool:
 def _index(pod: Any) -> int:
     labels = {**(pod.metadata.labels or {}), **(pod.metadata.annotations or {})}
     return int(labels.get("batch.kubernetes.io/job-completion-index", -1))
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    rest = b""
-    for chunk in stream.stream():
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode(errors="replace") for line in whole)
-    if rest:
-        yield rest.decode(errors="replace")

@@ -1,10 +1,13 @@
-"""Training on all GPUs of a machine: a process for each, started and watched by torchrun's own launcher."""
+"""Training on all GPUs of one or several machines: a process for each, started and watched by torchrun's own launcher.
+
+torchrun itself would end with 1 whatever its processes ended with, and hide their lines in a box of its own.
+"""
 
 import logging
 import multiprocessing
 import os
 import signal
-import uuid
+from typing import Any
 
 import torch
 
@@ -19,15 +22,16 @@ from model_lib.train.distributed import started_by_launcher
 def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
     """Train one candidate with all GPUs of this machine, or with `config.processes` processes.
 
-    A process that torchrun or Kubeflow Trainer started is one of theirs already, and starts no others.
+    Where Kubeflow Trainer says so in the environment, other machines do the same at the same time, and all train
+    together. A process that torchrun started is one of its processes already, and starts no others.
 
     Raises:
         UserError: see `train`.
         WorkError: a process was killed.
         SystemExit: the processes failed, each telling why; with the exit code of the one that did first.
     """
-    count = processes(config)
-    if count == 1 or started_by_launcher():
+    count, machines = processes(config), int(os.environ.get("PET_NNODES", 1))
+    if count * machines == 1 or started_by_launcher():
         from model_lib.train.training import train
 
         return train(config, tracking)
@@ -40,15 +44,14 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     multiprocessing.set_forkserver_preload(["model_lib.train.training"])  # imported once, and not once a process
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=machines,
+        max_nodes=machines,
         nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        run_id="captioner",  # by which the machines know each other
         max_restarts=0,  # what failed would fail again; a lost machine is the pipeline's to retry
         monitor_interval=0.2,
         start_method="forkserver",
+        **_meeting(machines),
     )
     try:
         results: dict[int, Trained] = elastic_launch(launch, _work)(config, tracking)
@@ -63,7 +66,16 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         raise SystemExit(2 if 2 in codes else next((code for code in codes if code > 1), 1)) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
-    return results[0]
+    return next(iter(results.values()))
+
+
+def _meeting(machines: int) -> dict[str, Any]:
+    """Return the launcher's options that say where the processes find each other: at the first machine."""
+    if machines == 1:
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    first = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+    rank = {"rank": int(os.environ["PET_NODE_RANK"])}
+    return {"rdzv_backend": "static", "rdzv_endpoint": first, "rdzv_configs": rank}
 
 
 def processes(config: TrainConfig) -> int:

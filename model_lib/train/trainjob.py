@@ -1,12 +1,12 @@
 """Training on several machines of a cluster, through Kubeflow Trainer: a TrainJob made, followed and removed.
 
-The job's machines run `captioner train` under torchrun, and go on from the candidate's checkpoints like any other run.
+The job's machines run `captioner train`, and go on from the candidate's checkpoints like any other run.
 What is seen here is one machine's log and the job's end. The names are those of Kubeflow Trainer 2.3.
 """
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from model_lib.train.config import TrainConfig
 
 RUNTIME = {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": "captioner"}
 """The training runtime in `deploy/trainer.yaml`. Kubeflow Trainer's own starts a failed machine again and again."""
+MANAGER = "captioner.example/train"
+"""Who patches the runtime: Kubeflow Trainer's webhook takes a domain and a path only."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 """Variables of the step that its machines need too: what a server gives, not what comes from a secret."""
 
@@ -90,7 +92,7 @@ def job_document(
         ],
     }
     replicated = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
-    patch = {"manager": "captioner", "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
+    patch = {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -99,7 +101,7 @@ def job_document(
             "runtimeRef": RUNTIME,
             "trainer": {
                 "image": machines.image,
-                "command": ["python", "-m", "torch.distributed.run", "-m", "model_lib", "train"],
+                "command": ["python", "-m", "model_lib", "train"],
                 "args": as_arguments(config),
                 "env": [*plain, *secrets],
                 "numNodes": machines.count,
@@ -118,7 +120,8 @@ def train_on(machines: Machines, config: TrainConfig, fingerprint: str) -> dict[
     """Train a candidate on several machines; return the URI of its best model as `model`, and what is written in it.
 
     Raises:
-        UserError: this is no cluster, or one without Kubeflow Trainer; or another step trains the same.
+        UserError: this is no cluster, or one without Kubeflow Trainer; another step trains the same; or the machines'
+            program refuses its input.
         WorkError: the job failed, or could not be made or followed.
     """
     name = job_name(config, fingerprint)
@@ -138,19 +141,19 @@ def job_name(config: TrainConfig, fingerprint: str) -> str:
     return f"captioner-{config.key(fingerprint, config.output)}"
 
 
-def require_trainer() -> None:
-    """Raise `UserError` unless this is a cluster with Kubeflow Trainer, our runtime and the right to use them."""
+def require_trainer(candidates: Sequence[TrainConfig], machines: Machines) -> None:
+    """Let Kubernetes check each candidate's TrainJob, as the step would send it, without making it.
+
+    Raises:
+        UserError: this is no cluster, or one without Kubeflow Trainer, our runtime or the right to use them.
+        WorkError: Kubernetes or Kubeflow Trainer fails.
+    """
     with told():
         cluster = Cluster()
         cluster.require_trainer()
-    cluster.rehearse(
-        {
-            "apiVersion": f"{GROUP}/{VERSION}",
-            "kind": "TrainJob",
-            "metadata": {"name": "captioner-preflight"},
-            "spec": {"runtimeRef": RUNTIME, "trainer": {"numNodes": 1}},
-        }
-    )
+        account, owner = cluster.account(), cluster.owner()
+    for config in candidates:
+        cluster.rehearse(job_document("captioner-preflight", config, machines, account, owner))
 
 
 @contextmanager

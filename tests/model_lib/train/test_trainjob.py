@@ -2,22 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model_lib import UserError
 from model_lib.errors import WorkError
+from model_lib.train.cluster import Cluster
 from model_lib.train.config import TrainConfig
-from model_lib.train.trainjob import Machines, job_name, require_trainer, train_on
+from model_lib.train.trainjob import Machines, job_document, job_name, require_trainer, train_on
 from pipelines.placement import GPU_NODES, GPU_TOLERATIONS, MLFLOW, variables
-from tests.kube_server import KubeServer
+from tests.kube_server import POD, KubeServer, Machine
 from tests.model_lib.train.test_distributed import OPTIONS
 from tests.model_lib.train.test_survival import curves
 
@@ -81,13 +85,158 @@ def test_two_machines_train_what_one_does(
     assert pod["tolerations"] == GPU_TOLERATIONS and pod["securityContext"]["runAsNonRoot"]
 
 
+def train_one(data: Path, tmp_path: Path, count: int = 1) -> dict[str, Any]:
+    return train_on(replace(MACHINES, count=count), config(data, tmp_path / "run"), "fingerprint")
+
+
+def test_a_mistake_is_the_users_and_told_in_the_machines_own_line(
+    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path}/nothing: no such data set"):
+        train_one(tmp_path / "nothing", tmp_path, count=2)
+    said = capfd.readouterr().err
+    assert "torch.distributed.elastic" not in said and "Traceback" not in said and not cluster.jobs
+
+
 def test_a_failure_is_raised_with_the_machines_last_lines(
     cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(WorkError, match=r"TrainJob captioner-[0-9a-f]{16} failed: jobset failed due to one or more"):
-        train_on(replace(MACHINES, count=1), config(tmp_path / "nothing", tmp_path / "run"), "fingerprint")
-    assert f"{tmp_path}/nothing: no such data set" in capfd.readouterr().err
-    assert not cluster.jobs
+    cluster.program = "import sys; print(*range(100), sep='\\n', file=sys.stderr); sys.exit(1)"
+    with pytest.raises(WorkError) as failed:
+        train_one(data, tmp_path)
+    assert re.fullmatch(
+        r"TrainJob captioner-[0-9a-f]{16} failed: jobset failed due to one or more job failures; "
+        r"captioner-\S+-node-0-0-\w+: Error \(exit code 1\); its machines' last lines are above",
+        str(failed.value),
+    )
+    end = capfd.readouterr().err.partition("(exit code 1)\n")[2]
+    assert end.splitlines() == [str(number) for number in range(40, 100)] and not cluster.jobs
+
+
+def test_a_machine_without_memory_is_known_by_its_reason(
+    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    init = Machine.__init__
+
+    def killed(machine: Machine, *arguments: Any) -> None:
+        init(machine, *arguments)
+        machine.reason, machine.message = "OOMKilled", "of 24 GiB"
+
+    monkeypatch.setattr(Machine, "__init__", killed)
+    with pytest.raises(WorkError, match=r"OOMKilled \(exit code 137\): of 24 GiB$"):  # and no lines are above
+        train_one(data, tmp_path)
+
+
+def waiting(server: KubeServer, step: threading.Thread, **machine: Any) -> None:
+    """Let the one machine of the job that a step makes wait for something."""
+    deadline = time.monotonic() + 60
+    while not any(server.machines.values()):
+        assert step.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    ((one,),) = server.machines.values()
+    for name, value in machine.items():
+        setattr(one, name, value)
+
+
+def test_what_a_machine_waits_for_is_told_and_ends_the_job_if_it_is_in_vain(
+    cluster: KubeServer,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("model_lib.train.cluster.STUCK", 2.0)
+    cluster.starts = False
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            train_one(data, tmp_path)
+        except BaseException as error:
+            failures.append(error)
+
+    monkeypatch.setattr("model_lib.train.trainjob.signal.signal", lambda *_: None)  # of the main thread only
+    step = threading.Thread(target=run)
+    step.start()
+    waiting(cluster, step, unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+    time.sleep(3)
+    assert step.is_alive(), "a node may come"
+    pulls = [{"reason": "ErrImagePull", "message": "not found"}, {"reason": "ImagePullBackOff", "message": "Back-off"}]
+    waiting(cluster, step, unscheduled=None, waiting=pulls[0])
+    while step.is_alive():
+        time.sleep(0.3)
+        waiting_now = pulls[int(time.monotonic() * 2) % 2]
+        for machines in cluster.machines.values():
+            for machine in machines:
+                machine.waiting = waiting_now
+    (failure,) = failures
+    assert isinstance(failure, UserError)
+    assert str(failure).endswith("cannot start for 0 minutes: ImagePullBackOff: not found")
+    assert caplog.text.count("waits: Unschedulable: 0/3 nodes are available: 3 Insufficient") == 1
+    assert caplog.text.count("waits: ErrImagePull: not found") == 1 and not cluster.jobs
+
+
+def test_a_job_is_made_when_the_machines_of_the_one_before_are_gone(
+    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each machine may still save its checkpoint in the same output."""
+    cluster.program = (
+        "import signal, time; signal.signal(15, lambda *_: None); print('before', flush=True); time.sleep(3)"
+    )
+    document = job_document(
+        job_name(config(data, tmp_path / "run"), "fingerprint"), config(data, tmp_path), MACHINES, "a"
+    )
+    client = Cluster()
+    client.objects.create_namespaced_custom_object(*client._arguments(), document)
+    time.sleep(1)  # until it heeds no SIGTERM
+    cluster.program = "print('after')"
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "training.json").write_text("{}")
+    train_one(data, tmp_path)
+    assert len(cluster.created) == 2 and not cluster.beside and not cluster.jobs
+
+
+def test_a_machine_is_stopped_in_its_first_moments(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
+    """While it imports torch it has not asked for signals yet: as process 1 it would get none."""
+    client = Cluster()
+    document = job_document("captioner-early", config(data, tmp_path / "run"), MACHINES, "a")
+    began = time.monotonic()
+    with client.job(document):
+        pass
+    assert not cluster.jobs and not any(cluster.machines.values())
+    assert time.monotonic() - began < POD["terminationGracePeriodSeconds"] / 2
+
+
+def test_a_job_that_is_deleted_is_followed_no_longer(
+    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cluster.program = "import time; print('at work', flush=True); time.sleep(60)"
+    threading.Timer(2, lambda: cluster.delete(next(iter(cluster.jobs)), "Background")).start()
+    with pytest.raises(WorkError, match="it was deleted"):
+        train_one(data, tmp_path)
+    assert capfd.readouterr().err.count("at work") == 1
+
+
+def test_machines_of_another_job_of_the_same_name_are_not_its_own(
+    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cluster.program = "import time; print('ours', flush=True); time.sleep(1)"
+    name = job_name(config(data, tmp_path / "run"), "fingerprint")
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "training.json").write_text("{}")
+    theirs = [sys.executable, "-c", "import time; print('theirs', flush=True); time.sleep(60)"]
+
+    def appear() -> None:
+        other = Machine(name, "0" * 36, 0, theirs, os.environ, tmp_path)
+        cluster.machines[name].insert(0, other)
+        cluster.stopped.add(other.name)
+        threading.Timer(2, other.kill).start()
+
+    threading.Timer(0.3, appear).start()
+    train_one(data, tmp_path)
+    said = capfd.readouterr().err
+    assert "ours" in said and "theirs" not in said
 
 
 @pytest.mark.soak
@@ -143,25 +292,49 @@ def test_a_job_that_another_step_is_at_is_left_to_it(cluster: KubeServer, data: 
     assert set(cluster.jobs) == {name} and not cluster.created
 
 
+def test_preflight_rehearses_the_jobs_that_the_step_would_send(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
+    candidates = [config(data, tmp_path / "run"), config(data, tmp_path / "run", seed=1, processes=2)]
+    require_trainer(candidates, MACHINES)
+    assert not cluster.jobs and len(cluster.rehearsed) == 2
+    for rehearsed, candidate in zip(cluster.rehearsed, candidates, strict=True):
+        sent = job_document("captioner-preflight", candidate, MACHINES, "pipeline-runner", Cluster().owner())
+        assert rehearsed == sent and rehearsed["spec"]["runtimePatches"]
+
+
+def test_what_kubeflow_trainers_webhook_refuses_is_told_by_preflight(
+    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_lib.train.trainjob.MANAGER", "captioner")
+    with pytest.raises(UserError, match=r"must be a domain-prefixed path \(such as \"acme.io/foo\"\) \(403\)"):
+        require_trainer([config(data, tmp_path / "run")], MACHINES)
+
+
 def test_without_kubeflow_trainer_or_a_cluster_it_is_said_at_once(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def rehearse() -> None:
+        require_trainer([config(data, tmp_path / "run")], MACHINES)
+
+    monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
     with KubeServer(tmp_path, trainer=False) as server:
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
-        for ask in (require_trainer, lambda: train_on(MACHINES, config(data, tmp_path / "run"), "f")):
+        for ask in (rehearse, lambda: train_one(data, tmp_path)):
             with pytest.raises(UserError, match=r"train_nodes: this cluster has no Kubeflow Trainer, .*; install it"):
                 ask()
         server.trainer = server.forbidden = True
-        with pytest.raises(UserError, match=r"is forbidden \(403\); kubectl apply -f deploy/trainer\.yaml"):
-            require_trainer()
-        server.forbidden = False
-        require_trainer()
+        with pytest.raises(UserError, match=r"is forbidden: .* \(403\); kubectl apply -f deploy/trainer\.yaml"):
+            rehearse()
+        server.forbidden, server.webhook_away = False, True
+        with pytest.raises(WorkError, match=r"failed calling webhook .* \(500\); this may pass: start again$"):
+            rehearse()
+        server.webhook_away = False
+        rehearse()
         assert not server.jobs
     monkeypatch.setenv("KUBECONFIG", os.devnull)
     with pytest.raises(UserError, match="several machines: this is no Kubernetes cluster"):
-        require_trainer()
+        rehearse()
 
 
 def test_an_answer_that_refuses_is_one_line(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(WorkError, match=r"Kubernetes refused: .*numNodes.* \(422\)"):
+    with pytest.raises(UserError, match=r"Kubernetes refused: .*numNodes.* \(422\)"):
         train_on(replace(MACHINES, count="two"), config(data, tmp_path / "run"), "f")  # type: ignore[arg-type]
