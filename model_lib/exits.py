@@ -22,6 +22,8 @@ NO_MEMORY = (
 """How it is said that the memory is used up, in exceptions of other kinds than `MemoryError`."""
 
 
+MISTAKE = "captioner: error: "
+"""Beginning of the line that tells a mistake in the input or in the data; of other failures it is another."""
 TERMINATION_LOG = Path("/dev/termination-log")
 """Where a Kubernetes container leaves the reason of its end: the pod's status shows it, and Argo its node's message."""
 
@@ -29,7 +31,7 @@ TERMINATION_LOG = Path("/dev/termination-log")
 def _ending(error: Exception) -> tuple[int, str] | None:
     """Return the exit code and the line that an exception ends the process with, or None if it is a defect."""
     if isinstance(error, UserError):
-        return 2, f"captioner: error: {error}"
+        return 2, f"{MISTAKE}{error}"
     if isinstance(error, (WorkError, OSError)):
         return 1, f"captioner: failed: {printable(str(error))}"
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
+from model_lib.exits import MISTAKE
 from pipelines.placement import BUCKET, GPU_NODES, GPU_RESOURCE, GPU_TOLERATIONS, HUB, MLFLOW, WEBHOOK
 from pipelines.submit import ScheduleConfig, SubmitConfig, pipeline_inputs
 
@@ -49,6 +50,23 @@ def test_a_manifest_with_a_misspelt_key_is_not() -> None:
     (service, *_) = (document for _, document in DOCUMENTS if document["kind"] == "Service")
     with pytest.raises(kubernetes_validate.ValidationError):
         validate({**service, "spec": {**service["spec"], "selectors": {}}})
+
+
+def test_a_mistake_in_the_input_is_not_retried_and_anything_else_is() -> None:
+    """The expression was evaluated with expr-lang 1.17.7, as Argo 4.0.5 does, on these messages of its nodes."""
+    (patch,) = yaml.safe_load_all((ROOT / "deploy" / "argo-retries.yaml").read_text())
+    strategy = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"]["retryStrategy"]
+    words = re.fullmatch(r'not \(lastRetry\.message contains "(.*)"\)', strategy["expression"])
+    assert words is not None and words[1] == MISTAKE and strategy["retryPolicy"] == "Always"
+    assert words[1] in "main: Error (exit code 1): captioner: error: gs://b/x: no such file"
+    for message in ("", "pod deleted", "main: Error (exit code 1): captioner: failed: gs://b: fails", "OOMKilled"):
+        assert words[1] not in message
+
+
+def test_a_machine_that_trains_heeds_its_end_from_the_first_moment() -> None:
+    (runtime,) = (document for _, document in DOCUMENTS if document["kind"] == "TrainingRuntime")
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert job["template"]["spec"]["template"]["spec"]["shareProcessNamespace"], "or it is process 1"
 
 
 @pytest.mark.parametrize("workload", named(WORKLOADS))

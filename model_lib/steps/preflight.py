@@ -103,36 +103,32 @@ def preflight(needs: Needs) -> None:
     ]
     if any(needs.pairs.values()):
         missing += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
-    failures = {name: f"{name}: no answer within {TIMEOUT:.0f} seconds" for name, _ in checks}
-    found: dict[str, str] = {}
+    outcomes: list[UserError | WorkError | None] = [
+        WorkError(f"{name}: no answer within {TIMEOUT:.0f} seconds") for name, _ in checks
+    ]
 
-    def attempt(name: str, check: Callable[[], str | None]) -> None:
-        failure = None
+    def attempt(number: int, name: str, check: Callable[[], str | None]) -> None:
         try:
             problem = check()
-        except UserError as error:
-            problem = str(error)
-        except WorkError as error:
-            problem, failure = None, str(error)
+            outcomes[number] = UserError(problem) if problem else None
+        except (UserError, WorkError) as error:
+            outcomes[number] = error
         except Exception as error:  # whatever a driver raises: its reason is the answer
-            problem, failure = None, f"{name}: {type(error).__name__}: {first_line(error)}"
-        if problem is not None:
-            found[name] = problem
-        if failure is None:
-            del failures[name]
-        else:
-            failures[name] = failure
+            outcomes[number] = WorkError(f"{name}: {type(error).__name__}: {first_line(error)}")
 
     # Daemons, so that one which hangs does not keep the step from ending.
-    threads = [threading.Thread(target=attempt, args=check, daemon=True) for check in checks]
+    threads = [
+        threading.Thread(target=attempt, args=(number, *check), daemon=True) for number, check in enumerate(checks)
+    ]
     deadline = time.monotonic() + TIMEOUT
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    missing += [found[name] for name, _ in checks if name in found]
-    if missing or failures:
-        raise (UserError if missing else WorkError)("; ".join([*missing, *list(failures.values())]))
+    problems = [outcome for outcome in outcomes if outcome is not None]
+    if missing or problems:
+        is_mistake = missing or any(isinstance(problem, UserError) for problem in problems)
+        raise (UserError if is_mistake else WorkError)("; ".join([*missing, *map(str, problems)]))
 
 
 def _readable(folder: str) -> str | None:

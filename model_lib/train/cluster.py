@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model_lib.errors import UserError, WorkError, first_line
+from model_lib.exits import MISTAKE
 from model_lib.retries import retry, status_may_pass
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,6 @@ LAST_LINES = 60
 """Lines of each failed machine's log that are shown."""
 MARGIN = 15.0
 """Seconds beyond its grace after which a pod that is deleted should be gone."""
-MISTAKE = "captioner: error: "
-"""Beginning of the line with which a machine's program refuses its input."""
 STUCK = 600.0
 """Seconds after which a machine that cannot start fails the job …"""
 REASONS = {
