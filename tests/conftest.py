@@ -66,6 +66,16 @@ def environment_as_it_was() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture()
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of a pipeline's step, without what a step may be told."""
+    from tests.tracked import NAMES
+
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

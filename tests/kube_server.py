@@ -1,13 +1,12 @@
 """A server on loopback that stands for a Kubernetes cluster with Kubeflow Trainer: TrainJobs, their pods and logs.
 
-A TrainJob is checked as Kubeflow Trainer 2.3.0 does, and then really runs: each of its machines is a process here, with
-the variables that Trainer's torch plugin gives. What the steps' account may do is what `deploy/trainer.yaml` grants.
+A TrainJob is checked by the rules in `kube_rules.py`, and then really runs: each of its machines is a process here,
+with the variables that Trainer's torch plugin gives.
 """
 
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,93 +22,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
-from kubeflow_trainer_api import models
 
-DEPLOYED = {
-    document["kind"]: document
-    for document in yaml.safe_load_all((Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text())
-}
-RUNTIME = DEPLOYED["TrainingRuntime"]
-TEMPLATES = {
-    job["name"]: job["template"]["spec"]["template"]["spec"]
-    for job in RUNTIME["spec"]["template"]["spec"]["replicatedJobs"]
-}
-POD = TEMPLATES["node"]
-API = "/apis/trainer.kubeflow.org/v1alpha1"
-JOBS = f"{API}/namespaces/kubeflow/trainjobs"
-JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/kubeflow/jobsets"
-PODS = "/api/v1/namespaces/kubeflow/pods"
-RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
-SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
-PATH = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"
-WEBHOOK = "validator.trainjob.trainer.kubeflow.org"
-VERBS = {"GET": {"get", "list"}, "POST": {"create"}, "DELETE": {"delete"}}
-
-
-class Refused(Exception):
-    """An HTTP status with the server's message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def checked(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a TrainJob as the API server takes it; `Refused` for what it, its schema or Trainer's webhook refuse."""
-    try:
-        known = models.TrainerV1alpha1TrainJob.from_dict(document).to_dict()
-    except ValueError as error:
-        raise Refused(422, str(error)) from error
-    if known != document:
-        raise Refused(400, f"unknown fields: {document} is not {known}")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"]):
-        raise Refused(422, "metadata.name must match RFC 1035 DNS label format")
-    runtime = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME["metadata"]["name"]}
-    if document["spec"]["runtimeRef"] != runtime:
-        raise Refused(403, f'admission webhook "{WEBHOOK}" denied the request: the runtime is not there')
-    problems = list(denied(document["spec"]))
-    if problems:
-        raise Refused(403, f'admission webhook "{WEBHOOK}" denied the request: {"; ".join(problems)}')
-    return document
-
-
-def denied(spec: dict[str, Any]) -> Any:
-    """Yield what Trainer's webhook has against a TrainJob: its `torch.go` and `jobset.go`."""
-    trainer = spec["trainer"]
-    if RESERVED & {variable["name"] for variable in trainer.get("env", [])}:
-        yield "spec.trainer.env: must not have reserved envs"
-    for patch in spec.get("runtimePatches", []):
-        host, slash, path = patch["manager"].partition("/")
-        if not slash or not re.fullmatch(SUBDOMAIN, host) or not re.fullmatch(PATH, path):
-            yield (
-                f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}": must be a domain-prefixed path '
-                '(such as "acme.io/foo")'
-            )
-        for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
-            if job["name"] not in TEMPLATES:
-                yield "must not have replicated job that doesn't exist in the runtime job template"
-                continue
-            known = {container["name"] for container in TEMPLATES[job["name"]]["containers"]}
-            for container in job["template"]["spec"]["template"]["spec"].get("containers", []):
-                if container["name"] not in known:
-                    yield f"must not have container that doesn't exist in the runtime job {job['name']}"
-                if container.get("env"):
-                    yield "must not have envs for the dataset-initializer, model-initializer, node containers"
-
-
-def allowed(method: str, path: str) -> bool:
-    """Return whether the steps' account may make a request: by our role, or by KFP's own for pods and their logs."""
-    parts = path.split("/")
-    group, named = ("", parts[5:]) if path.startswith("/api/v1/") else (parts[2], parts[6:])
-    if not named:  # what an API offers is for everybody
-        return True
-    if group == "" and named[0] == "pods":
-        return True
-    rules = DEPLOYED["Role"]["rules"]
-    return any(
-        group in rule["apiGroups"] and named[0] in rule["resources"] and VERBS[method] & set(rule["verbs"])
-        for rule in rules
-    )
+from tests.kube_rules import API, JOBS, JOBSETS, POD, PODS, VERBS, WEBHOOK, Refused, allowed, checked
 
 
 class Machine:

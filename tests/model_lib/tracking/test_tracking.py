@@ -13,8 +13,6 @@ import mlflow
 import pytest
 
 from model_lib import __version__
-from model_lib.steps.closing import close_pipeline, finish_pipeline
-from model_lib.steps.kfp_runs import run_state
 from model_lib.tracking.server import (
     NO_TRACKING,
     MlflowTracking,
@@ -22,10 +20,8 @@ from model_lib.tracking.server import (
     require_mlflow,
     tracking_from_environment,
 )
-from tests.pipelines.kfp_server import KfpServer
-from tests.services import free_port, mlflow_server, postgres_programs, postgres_server, webhook
-
-NAMES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL")
+from tests.services import free_port, mlflow_server, postgres_programs, postgres_server
+from tests.tracked import step
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +34,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert programs is not None, "PostgreSQL is not installed"
             store = stack.enter_context(postgres_server(programs))
         yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
-
-
-@pytest.fixture()
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    yield monkeypatch
-
-
-def step(environment: pytest.MonkeyPatch, **variables: str) -> MlflowTracking:
-    """Return the tracking that a step with these environment variables finds."""
-    for name, value in variables.items():
-        environment.setenv(name, value)
-    return require_mlflow(tracking_from_environment())
-
-
-@pytest.fixture()
-def told(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
-    """What the webhook in the environment has been told."""
-    with webhook() as (address, told):
-        environment.setenv("WEBHOOK_URL", address)
-        yield told
 
 
 def test_candidates_are_nested_under_the_pipelines_run(server: str, environment: pytest.MonkeyPatch) -> None:
@@ -278,111 +252,6 @@ def test_links_lead_where_people_see_mlflow(server: str, environment: pytest.Mon
     environment.delenv("MLFLOW_UI_URL")
     environment.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     assert step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r") is None
-
-
-def outcome(server: str, tracking: MlflowTracking) -> str:
-    return str(mlflow.MlflowClient(server).get_run(tracking.parent()).info.status)
-
-
-@pytest.mark.parametrize(
-    ("last", "state", "status"), [(True, "SUCCEEDED", "FINISHED"), (False, "FAILED", "FAILED")], ids=["last", "failed"]
-)
-def test_the_last_step_ends_a_run_and_the_exit_handler_what_did_not_get_there(
-    server: str,
-    environment: pytest.MonkeyPatch,
-    told: list[dict],
-    caplog: pytest.LogCaptureFixture,
-    last: bool,
-    state: str,
-    status: str,
-) -> None:
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID=f"kfp-3-{last}")
-    tracking.open_pipeline("nightly")
-    finish_pipeline("nightly", tracking, last)  # a pod that is lost is made again, and does it again
-    finish_pipeline("nightly", tracking, last)
-    assert outcome(server, tracking) == ("FINISHED" if last else "RUNNING") and len(told) == last
-    close_pipeline("nightly", tracking_from_environment)
-    (post,) = told
-    assert (post["state"], post["run"], outcome(server, tracking)) == (state, "nightly", status)
-    assert post["text"].startswith(f"captioner: nightly {state.lower()} (http") and post["mlflow"] in post["text"]
-    assert "s3cret" not in caplog.text
-
-
-def test_a_retry_that_succeeds_ends_the_run_well_although_it_was_closed_as_failed(
-    server: str, environment: pytest.MonkeyPatch, told: list[dict]
-) -> None:
-    """Kubeflow Pipelines' Retry runs what failed, and the exit handler not a second time."""
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-retried")
-    tracking.open_pipeline("nightly")
-    close_pipeline("nightly", tracking_from_environment)
-    assert outcome(server, tracking) == "FAILED"
-    finish_pipeline("nightly", tracking)
-    assert outcome(server, tracking) == "FINISHED"
-    assert [post["state"] for post in told] == ["FAILED", "SUCCEEDED"]
-
-
-def test_a_webhook_that_was_away_at_the_last_step_hears_from_the_exit_handler(
-    server: str, environment: pytest.MonkeyPatch
-) -> None:
-    environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)
-    environment.setenv("WEBHOOK_URL", f"http://127.0.0.1:{free_port()}")
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-unheard")
-    tracking.open_pipeline("nightly")
-    finish_pipeline("nightly", tracking)
-    with webhook() as (address, told):
-        environment.setenv("WEBHOOK_URL", address)
-        close_pipeline("nightly", tracking_from_environment)
-        close_pipeline("nightly", tracking_from_environment)
-        assert [post["state"] for post in told] == ["SUCCEEDED"]
-
-
-def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, environment: pytest.MonkeyPatch) -> None:
-    """After a Retry that failed again, or where Argo gave the workflow up, nothing else ends them."""
-    client = mlflow.MlflowClient(server)
-    tracking = step(environment, MLFLOW_TRACKING_URI=server)
-    states = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED", "RUNNING": "RUNNING", "gone": "FAILED"}
-    runs = {}
-    with KfpServer() as kfp:
-        for state in states:
-            tags = {"captioner.version": "1", "kfp.pipeline_run_id": f"kfp-{state}"}
-            runs[state] = client.create_run(tracking.experiment_id, tags=tags).info.run_id
-            if state != "gone":
-                kfp.runs[f"kfp-{state}"] = {"runtime_config": {}, "state": state}
-        host, port = kfp.host.removeprefix("http://").split(":")
-        environment.setenv("ML_PIPELINE_SERVICE_HOST", host)
-        environment.setenv("ML_PIPELINE_SERVICE_PORT", port)
-        step(environment, KFP_RUN_ID="kfp-after").open_pipeline("after", run_state)
-    assert {state: client.get_run(run).info.status for state, run in runs.items()} == states
-    assert run_state("kfp-RUNNING") is None, "a server that is away knows nothing"
-
-
-def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, told: list[dict]) -> None:
-    step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
-    close_pipeline("nightly", tracking_from_environment)
-    assert told[0]["text"] == "captioner: nightly failed"
-
-
-def test_with_mlflow_away_the_webhook_is_told_what_is_known(
-    environment: pytest.MonkeyPatch, told: list[dict], caplog: pytest.LogCaptureFixture
-) -> None:
-    environment.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@127.0.0.1:{free_port()}")
-    environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    environment.setenv("KFP_RUN_ID", "kfp-away")
-    close_pipeline("nightly", tracking_from_environment)
-    assert told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
-    assert "MLflow's runs were not closed" in caplog.text and "s3cret" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:9/s3cret", "http://127.0.0.1:s3cret/", "s3cret://x", "http://[s3cret"]
-)
-def test_a_webhook_that_is_away_or_none_is_tried_again_and_never_shown(
-    address: str, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)
-    environment.setenv("WEBHOOK_URL", address)
-    close_pipeline("nightly", lambda: NO_TRACKING)
-    assert "attempt 3" in caplog.text and "s3cret" not in caplog.text
 
 
 @pytest.mark.parametrize(("given", "place"), [("", "work"), ("sqlite:///mine/mlflow.db", "mine")])
