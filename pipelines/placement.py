@@ -25,7 +25,7 @@ MLFLOW = (
     "MLFLOW_UI_URL",
 )
 BUCKET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
-"""For S3 and MinIO; on GKE, workload identity needs none."""
+"""For S3; on GKE, workload identity needs none."""
 HUB = ("HF_TOKEN",)
 WEBHOOK = ("WEBHOOK_URL",)
 

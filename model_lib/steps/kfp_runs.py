@@ -5,7 +5,7 @@ import os
 import urllib.error
 import urllib.request
 
-TIMEOUT = 10.0
+TIMEOUT = 5.0
 """Seconds for which an answer is waited for."""
 
 

@@ -156,19 +156,21 @@ class MlflowTracking(Tracking):
     def _end_abandoned(self, run_state: RunState) -> None:
         """End the MLflow runs of pipeline runs that are over: KFP's *Retry* runs no exit handler a second time.
 
-        Where the state of a pipeline run is unknown, its MLflow run is ended after a time that none lives. That does
-        no harm to one that lives all the same: its steps end their runs as they would have.
+        Where the state of a pipeline run is unknown, its runs are ended after a time that none lives. That does no harm
+        to one that lives all the same: its steps end their runs as they would have.
         """
         before = int(time.time() * 1000) - ABANDONED * 24 * 3600 * 1000
         for run in list(self._search("attributes.status = 'RUNNING'")):
-            tags = run.data.tags
-            if not {PIPELINE_RUN_TAG, VERSION_TAG} <= tags.keys() or PARENT_TAG in tags:
-                continue
-            if tags[PIPELINE_RUN_TAG] == self.pipeline_run_id:
+            tags, run_id = run.data.tags, str(run.info.run_id)
+            if not {PIPELINE_RUN_TAG, VERSION_TAG} <= tags.keys() or tags[PIPELINE_RUN_TAG] == self.pipeline_run_id:
                 continue
             state = run_state(tags[PIPELINE_RUN_TAG])
-            if state in ENDED or (state is None and run.info.start_time < before):
-                self._close(str(run.info.run_id), ENDED.get(str(state), "FAILED"))
+            if state not in ENDED and (state is not None or run.info.start_time >= before):
+                continue
+            if PARENT_TAG in tags:
+                self.client.set_terminated(run_id, "FAILED")
+            else:
+                self._close(run_id, ENDED.get(str(state), "FAILED"))
 
     def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
         above = self._above()

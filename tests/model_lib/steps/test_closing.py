@@ -95,11 +95,15 @@ def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, env
             runs[state] = client.create_run(tracking.experiment_id, tags=tags).info.run_id
             if state != "gone":
                 kfp.runs[f"kfp-{state}"] = {"runtime_config": {}, "state": state}
+        tags = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-FAILED", "mlflow.parentRunId": runs["FAILED"]}
+        nested = client.create_run(tracking.experiment_id, tags=tags).info.run_id
+        client.set_terminated(runs["FAILED"], "FAILED")  # by the exit handler, before the Retry
         host, port = kfp.host.removeprefix("http://").split(":")
         environment.setenv("ML_PIPELINE_SERVICE_HOST", host)
         environment.setenv("ML_PIPELINE_SERVICE_PORT", port)
         step(environment, KFP_RUN_ID="kfp-after").open_pipeline("after", run_state)
     assert {state: client.get_run(run).info.status for state, run in runs.items()} == states
+    assert client.get_run(nested).info.status == "FAILED", "a candidate that a Retry went on with"
     assert run_state("kfp-RUNNING") is None, "a server that is away knows nothing"
 
 
