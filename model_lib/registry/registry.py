@@ -25,8 +25,8 @@ from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
 CHALLENGER = "challenger"
 COMPARISONS = "comparisons"
 """Tag of a version: each score of it and of the champion that it was judged against, as JSON."""
-REGISTRATION = "registration"
-"""Tag of a version: sha256 of what decided on it, by which a call that was killed or lost its answer finds it again."""
+EVALUATION, AGAINST, POLICY = "evaluation", "judged_against", "policy"
+"""Tags of a version: sha256 of its evaluation, the champion that it was judged against, and what was asked of it."""
 REPLACED = "replaced"
 """Tag of a version that became champion: the version that was it before."""
 REMEDY = f"captioner evaluate --model models:/{MODEL}@{CHAMPION} --data … --output …, then --champion_evaluation"
@@ -99,10 +99,12 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     present = champion_version(tracking.uri)
     champion = _champion_judgement(config)
     against = None if champion is None else champion.evaluation.model.removeprefix(version_uri(""))
-    before = _registered_before(client, _digest(winner, against, config))
+    before = _registered_before(client, winner, present, {AGAINST: against or "none", POLICY: _policy(config)})
     if before is not None and (before.tags[DECISION] != PENDING or str(before.version) == present):
         run_id, version, now = str(before.run_id), str(before.version), present
         decision = _decided(before, promoted=version == present)
+        if before.tags[AGAINST] != (against or "none"):  # it is the champion by now, and was judged against itself
+            champion = None
         if decision.promote:  # killed between the alias and the tag
             client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
     else:
@@ -147,11 +149,21 @@ def _local_model(source: str) -> str:
     return folder
 
 
-def _registered_before(client: Any, registration: str) -> Any:
-    """Return the version that an earlier call with the same evaluations and policy made, or None."""
-    found = client.search_model_versions(f"name = '{MODEL}' and tags.`{REGISTRATION}` = '{registration}'")
-    usable = [version for version in found if version.tags[DECISION] != ABANDONED]
-    return max(usable, key=lambda version: int(version.version), default=None)
+def _registered_before(client: Any, winner: Evaluation, present: str | None, asked: dict[str, str]) -> Any:
+    """Return the version that an earlier call made of a winner, or None.
+
+    Args:
+        client: MLflow's.
+        winner: its evaluation.
+        present: the champion now: if it is of this evaluation, it is the one, whatever it was judged against.
+        asked: tags that another version must have, too, as it was decided by them.
+    """
+    found = client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION}` = '{_digest(winner)}'")
+    for version in sorted(found, key=lambda version: int(version.version), reverse=True):
+        is_same = asked.items() <= version.tags.items() and version.tags[DECISION] != ABANDONED
+        if is_same or str(version.version) == present:
+            return version
+    return None
 
 
 def _decided(version: Any, promoted: bool) -> Decision:
@@ -160,10 +172,12 @@ def _decided(version: Any, promoted: bool) -> Decision:
     return Decision(promoted, version.tags.get(REASON, ""), [Comparison(**one) for one in compared])
 
 
-def _digest(evaluation: Evaluation, against: str | None, policy: Policy) -> str:
-    """Return what tells one registration from another: the winner, the champion before it, and what was asked of it."""
-    asked = {field.name: getattr(policy, field.name) for field in fields(Policy)}
-    return hashlib.sha256(json.dumps([evaluation.to_dict(), against, asked], sort_keys=True).encode()).hexdigest()
+def _digest(evaluation: Evaluation) -> str:
+    return hashlib.sha256(json.dumps(evaluation.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _policy(config: RegisterConfig) -> str:
+    return json.dumps({field.name: getattr(config, field.name) for field in fields(Policy)})
 
 
 def _make_version(
@@ -228,13 +242,14 @@ def _tags(winner: Evaluation, config: RegisterConfig, champion: str | None) -> d
     return {
         "name": winner.name,
         "metric": config.metric,
-        "judged_against": champion or "none",
+        AGAINST: champion or "none",
         "scores": json.dumps(winner.scores),
         "intervals": json.dumps(winner.intervals),
         "split": winner.split,
         "pictures": str(winner.pictures),
         "data_fingerprint": winner.data_fingerprint or "",
-        REGISTRATION: _digest(winner, champion, config),
+        EVALUATION: _digest(winner),
+        POLICY: _policy(config),
     }
 
 

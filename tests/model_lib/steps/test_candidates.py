@@ -10,7 +10,6 @@ from kfp import dsl
 from components.candidates.component import candidates
 from components.register.component import register as step
 from model_lib.data.shards import read_manifest
-from model_lib.errors import WorkError
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
@@ -38,13 +37,18 @@ def registers(tmp_path: Path) -> Registers:
             artifact.path = artifact.uri
         rule = {"metric": "CIDEr", "min_gain": 0.0, "max_loss": 0.05, "max_slowdown": 0.5}
         outputs = dict(zip(("decision", "page", "model"), made, strict=True))
-        return str(step.python_func(evaluations=[winner], champion_evaluation=champion, **rule, **outputs))
+        run = {"run_name": "nightly", "images": ""}
+        return str(step.python_func(**run, evaluations=[winner], champion_evaluation=champion, **rule, **outputs))
 
     return run
 
 
 def test_register_is_run_again_runs_late_and_runs_where_nobody_serves(
-    store: mlflow.MlflowClient, registers: Registers, saved_model: Path, tmp_path: Path
+    store: mlflow.MlflowClient,
+    registers: Registers,
+    saved_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def evaluation(name: str, cider: float, model: object = saved_model) -> str:
         judged(cider, name, model=str(model)).write(str(tmp_path / name), "")
@@ -83,8 +87,10 @@ def test_register_is_run_again_runs_late_and_runs_where_nobody_serves(
         assert reason in (tmp_path / "HTML").read_text()
 
     store.delete_registered_model_alias("captioner", "champion")
-    with pytest.raises(WorkError, match=r"^models:/captioner@champion: nothing serves: .*version 5 is a challenger"):
+    with pytest.raises(SystemExit, match="1"):
         registers(evaluation("fifth", 0.9), second_judged)
+    assert "models:/captioner@champion: nothing serves: " in (line := capsys.readouterr().err)
+    assert "version 5 is a challenger" in line
     reason = "version 2 is not the champion any more, against which this one was judged: judge them again"
     assert f"## Version 5 (fifth) is a challenger, and there is no champion\n\n{reason}\n" in told()
     assert reason in (tmp_path / "HTML").read_text()
