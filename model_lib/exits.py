@@ -3,11 +3,12 @@
 Exit codes: 0 done; 1 the work failed; 2 bad input or usage; 130 interrupted; 143 stopped by SIGTERM.
 """
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model_lib.errors import UserError, WorkError, first_line, printable
@@ -24,6 +25,8 @@ NO_MEMORY = (
 
 MISTAKE = "captioner: error: "
 """Beginning of the line that tells a mistake in the input or in the data; of other failures it is another."""
+LONGEST = 1000
+"""Characters of it that a pod keeps: Kubernetes cuts at 4,096 bytes."""
 TERMINATION_LOG = Path("/dev/termination-log")
 """Where a Kubernetes container leaves the reason of its end: the pod's status shows it, and Argo its node's message."""
 
@@ -55,9 +58,9 @@ def exit_in_one_line() -> Iterator[None]:
             raise
         code, line = ending
         print(line, file=sys.stderr)
-        if TERMINATION_LOG.exists():
-            with TERMINATION_LOG.open("a") as log:  # to what other processes of this container say
-                print(line, file=log)
+        with suppress(OSError), TERMINATION_LOG.open("r+") as log:  # where there is one, and it may be written
+            log.seek(0, os.SEEK_END)  # after what other processes of this container say
+            log.write(f"{line[:LONGEST]}\n")
         sys.exit(code)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from model_lib import storage
-from model_lib.errors import UserError, first_line, printable
+from model_lib.errors import UserError, WorkError, first_line, printable
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -38,7 +38,8 @@ def held(folder: str) -> Iterator[None]:
     """Make an output folder ready and keep other runs out of it.
 
     Raises:
-        UserError: it cannot be written to, or another run is at work in it.
+        UserError: it cannot be written to.
+        WorkError: another run is at work in it, which may pass.
     """
     if not storage.is_local(folder):
         storage.require_writable(folder)
@@ -60,8 +61,8 @@ def _remove_parts(folder: Path) -> None:
                 Path(place, name).unlink(missing_ok=True)
 
 
-def _at_work(folder: str, who: str) -> UserError:
-    return UserError(f"{folder}: {who} is at work there; wait for it, or choose another output")
+def _at_work(folder: str, who: str) -> WorkError:
+    return WorkError(f"{folder}: {who} is at work there; wait for it, or choose another output")
 
 
 @contextlib.contextmanager
@@ -125,7 +126,7 @@ class _Lease:
             log.info("%s: not removed: %s", self.uri, first_line(error))
 
     def _wait_for_silence(self, there: dict[str, Any]) -> None:
-        """Return once the run that left the file gives no sign of life; `UserError` if it does."""
+        """Return once the run that left the file gives no sign of life; `WorkError` if it does."""
         log.warning(
             "%s: %s was at work there; looking for %.0f s whether it is", self.folder, printable(there["who"]), SILENCE
         )

@@ -58,7 +58,8 @@ def may_pass(error: Exception) -> bool:
     """Return whether a remote store's failure may pass: too many requests, an error of its own, a lost connection."""
     if isinstance(error, WorkError):
         return isinstance(error.__cause__, Exception) and may_pass(error.__cause__)
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+    final = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+    if isinstance(error, final):
         return False
     if isinstance(error, TimeoutError):  # S3's answer to it is 400
         return True
@@ -66,8 +67,8 @@ def may_pass(error: Exception) -> bool:
     if status is not None:
         return status_may_pass(status)
     if isinstance(error, OSError):
-        final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL)
-        return error.errno not in final and not str(error).startswith("Forbidden")  # gcsfs's 403
+        here = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL)
+        return error.errno not in here and not str(error).startswith("Forbidden")  # gcsfs's 403
     if type(error).__name__ in MISTAKES:
         return False
     return type(error).__module__.split(".")[0] in ("aiohttp", "asyncio", "botocore", "gcsfs", "requests", "urllib3")
@@ -76,9 +77,16 @@ def may_pass(error: Exception) -> bool:
 def _http_status(error: BaseException | None) -> int | None:
     """Return the HTTP status with which a store answered, of a driver's exception or of the one that caused it."""
     while error is not None:
-        response = getattr(error, "response", None)  # botocore's, which s3fs turns into an OSError
-        answered = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        status = answered or getattr(error, "code", None) or getattr(error, "status", None)
+        response = getattr(error, "response", None)  # botocore's, which s3fs turns into an OSError, or that of requests
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = (
+                getattr(error, "code", None),
+                getattr(error, "status", None),
+                getattr(response, "status_code", None),
+            )
+            status = next((value for value in found if value), None)
         if isinstance(status, int):
             return status
         error = error.__cause__
@@ -247,7 +255,12 @@ def write_json(uri: str, document: Any) -> None:
 
 
 def require_writable(folder: str) -> None:
-    """Raise `UserError` now if files cannot be written under `folder`, rather than after an hour of work."""
+    """Raise now if files cannot be written under `folder`, rather than after an hour of work.
+
+    Raises:
+        UserError: they cannot.
+        WorkError: its store fails, which may pass.
+    """
     if encodable(absolute(folder)) != absolute(folder):
         raise UserError(f"{encodable(absolute(folder))}: is not UTF-8, and JSON cannot hold it; choose another output")
     probe = join(folder, f".part-{os.getpid()}-test")  # where a kill leaves it, the next run removes it as any other
@@ -255,6 +268,8 @@ def require_writable(folder: str) -> None:
         write_bytes(probe, b"")
         remove(probe)
     except OSError as error:
+        if not is_local(folder) and may_pass(error):
+            raise WorkError(f"{folder}: cannot be written to now: {error.strerror or error}; start again") from error
         raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
 
 

@@ -46,7 +46,7 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
 
     Raises:
         UserError: a step refused its input; the message is the step's.
-        WorkError: a step failed; the log says how.
+        WorkError: a step failed; the message is the step's, or says where the log is.
     """
     from kfp import local
 
@@ -60,9 +60,10 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
         try:
             _without_retries(pipeline)(**arguments)
         except Exception as error:
-            refused = re.findall(r"^\s*captioner: error: (.*)$", log_file.read_text(), re.MULTILINE)
-            if refused:
-                raise UserError(refused[-1]) from error
+            ends = re.findall(r"^\s*captioner: (error|failed): (.*)$", log_file.read_text(), re.MULTILINE)
+            if ends:
+                kind, line = ends[-1]
+                raise (UserError if kind == "error" else WorkError)(line) from error
             raise WorkError(f"the pipeline stopped ({error}); {log_file} has all that its steps printed") from error
     (made,) = set(root.glob("*")) - before
     return made

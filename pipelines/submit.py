@@ -9,12 +9,10 @@ import hashlib
 import json
 import logging
 import os
-import re
-import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,24 +22,14 @@ import tyro
 
 from model_lib import __version__
 from model_lib.cli import Output
-from model_lib.errors import UserError, WorkError, printable
+from model_lib.errors import UserError, WorkError
 from model_lib.options import StageConfig, option
+from pipelines.following import follow
 from pipelines.local import say
 
 log = logging.getLogger(__name__)
 COMPILED = Path(__file__).parent / "compiled"
-POLL = 2.0
-"""Seconds between two looks at a run."""
-RETRY_SECONDS = 600.0
-"""Seconds for which a server that does not answer is asked again while its run goes on."""
-LIST_PAUSE = 60.0
-"""Seconds without news of a step after which it is asked whether the server still lists them."""
-DRIVER = "-driver"
-"""Ending of a driver's name: before each step it resolves the step's inputs."""
-LAUNCHERS = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d")
-"""Beginning of the lines that Kubeflow Pipelines' own launcher adds to a step's log."""
 WHO = "; --auth says how to prove who you are"
-ENDS = ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +180,7 @@ def submit(config: SubmitConfig) -> Output:
         return Output(document, [f"{name}, {config.pipeline} {version}: {link}"])
     say(f"{name}, {config.pipeline} {version}: {link}")
     with _server(config) as client:
-        state, reason = _follow(client, run.run_id, step_names(config.pipeline))
+        state, reason = follow(client, run.run_id, step_names(config.pipeline))
     document.update(state=state, error=reason)
     lines = [f"{state.lower()}: {link}" + (f": {reason}" if reason else "")]
     return Output(document, lines, exit_code=0 if state == "SUCCEEDED" else 1)
@@ -301,87 +289,3 @@ def _prepare(client: Any, config: _ServerConfig) -> tuple[str, str, str, str]:
     _warn_of_local_images(config.pipeline)
     made = there[0] if there else client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
     return experiment.experiment_id, pipeline_id, made.pipeline_version_id, version
-
-
-def _follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """Say what becomes of the run's steps until it ends; return its state, and why it failed.
-
-    The server lists every node of its workflow; only those that `names` knows as steps are shown.
-    """
-    import kfp_server_api
-    import urllib3
-
-    seen: dict[str, str] = {}
-    answered = changed = time.monotonic()
-    has_stopped = False
-    while True:
-        try:
-            run = client.get_run(run_id)
-            answered = time.monotonic()
-        except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-            refused = isinstance(error, kfp_server_api.ApiException) and error.status in (401, 403, 404)
-            if refused or time.monotonic() - answered > RETRY_SECONDS:
-                raise
-            time.sleep(POLL)
-            continue
-        tasks = (run.run_details.task_details if run.run_details else None) or []
-        steps = [(names[task.display_name], task) for task in tasks if task.display_name in names and task.state]
-        for name, task in steps:
-            if seen.get(task.task_id) != task.state:
-                seen[task.task_id], changed = task.state, answered
-                say(f"  {name} {task.state.lower()}")
-        if run.state in ENDS:
-            return run.state, _reason(client, run, tasks, names) if run.state != "SUCCEEDED" else ""
-        if not has_stopped and answered - changed > LIST_PAUSE:
-            changed, has_stopped = answered, _list_has_stopped(client, run_id)
-            if has_stopped:
-                say("  the run is too large for the server's list of steps, which has stopped; waiting for its end")
-        time.sleep(POLL)
-
-
-def _list_has_stopped(client: Any, run_id: str) -> bool:
-    """Return whether a run's workflow has more than 1 MiB: then Kubeflow Pipelines (2.17) sees no nodes in it."""
-    try:
-        detail = json.loads(_get(client, f"/apis/v1beta1/runs/{run_id}"))
-        return bool(json.loads(detail["pipeline_runtime"]["workflow_manifest"])["status"].get("compressedNodes"))
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def _reason(client: Any, run: Any, tasks: list[Any], names: Mapping[str, str]) -> str:
-    """Return why a run failed: of each step that did, or whose driver did, the line that says why."""
-    failed = []
-    for task in tasks:
-        is_driver = task.display_name.endswith(DRIVER)
-        name = task.display_name.removesuffix(DRIVER)
-        if task.state == "FAILED" and (is_driver or name in names):
-            label = names.get(name, name)
-            line = _last_line(client, run.run_id, [child.pod_name for child in task.child_tasks or []], is_driver)
-            failed.append(f"{label}'s driver{line}" if is_driver else f"{label}{line}")
-    error = run.error.message if run.error and run.error.message else ""
-    return error or (f"failed: {'; '.join(failed)}" if failed else "")
-
-
-def _last_line(client: Any, run_id: str, pods: list[str], is_driver: bool) -> str:
-    """Return the line with which the last of a task's pods failed, after a colon, or nothing if its log is gone."""
-    for pod in reversed(pods):
-        log = _get(client, f"/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log")
-        if log.startswith('{"error_message"'):  # with status 200: the answer has begun before the log is looked for
-            continue
-        lines = [printable(line.strip()) for line in log.splitlines() if line.strip()]
-        programs = [line for line in lines if is_driver or not LAUNCHERS.match(line)]
-        ours = [line for line in programs if line.startswith("captioner: ")]
-        if lines:
-            return f": {(ours or programs or lines)[-1]}"
-    return ""
-
-
-def _get(client: Any, path: str) -> str:
-    """Return what the server answers to a request that kfp's client does not know; nothing if it refuses it."""
-    import kfp_server_api
-
-    try:
-        answer = client.runs.api_client.call_api(path, "GET", auth_settings=["Bearer"], _preload_content=False)
-    except kfp_server_api.ApiException:
-        return ""
-    return str(answer.data.decode(errors="replace"))

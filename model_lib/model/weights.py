@@ -24,7 +24,7 @@ from model_lib.records import as_record, believing, require_name
 
 FROM_A_LIBRARY = (
     *(OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError),
-    *(SafetensorError, UnpicklingError, StrictDataclassError, MemoryError),
+    *(SafetensorError, UnpicklingError, StrictDataclassError),
 )
 """What transformers and what it uses raise on files that are not what they should be."""
 

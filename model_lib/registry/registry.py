@@ -17,7 +17,7 @@ from model_lib.model.sources import resolve_captioner
 from model_lib.registry.config import NO_CHAMPION, Policy, RegisterConfig
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
 from model_lib.registry.promotion import choose_winner, decide
-from model_lib.registry.turns import ABANDONED, CHAMPION, DECISION, PENDING, REASON, draw, require_turn, turn
+from model_lib.registry.turns import CHAMPION, DECISION, PENDING, REASON, draw, require_turn, turn
 from model_lib.scores.significance import Comparison
 from model_lib.tracking.model_uris import MODEL, version_uri
 from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
@@ -156,11 +156,12 @@ def _registered_before(client: Any, winner: Evaluation, present: str | None, ask
         client: MLflow's.
         winner: its evaluation.
         present: the champion now: if it is of this evaluation, it is the one, whatever it was judged against.
-        asked: tags that another version must have, too, as it was decided by them.
+        asked: tags that another version must have, too, as it was decided by them. One that was champion and is not now
+            is decided anew.
     """
     found = client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION}` = '{_digest(winner)}'")
     for version in sorted(found, key=lambda version: int(version.version), reverse=True):
-        is_same = asked.items() <= version.tags.items() and version.tags[DECISION] != ABANDONED
+        is_same = asked.items() <= version.tags.items() and version.tags[DECISION] in (PENDING, CHALLENGER)
         if is_same or str(version.version) == present:
             return version
     return None

@@ -20,6 +20,8 @@ from model_lib.tracking.server import Tracking
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
 SUCCEEDED, FAILED, UNKNOWN = "SUCCEEDED", "FAILED", "UNKNOWN"
+COMPLETE = ("COMPLETE", "SUCCEEDED")
+"""What Kubeflow Pipelines calls a run that got to its end, and kfp.local."""
 
 
 def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> None:
@@ -34,28 +36,35 @@ def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> Non
         _end(run_name, SUCCEEDED, tracking)
 
 
-def close_pipeline(run_name: str, find_tracking: Callable[[], Tracking]) -> None:
+def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tracking]) -> None:
     """End the MLflow runs that a pipeline run left open, as failed, and notify WEBHOOK_URL of what it does not know.
-
-    A run that `finish_pipeline` ended has succeeded. The state that Kubeflow Pipelines (2.17) gives to an exit handler
-    is that of its bookkeeping: RUNNING still where the last steps were skipped or cached.
 
     Args:
         run_name: the pipeline run's name.
+        kfp_state: as Kubeflow Pipelines (2.17) gives it to an exit handler: that of its bookkeeping, RUNNING still
+            where the last steps were skipped or cached. It counts where MLflow does not know.
         find_tracking: returns the tracking; called here, as it may fail.
     """
     try:
         tracking = find_tracking()
-        _end(run_name, SUCCEEDED if tracking.succeeded() else FAILED, tracking)
+        if tracking.parent() is not None:
+            _end(run_name, SUCCEEDED if tracking.succeeded() else FAILED, tracking)
+            return
+        state = FAILED  # the first step makes the run, or ends the pipeline
     except Exception as error:  # MLflow may be why the run failed
         log.warning("MLflow's runs were not closed: %s", printable(first_line(error)))
-        _notify(run_name, UNKNOWN, None)
+        state = FAILED if kfp_state == FAILED else UNKNOWN
+    if kfp_state not in COMPLETE:  # else the last step has said so
+        _notify(run_name, state, None)
 
 
 def _end(run_name: str, state: str, tracking: Tracking) -> None:
     address = tracking.close_pipeline(state == SUCCEEDED)
     if tracking.notified() != state and _notify(run_name, state, address):
-        tracking.set_notified(state)
+        try:
+            tracking.set_notified(state)
+        except Exception as error:  # at worst it is told a second time
+            log.warning("MLflow does not know that the webhook was told: %s", printable(first_line(error)))
 
 
 def _notify(run_name: str, state: str, address: str | None) -> bool:

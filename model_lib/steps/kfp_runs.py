@@ -1,8 +1,8 @@
 """What a step knows of its run, and of other runs, of the Kubeflow Pipelines server that started its pod."""
 
+import http.client
 import json
 import os
-import urllib.error
 import urllib.request
 
 TIMEOUT = 5.0
@@ -15,7 +15,7 @@ def run_title(name: str) -> str:
 
 
 def run_state(run_id: str) -> str | None:
-    """Return a run's state, "SUCCEEDED" or "RUNNING" …, or "DELETED"; None where there is no server that answers.
+    """Return a run's state, "SUCCEEDED" or "RUNNING" …; None where no server knows it: it may be another cluster's.
 
     The server is found as Kubernetes tells a pod of a service in its namespace.
     """
@@ -25,7 +25,5 @@ def run_state(run_id: str) -> str | None:
     try:
         with urllib.request.urlopen(f"http://{host}:{port}/apis/v2beta1/runs/{run_id}", timeout=TIMEOUT) as answer:
             return str(json.load(answer)["state"])
-    except urllib.error.HTTPError as error:
-        return "DELETED" if error.code == 404 else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return None

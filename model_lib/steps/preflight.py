@@ -186,5 +186,5 @@ def _on_hub(name: str) -> str | None:
     except RepositoryNotFoundError:
         return f"{name}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); {remedy}"
     except Exception as error:
-        return f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}"
+        raise WorkError(f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}") from error
     return None if found else f"{name}: that hub repository holds no model"

@@ -39,7 +39,7 @@ NOTIFIED_TAG = "captioner.notified"
 """Tag of a pipeline's run: the outcome that its webhook has taken."""
 CURVES = ("train_loss", "val_loss", "train_slice_CIDEr", "val_slice_CIDEr", "learning_rate")
 """Metrics of training that a report draws."""
-ENDED = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED", "DELETED": "FAILED"}
+ENDED = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED"}
 """The states in which a pipeline run is over, each with the status of its MLflow run."""
 PAGE = 1000
 """Runs asked for at once; a server gives no more than 50,000."""

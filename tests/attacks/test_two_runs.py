@@ -17,10 +17,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from model_lib import UserError, holding, storage
+from model_lib import holding, storage
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.planning import folder_of, resolved
+from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.holding import held
@@ -86,7 +87,7 @@ def test_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
         half = Path(held, ".part-abc")
         half.write_text("")
         said = f"{held}: process {first.pid} on {socket.gethostname()} is at work there; wait for it, or choose"
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(WorkError, match=said):
             run[stage]()
         assert half.exists(), "what the first is writing is left alone"
         first.send_signal(signal.SIGKILL)
@@ -135,7 +136,7 @@ def test_in_a_bucket_the_second_is_refused_and_after_a_kill_of_the_first_it_runs
     monkeypatch.setattr(holding, "SILENCE", 20.0)
     config = IngestConfig(dataset=str(scenes), output=f"{store}/data")
     with another(f"{store}/data") as first:
-        with pytest.raises(UserError, match=f"process {first.pid} on {socket.gethostname()} is at work there; wait"):
+        with pytest.raises(WorkError, match=f"process {first.pid} on {socket.gethostname()} is at work there; wait"):
             ingest(config)
         assert not storage.exists(f"{store}/data/manifest.json")
         first.send_signal(signal.SIGKILL)

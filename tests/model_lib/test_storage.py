@@ -4,9 +4,11 @@ import errno
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
+import requests
 from botocore.exceptions import ClientError
 from gcsfs.retry import HttpError
 from s3fs.errors import translate_boto_error
@@ -77,7 +79,9 @@ def s3_error(status: int, code: str) -> Exception:
         (s3_error(500, "InternalError"), True),
         (s3_error(503, "SlowDown"), True),
         (HttpError({"code": 400}), False),
-        (HttpError({"code": 412}), False),
+        (FileExistsError("gcsfs makes this of 412"), False),
+        (requests.HTTPError(response=SimpleNamespace(status_code=404)), False),
+        (requests.HTTPError(response=SimpleNamespace(status_code=503)), True),
         (HttpError({"code": 408}), True),
         (HttpError({"code": 503}), True),
         (OSError(errno.EINVAL, "no"), False),

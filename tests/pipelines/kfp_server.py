@@ -18,6 +18,10 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 from requests_toolbelt import MultipartDecoder
 
+WORKFLOW = "caption-bucket-x7k2p"
+"""Name of the runs' workflow."""
+LAST = {"preflight": 42, "preflight-driver": 30}
+"""Number of the node with the last attempt of what fails."""
 KINDS: dict[str, Any] = {
     "STRING": str,
     "NUMBER_INTEGER": int,
@@ -94,8 +98,10 @@ class KfpServer:
         states: those that a run goes through, one a look; an integer fails that look with its HTTP status.
         token: that requests must bear, if any.
         failing: the node that fails if a run does.
-        log: of the failing node's pod.
+        message: that the failing node's pod left for Kubernetes, of which Argo makes its node's.
+        log: of that pod.
         large: whether the runs' workflows are so large that the list of nodes stops after its first look.
+        is_ui: whether this is the UI's server, which passes requests to the API server on, but none of v1alpha1.
     """
 
     def __init__(
@@ -103,11 +109,13 @@ class KfpServer:
         states: tuple[str | int, ...] = ("RUNNING", "SUCCEEDED"),
         token: str | None = None,
         failing: str = "preflight",
+        message: str = "",
         log: str = "",
         large: bool = False,
+        is_ui: bool = False,
     ) -> None:
         self.states, self.token = list(states), token
-        self.failing, self.log, self.large = failing, log, large
+        self.failing, self.message, self.log, self.large, self.is_ui = failing, message, log, large, is_ui
         self.listed: list[dict] = []
         self.calls: list[str] = []
         self.experiments: dict[str, dict] = {}
@@ -175,6 +183,7 @@ class KfpServer:
             ("GET", f"{api}/runs/([^/]+)", self._look),
             ("GET", "/apis/v1beta1/runs/([^/]+)", self._manifest),
             ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", self._log),
+            ("GET", "/k8s/pod/logs", lambda: self._ui_log(query)),
             ("GET", f"{api}/recurringruns", lambda: {"recurringRuns": self._named(self.recurring, query)}),
             ("POST", f"{api}/recurringruns", lambda: self._schedule(json.loads(body))),
         ]
@@ -254,8 +263,8 @@ class KfpServer:
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, int):
             raise Refused(state, "the server has a bad moment")
-        # The real server lists every node of Argo's workflow under Argo's names: a node that is retried has a child for
-        # each attempt, and a step's own has the node in which its program runs. `run.error` stays null.
+        # The real server lists every node of Argo's workflow under Argo's names, with the ids of those below.
+        # `run.error` stays null.
         names = ["root", "root-driver", "exit-handler-1", "preflight-driver", "preflight", "executor"]
         ended = names.index(self.failing) + 1 + (self.failing == "preflight")
         failed = {"root", "exit-handler-1", self.failing, *(["executor"] if self.failing == "preflight" else [])}
@@ -264,7 +273,7 @@ class KfpServer:
                 "task_id": str(number),
                 "display_name": name,
                 "state": state if state != "FAILED" or name in failed else "SUCCEEDED",
-                "child_tasks": [{"pod_name": f"{name}-1"}],
+                "child_tasks": [{"pod_name": f"{WORKFLOW}-{number}0"}],
             }
             for number, name in enumerate(names if state != "FAILED" else names[:ended])
         ]
@@ -273,10 +282,32 @@ class KfpServer:
         return {**self.runs[run_id], "state": state, "error": None, "run_details": {"task_details": self.listed}}
 
     def _manifest(self, run_id: str) -> dict:
-        nodes = {"compressedNodes": "H4sI"} if self.large else {"nodes": {}}
-        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": json.dumps({"status": nodes})}}
+        driver = {"templateName": "system-container-driver", "type": "Pod"}
+        impl = {"templateName": "retry-system-container-impl", "type": "Pod"}
+        below = f": {self.message}" if self.message else ""
+        ends = {"phase": "Failed", "message": f"main: Error (exit code 1){below}"}
+        lost = {"phase": "Error", "message": "pod deleted"}  # the attempt before
+        nodes = {
+            "30": {**driver, **(ends if self.failing == "preflight-driver" else {"phase": "Succeeded"})},
+            "40": {"type": "Retry", "phase": "Failed", "children": [f"{WORKFLOW}-41", f"{WORKFLOW}-42"]},
+            "41": {**impl, **lost, "startedAt": "2026-11-27T12:00:00Z"},
+            "42": {**impl, **ends, "startedAt": "2026-11-27T12:02:00Z", "children": [f"{WORKFLOW}-50"]},
+            "50": {"type": "Omitted", "phase": "Omitted"},
+        }
+        named = {f"{WORKFLOW}-{number}": {**node, "id": f"{WORKFLOW}-{number}"} for number, node in nodes.items()}
+        status = {"compressedNodes": "H4sI"} if self.large else {"nodes": named}
+        manifest = {"metadata": {"name": WORKFLOW}, "status": status}
+        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)}}
 
-    def _log(self, run_id: str, pod: str) -> str:
-        if pod != f"{self.failing}-1" or not self.log:  # its status is sent before the log is looked for
+    def _log(self, run_id: str, node: str) -> str:
+        if self.is_ui:
+            raise Refused(404, "Cannot GET")
+        if node != f"{WORKFLOW}-{LAST[self.failing]}" or not self.log:  # the status is sent before the log is found
             return json.dumps({"error_message": f"Failed to read logs for run {run_id}", "error_details": "…"})
+        return self.log
+
+    def _ui_log(self, query: dict[str, str]) -> str:
+        template = "system-container-driver" if self.failing == "preflight-driver" else "retry-system-container-impl"
+        if not self.is_ui or query["podname"] != f"{WORKFLOW}-{template}-{LAST[self.failing]}" or not self.log:
+            raise Refused(404, "Could not get main container logs")
         return self.log

@@ -108,7 +108,7 @@ def test_a_second_run_in_a_working_directory_is_refused_and_leaves_the_firsts_lo
     with held(str(tmp_path / "work")):
         (tmp_path / "work" / "pipeline.log").write_text("of the first")
         done = captioner("run", "--workdir", "work", "--scenes", "2")
-    assert done.returncode == 2 and "work: process" in done.stderr and "is at work there" in done.stderr
+    assert done.returncode == 1 and "work: process" in done.stderr and "is at work there" in done.stderr
     assert (tmp_path / "work" / "pipeline.log").read_text() == "of the first"
     assert not (tmp_path / "work" / "scenes").exists()
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from pipelines import following, submit
 from pipelines.submit import COMPILED
 from tests.pipelines.kfp_server import KfpServer
 
 Run = Callable[..., CompletedProcess]
+BUCKET: dict[str, Any] = {"pipeline": "caption_bucket", "param": ("caption_images=a", "caption_output=b"), "wait": True}
 PLACES = ("--param", "caption_images=gs://b/in", "--param", "caption_output=gs://b/out")
 NEEDED = [f"--param={name}=gs://b/{name}" for name in ("data_dataset", "data_output", "train_checkpoint_uri")]
 
@@ -43,8 +46,6 @@ def test_a_run_is_started_and_the_pipeline_uploaded_once(captioner: Run) -> None
 
 
 def test_new_content_becomes_a_new_version(captioner: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipelines import submit
-
     with KfpServer() as server:
         config = submit.SubmitConfig(
             host=server.host, pipeline="caption_bucket", param=("caption_images=a", "caption_output=b")
@@ -68,47 +69,61 @@ def test_waiting_follows_the_run_to_its_end(captioner: Run, end: str, code: int)
         assert state == 503 or f"Preflight {str(state).lower()}" in done.stderr, done.stderr
     assert not any(word in done.stderr for word in ("driver", "executor", "root", "exit-handler"))
     assert done.stdout.startswith(f"{end.lower()}: {server.host}/#/runs/details/")
-    assert done.stdout.strip().endswith(": failed: Preflight") == (end == "FAILED"), "its log is gone"
+    assert done.stdout.strip().endswith(": failed: Preflight: main: Error (exit code 1)") == (end == "FAILED")
 
 
 LAUNCHER = "E1127 12:00:00.000000      42 launcher_v2.go:473] Component failed to execute successfully: exit status 2"
-
-
 DRIVER = "F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) failed"
 
 
+@pytest.mark.parametrize("is_ui", [False, True], ids=["api", "ui"])
 @pytest.mark.parametrize(
-    ("failing", "lines", "reason"),
+    ("failing", "message", "lines", "reason"),
     [
-        ("preflight", ["captioner: error: a: not there", LAUNCHER], "Preflight: captioner: error: a: not there"),
-        ("preflight", ["Traceback …", "ImportError: torch", LAUNCHER], "Preflight: ImportError: torch"),
-        ("preflight-driver", ["{", "}", DRIVER], f"Preflight's driver: {DRIVER}"),
+        ("preflight", "captioner: error: a: not there", [], "Preflight: captioner: error: a: not there"),
+        ("preflight", "", ["captioner: failed: b: fails", LAUNCHER], "Preflight: captioner: failed: b: fails"),
+        ("preflight", "", ["Traceback …", "ImportError: torch", LAUNCHER], "Preflight: ImportError: torch"),
+        ("preflight", "", [], "Preflight: main: Error (exit code 1)"),
+        ("preflight-driver", "", ["{", "}", DRIVER], f"Preflight's driver: {DRIVER}"),
     ],
-    ids=["mistake", "defect", "driver"],
+    ids=["message", "log", "defect", "nothing", "driver"],
 )
 def test_waiting_ends_with_the_failed_steps_own_words(
-    captioner: Run, failing: str, lines: list[str], reason: str
+    failing: str, message: str, lines: list[str], reason: str, is_ui: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with KfpServer(states=("RUNNING", "FAILED"), failing=failing, log="\n".join(lines) + "\n") as server:
-        done = captioner("submit", "--host", server.host, "--pipeline", "caption_bucket", *PLACES, "--wait", "--json")
-    assert done.returncode == 1 and json.loads(done.stdout)["error"] == f"failed: {reason}", done.stdout
+    monkeypatch.setattr(following, "POLL", 0.01)
+    log = "\n".join(lines)
+    with KfpServer(("RUNNING", "FAILED"), failing=failing, message=message, log=log, is_ui=is_ui) as server:
+        done = submit.submit(submit.SubmitConfig(host=server.host, **BUCKET))
+    assert done.exit_code == 1 and done.document["error"] == f"failed: {reason}"
 
 
 def test_waiting_says_where_the_list_of_steps_has_stopped(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    from pipelines import submit
-
-    monkeypatch.setattr(submit, "POLL", 0.01)
-    monkeypatch.setattr(submit, "LIST_PAUSE", 0.05)
-    options = {"pipeline": "caption_bucket", "param": ("caption_images=a", "caption_output=b"), "wait": True}
+    monkeypatch.setattr(following, "POLL", 0.01)
+    monkeypatch.setattr(following, "LIST_PAUSE", 0.05)
     said = {}
     for large in (True, False):
         with KfpServer(states=(*["RUNNING"] * 40, "SUCCEEDED"), large=large) as server:
-            done = submit.submit(submit.SubmitConfig(host=server.host, **options))
+            done = submit.submit(submit.SubmitConfig(host=server.host, **BUCKET))
         assert done.exit_code == 0
         said[large] = capfd.readouterr().err
     stopped = "too large for the server's list of steps, which has stopped; waiting for its end"
     assert said[True].count(stopped) == 1 and "Preflight succeeded" not in said[True]
     assert stopped not in said[False] and "Preflight succeeded" in said[False]
+
+
+def test_an_empty_secret_that_got_to_the_server_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the UI's form, which refuses nothing."""
+    monkeypatch.setattr(following, "POLL", 0.01)
+    config = submit.SubmitConfig(host="http://x", **BUCKET)
+    given = {**config.arguments(), "secret_name": ""}
+    monkeypatch.setattr(submit.SubmitConfig, "arguments", lambda _: given)
+    with KfpServer() as server:
+        done = submit.submit(replace(config, host=server.host))
+    assert (
+        "Preflight's driver: F1127" in done.document["error"]
+        and "Expected a non-empty string" in done.document["error"]
+    )
 
 
 @pytest.mark.parametrize("command", [("submit",), ("schedule", "--name", "nightly", "--every", "3600")])

@@ -74,10 +74,10 @@ def test_nobody_plans_or_merges_while_another_is_at_work(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     given = {"images": options.images, "output": options.output, "model": options.model}
     with held(made.folder):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(SystemExit, match="1"):
             plan.python_func(**given, num_beams=1, shard_pictures=5, options={})
         assert "is at work there; wait for it" in capsys.readouterr().err
-        with pytest.raises(UserError, match="is at work there; wait for it"):
+        with pytest.raises(WorkError, match="is at work there; wait for it"):
             merge_planned(made.reference)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from model_lib import UserError
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
+from model_lib.registry.versions import rollback
 from model_lib.tracking.model_uris import MODEL
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from tests.model_lib.registry.test_promotion import judged
@@ -64,8 +66,33 @@ def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
     assert not register(RegisterConfig(**third, min_gain=0.2), tracking).promoted
     assert register(RegisterConfig(**third), tracking).promoted, "another policy is another question"
     assert versions(tracking) == {"1": "champion", "2": "challenger", "3": "challenger", "4": "champion"}
-    late = register(first, tracking)
-    assert (late.version, late.promoted, late.champion_version) == ("1", False, "4"), "it does not dethrone the fourth"
+    with pytest.raises(UserError, match="there is a champion, version 4, to be judged on the same data first"):
+        register(first, tracking)  # it was champion once, and is not now
+
+
+def test_a_second_run_from_the_cache_finds_its_winner_to_be_the_champion(
+    evaluation: str, tracking: MlflowTracking, tmp_path: Path
+) -> None:
+    """Train and Evaluate come from KFP's cache; the champion that is judged is the very model."""
+    won = register(RegisterConfig(evaluations=(evaluation,)), tracking)
+    judged(0.5, "champion", model=f"models:/{MODEL}/1").write(str(tmp_path / "champion"), "")
+    again = register(
+        RegisterConfig(evaluations=(evaluation,), champion_evaluation=str(tmp_path / "champion")), tracking
+    )
+    assert again == won and versions(tracking) == {"1": "champion"}
+
+
+def test_one_that_was_rolled_back_is_decided_anew(
+    saved_model: Path, evaluation: str, tracking: MlflowTracking, tmp_path: Path
+) -> None:
+    register(RegisterConfig(evaluations=(evaluation,)), tracking)
+    judged(0.5, "champion", model=f"models:/{MODEL}/1").write(str(tmp_path / "champion"), "")
+    judged(0.6, "second", model=str(saved_model)).write(str(tmp_path / "second"), "")
+    config = RegisterConfig(evaluations=(str(tmp_path / "second"),), champion_evaluation=str(tmp_path / "champion"))
+    assert register(config, tracking).version == "2"
+    rollback(tracking)
+    again = register(config, tracking)
+    assert (again.version, again.promoted) == ("3", True)
 
 
 @pytest.mark.parametrize("moment", ["settle", "render_report"])

@@ -1,6 +1,7 @@
 """A pipeline run ends in MLflow and tells a webhook, each once, whoever ends it: its last step, or the exit handler."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -48,7 +49,7 @@ def test_the_last_step_ends_a_run_and_the_exit_handler_what_did_not_get_there(
     finish_pipeline("nightly", tracking, last)  # a pod that is lost is made again, and does it again
     finish_pipeline("nightly", tracking, last)
     assert outcome(server, tracking) == ("FINISHED" if last else "RUNNING") and len(told) == last
-    close_pipeline("nightly", tracking_from_environment)
+    close_pipeline("nightly", "RUNNING", tracking_from_environment)
     (post,) = told
     assert (post["state"], post["run"], outcome(server, tracking)) == (state, "nightly", status)
     assert post["text"].startswith(f"captioner: nightly {state.lower()} (http") and post["mlflow"] in post["text"]
@@ -61,7 +62,7 @@ def test_a_retry_that_succeeds_ends_the_run_well_although_it_was_closed_as_faile
     """Kubeflow Pipelines' Retry runs what failed, and the exit handler not a second time."""
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-retried")
     tracking.open_pipeline("nightly")
-    close_pipeline("nightly", tracking_from_environment)
+    close_pipeline("nightly", "RUNNING", tracking_from_environment)
     assert outcome(server, tracking) == "FAILED"
     finish_pipeline("nightly", tracking)
     assert outcome(server, tracking) == "FINISHED"
@@ -78,8 +79,8 @@ def test_a_webhook_that_was_away_at_the_last_step_hears_from_the_exit_handler(
     finish_pipeline("nightly", tracking)
     with webhook() as (address, told):
         environment.setenv("WEBHOOK_URL", address)
-        close_pipeline("nightly", tracking_from_environment)
-        close_pipeline("nightly", tracking_from_environment)
+        close_pipeline("nightly", "RUNNING", tracking_from_environment)
+        close_pipeline("nightly", "RUNNING", tracking_from_environment)
         assert [post["state"] for post in told] == ["SUCCEEDED"]
 
 
@@ -87,13 +88,19 @@ def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, env
     """After a Retry that failed again, or where Argo gave the workflow up, nothing else ends them."""
     client = mlflow.MlflowClient(server)
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
-    states = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED", "RUNNING": "RUNNING", "gone": "FAILED"}
+    states = {
+        "SUCCEEDED": "FINISHED",
+        "FAILED": "FAILED",
+        "CANCELED": "KILLED",
+        "RUNNING": "RUNNING",
+        "elsewhere": "RUNNING",
+    }
     runs = {}
     with KfpServer() as kfp:
         for state in states:
             tags = {"captioner.version": "1", "kfp.pipeline_run_id": f"kfp-{state}"}
             runs[state] = client.create_run(tracking.experiment_id, tags=tags).info.run_id
-            if state != "gone":
+            if state != "elsewhere":  # another cluster's, in the same MLflow
                 kfp.runs[f"kfp-{state}"] = {"runtime_config": {}, "state": state}
         tags = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-FAILED", "mlflow.parentRunId": runs["FAILED"]}
         nested = client.create_run(tracking.experiment_id, tags=tags).info.run_id
@@ -109,8 +116,21 @@ def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, env
 
 def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, told: list[dict]) -> None:
     step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
-    close_pipeline("nightly", tracking_from_environment)
+    close_pipeline("nightly", "RUNNING", tracking_from_environment)
     assert told[0]["text"] == "captioner: nightly failed"
+
+
+@pytest.mark.parametrize(("kfp_state", "posts"), [("COMPLETE", ["SUCCEEDED"]), ("FAILED", ["SUCCEEDED", "FAILED"])])
+def test_without_an_mlflow_server_a_good_run_is_told_of_once(
+    kfp_state: str, posts: list[str], environment: pytest.MonkeyPatch, told: list[dict], tmp_path: Path
+) -> None:
+    """Each step then has a store of its own, in its pod."""
+    environment.setenv("KFP_RUN_ID", "kfp-alone")
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/merge.db")
+    finish_pipeline("nightly", tracking_from_environment())
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/close.db")
+    close_pipeline("nightly", kfp_state, tracking_from_environment)
+    assert [post["state"] for post in told] == posts
 
 
 def test_with_mlflow_away_the_webhook_is_told_what_is_known(
@@ -119,8 +139,9 @@ def test_with_mlflow_away_the_webhook_is_told_what_is_known(
     environment.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@127.0.0.1:{free_port()}")
     environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     environment.setenv("KFP_RUN_ID", "kfp-away")
-    close_pipeline("nightly", tracking_from_environment)
-    assert told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
+    close_pipeline("nightly", "RUNNING", tracking_from_environment)
+    close_pipeline("nightly", "COMPLETE", tracking_from_environment)
+    assert len(told) == 1 and told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
     assert "MLflow's runs were not closed" in caplog.text and "s3cret" not in caplog.text
 
 
@@ -132,5 +153,5 @@ def test_a_webhook_that_is_away_or_none_is_tried_again_and_never_shown(
 ) -> None:
     environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)
     environment.setenv("WEBHOOK_URL", address)
-    close_pipeline("nightly", lambda: NO_TRACKING)
+    close_pipeline("nightly", "FAILED", lambda: NO_TRACKING)
     assert "attempt 3" in caplog.text and "s3cret" not in caplog.text

@@ -117,7 +117,7 @@ def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_hubs_absence_is_said_with_the_remedy() -> None:
-    with pytest.raises(UserError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"):
+    with pytest.raises(WorkError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"):
         preflight.preflight(Needs(weights=["openai/clip-vit-large-patch14"], environment={}))
 
 
