@@ -25,6 +25,7 @@ API = "/apis/trainer.kubeflow.org/v1alpha1"
 JOBS = f"{API}/namespaces/kubeflow/trainjobs"
 JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/kubeflow/jobsets"
 PODS = "/api/v1/namespaces/kubeflow/pods"
+EVENTS = "/api/v1/namespaces/kubeflow/events"
 RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
 SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 PATH = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"

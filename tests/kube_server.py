@@ -23,7 +23,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.kube_rules import API, JOBS, JOBSETS, POD, PODS, VERBS, WEBHOOK, Refused, allowed, checked
+from tests.kube_rules import API, EVENTS, JOBS, JOBSETS, POD, PODS, VERBS, WEBHOOK, Refused, allowed, checked
+
+COLLECTED = 0.5
+"""Seconds after which Kubernetes' garbage collector removes what belonged to an object that was deleted."""
 
 
 class Machine:
@@ -53,6 +56,8 @@ class Machine:
         self.reason: str | None = None
         """The container's reason in place of Error."""
         self.message: str | None = None
+        self.pod_reason: tuple[str, str] | None = None
+        """Why the pod as a whole ended, and what is said of it."""
         self.process: subprocess.Popen | None = None
         self.killer: threading.Timer | None = None
         if command is None:
@@ -81,7 +86,8 @@ class Machine:
         return "Running" if code is None else "Failed" if code else "Succeeded"
 
     def lines(self) -> list[tuple[datetime, str]]:
-        lines = self.log.read_text().splitlines()
+        text = self.log.read_bytes().decode(errors="surrogateescape").removesuffix("\n")
+        lines = text.split("\n") if text else []
         now, new = datetime.now(UTC), range(len(lines) - len(self.stamps))
         self.stamps += [now + timedelta(microseconds=number) for number in new]
         return list(zip(self.stamps, lines, strict=False))
@@ -108,13 +114,14 @@ class Machine:
         statuses = [] if self.unscheduled else [{"name": "node", "state": state, "ready": False, "restartCount": 0}]
         for status in statuses:
             status.update(image="x", imageID="x")
+        whole = dict(zip(("reason", "message"), self.pod_reason, strict=True)) if self.pod_reason else {}
         return {
             "metadata": {"name": self.name, "labels": labels, "creationTimestamp": "2026-11-23T12:00:00Z"},
             "spec": {
                 "containers": [{"name": "node"}],
                 "terminationGracePeriodSeconds": POD["terminationGracePeriodSeconds"],
             },
-            "status": {"phase": self.phase, "containerStatuses": statuses, "conditions": conditions},
+            "status": {"phase": self.phase, "containerStatuses": statuses, "conditions": conditions, **whole},
         }
 
     def stop(self) -> None:
@@ -147,6 +154,7 @@ class KubeServer:
         variables: that a secret and the cluster's DNS would give to the machines.
         program: Python that the machines run instead of the job's own command, if any.
         starts: whether the machines' containers start; else the test says what they wait for.
+        makes_pods: whether pods are made at all.
     """
 
     def __init__(
@@ -156,9 +164,10 @@ class KubeServer:
         variables: dict[str, str] | None = None,
         program: str | None = None,
         starts: bool = True,
+        makes_pods: bool = True,
     ) -> None:
         self.folder, self.trainer, self.variables = folder, trainer, variables or {}
-        self.program, self.starts = program, starts
+        self.program, self.starts, self.makes_pods = program, starts, makes_pods
         self.jobs: dict[str, dict[str, Any]] = {}
         self.jobsets: dict[str, dict[str, Any]] = {}
         self.machines: dict[str, list[Machine]] = {}
@@ -168,6 +177,10 @@ class KubeServer:
         """Machines of an earlier job that were there when another of its name was made."""
         self.stopped: set[str] = set()
         """Machines that were told to end."""
+        self.garbage: dict[str, float] = {}
+        """When the JobSet of a job that was deleted is collected."""
+        self.events: list[tuple[str, str, str]] = []
+        """Warnings: the object's name, the reason and the message."""
         self.calls: list[str] = []
         self.steps = {"step": ("1234", "Running")}
         """The pods of a pipeline's steps: their uid and phase."""
@@ -228,9 +241,16 @@ class KubeServer:
                 return {"kind": "Status", "status": "Success"}
             return {**self.jobs[name], "status": {"conditions": self._conditions(name)}}
         if path.startswith(f"{JOBSETS}/"):
+            self._collect()
             if name not in self.jobsets:
                 raise Refused(404, f'jobsets.jobset.x-k8s.io "{name}" not found')
             return self.jobsets[name]
+        if path == EVENTS:
+            events = [
+                {"metadata": {"name": "e"}, "involvedObject": {"name": name}, "reason": reason, "message": message}
+                for name, reason, message in self.events
+            ]
+            return {"kind": "EventList", "apiVersion": "v1", "items": events}
         if path == PODS:
             wanted = dict(pair.split("=") for pair in query["labelSelector"].split(","))
             self._collect()
@@ -257,10 +277,15 @@ class KubeServer:
         return self.jobs[name]
 
     def _make_jobset(self, name: str) -> None:
-        """Make a TrainJob's JobSet and its pods, as Kubeflow Trainer and JobSet do."""
+        """Make a TrainJob's JobSet and its pods, as Kubeflow Trainer and JobSet do, unless one of its name is there."""
+        if name in self.jobsets:
+            return
         owner = {"kind": "TrainJob", "name": name, "uid": self.jobs[name]["metadata"]["uid"]}
         uid = str(uuid.uuid4())
         self.jobsets[name] = {"metadata": {"name": name, "uid": uid, "ownerReferences": [owner]}}
+        if not self.makes_pods:
+            self.machines.setdefault(name, [])
+            return
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -281,22 +306,30 @@ class KubeServer:
         for machine in self.machines.get(name, []):
             machine.stop()
         self.stopped |= {machine.name for machine in self.machines.get(name, [])}
-        self.jobsets.pop(name, None)
         if propagation == "Foreground":  # while it waits for its dependents, Trainer goes on to reconcile it
             self.jobs[name]["metadata"]["deletionTimestamp"] = "2026-11-23T12:00:00Z"
+            del self.jobsets[name]
             self._make_jobset(name)
         else:
             del self.jobs[name]
+            self.garbage[name] = time.monotonic() + COLLECTED
 
     def _collect(self) -> None:
-        """Forget the pods that were deleted and have ended."""
+        """Forget the JobSets and pods that were deleted and have ended."""
+        for name, moment in list(self.garbage.items()):
+            if time.monotonic() > moment:
+                self.jobsets.pop(name, None)
+                del self.garbage[name]
         for name, machines in self.machines.items():
             self.machines[name] = [m for m in machines if m.name not in self.stopped or not m.is_gone()]
 
     def _conditions(self, name: str) -> list[dict[str, Any]]:
-        own = self.jobsets.get(name, {"metadata": {"uid": None}})["metadata"]["uid"]
-        phases = {machine.phase for machine in self.machines[name] if machine.jobset == own}
+        """Return a TrainJob's conditions: those of the JobSet of its name, even if it is of an earlier job."""
+        jobset = self.jobsets.get(name, {"metadata": {"uid": None}})
+        phases = {machine.phase for machine in self.machines[name] if machine.jobset == jobset["metadata"]["uid"]}
         end = "Failed" if "Failed" in phases else "Complete" if phases == {"Succeeded"} else None
+        end = jobset.setdefault("end", None) or end
+        jobset["end"] = end
         message = "jobset failed due to one or more job failures" if end == "Failed" else "jobset completed"
         return [{"type": end, "status": "True", "reason": "r", "message": message}] if end else []
 
@@ -332,20 +365,11 @@ class KubeServer:
                 self.send_response(200)
                 self.end_headers()
                 since = datetime.now(UTC) - timedelta(seconds=int(query.get("sinceSeconds", 10**6)))
-                sent = 0
-                while True:
-                    over = machine.phase != "Running" or query.get("follow", "").lower() != "true"
-                    lines = [(stamp, line) for stamp, line in machine.lines() if stamp >= since]
-                    lines = lines[-int(query.get("tailLines", len(lines))) :] if lines else lines
-                    for stamp, line in lines[sent:]:
-                        shown = f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"  # as Go's RFC3339Nano
-                        self.wfile.write(
-                            ((shown if query.get("timestamps", "").lower() == "true" else line) + "\n").encode()
-                        )
-                    sent = len(lines)
-                    if over:
-                        return
-                    time.sleep(0.1)
+                lines = [(stamp, line) for stamp, line in machine.lines() if stamp >= since]
+                for stamp, line in lines[-int(query.get("tailLines", 10**6)) :]:
+                    shown = f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"  # as Go's RFC3339Nano
+                    text = shown if query.get("timestamps", "").lower() == "true" else line
+                    self.wfile.write(f"{text}\n".encode(errors="surrogateescape"))
 
             def log_message(self, *_: object) -> None:
                 pass

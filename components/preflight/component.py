@@ -69,16 +69,16 @@ def preflight(
         }
         configs = candidate_configs(candidates, **training) if candidates else []
         weights, tokenizers = training_sources(configs)
-        machines = Machines(
-            count=nodes,
+        machines = Machines.from_parameters(
+            nodes=nodes,
             image=image,
             cpu=cpu,
             memory=memory,
             gpu_resource=gpu_resource,
-            gpu_count=int(gpu_count),
-            node_selector=gpu_node_selector,
-            tolerations=gpu_tolerations,
-            secret=secret_name,
+            gpu_count=gpu_count,
+            gpu_node_selector=gpu_node_selector,
+            gpu_tolerations=gpu_tolerations,
+            secret_name=secret_name,
             secret_variables=secret_variables,
             user=user,
         )

@@ -29,16 +29,16 @@ def train_job(
 
     with exit_in_one_line():
         config = candidate_config(candidate)
-        machines = Machines(
-            count=nodes,
+        machines = Machines.from_parameters(
+            nodes=nodes,
             image=image,
             cpu=cpu,
             memory=memory,
             gpu_resource=gpu_resource,
-            gpu_count=int(gpu_count),
-            node_selector=gpu_node_selector,
-            tolerations=gpu_tolerations,
-            secret=secret_name,
+            gpu_count=gpu_count,
+            gpu_node_selector=gpu_node_selector,
+            gpu_tolerations=gpu_tolerations,
+            secret_name=secret_name,
             secret_variables=secret_variables,
             user=user,
         )

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 from model_lib.cores import cores
-from model_lib.errors import WorkError
+from model_lib.errors import WorkError, first_line
 from model_lib.exits import exit_in_one_line
 from model_lib.tracking.server import NO_TRACKING, Tracking
 from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import started_by_launcher
+
+MEETING = 3600
+"""Seconds for which machines wait for each other: their nodes may start one after the other."""
 
 
 def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
@@ -35,8 +38,10 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         from model_lib.train.training import train
 
         return train(config, tracking)
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for chatty in ("torch.distributed", "torch.multiprocessing"):  # the processes say themselves what is wrong
@@ -66,6 +71,8 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         raise SystemExit(2 if 2 in codes else next((code for code in codes if code > 1), 1)) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
+    except (RendezvousError, DistError) as error:
+        raise WorkError(f"{config.name}: its {machines} machines have not met: {first_line(error)}") from error
     return next(iter(results.values()))
 
 
@@ -74,8 +81,8 @@ def _meeting(machines: int) -> dict[str, Any]:
     if machines == 1:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     first = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
-    rank = {"rank": int(os.environ["PET_NODE_RANK"])}
-    return {"rdzv_backend": "static", "rdzv_endpoint": first, "rdzv_configs": rank}
+    configs = {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": MEETING}
+    return {"rdzv_backend": "static", "rdzv_endpoint": first, "rdzv_configs": configs}
 
 
 def processes(config: TrainConfig) -> int:

@@ -9,17 +9,21 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from model_lib import storage
+from model_lib.errors import UserError
 from model_lib.options import as_arguments
-from model_lib.train.cluster import GROUP, NODE, VERSION, Cluster, told
+from model_lib.train.cluster import GROUP, VERSION, Cluster, told
 from model_lib.train.config import TrainConfig
+from model_lib.train.job_view import NODE
 
 RUNTIME = {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": "captioner"}
 """The training runtime in `deploy/trainer.yaml`. Kubeflow Trainer's own starts a failed machine again and again."""
 MANAGER = "captioner.example/train"
 """Who patches the runtime: Kubeflow Trainer's webhook takes a domain and a path only."""
+PLACEMENT = ("gpu_node_selector", "gpu_tolerations")
+"""Parameters of a pipeline that place all of a machine."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
 """Variables of the step that its machines need too: what a server gives, not what comes from a secret."""
 
@@ -53,6 +57,14 @@ class Machines:
     secret: str
     secret_variables: Mapping[str, str]
     user: int
+
+    @classmethod
+    def from_parameters(cls, *, nodes: int, gpu_count: str, secret_name: str, **parameters: Any) -> Self:
+        """Make it of a pipeline's parameters; `UserError` if the count of GPUs, a text for KFP's sake, is no number."""
+        if not gpu_count.isdecimal():
+            raise UserError(f"gpu_count {gpu_count!r}: is not a whole number, as text")
+        placed = {name.removeprefix("gpu_") if name in PLACEMENT else name: value for name, value in parameters.items()}
+        return cls(count=nodes, gpu_count=int(gpu_count), secret=secret_name, **placed)
 
 
 def job_document(

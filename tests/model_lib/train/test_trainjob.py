@@ -90,6 +90,12 @@ def train_one(data: Path, tmp_path: Path, count: int = 1) -> dict[str, Any]:
     return train_on(replace(MACHINES, count=count), config(data, tmp_path / "run"), "fingerprint")
 
 
+def finished_already(tmp_path: Path) -> None:
+    """Leave what a training would, for machines that run something else."""
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "training.json").write_text("{}")
+
+
 def test_a_mistake_is_the_users_and_told_in_the_machines_own_line(
     cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,10 +129,39 @@ def test_a_machine_without_memory_is_known_by_its_reason(
     def killed(machine: Machine, *arguments: Any) -> None:
         init(machine, *arguments)
         machine.reason, machine.message = "OOMKilled", "of 24 GiB"
+        machine.pod_reason = ("Evicted", "the node was low on memory")
 
     monkeypatch.setattr(Machine, "__init__", killed)
-    with pytest.raises(WorkError, match=r"OOMKilled \(exit code 137\): of 24 GiB$"):  # and no lines are above
+    why = r"OOMKilled \(exit code 137\); of 24 GiB; Evicted: the node was low on memory$"
+    with pytest.raises(WorkError, match=why):  # and no lines are above
         train_one(data, tmp_path)
+
+
+def test_lines_are_shown_as_they_are(
+    cluster: KubeServer, data: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    cluster.program = "import os, time; os.write(1, b'10%\\r20% of it\\nnot UTF-8: \\xe9\\n'); time.sleep(1); print('after', flush=True)"
+    finished_already(tmp_path)
+    train_one(data, tmp_path)
+    said = capfdbinary.readouterr().err.decode()
+    assert said.count("10%\r20% of it\n") == said.count("not UTF-8: \ufffd\n") == said.count("after\n") == 1
+
+
+def test_why_no_machine_is_made_is_told(
+    cluster: KubeServer,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("model_lib.train.job_view.NO_PODS", 0.5)
+    cluster.makes_pods = False
+    name = job_name(config(data, tmp_path / "run"), "fingerprint")
+    cluster.events = [(f"{name}-node-0", "FailedCreate", "exceeded quota"), ("other", "FailedCreate", "of another")]
+    threading.Timer(2, lambda: cluster.delete(name, "Background")).start()
+    with pytest.raises(WorkError, match="it was deleted"):
+        train_one(data, tmp_path)
+    assert caplog.text.count("has no machine: FailedCreate: exceeded quota") == 1 and "of another" not in caplog.text
 
 
 def waiting(server: KubeServer, step: threading.Thread, **machine: Any) -> None:
@@ -147,7 +182,7 @@ def test_what_a_machine_waits_for_is_told_and_ends_the_job_if_it_is_in_vain(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("model_lib.train.cluster.STUCK", 2.0)
+    monkeypatch.setattr("model_lib.train.job_view.STUCK", 2.0)
     cluster.starts = False
     failures: list[BaseException] = []
 
@@ -173,7 +208,7 @@ def test_what_a_machine_waits_for_is_told_and_ends_the_job_if_it_is_in_vain(
                 machine.waiting = waiting_now
     (failure,) = failures
     assert isinstance(failure, UserError)
-    assert str(failure).endswith("cannot start for 0 minutes: ImagePullBackOff: not found")
+    assert str(failure).endswith("has not started for 0 minutes: ImagePullBackOff: not found")
     assert caplog.text.count("waits: Unschedulable: 0/3 nodes are available: 3 Insufficient") == 1
     assert caplog.text.count("waits: ErrImagePull: not found") == 1 and not cluster.jobs
 
@@ -192,14 +227,14 @@ def test_a_job_is_made_when_the_machines_of_the_one_before_are_gone(
     client.objects.create_namespaced_custom_object(*client._arguments(), document)
     time.sleep(1)  # until it heeds no SIGTERM
     cluster.program = "print('after')"
-    (tmp_path / "run" / "best").mkdir(parents=True)
-    (tmp_path / "run" / "best" / "training.json").write_text("{}")
+    finished_already(tmp_path)
     train_one(data, tmp_path)
     assert len(cluster.created) == 2 and not cluster.beside and not cluster.jobs
 
 
 def test_a_machine_is_stopped_in_its_first_moments(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
     """While it imports torch it has not asked for signals yet: as process 1 it would get none."""
+    cluster.program = "import time; time.sleep(300)"  # as it imports
     client = Cluster()
     document = job_document("captioner-early", config(data, tmp_path / "run"), MACHINES, "a")
     began = time.monotonic()
@@ -224,20 +259,23 @@ def test_machines_of_another_job_of_the_same_name_are_not_its_own(
 ) -> None:
     cluster.program = "import time; print('ours', flush=True); time.sleep(1)"
     name = job_name(config(data, tmp_path / "run"), "fingerprint")
-    (tmp_path / "run" / "best").mkdir(parents=True)
-    (tmp_path / "run" / "best" / "training.json").write_text("{}")
+    finished_already(tmp_path)
     theirs = [sys.executable, "-c", "import time; print('theirs', flush=True); time.sleep(60)"]
 
     def appear() -> None:
+        while not cluster.machines.get(name):
+            time.sleep(0.01)
         other = Machine(name, "0" * 36, 0, theirs, os.environ, tmp_path)
         cluster.machines[name].insert(0, other)
         cluster.stopped.add(other.name)
         threading.Timer(2, other.kill).start()
 
-    threading.Timer(0.3, appear).start()
+    threading.Thread(target=appear).start()
     train_one(data, tmp_path)
     said = capfd.readouterr().err
-    assert "ours" in said and "theirs" not in said
+    assert (
+        "ours" in said and "theirs" not in said and (tmp_path / f"{name}-node-0-0-00000.log").read_text() == "theirs\n"
+    )
 
 
 @pytest.mark.soak
@@ -288,7 +326,7 @@ def test_a_job_that_another_step_is_at_is_left_to_it(cluster: KubeServer, data: 
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "theirs", "uid": "5678"}
     cluster.jobs[name] = {"metadata": {"name": name, "ownerReferences": [owner]}}
     cluster.machines[name] = []
-    with pytest.raises(UserError, match=f"TrainJob {name}: the step in pod theirs is at it; wait for its end, or"):
+    with pytest.raises(WorkError, match=f"TrainJob {name}: the step in pod theirs is at it; wait for its end, or"):
         train_on(MACHINES, ours, "fingerprint")
     assert set(cluster.jobs) == {name} and not cluster.created
 
