@@ -16,6 +16,7 @@ import pytest
 from kfp import components as kfp_components
 from kfp import dsl
 
+from components.evaluate.component import evaluate
 from components.train.component import train
 from model_lib.data.shards import read_manifest
 from model_lib.steps.artifacts import set_metadata
@@ -25,6 +26,7 @@ from pipelines.submit import COMPILED
 from tests.pipelines.kfp_server import take_output
 from tests.services import mlflow_server, store, webhook
 
+KINDS = {"model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
 WORKFLOW = "nightly-x7k2p-1-3056141721"
 
 
@@ -98,20 +100,28 @@ def test_all_steps_work_in_s3_and_leave_what_kubeflow_takes(
         assert Path(artifact.uri).is_file(), f"{step}: the link to {name} leads nowhere"
 
 
-def test_without_mlflow_training_leaves_what_kubeflow_takes(
+def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the other steps, those that write artifacts have nothing of MLflow in them, or need it."""
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
     candidates = [{"name": "one", "epochs": 1}]
     (candidate,) = configure_candidates(
         str(data), read_manifest(str(data)).fingerprint, str(tmp_path), "", candidates, preset="tiny"
     )
-    model = dsl.Model(uri=str(tmp_path / "root" / "model"))
-    train.python_func(candidate, model)
-    artifact = {"name": "model", "uri": model.uri, "metadata": model.metadata}
-    taken = take_output(json.dumps({"artifacts": {"model": {"artifacts": [artifact]}}}), str(tmp_path / "root"))
-    (kept,) = taken.artifacts["model"].artifacts
-    assert kept.metadata["steps"] == 2 and "run_id" not in kept.metadata
+    root = tmp_path / "root"
+    artifacts = {name: kind(uri=str(root / name)) for name, kind in KINDS.items()}
+    for artifact in artifacts.values():
+        artifact.path = artifact.uri
+    train.python_func(candidate, artifacts["model"])
+    evaluate.python_func(candidate, 1, 4, "", artifacts["metrics"], artifacts["report"])
+    left = {
+        name: {"artifacts": [{"name": name, "uri": artifact.uri, "metadata": artifact.metadata}]}
+        for name, artifact in artifacts.items()
+    }
+    taken = take_output(json.dumps({"artifacts": left}), str(root)).artifacts
+    model, metrics = taken["model"].artifacts[0].metadata, taken["metrics"].artifacts[0].metadata
+    assert model["steps"] == 2 and "run_id" not in model and metrics["CIDEr"] >= 0
 
 
 def test_what_kubeflow_refuses_is_left_out_of_metadata() -> None:

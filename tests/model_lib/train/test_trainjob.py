@@ -140,7 +140,8 @@ def test_a_machine_without_memory_is_known_by_its_reason(
 def test_lines_are_shown_as_they_are(
     cluster: KubeServer, data: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    cluster.program = "import os, time; os.write(1, b'10%\\r20% of it\\nnot UTF-8: \\xe9\\n'); time.sleep(1); print('after', flush=True)"
+    odd = r"os.write(1, b'10%\r20% of it\nnot UTF-8: \xe9\n')"
+    cluster.program = f"import os, time; {odd}; time.sleep(1); print('after', flush=True)"
     finished_already(tmp_path)
     train_one(data, tmp_path)
     said = capfdbinary.readouterr().err.decode()
