@@ -69,6 +69,18 @@ def test_a_step_works_on_as_many_cores_as_its_limit_leaves() -> None:
     assert inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=one) == "1\n"
 
 
+@pytest.mark.usefixtures("engine")
+def test_a_step_leaves_its_reason_where_kubernetes_keeps_it(tmp_path: Path) -> None:
+    kept = tmp_path / "termination-log"
+    kept.touch()
+    kept.chmod(0o666)  # as the kubelet makes it
+    mounts = ("--volume", f"{kept}:/dev/termination-log")
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        inside(CORE, "captioner", "ingest", "--dataset", "/gone", "--output", "/tmp/data", limits=mounts)
+    assert ended.value.returncode == 2 and kept.read_text() == ended.value.stderr
+    assert kept.read_text().startswith("captioner: error: /gone/annotations")
+
+
 def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
     has = {
         image: (

@@ -142,6 +142,7 @@ def test_the_weights_that_candidates_start_from() -> None:
         ({"metric": "SPICE"}, "register_metric SPICE: is not computed in a pipeline"),
         ({"num_beams": 0}, "num_beams: 0 is not at least 1"),
         ({"limit": -1}, "limit: -1 is not at least 0"),
+        ({"gpu_count": ""}, "gpu_count '': is not a whole number"),
         ({"candidates": [{"name": "a", "colour": "red"}]}, "unknown option 'colour'"),
     ],
 )
