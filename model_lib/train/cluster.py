@@ -197,8 +197,8 @@ class Cluster:
         while (pods := self._pods(f"{LABEL}jobset-name={name}")) or self._jobset(name) is not None:
             grace = max([grace, *(pod.spec.termination_grace_period_seconds or 30 for pod in pods)])
             if time.monotonic() - began > grace + MARGIN:
-                names = ", ".join(pod.metadata.name for pod in pods) or "its JobSet"
-                raise WorkError(f"TrainJob {name}: {names}: is still there after its end; kubectl delete it")
+                left = ", ".join(pod.metadata.name for pod in pods) or "its JobSet"
+                raise WorkError(f"TrainJob {name}: still there after its end: {left}; delete that with kubectl")
             time.sleep(POLL / 5)
 
     def _condition(self, name: str) -> tuple[str | None, str]:

@@ -41,16 +41,16 @@ with held(sys.argv[1]):
 
 BOTH = """
 import sys, threading
-from model_lib.errors import UserError
+from model_lib.errors import WorkError
 from model_lib.holding import held
-done = threading.Barrier(2)
+done = threading.Barrier(2, timeout=120)
 
 def run():
     try:
         with held(sys.argv[1]):
             done.wait()
             print("held")
-    except UserError:
+    except WorkError:
         print("refused")
         done.wait()
 
