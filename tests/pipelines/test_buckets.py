@@ -1,19 +1,15 @@
-"""A compiled pipeline as a scheduled run meets it: no name, everything in S3, MLflow's artifacts too.
+"""Captioning in a bucket of S3 by a run without a name; and what steps leave is what Kubeflow Pipelines takes.
 
-Its outputs are what Kubeflow Pipelines takes, with MLflow and without.
+Training in S3: tests/containers/test_s3.py.
 """
 
 import json
 import sys
-import uuid
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import mlflow
 import pyarrow.parquet as pq
 import pytest
-from kfp import components as kfp_components
 from kfp import dsl
 
 from components.evaluate.component import evaluate
@@ -21,83 +17,29 @@ from components.train.component import train
 from model_lib.data.shards import read_manifest
 from model_lib.steps.artifacts import set_metadata
 from model_lib.steps.candidates import configure_candidates
-from pipelines.local import run_locally
-from pipelines.submit import COMPILED
+from tests.pipelines.in_s3 import WORKFLOW, cloud
 from tests.pipelines.kfp_server import take_output
-from tests.services import mlflow_server, store, webhook
 
 KINDS = {"model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
-WORKFLOW = "nightly-x7k2p-1-3056141721"
 
 
-def scheduled(name: str) -> Any:
-    """Return a compiled pipeline with the name that a scheduled run has: none."""
-    text = (COMPILED / f"{name}.yaml").read_text()
-    assert "constant: '{{$.pipeline_job_name}}'" in text
-    return kfp_components.load_component_from_text(text.replace("'{{$.pipeline_job_name}}'", "''"))
-
-
-def test_all_steps_work_in_s3_and_leave_what_kubeflow_takes(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with (
-        store("s3", "bucket", tmp_path / "s3") as fs,
-        mlflow_server(tmp_path / "mlflow", artifacts="s3://bucket/mlflow") as server,
-        webhook() as (address, told),
-    ):
-        variables = {"CAPTIONER_MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address, "KFP_RUN_ID": str(uuid.uuid4())}
-        variables |= {"KFP_WORKFLOW": WORKFLOW, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
-            monkeypatch.delenv(name, raising=False)
-        for file in sorted(scenes.rglob("*")):
-            if file.is_file():
-                fs.pipe_file(f"bucket/scenes/{file.relative_to(scenes)}", file.read_bytes())
+def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+    with cloud(scenes, tmp_path) as place:
+        place.fs.put(f"{saved_model}/", "bucket/model/", recursive=True)
         arguments = {
-            "data_dataset": "s3://bucket/scenes",
-            "data_output": "s3://bucket/data",
-            "train_checkpoint_uri": "s3://bucket/candidates",
-            "train_candidates": [{"name": "one"}],
-            "train_preset": "tiny",
-            "train_epochs": 1,
-            "eval_num_beams": 1,
             "caption_images": "s3://bucket/scenes/val2017",
             "caption_output": "s3://bucket/captions",
+            "caption_model": "s3://bucket/model",
         }
-        root = run_locally(scheduled("train_captioner"), arguments, tmp_path, "subprocess")
-        (part,) = fs.glob("bucket/captions/*/captions/*.parquet")
-        rows = pq.ParquetFile(fs.open(part)).read().to_pylist()
-        assert [row["status"] for row in rows] == ["ok"] * 12
-        assert {row["model"] for row in rows} == {"models:/captioner/1"}
-        assert any(name.endswith("/model.safetensors") for name in fs.find("bucket/mlflow"))
-
-        client = mlflow.MlflowClient(server)
-        runs = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
-        status = {run.info.run_name: run.info.status for run in runs}
-        assert status == {WORKFLOW: "FINISHED", "one": "FINISHED"}
-    assert [(post["state"], post["run"]) for post in told] == [("SUCCEEDED", WORKFLOW)]
-
-    outputs = {
-        file.parent.name: take_output(file.read_text(), str(root)) for file in root.rglob("executor_output.json")
-    }
-    assert set(outputs) >= {
-        "ingest",
-        "candidates",
-        "train",
-        "evaluate",
-        "judge",
-        "register",
-        "plan",
-        "caption",
-        "merge",
-    }
-    (model,) = outputs["train"].artifacts["model"].artifacts
-    place = model.metadata["model"]
-    assert place.startswith("s3://bucket/candidates/one-") and Path(model.uri).read_text() == f"{place}\n"
-    for step, name in (("ingest", "data"), ("evaluate", "report"), ("register", "model"), ("merge", "summary")):
-        (artifact,) = outputs[step].artifacts[name].artifacts
-        assert Path(artifact.uri).is_file(), f"{step}: the link to {name} leads nowhere"
+        _, outputs = place.run("caption_bucket", arguments)
+        parts = place.fs.glob("bucket/captions/*/captions/*.parquet")
+        rows = [row for part in parts for row in pq.ParquetFile(place.fs.open(part)).read().to_pylist()]
+        assert len(parts) == 1 and [row["status"] for row in rows] == ["ok"] * 12
+        assert place.runs() == {WORKFLOW: "FINISHED"}
+        assert [(post["state"], post["run"]) for post in place.told] == [("SUCCEEDED", WORKFLOW)]
+    assert set(outputs) >= {"plan", "caption", "merge"}
+    (summary,) = outputs["merge"].artifacts["summary"].artifacts
+    assert Path(summary.uri).is_file()
 
 
 def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(

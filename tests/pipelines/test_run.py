@@ -18,6 +18,7 @@ from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.run import RunConfig, _dataset, _validation_pictures
 from tests.conftest import zipped
 from tests.model_lib.registry.test_promotion import judged
+from tests.pipelines.kfp_server import take_output
 
 Run = Callable[..., CompletedProcess]
 CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])
@@ -71,6 +72,10 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
     assert model.training_record["name"] == "fast"
     assert generate_caption(model, work / "scenes" / "val2017" / "000000000001.jpg") is not None
     in_mlflow(work, tracking.uri, ["fast"])
+    outputs = list(work.glob("pipeline/**/executor_output.json"))
+    assert len(outputs) > 8
+    for file in outputs:
+        take_output(file.read_text(), str(work / "pipeline"))
 
 
 @pytest.mark.soak

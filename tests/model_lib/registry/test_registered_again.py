@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -48,51 +49,36 @@ def versions(tracking: MlflowTracking) -> dict[str, str]:
 def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
     saved_model: Path, evaluation: str, tracking: MlflowTracking, tmp_path: Path
 ) -> None:
+    def written(name: str, cider: float, model: object = saved_model) -> str:
+        judged(cider, name, model=str(model)).write(str(tmp_path / name), "")
+        return str(tmp_path / name)
+
     first = RegisterConfig(evaluations=(evaluation,))
     won = register(first, tracking)
     assert register(first, tracking) == won and won.promoted
 
-    judged(0.5, "champion", model=f"models:/{MODEL}/1").write(str(tmp_path / "champion"), "")
-    judged(0.45, "second", model=str(saved_model)).write(str(tmp_path / "second"), "")
-    places = {"evaluations": (str(tmp_path / "second"),), "champion_evaluation": str(tmp_path / "champion")}
-    lost = register(RegisterConfig(**places), tracking)
+    # A second run: Train and Evaluate come from KFP's cache, and the champion that is judged is the very model.
+    champion = written("champion", 0.5, f"models:/{MODEL}/1")
+    assert register(replace(first, champion_evaluation=champion), tracking) == won
+    assert versions(tracking) == {"1": "champion"}
+
+    second = RegisterConfig(evaluations=(written("second", 0.45),), champion_evaluation=champion)
+    lost = register(second, tracking)
     (tmp_path / "second" / "decision.html").unlink()
-    assert register(RegisterConfig(**places), tracking) == lost and not lost.promoted
+    assert register(second, tracking) == lost and not lost.promoted
     assert (tmp_path / "second" / "decision.html").exists()
     assert versions(tracking) == {"1": "champion", "2": "challenger"}
 
-    judged(0.6, "third", model=str(saved_model)).write(str(tmp_path / "third"), "")
-    third = {**places, "evaluations": (str(tmp_path / "third"),)}
-    assert not register(RegisterConfig(**third, min_gain=0.2), tracking).promoted
-    assert register(RegisterConfig(**third), tracking).promoted, "another policy is another question"
+    third = replace(second, evaluations=(written("third", 0.6),))
+    assert not register(replace(third, min_gain=0.2), tracking).promoted
+    assert register(third, tracking).promoted, "another policy is another question"
     assert versions(tracking) == {"1": "champion", "2": "challenger", "3": "challenger", "4": "champion"}
     with pytest.raises(UserError, match="there is a champion, version 4, to be judged on the same data first"):
         register(first, tracking)  # it was champion once, and is not now
 
-
-def test_a_second_run_from_the_cache_finds_its_winner_to_be_the_champion(
-    evaluation: str, tracking: MlflowTracking, tmp_path: Path
-) -> None:
-    """Train and Evaluate come from KFP's cache; the champion that is judged is the very model."""
-    won = register(RegisterConfig(evaluations=(evaluation,)), tracking)
-    judged(0.5, "champion", model=f"models:/{MODEL}/1").write(str(tmp_path / "champion"), "")
-    again = register(
-        RegisterConfig(evaluations=(evaluation,), champion_evaluation=str(tmp_path / "champion")), tracking
-    )
-    assert again == won and versions(tracking) == {"1": "champion"}
-
-
-def test_one_that_was_rolled_back_is_decided_anew(
-    saved_model: Path, evaluation: str, tracking: MlflowTracking, tmp_path: Path
-) -> None:
-    register(RegisterConfig(evaluations=(evaluation,)), tracking)
-    judged(0.5, "champion", model=f"models:/{MODEL}/1").write(str(tmp_path / "champion"), "")
-    judged(0.6, "second", model=str(saved_model)).write(str(tmp_path / "second"), "")
-    config = RegisterConfig(evaluations=(str(tmp_path / "second"),), champion_evaluation=str(tmp_path / "champion"))
-    assert register(config, tracking).version == "2"
     rollback(tracking)
-    again = register(config, tracking)
-    assert (again.version, again.promoted) == ("3", True)
+    again = register(third, tracking)
+    assert (again.version, again.promoted) == ("5", True), "it is decided anew"
 
 
 @pytest.mark.parametrize("moment", ["settle", "render_report"])

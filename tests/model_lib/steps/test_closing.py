@@ -1,7 +1,6 @@
 """A pipeline run ends in MLflow and tells a webhook, each once, whoever ends it: its last step, or the exit handler."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import pytest
@@ -120,14 +119,12 @@ def test_a_run_that_never_began_has_failed(server: str, environment: pytest.Monk
     assert told[0]["text"] == "captioner: nightly failed"
 
 
-def test_without_an_mlflow_server_a_good_run_is_told_of_once(
-    environment: pytest.MonkeyPatch, told: list[dict], tmp_path: Path
+def test_where_mlflow_has_no_run_a_good_one_is_told_of_once(
+    server: str, environment: pytest.MonkeyPatch, told: list[dict]
 ) -> None:
-    """Each step then has a store of its own, in its pod."""
-    environment.setenv("KFP_RUN_ID", "kfp-alone")
-    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/merge.db")
-    finish_pipeline("nightly", tracking_from_environment())
-    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/close.db")
+    """Without a server each step has a store of its own, in its pod."""
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-alone")
+    finish_pipeline("nightly", tracking)
     close_pipeline("nightly", "COMPLETE", tracking_from_environment)
     assert [post["state"] for post in told] == ["SUCCEEDED"]
 

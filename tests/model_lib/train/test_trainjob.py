@@ -96,11 +96,12 @@ def finished_already(tmp_path: Path) -> None:
     (tmp_path / "run" / "best" / "training.json").write_text("{}")
 
 
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_mistake_is_the_users_and_told_in_the_machines_own_line(
-    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int
 ) -> None:
     with pytest.raises(UserError, match=f"^{tmp_path}/nothing: no such data set"):
-        train_one(tmp_path / "nothing", tmp_path, count=2)
+        train_one(tmp_path / "nothing", tmp_path, count)
     said = capfd.readouterr().err
     assert "torch.distributed.elastic" not in said and "Traceback" not in said and not cluster.jobs
 

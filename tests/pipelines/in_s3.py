@@ -1,0 +1,67 @@
+"""Compiled pipelines as scheduled runs meet them: without a name, everything in S3, MLflow's artifacts too."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import mlflow
+import pytest
+from kfp import components
+
+from pipelines.local import run_locally
+from pipelines.submit import COMPILED
+from tests.pipelines.kfp_server import take_output
+from tests.services import mlflow_server, store, webhook
+
+WORKFLOW = "nightly-x7k2p-1-3056141721"
+
+
+@dataclass
+class Cloud:
+    """A bucket of S3 with the scenes in it, an MLflow server, and a webhook."""
+
+    fs: fsspec.AbstractFileSystem
+    mlflow: str
+    told: list[dict]
+    """What the webhook was told."""
+    work: Path
+
+    def run(self, name: str, arguments: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """Run a compiled pipeline; return its folder, and each step's output as Kubeflow Pipelines takes it."""
+        text = (COMPILED / f"{name}.yaml").read_text()
+        assert "constant: '{{$.pipeline_job_name}}'" in text
+        pipeline = components.load_component_from_text(text.replace("'{{$.pipeline_job_name}}'", "''"))
+        root = run_locally(pipeline, arguments, self.work, "subprocess")
+        files = root.rglob("executor_output.json")
+        return root, {file.parent.name: take_output(file.read_text(), str(root)) for file in files}
+
+    def runs(self) -> dict[str, str]:
+        """Return the status of each run in MLflow."""
+        client = mlflow.MlflowClient(self.mlflow)
+        runs = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
+        return {str(run.info.run_name): str(run.info.status) for run in runs}
+
+
+@contextmanager
+def cloud(scenes: Path, work: Path) -> Iterator[Cloud]:
+    """Yield what a run finds when it begins, in the environment."""
+    with (
+        store("s3", "bucket", work / "s3") as fs,
+        mlflow_server(work / "mlflow", artifacts="s3://bucket/mlflow") as server,
+        webhook() as (address, told),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        variables = {"CAPTIONER_MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address, "KFP_RUN_ID": str(uuid.uuid4())}
+        variables |= {"KFP_WORKFLOW": WORKFLOW, "XDG_CACHE_HOME": str(work / "cache")}
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+            patch.delenv(name, raising=False)
+        for file in sorted(scenes.rglob("*")):
+            if file.is_file():
+                fs.pipe_file(f"bucket/scenes/{file.relative_to(scenes)}", file.read_bytes())
+        yield Cloud(fs, server, told, work)
