@@ -79,14 +79,14 @@ images:  ## build the container images of the pipelines' steps: REGISTRY=… TAG
 	$(BUILD) --build-arg REVISION=$(REVISION) --file images/core/Dockerfile $(LABELS) --tag $(NAME)-core:$(TAG) .
 	$(BUILD) --file images/model/Dockerfile --target packages --tag $(NAME)-model:$(TAG)-packages .
 	$(BUILD) --file images/model/Dockerfile $(LABELS) --tag $(NAME)-model:$(TAG) .
-	$(BUILD) --file images/judge/Dockerfile $(LABELS) --tag $(NAME)-judge:$(TAG) .
-	@docker images --format '{{.Repository}}:{{.Tag}}\t{{.Size}}' | grep -E '^$(NAME)-(core|model|judge):$(TAG)	' | sort
+	$(BUILD) --file images/evaluate/Dockerfile $(LABELS) --tag $(NAME)-evaluate:$(TAG) .
+	@docker images --format '{{.Repository}}:{{.Tag}}\t{{.Size}}' | grep -E '^$(NAME)-(core|model|evaluate):$(TAG)	' | sort
 
 push: $(INSTALLED)  ## push the images, write their digests to images/images.lock, compile the pipelines with them
 	@test -n "$(REGISTRY)" || { echo "push: where to? make push REGISTRY=europe-docker.pkg.dev/project/repository" >&2; exit 2; }
-	for image in core model judge; do docker push --quiet $(NAME)-$$image:$(TAG) || exit 1; done
+	for image in core model evaluate; do docker push --quiet $(NAME)-$$image:$(TAG) || exit 1; done
 	@sed -n '/^#/p' images/images.lock > images/images.lock.new
-	@for image in core model judge; do \
+	@for image in core model evaluate; do \
 		docker inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' $(NAME)-$$image:$(TAG) \
 			| grep -m1 "^$(NAME)-$$image@" | sed "s|^|$$image |" >> images/images.lock.new; done
 	@test "$$(grep -c @sha256: images/images.lock.new)" = 3 || { echo "push: the registry gave no digests" >&2; exit 1; }

@@ -1,13 +1,15 @@
-"""Captioning a folder and a bucket end to end, against the model alone on decoded pictures.
+"""Captioning a folder and a bucket end to end, against the model alone on decoded images.
 
-    python -m benchmarks.batch [--preset clip-l-gpt2-medium] [--device cpu] [--pictures 96] [--batch_size 32]
+    python -m benchmarks.batch [--preset clip-l-gpt2-medium] [--device cpu] [--images 96]
+    [--batch_size 32]
 
-Random weights; generated scenes as JPEG at 640 pixels, in a folder here and, where gcsfs and gcp-storage-emulator are
-installed, in a bucket that the emulator serves. `captioner batch`'s own plan, shards and merge run over each, model
-loaded before; theirs is what the same model does with the same pictures already decoded, in batches of the same size.
-So the ratio is the share of the model's own speed that is left when pictures are listed, fetched, decoded and captions
-written: 1 is all of it. It also prints pictures a second of decoding alone, with all threads, which tells what binds.
-It ends with one line of JSON.
+Random weights; generated scenes as JPEG at 640 pixels, in a folder here and, where gcsfs and
+gcp-storage-emulator are installed, in a bucket that the emulator serves. `captioner batch`'s own
+plan, shards and merge run over each, model loaded before; theirs is what the same model does with
+the same images already decoded, in batches of the same size. So the ratio is the share of the
+model's own speed that is left when images are listed, fetched, decoded and captions written: 1 is
+all of it. It also prints images per second of decoding alone, with all threads, which tells what
+binds. It ends with one line of JSON.
 """
 
 import argparse
@@ -51,74 +53,111 @@ def model_of(preset: str, device: str) -> Captioner:
 
 @contextmanager
 def bucket(folder: Path) -> Iterator[str | None]:
-    """Yield a bucket's URI with the folder's pictures in it, or None without the packages."""
+    """Yield a bucket's URI with the folder's images in it, or None without the packages."""
     if not all(importlib.util.find_spec(name) for name in ("gcsfs", "gcp_storage_emulator")):
         yield None
         return
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported
     from tests.services import gcs_emulator
 
-    with tempfile.TemporaryDirectory() as scratch, gcs_emulator("pictures", Path(scratch)) as environment:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        gcs_emulator("images", Path(scratch)) as environment,
+    ):
         os.environ.update(environment)
         import fsspec
 
-        fsspec.filesystem("gs").put(f"{folder}/", "pictures/in/", recursive=True, batch_size=4)
-        yield "gs://pictures/in"
+        fsspec.filesystem("gs").put(f"{folder}/", "images/in/", recursive=True, batch_size=4)
+        yield "gs://images/in"
 
 
 def end_to_end(config: BatchConfig, model: Captioner) -> float:
-    """Return pictures a second of plan, captions and merge."""
+    """Return images per second of plan, captions and merge."""
     began = time.perf_counter()
     config = resolved(config)
     made = plan(config, folder_of(config))
     caption_shards(made, made.missing(), model)
     summary = merge(made)
-    assert summary.ok == summary.pictures
-    return summary.pictures / (time.perf_counter() - began)
+    assert summary.ok == summary.images
+    return summary.images / (time.perf_counter() - began)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--cores", type=int, default=0, help="threads that read and decode; 0: as captioner batch has")
+    parser.add_argument(
+        "--cores",
+        type=int,
+        default=0,
+        help="threads that read and decode; 0: as captioner batch has",
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     model, results = model_of(options.preset, options.device), []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        make_scenes(ScenesConfig(output=str(work / "scenes"), train=options.pictures, val=2, size=640))
+        make_scenes(
+            ScenesConfig(output=str(work / "scenes"), train=options.images, val=2, size=640)
+        )
         folder = work / "scenes" / "train2017"
         files = sorted(folder.iterdir())
-        common: dict[str, Any] = {"model": "random", "batch_size": options.batch_size, "workers": options.cores}
+        common: dict[str, Any] = {
+            "model": "random",
+            "batch_size": options.batch_size,
+            "workers": options.cores,
+        }
         config = BatchConfig(images="-", output="-", **common)
         with ThreadPoolExecutor(options.cores or 2 * (os.cpu_count() or 1)) as pool:
             began = time.perf_counter()
-            pixels = np.stack(list(pool.map(lambda file: load_pixels(str(file), model.image_size), files)))
+            pixels = np.stack(
+                list(pool.map(lambda file: load_pixels(str(file), model.image_size), files))
+            )
             decoding = len(files) / (time.perf_counter() - began)
         caption_pixels(model, pixels[: options.batch_size], config)  # warm
         began = time.perf_counter()
         for start in range(0, len(pixels), options.batch_size):
             caption_pixels(model, pixels[start : start + options.batch_size], config)
         alone = len(files) / (time.perf_counter() - began)
-        print(f"\n{name}, torch {torch.__version__}; {len(files)} pictures, batches of {options.batch_size}\n")
-        print(f"decoding alone {decoding:,.1f} pictures/s, the model alone {alone:,.2f}\n")
-        print(f"{'from':<10}{'pictures/s':>12}{'of the model':>14}{'GB':>7}")
+        print(
+            f"\n{name}, torch {torch.__version__}; {len(files)} images, batches of "
+            f"{options.batch_size}\n"
+        )
+        print(f"decoding alone {decoding:,.1f} images/s, the model alone {alone:,.2f}\n")
+        print(f"{'from':<10}{'images/s':>12}{'of the model':>14}{'GB':>7}")
         with bucket(folder) as uri:
             for label, images in (("folder", str(folder)), ("bucket", uri)):
                 if images is None:
                     continue
                 found: list[float] = []
                 here = BatchConfig(images=images, output=str(work / label), **common)
-                memory = peak_gb(lambda here=here, found=found: found.append(end_to_end(here, model)), device)  # type: ignore[misc]
-                print(f"{label:<10}{found[0]:>12.2f}{found[0] / alone:>14.1%}{memory:>7.1f}", flush=True)
-                row = {"case": label, "baseline": "decoded tensors", "unit": "pictures/s", "ours": round(found[0], 2)}
-                row |= {"theirs": round(alone, 2), "ratio": round(found[0] / alone, 3), "peak_memory_gb": memory}
+                memory = peak_gb(
+                    lambda here=here, found=found: found.append(end_to_end(here, model)), device
+                )  # type: ignore[misc]
+                print(
+                    f"{label:<10}{found[0]:>12.2f}{found[0] / alone:>14.1%}{memory:>7.1f}",
+                    flush=True,
+                )
+                row = {
+                    "case": label,
+                    "baseline": "decoded tensors",
+                    "unit": "images/s",
+                    "ours": round(found[0], 2),
+                }
+                row |= {
+                    "theirs": round(alone, 2),
+                    "ratio": round(found[0] / alone, 3),
+                    "peak_memory_gb": memory,
+                }
                 results.append(row)
-    print(json.dumps({"benchmark": "batch", "device": name, "torch": torch.__version__, "results": results}))
+    print(
+        json.dumps(
+            {"benchmark": "batch", "device": name, "torch": torch.__version__, "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """A step of training in several processes of one machine, and what a checkpoint costs it.
 
-    python -m benchmarks.distributed [--preset clip-l-gpt2-medium] [--device cpu] [--processes 2] [--pictures 8]
+    python -m benchmarks.distributed [--preset clip-l-gpt2-medium] [--device cpu] [--processes 2]
+    [--images 8]
 
-The same batch, random pixels with five captions a picture of lengths like COCO's, is learned in fresh processes
+The same batch, random pixels with five captions per image of lengths like COCO's, is learned in
+fresh processes
 
 - by one process with all threads of the machine (on GPUs: by one GPU),
 - by several with DistributedDataParallel, as the product trains,
-- by several with FSDP2 (`fully_shard` over the same module, the frozen weights left whole): each keeps its share of the
-  gradients and of AdamW's moments.
+- by several with FSDP2 (`fully_shard` over the same module, the frozen weights left whole): each
+  keeps its share of the gradients and of AdamW's moments.
 
-Then one process writes a checkpoint to a local disk as the product does, on a thread while it goes on, against the same
-one written before the next step: the time that training loses by each. It computes with all cores but one here, so that
-one is free to write, as the whole CPU is where a GPU computes. It prints a table with the peak memory of a process, and
-ends with one line of JSON.
+Then one process writes a checkpoint to a local disk as the product does, on a thread while it goes
+on, against the same one written before the next step: the time that training loses by each. It
+computes with all cores but one here, so that one is free to write, as the whole CPU is where a GPU
+computes. It prints a table with the peak memory of a process, and ends with one line of JSON.
 """
 
 import argparse
@@ -32,14 +34,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from benchmarks.timing import peak_gb
 from benchmarks.train import coco_like_captions
-from model_lib.background import Background
+from model_lib.io.background import Background
 from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.presets import PRESETS
 from model_lib.train.checkpoint import Checkpoints, Position, snapshot
 from model_lib.train.config import TrainConfig
 from model_lib.train.distributed import World, join_world
 from model_lib.train.learning import Learner
-from model_lib.train.objectives import LearnCaptions
+from model_lib.train.objectives import CrossEntropyObjective
 
 
 class Sharded(World):
@@ -55,16 +57,20 @@ def learner_of(options: argparse.Namespace, world: World) -> Learner:
     config = CaptionerConfig.of(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(world.device).train()
-    ids = coco_like_captions(options.pictures, config.decoder_config.vocab_size)
-    objective = LearnCaptions(ids, config.decoder_config.eos_token_id)
-    training = TrainConfig(data="-", output="-", preset=options.preset, ema=0.0, dropout=0.0, clip_norm=1e9)
+    ids = coco_like_captions(options.images, config.decoder_config.vocab_size)
+    objective = CrossEntropyObjective(ids, config.decoder_config.eos_token_id)
+    training = TrainConfig(
+        data="-", output="-", preset=options.preset, ema=0.0, dropout=0.0, clip_norm=1e9
+    )
     return Learner(model, objective, training, world, steps=10_000)
 
 
 def batch_of(options: argparse.Namespace, learner: Learner) -> tuple[np.ndarray, torch.Tensor]:
     """Return the whole batch's numbers and this process's pixels."""
-    batch, size = np.arange(options.pictures), learner.model.image_size
-    return batch, torch.randint(0, 256, (len(learner.world.share(batch)), 3, size, size), dtype=torch.uint8)
+    batch, size = np.arange(options.images), learner.model.image_size
+    return batch, torch.randint(
+        0, 256, (len(learner.world.shard(batch)), 3, size, size), dtype=torch.uint8
+    )
 
 
 def wait_for(device: torch.device) -> None:
@@ -73,7 +79,8 @@ def wait_for(device: torch.device) -> None:
 
 
 def timed_steps(options: argparse.Namespace, kind: str) -> dict[str, float]:
-    """Be one of the processes: return the median seconds of a step, and this process's peak memory in GB."""
+    """Be one of the processes: return the median seconds of a step, and this process's peak memory
+    in GB."""
     with join_world(options.device) as world:
         if kind == "FSDP2":
             world = Sharded(world.device, world.rank, world.size, world.local_rank)
@@ -83,8 +90,12 @@ def timed_steps(options: argparse.Namespace, kind: str) -> dict[str, float]:
             learner = learner_of(options, world)
             if kind == "FSDP2":  # the weights are other tensors now, each a share of the whole
                 learner.trained = [p for p in learner.model.parameters() if p.requires_grad]
-                optimizer = learner.optimizer = torch.optim.AdamW(learner.trained, lr=1e-4, fused=True)
-                learner._step_if_finite = lambda norm: optimizer.step()  # its test is not made for shares
+                optimizer = learner.optimizer = torch.optim.AdamW(
+                    learner.trained, lr=1e-4, fused=True
+                )
+                learner._step_if_finite = lambda norm: (
+                    optimizer.step()
+                )  # its test is not made for shares
             batch, pixels = batch_of(options, learner)
             for step in range(options.rounds + 1):
                 began = time.perf_counter()
@@ -97,7 +108,8 @@ def timed_steps(options: argparse.Namespace, kind: str) -> dict[str, float]:
 
 
 def saving(options: argparse.Namespace) -> tuple[float, float, float]:
-    """Return the seconds that training loses by a checkpoint, on a thread and at once, and the checkpoint's GB."""
+    """Return the seconds that training loses by a checkpoint, on a thread and at once, and the
+    checkpoint's GB."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     with join_world(options.device) as world, tempfile.TemporaryDirectory() as folder:
         learner = learner_of(options, world)
@@ -131,7 +143,8 @@ def saving(options: argparse.Namespace) -> tuple[float, float, float]:
 
 
 def launch(options: argparse.Namespace, processes: int, kind: str) -> dict[str, float]:
-    """Run `timed_steps` in fresh processes; return the slowest one's seconds and the largest memory."""
+    """Run `timed_steps` in fresh processes; return the slowest one's seconds and the largest
+    memory."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     place = {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     config = LaunchConfig(1, 1, processes, max_restarts=0, **place)
@@ -144,30 +157,67 @@ def main() -> None:
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=8, help="pictures of a step, over all processes")
+    parser.add_argument(
+        "--images", type=int, default=8, help="images of a step, over all processes"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each case")
     options = parser.parse_args()
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
+    name = (
+        torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
+    )
     kinds = ["one process", "DDP", "FSDP2"]
-    found = {kind: launch(options, 1 if kind == "one process" else options.processes, kind) for kind in kinds}
+    found = {
+        kind: launch(options, 1 if kind == "one process" else options.processes, kind)
+        for kind in kinds
+    }
 
-    print(f"\n{name}, torch {torch.__version__}; {options.pictures} pictures a step\n")
-    print(f"{'':<14}{'seconds a step':>16}{'pictures/s':>12}{'GB a process':>14}")
+    print(f"\n{name}, torch {torch.__version__}; {options.images} images a step\n")
+    print(f"{'':<14}{'seconds a step':>16}{'images/s':>12}{'GB a process':>14}")
     for kind, figures in found.items():
-        speed = options.pictures / figures["seconds"]
+        speed = options.images / figures["seconds"]
         print(f"{kind:<14}{figures['seconds']:>16.2f}{speed:>12.2f}{figures['gb']:>14.1f}")
     results: list[dict[str, Any]] = []
     for baseline in ("one process", "FSDP2"):
-        ours, theirs = (options.pictures / found[kind]["seconds"] for kind in ("DDP", baseline))
-        row = {"case": f"DDP, {options.processes} processes", "baseline": baseline, "unit": "pictures/s"}
-        row |= {"ours": round(ours, 2), "theirs": round(theirs, 2), "ratio": round(ours / theirs, 2)}
-        results.append({**row, "peak_memory_gb": found["DDP"]["gb"], "their_memory_gb": found[baseline]["gb"]})
+        ours, theirs = (options.images / found[kind]["seconds"] for kind in ("DDP", baseline))
+        row = {
+            "case": f"DDP, {options.processes} processes",
+            "baseline": baseline,
+            "unit": "images/s",
+        }
+        row |= {
+            "ours": round(ours, 2),
+            "theirs": round(theirs, 2),
+            "ratio": round(ours / theirs, 2),
+        }
+        results.append(
+            {**row, "peak_memory_gb": found["DDP"]["gb"], "their_memory_gb": found[baseline]["gb"]}
+        )
     thread, at_once, size = saving(options)
-    print(f"\na checkpoint of {size:.1f} GB: {thread:.1f} s lost with a thread, {at_once:.1f} s without")
-    row = {"case": f"checkpoint of {size:.1f} GB", "baseline": "written before the next step", "unit": "seconds lost"}
-    row |= {"ours": round(thread, 2), "theirs": round(at_once, 2), "ratio": round(at_once / max(thread, 1e-3), 2)}
+    print(
+        f"\na checkpoint of {size:.1f} GB: {thread:.1f} s lost with a thread, {at_once:.1f} s "
+        "without"
+    )
+    row = {
+        "case": f"checkpoint of {size:.1f} GB",
+        "baseline": "written before the next step",
+        "unit": "seconds lost",
+    }
+    row |= {
+        "ours": round(thread, 2),
+        "theirs": round(at_once, 2),
+        "ratio": round(at_once / max(thread, 1e-3), 2),
+    }
     results.append({**row, "peak_memory_gb": None})
-    print(json.dumps({"benchmark": "distributed", "device": name, "torch": torch.__version__, "results": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "distributed",
+                "device": name,
+                "torch": torch.__version__,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
-"""Pictures a second and memory of `captioner ingest`, against the loops that one would write instead.
+"""Images per second and memory of `captioner ingest`, against the loops that one would write
+instead.
 
-    python -m benchmarks.ingest --pictures_from coco/val2017 [--pictures 2000] [--rounds 3]
+    python -m benchmarks.ingest --images_from coco/val2017 [--images 2000] [--rounds 3]
 
-Photographs of a folder, repeated, are ingested whole: read, decoded, reduced to 256 pixels, encoded, hashed and written
-to Parquet with their captions. Two baselines decode, resize (bicubic) and save the same pictures with Pillow, in the
-same quality, one file each, without any checks:
+Photographs of a folder, repeated, are ingested whole: read, decoded, reduced to 256 pixels,
+encoded, hashed and written to Parquet with their captions. Two baselines decode, resize (bicubic)
+and save the same images with Pillow, in the same quality, one file each, without any checks:
 
 - loop: one process.
 - pool: a process a core.
 
-Cases take turns, each in a fresh process, timed from its first picture on. It prints a table and ends with one line of
-JSON.
+Cases take turns, each in a fresh process, timed from its first image on. It prints a table and ends
+with one line of JSON.
 """
 
 import argparse
@@ -33,7 +34,7 @@ CASES = ("ours", "loop", "pool")
 
 
 def one(output: Path, file: Path) -> None:
-    """Decode, resize and save a picture, as one would write it."""
+    """Decode, resize and save an image, as one would write it."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
@@ -48,7 +49,9 @@ def ours(folder: Path, output: Path) -> Callable[[], object]:
     from model_lib.ingest.ingesting import ingest
 
     lists, images = folder / "captions.json", folder / "images"
-    config = IngestConfig(annotations=str(lists), images=str(images), output=str(output), split="train")
+    config = IngestConfig(
+        annotations=str(lists), images=str(images), output=str(output), split="train"
+    )
     return lambda: ingest(config)
 
 
@@ -73,7 +76,8 @@ def pool(folder: Path, output: Path) -> Callable[[], object]:
 
 
 def measure(case: str, folder: Path) -> None:
-    """Run a case once in this process; print its seconds and peak memory, that of its processes added up."""
+    """Run a case once in this process; print its seconds and peak memory, that of its processes
+    added up."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         run = {"ours": ours, "loop": loop, "pool": pool}[case](folder, Path(output))
         began = time.perf_counter()
@@ -85,7 +89,7 @@ def measure(case: str, folder: Path) -> None:
 
 
 def prepare(source: Path, count: int, folder: Path) -> None:
-    """Make `count` pictures of those in `source`, as links, and their captions."""
+    """Make `count` images of those in `source`, as links, and their captions."""
     files = sorted(source.glob("**/*.jpg"))
     (folder / "images").mkdir()
     images, notes = [], []
@@ -93,42 +97,63 @@ def prepare(source: Path, count: int, folder: Path) -> None:
         name = f"{number:012d}.jpg"
         (folder / "images" / name).symlink_to(files[number % len(files)].absolute())
         images.append({"id": number, "file_name": name})
-        notes += [{"id": 5 * number + n, "image_id": number, "caption": f"caption {n} of {number}"} for n in range(5)]
+        notes += [
+            {"id": 5 * number + n, "image_id": number, "caption": f"caption {n} of {number}"}
+            for n in range(5)
+        ]
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pictures_from", type=Path, required=True, help="folder of photographs, COCO's for example")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument(
+        "--images_from", type=Path, required=True, help="folder of photographs, COCO's for example"
+    )
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(options.measure, options.pictures_from)
+        measure(options.measure, options.images_from)
         return
     found: dict[str, list[list[float]]] = {case: [] for case in options.cases}
     with tempfile.TemporaryDirectory() as scratch:
-        prepare(options.pictures_from, options.pictures, Path(scratch))
+        prepare(options.images_from, options.images, Path(scratch))
         for _ in range(options.rounds):
             for case in options.cases:
-                command = [sys.executable, "-m", "benchmarks.ingest", "--measure", case, "--pictures_from", scratch]
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.ingest",
+                    "--measure",
+                    case,
+                    "--images_from",
+                    scratch,
+                ]
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
+                )
                 found[case].append(json.loads(done.stdout))
-    rates = {case: options.pictures / statistics.median(row[0] for row in rows) for case, rows in found.items()}
+    rates = {
+        case: options.images / statistics.median(row[0] for row in rows)
+        for case, rows in found.items()
+    }
     memory = {case: round(max(row[1] for row in rows), 3) for case, rows in found.items()}
     name = f"CPU, {os.cpu_count()} cores"
-    print(f"\n{name}, {options.pictures:,} pictures, median of {options.rounds} rounds; pictures a second\n")
+    print(
+        f"\n{name}, {options.images:,} images, median of {options.rounds} rounds; images per "
+        "second\n"
+    )
     print(f"{'case':<12}{'baseline':<12}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'theirs':>8}")
     results = []
     for case in [case for case in options.cases if case != "ours"]:
         mine, theirs = rates["ours"], rates[case]
         results.append(
             {
-                "case": f"{options.pictures} pictures",
+                "case": f"{options.images} images",
                 "baseline": case,
-                "unit": "pictures/s",
+                "unit": "images/s",
                 "ours": round(mine, 1),
                 "theirs": round(theirs, 1),
                 "ratio": round(mine / theirs, 2),
@@ -136,11 +161,14 @@ def main() -> None:
                 "their_peak_memory_gb": memory[case],
             }
         )
-        shown = f"{mine:>9.1f}{theirs:>9.1f}{mine / theirs:>7.2f}{memory['ours']:>7.3f}{memory[case]:>8.3f}"
-        print(f"{'ingest':<12}{case:<12}{shown}")
+        speeds = f"{mine:>9.1f}{theirs:>9.1f}{mine / theirs:>7.2f}"
+        print(f"{'ingest':<12}{case:<12}{speeds}{memory['ours']:>7.3f}{memory[case]:>8.3f}")
     if options.cases == ["ours"]:
         print(f"{'ingest':<24}{rates['ours']:>9.1f}{'':>16}{memory['ours']:>7.3f}")
-    versions = {"torch": importlib.metadata.version("torch"), "pillow": importlib.metadata.version("pillow")}
+    versions = {
+        "torch": importlib.metadata.version("torch"),
+        "pillow": importlib.metadata.version("pillow"),
+    }
     print(json.dumps({"benchmark": "ingest", "device": name, **versions, "results": results}))
 
 

@@ -1,10 +1,12 @@
 """Seconds to score a results file, Java included, against pycocoevalcap's own evaluation.
 
-    python -m benchmarks.scores --results results.json --annotations captions.json [--repeat 5] [--rounds 3]
+    python -m benchmarks.scores --results results.json --annotations captions.json [--repeat 5]
+    [--rounds 3]
 
-Both score the same captions against the same references by BLEU, METEOR, ROUGE-L and CIDEr; ours also makes the
-shuffled CIDEr and 95 % intervals. `--repeat` takes each picture so many times, under ids of their own. The two take
-turns. It prints a table, whether the scores agree, and ends with one line of JSON.
+Both score the same captions against the same references by BLEU, METEOR, ROUGE-L and CIDEr; ours
+also makes the shuffled CIDEr and 95 % intervals. `--repeat` takes each image so many times, under
+ids of their own. The two take turns. It prints a table, whether the scores agree, and ends with one
+line of JSON.
 """
 
 import argparse
@@ -42,7 +44,10 @@ def theirs(captions: Captions, references: References) -> dict[str, float]:
         split = PTBTokenizer()
         gts = split.tokenize({i: [{"caption": text} for text in references[i]] for i in captions})
         res = split.tokenize({i: [{"caption": text}] for i, text in captions.items()})
-        scores = {f"Bleu_{n + 1}": value for n, value in enumerate(Bleu(4).compute_score(gts, res, verbose=0)[0])}
+        scores = {
+            f"Bleu_{n + 1}": value
+            for n, value in enumerate(Bleu(4).compute_score(gts, res, verbose=0)[0])
+        }
         for name, scorer in (("METEOR", Meteor()), ("ROUGE_L", Rouge()), ("CIDEr", Cider())):
             scores[name] = float(scorer.compute_score(gts, res)[0])
     return scores
@@ -56,9 +61,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     once, said = read_results(options.results), read_captions(options.annotations)[1]
-    captions = {i * options.repeat + n: text for i, text in once.items() for n in range(options.repeat)}
+    captions = {
+        i * options.repeat + n: text for i, text in once.items() for n in range(options.repeat)
+    }
     references = {i: said[i // options.repeat] for i in captions}
-    cases: dict[str, Callable[[Captions, References], dict[str, float]]] = {"ours": ours, "theirs": theirs}
+    cases: dict[str, Callable[[Captions, References], dict[str, float]]] = {
+        "ours": ours,
+        "theirs": theirs,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     scores: dict[str, dict[str, float]] = {}
     for _ in range(options.rounds):
@@ -69,10 +79,18 @@ def main() -> None:
     mine, other = (statistics.median(seconds[name]) for name in ("ours", "theirs"))
     gap = max(abs(scores["ours"][name] - value) for name, value in scores["theirs"].items())
     device = f"CPU, {os.cpu_count()} cores"
-    print(f"\n{device}; {len(captions):,} pictures, median of {options.rounds} rounds; largest difference {gap:.1e}\n")
+    print(
+        f"\n{device}; {len(captions):,} images, median of {options.rounds} rounds; largest "
+        f"difference {gap:.1e}\n"
+    )
     print(f"{'case':<10}{'baseline':<16}{'ours':>8}{'theirs':>9}{'ratio':>7}")
     print(f"{'scoring':<10}{'pycocoevalcap':<16}{mine:>7.1f}s{other:>8.1f}s{other / mine:>7.2f}")
-    row = {"case": f"{len(captions)} pictures", "baseline": "pycocoevalcap", "unit": "s", "ours": round(mine, 2)}
+    row = {
+        "case": f"{len(captions)} images",
+        "baseline": "pycocoevalcap",
+        "unit": "s",
+        "ours": round(mine, 2),
+    }
     row |= {"theirs": round(other, 2), "ratio": round(other / mine, 2), "largest_difference": gap}
     print(json.dumps({"benchmark": "scores", "device": device, "torch": None, "results": [row]}))
 

@@ -1,4 +1,5 @@
-"""How the benchmarks time and weigh: cases take turns in one process, so that drift hits all alike."""
+"""How the benchmarks time and weigh: cases take turns in one process, so that drift hits all
+alike."""
 
 import statistics
 import time
@@ -8,7 +9,9 @@ from pathlib import Path
 import torch
 
 
-def median_seconds(cases: list[Callable[[], object]], rounds: int, device: torch.device) -> list[float]:
+def median_seconds(
+    cases: list[Callable[[], object]], rounds: int, device: torch.device
+) -> list[float]:
     """Return each case's median time over `rounds`, after a warming one."""
 
     def once(case: Callable[[], object]) -> float:
@@ -25,7 +28,8 @@ def median_seconds(cases: list[Callable[[], object]], rounds: int, device: torch
 
 
 def peak_gb(case: Callable[[], object], device: torch.device) -> float:
-    """Return the most memory in use while `case` runs, weights included, in GB: the GPU's, else the process's."""
+    """Return the most memory in use while `case` runs, weights included, in GB: the GPU's, else the
+    process's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         case()

@@ -1,24 +1,31 @@
-"""Captions a second in training, a whole step from pixels to new weights, against transformers' modules used plainly.
+"""Captions a second in training, a whole step from pixels to new weights, against transformers'
+modules used plainly.
 
-    python -m benchmarks.train [--preset clip-l-gpt2-medium] [--device cpu] [--pictures 64] [--rounds 5] [--compile]
+    python -m benchmarks.train [--preset clip-l-gpt2-medium] [--device cpu] [--images 64] [--rounds
+    5] [--compile]
 
-Five captions a picture, of lengths like COCO's, random weights and pixels; the same weights are trained on both sides,
-in the same number format, by AdamW in one kernel. In one process, taking turns:
+Five captions per image, of lengths like COCO's, random weights and pixels; the same weights are
+trained on both sides, in the same number format, by AdamW in one kernel. In one process, taking
+turns:
 
-- ours: the product's own loss, the tower in the step's number format; no moving average and no dropout, as in theirs.
-- a pair a row: transformers' `CLIPVisionModel` and `GPT2LMHeadModel(add_cross_attention=True)`, whose own loss it is,
-  under autocast; each picture-caption pair is a row with its own pass of the vision tower, padded to the longest
-  caption. Frozen weights take no gradients, and the tower runs without recording any.
-- shared encoder: the same, but the tower runs once a picture and its result is repeated for the captions.
+- ours: the product's own loss, the tower in the step's number format; no moving average and no
+  dropout, as in theirs.
+- a pair a row: transformers' `CLIPVisionModel` and `GPT2LMHeadModel(add_cross_attention=True)`,
+  whose own loss it is, under autocast; each image-caption pair is a row with its own pass of the
+  vision tower, padded to the longest caption. Frozen weights take no gradients, and the tower runs
+  without recording any.
+- shared encoder: the same, but the tower runs once per image and its result is repeated for the
+  captions.
 
-FLOPs are those of the tokens that have a target, of one vision pass a picture and of the keys and values of its visual
-tokens; the forward pass counts once, gradients by inputs once for all that lies behind trained weights, gradients by
-weights once for trained matrices. Shares are of the speed that a large matrix product reaches in the same run, and of
-the data sheet's where that is known. It prints a table with our peak memory, a projected epoch of COCO 2017, and ends
-with one line of JSON.
+FLOPs are those of the tokens that have a target, of one vision pass an image and of the keys and
+values of its visual tokens; the forward pass counts once, gradients by inputs once for all that
+lies behind trained weights, gradients by weights once for trained matrices. Shares are of the speed
+that a large matrix product reaches in the same run, and of the data sheet's where that is known. It
+prints a table with our peak memory, a projected epoch of COCO 2017, and ends with one line of JSON.
 
-With `--from_parquet N` it then draws N scenes, ingests them, and trains two epochs on them by the product's own
-`train`, augmentation, moving average and all: the rate at which pictures come from Parquet and are learned.
+With `--from_parquet N` it then draws N scenes, ingests them, and trains two epochs on them by the
+product's own `train`, augmentation, moving average and all: the rate at which images come from
+Parquet and are learned.
 """
 
 import argparse
@@ -50,22 +57,23 @@ from model_lib.train.loss import caption_loss
 from model_lib.train.training import train
 
 CAPTIONS = 5
-COCO_PICTURES = 118_287
+COCO_IMAGES = 118_287
 """Of train2017."""
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """FLOP/s of dense 16-bit matrix products, by the makers' data sheets."""
 
 
-def coco_like_captions(pictures: int, vocabulary: int) -> list[list[list[int]]]:
-    """Return random ids in the lengths of COCO's captions: mean 13, 9 at least, hardly any above 23, end included.
+def coco_like_captions(images: int, vocabulary: int) -> list[list[list[int]]]:
+    """Return random ids in the lengths of COCO's captions: mean 13, 9 at least, hardly any above
+    23, end included.
 
-    Pictures are sorted by length, as the product's batches are from windows of thousands.
+    Images are sorted by length, as the product's batches are from windows of thousands.
     """
     rng = np.random.default_rng(0)
-    lengths = (9 + rng.gamma(1.7, 2.4, (50 * pictures, CAPTIONS))).astype(int)
+    lengths = (9 + rng.gamma(1.7, 2.4, (50 * images, CAPTIONS))).astype(int)
     window = lengths[np.argsort(lengths.sum(1), kind="stable")]
-    batch = window[25 * pictures : 26 * pictures]
-    return [[rng.integers(1, vocabulary, n).tolist() for n in picture] for picture in batch]
+    batch = window[25 * images : 26 * images]
+    return [[rng.integers(1, vocabulary, n).tolist() for n in image] for image in batch]
 
 
 class Plain(nn.Module):
@@ -73,7 +81,9 @@ class Plain(nn.Module):
 
     def __init__(self, model: Captioner) -> None:
         super().__init__()
-        config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
+        config = GPT2Config(
+            **{**model.config.decoder_config.to_dict(), "add_cross_attention": True}
+        )
         config.tie_word_embeddings = False
         for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
             setattr(config, name, 0.0)
@@ -86,12 +96,15 @@ class Plain(nn.Module):
             module.requires_grad_(True)
 
     def loss(self, features: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross-entropy; `labels` are the targets, moved here as transformers expects them."""
+        """Return the mean cross-entropy; `labels` are the targets, moved here as transformers
+        expects them."""
         logits = self.decoder(ids, encoder_hidden_states=features, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        return torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+        )
 
 
-def flops(model: Captioner, pictures: int, tokens: int) -> float:
+def flops(model: Captioner, images: int, tokens: int) -> float:
     """Return the useful floating-point operations of a training step."""
     vision, decoder = model.config.vision_config, model.config.decoder_config
     E, D, L, V = vision.hidden_size, decoder.n_embd, decoder.n_layer, decoder.vocab_size
@@ -100,8 +113,8 @@ def flops(model: Captioner, pictures: int, tokens: int) -> float:
     tower = 2 * (vision.num_hidden_layers * layer + S * 3 * vision.patch_size**2 * E)
     frozen, trained = 4 * D**2, 2 * D**2 + 8 * D**2
     a_token = L * (2 * 2 * frozen + 3 * 2 * trained + 3 * 4 * S * D) + 3 * 2 * D * V
-    a_picture = tower + 3 * 2 * L * S * 2 * E * D
-    return pictures * a_picture + tokens * a_token
+    a_image = tower + 3 * 2 * L * S * 2 * E * D
+    return images * a_image + tokens * a_token
 
 
 def matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -118,9 +131,11 @@ class Work:
     def __init__(self, model: Captioner, count: int, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
         size, self.end = model.image_size, model.config.decoder_config.eos_token_id
-        self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(model.device)
+        self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(
+            model.device
+        )
         self.captions = coco_like_captions(count, model.config.decoder_config.vocab_size)
-        pairs = [[ids] for picture in self.captions for ids in picture]
+        pairs = [[ids] for image in self.captions for ids in image]
         self.pairs = pack_captions(pairs, self.end, multiple=1).to(model.device)
 
     def ours(self) -> Tensor:
@@ -130,7 +145,7 @@ class Work:
             return caption_loss(self.model, features, rows) / rows.count
 
     def plain(self, tower: nn.Module, plain: Plain, passes: int) -> Tensor:
-        """Run the tower `passes` times a picture, the decoder once a pair."""
+        """Run the tower `passes` times an image, the decoder once a pair."""
         with autocast(self.dtype, self.model.device):
             with torch.no_grad():
                 seen = self.pixels.repeat_interleave(passes, 0).float() / 127.5 - 1
@@ -158,38 +173,47 @@ class Rates(Tracking, Run):
     def __init__(self) -> None:
         self.rates: list[float] = []
 
-    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+    def start(
+        self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> Run:
         return self
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        if "pictures_per_second" in metrics:
-            self.rates.append(metrics["pictures_per_second"])
+        if "images_per_second" in metrics:
+            self.rates.append(metrics["images_per_second"])
 
 
-def train_from_parquet(preset: str, pictures: int, **options: Any) -> float:
-    """Train on generated scenes as a user does; print and return pictures a second between the validations."""
+def train_from_parquet(preset: str, images: int, **options: Any) -> float:
+    """Train on generated scenes as a user does; print and return images per second between the
+    validations."""
     shapes = PRESETS[preset]
     device = torch.device(options["device"])
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        make_scenes(ScenesConfig(output=str(work / "scenes"), train=pictures, val=32, size=256))
-        ingest(IngestConfig(dataset=str(work / "scenes"), output=str(work / "data"), store="original"))
+        make_scenes(ScenesConfig(output=str(work / "scenes"), train=images, val=32, size=256))
+        ingest(
+            IngestConfig(dataset=str(work / "scenes"), output=str(work / "data"), store="original")
+        )
         if shapes.vision is not None:
             config = CaptionerConfig.of(shapes)
             parts = {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
             CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
             GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
             captions = SplitReader(read_manifest(str(work / "data")), "train", size=1).captions()
-            train_tokenizer((text for texts in captions for text in texts), 512).save_pretrained(parts["tokenizer"])
+            train_tokenizer((text for texts in captions for text in texts), 512).save_pretrained(
+                parts["tokenizer"]
+            )
             options |= parts
         rates = Rates()
-        run = TrainConfig(data=str(work / "data"), output=str(work / "out"), preset=preset, epochs=2, **options)
+        run = TrainConfig(
+            data=str(work / "data"), output=str(work / "out"), preset=preset, epochs=2, **options
+        )
         trained: list[Trained] = []
         memory = peak_gb(lambda: trained.append(train(run, rates)), device)
     rate, loss = harmonic_mean(rates.rates), trained[0].validation_loss
     print(
-        f"\nfrom Parquet, {run.batch_size} pictures a step: {rate:.1f} pictures/s, an epoch of COCO in "
-        f"{COCO_PICTURES / rate / 60:,.1f} minutes, {memory} GB at most; validation loss {loss:.2f}"
+        f"\nfrom Parquet, {run.batch_size} images a step: {rate:.1f} images/s, an epoch of COCO in "
+        f"{COCO_IMAGES / rate / 60:,.1f} minutes, {memory} GB at most; validation loss {loss:.2f}"
     )
     return rate
 
@@ -198,14 +222,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pictures", type=int, nargs="+", default=[64], help="pictures a step")
+    parser.add_argument("--images", type=int, nargs="+", default=[64], help="images a step")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case")
-    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    parser.add_argument("--compile", action="store_true", help="compile our decoder's layers, as train --compile does")
-    parser.add_argument("--from_parquet", type=int, default=0, help="also train on so many generated scenes")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "bfloat16", "float16", "float32"]
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile our decoder's layers, as train --compile does",
+    )
+    parser.add_argument(
+        "--from_parquet", type=int, default=0, help="also train on so many generated scenes"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     dtype = autocast_dtype(options.precision, device)
     torch.manual_seed(0)
     config = CaptionerConfig.of(PRESETS[options.preset])
@@ -214,9 +250,12 @@ def main() -> None:
     model.freeze_into(dtype)
     for block in model.decoder.blocks if options.compile else []:
         block.compile(dynamic=True)
-    speed, peak = matrix_speed(device, dtype), next((v for k, v in PEAKS.items() if k in name), None)
+    speed, peak = (
+        matrix_speed(device, dtype),
+        next((v for k, v in PEAKS.items() if k in name), None),
+    )
 
-    works = [Work(model, count, dtype) for count in options.pictures]
+    works = [Work(model, count, dtype) for count in options.images]
     mine = stepping(model, *(work.ours for work in works))
     memory = [peak_gb(step, device) for step in mine]  # before the other side is there
     tower, plain = CLIPVisionModel(config.vision_config).to(device), Plain(model).to(device)
@@ -225,14 +264,24 @@ def main() -> None:
 
     results = []
     print(f"\n{name}, torch {torch.__version__}, {dtype}; captions a second\n")
-    print(f"{'case':<16}{'baseline':<16}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'of matmul':>11}{'of peak':>9}")
-    for count, work, my_step, gigabytes in zip(options.pictures, works, mine, memory, strict=True):
+    print(
+        f"{'case':<16}{'baseline':<16}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}"
+        f"{'of matmul':>11}{'of peak':>9}"
+    )
+    for count, work, my_step, gigabytes in zip(options.images, works, mine, memory, strict=True):
         losses = [partial(work.plain, tower, plain, passes) for passes in (CAPTIONS, 1)]
         ours, *theirs = median_seconds([my_step, *stepping(plain, *losses)], options.rounds, device)
         useful = flops(model, count, work.pairs.count)
         for label, seconds in zip(("a pair a row", "shared encoder"), theirs, strict=True):
-            row: dict[str, Any] = {"case": f"{count} pictures", "baseline": label, "unit": "captions/s"}
-            row |= {"ours": round(CAPTIONS * count / ours, 2), "theirs": round(CAPTIONS * count / seconds, 2)}
+            row: dict[str, Any] = {
+                "case": f"{count} images",
+                "baseline": label,
+                "unit": "captions/s",
+            }
+            row |= {
+                "ours": round(CAPTIONS * count / ours, 2),
+                "theirs": round(CAPTIONS * count / seconds, 2),
+            }
             row |= {"ratio": round(seconds / ours, 2), "peak_memory_gb": gigabytes}
             row |= {"share_of_matmul": round(useful / ours / speed, 3)}
             row |= {"share_of_peak": None if peak is None else round(useful / ours / peak, 3)}
@@ -244,14 +293,24 @@ def main() -> None:
                 flush=True,
             )
         print(
-            f"{useful / count / 1e12:.2f} TFLOP a picture; {speed / 1e12:.1f} TFLOP/s in a matrix product; an epoch of "
-            f"COCO, reading apart: {COCO_PICTURES / count * ours / 60:,.1f} minutes"
+            f"{useful / count / 1e12:.2f} TFLOP per image; {speed / 1e12:.1f} TFLOP/s in a matrix "
+            "product; an epoch of "
+            f"COCO, reading apart: {COCO_IMAGES / count * ours / 60:,.1f} minutes"
         )
-    document = {"benchmark": "train", "device": name, "torch": torch.__version__, "results": results}
+    document = {
+        "benchmark": "train",
+        "device": name,
+        "torch": torch.__version__,
+        "results": results,
+    }
     if options.from_parquet:
         del model, tower, plain, works, mine, losses, work, my_step
-        common = {"batch_size": options.pictures[-1], "precision": options.precision, "compile": options.compile}
-        document["from_parquet_pictures_per_second"] = train_from_parquet(
+        common = {
+            "batch_size": options.images[-1],
+            "precision": options.precision,
+            "compile": options.compile,
+        }
+        document["from_parquet_images_per_second"] = train_from_parquet(
             options.preset, options.from_parquet, device=options.device, **common
         )
     print(json.dumps(document))

@@ -1,6 +1,7 @@
 """The pipelines' stages as KFP components: definitions only, the work is in `model_lib`.
 
-A component's outputs that later steps take as parameters are strings, numbers and lists; artifacts are for people.
+A component's outputs that later steps take as parameters are strings, numbers and lists; artifacts
+are for people.
 """
 
 from pathlib import Path
@@ -11,15 +12,17 @@ _LOCK = Path(__file__).parents[1] / "images" / "images.lock"
 
 
 def image(name: str) -> str:
-    """Return the container image `name`: by digest from `images/images.lock`, else as `make images` tags it."""
+    """Return the container image `name`: by digest from `images/images.lock`, else as `make images`
+    tags it."""
     lines = _LOCK.read_text().splitlines() if _LOCK.exists() else []
     pushed = dict(line.split() for line in lines if line.strip() and not line.startswith("#"))
     return pushed.get(name, f"captioner-{name}:{__version__}")
 
 
 CORE = image("core")
-"""No torch: preflight, ingest, candidates, train on several machines, register, plan, merge, close."""
+"""No torch: preflight, ingest, candidates, train on several machines, register, plan, merge,
+close."""
 MODEL = image("model")
 """Torch: train, caption."""
-JUDGE = image("judge")
-"""Torch, Java and the caption metrics: evaluate, judge."""
+EVALUATE = image("evaluate")
+"""Torch, Java and the caption metrics: evaluate, evaluate_champion."""

@@ -1,10 +1,11 @@
-"""Train, judge, register and run a CLIP + GPT-2 image captioner.
+"""Train, evaluate, register and run a CLIP + GPT-2 image captioner.
 
     from model_lib import Captioner, generate_caption
     model = Captioner.from_pretrained("runs/best")
     caption = generate_caption(model, "image.jpg")
 
-The names below load on first use, so that stages without a model (ingest, plan) start without torch.
+The names below load on first use, so that stages without a model (ingest, plan) start without
+torch.
 """
 
 import importlib
@@ -20,7 +21,14 @@ _EXPORTS = {
     "UserError": "model_lib.errors",
     "generate_caption": "model_lib.model.captioning",
 }
-__all__ = ["Caption", "Captioner", "CaptionerConfig", "DecodeConfig", "UserError", "generate_caption"]
+__all__ = [
+    "Caption",
+    "Captioner",
+    "CaptionerConfig",
+    "DecodeConfig",
+    "UserError",
+    "generate_caption",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The command line `captioner`.
 
-A command is a function of one configuration, whose dataclass makes its options and help, that returns an `Output`.
-Other packages add commands through the entry-point group `captioner.commands`, as the pipelines do.
+A command is a function of one configuration, whose dataclass makes its options and help, that
+returns an `Output`. Other packages add commands through the entry-point group `captioner.commands`,
+as the pipelines do.
 
 Exit codes are those of `exits`.
 """
@@ -22,13 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import tyro
 
-from model_lib import storage
 from model_lib.batch.config import BatchConfig
-from model_lib.cores import cores
 from model_lib.errors import UserError, printable
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.exits import exit_in_one_line
 from model_lib.ingest.config import DownloadConfig, IngestConfig, ScenesConfig
+from model_lib.io import storage
+from model_lib.io.cpus import cpu_count
 from model_lib.model.config import DecodeConfig
 from model_lib.options import Precision, StageConfig, option
 from model_lib.presets import PRESETS
@@ -54,7 +55,8 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig(StageConfig):
-    """Show the environment, and each preset's parameter counts (from shapes alone, without weights)."""
+    """Show the environment, and each preset's parameter counts (from shapes alone, without
+    weights)."""
 
     preset: str | None = None
     """Count this preset only."""
@@ -66,16 +68,17 @@ class InfoConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(DecodeConfig):
-    """Caption pictures, one line each as it is ready."""
+    """Caption images, one line each as it is ready."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-f"])]
-    """Pictures: paths, URIs, http(s) addresses, folders, patterns such as "photos/*.jpg"; - takes a list from stdin."""
+    """Images: paths, URIs, http(s) addresses, folders, patterns such as "photos/*.jpg"; - takes a
+    list from stdin."""
     model: str = CHAMPION_URI
     """A folder, hub name, URI or model of the MLflow registry."""
     explain: str | None = None
     """HTML file that shows where the model looked for each word."""
     batch_size: int = option(16, minimum=1)
-    """Pictures decoded together."""
+    """Images decoded together."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     precision: Precision = "auto"
@@ -97,7 +100,17 @@ def info(config: InfoConfig) -> Output:
         trainable = sum(size for size, trained in sizes if trained)
         return {"preset": preset, "total": sum(size for size, _ in sizes), "trainable": trainable}
 
-    packages = ("captioner", "torch", "transformers", "pyarrow", "pillow", "fsspec", "numpy", "mlflow", "kfp")
+    packages = (
+        "captioner",
+        "torch",
+        "transformers",
+        "pyarrow",
+        "pillow",
+        "fsspec",
+        "numpy",
+        "mlflow",
+        "kfp",
+    )
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -110,13 +123,25 @@ def info(config: InfoConfig) -> Output:
         counts = [count(preset) for preset in ([config.preset] if config.preset else PRESETS)]
     elif config.preset:
         raise UserError(
-            f"preset {config.preset}: to count its parameters, install torch: pip install 'captioner[model]'"
+            f"preset {config.preset}: to count its parameters, install torch: pip install "
+            "'captioner[model]'"
         )
-    environment = {"versions": versions, "gpus": gpus, "cpus": cores(), "java": shutil.which("java") is not None}
+    environment = {
+        "versions": versions,
+        "gpus": gpus,
+        "cpus": cpu_count(),
+        "java": shutil.which("java") is not None,
+    }
     lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"] if counts else []
     lines += [f"{row['preset']:<20} {row['total']:>13,} {row['trainable']:>13,}" for row in counts]
-    lines += [*([""] if counts else []), *(f"{name:<20} {version}" for name, version in versions.items())]
-    lines += [f"{'GPUs':<20} {', '.join(gpus) or 'none'}", f"{'Java':<20} {'yes' if environment['java'] else 'no'}"]
+    lines += [
+        *([""] if counts else []),
+        *(f"{name:<20} {version}" for name, version in versions.items()),
+    ]
+    lines += [
+        f"{'GPUs':<20} {', '.join(gpus) or 'none'}",
+        f"{'Java':<20} {'yes' if environment['java'] else 'no'}",
+    ]
     document = {**counts[0], **environment} if config.preset else {"presets": counts, **environment}
     return Output(document, lines)
 
@@ -125,7 +150,7 @@ def scenes(config: ScenesConfig) -> Output:
     from model_lib.ingest.scenes import make_scenes
 
     make_scenes(config)
-    line = f"{config.train} training and {config.val} validation pictures in {config.output}"
+    line = f"{config.train} training and {config.val} validation images in {config.output}"
     return Output(asdict(config), [line])
 
 
@@ -133,7 +158,10 @@ def download(config: DownloadConfig) -> Output:
     from model_lib.ingest.download import download as run
 
     fetched = run(config)
-    lines = [f"{archive.uri}: {archive.bytes / 1e9:.2f} GB, {archive.files:,} files" for archive in fetched]
+    lines = [
+        f"{archive.uri}: {archive.bytes / 1e9:.2f} GB, {archive.files:,} files"
+        for archive in fetched
+    ]
     return Output([asdict(archive) for archive in fetched], lines)
 
 
@@ -142,8 +170,13 @@ def ingest(config: IngestConfig) -> Output:
 
     manifest = run(config)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
-    left_out = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items()) or "none"
-    text = f"{config.output}: pictures: {counts}; quarantined: {left_out}; fingerprint {manifest.fingerprint[:12]}"
+    left_out = (
+        ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items()) or "none"
+    )
+    text = (
+        f"{config.output}: images: {counts}; quarantined: {left_out}; fingerprint "
+        f"{manifest.fingerprint[:12]}"
+    )
     return Output(manifest.to_dict(), [text])
 
 
@@ -162,7 +195,12 @@ def evaluate(config: EvaluateConfig) -> Output:
 
     tracking = NO_TRACKING if config.model is None else tracking_from_environment()
     evaluation = run(config, tracking)
-    lines = [f"{evaluation.pictures:,} pictures of {evaluation.split}; in brackets, 95 % intervals over pictures"]
+    lines = [
+        (
+            f"{evaluation.images:,} images of {evaluation.split}; in brackets, 95 % intervals over "
+            "images"
+        )
+    ]
     for name, value in evaluation.scores.items():
         low, high = evaluation.intervals[name]
         lines.append(f"{name:<16} {value:.4f} [{low:.4f}, {high:.4f}]")
@@ -179,7 +217,9 @@ def register(config: RegisterConfig) -> Output:
     tracking = require_mlflow(tracking_from_environment())
     tracking.require_answer()  # who waits at a prompt is told at once; a step of a pipeline waits
     registered = run(config, tracking)
-    line = f"version {registered.version} ({registered.winner}) {registered.fate}: {registered.reason}"
+    line = (
+        f"version {registered.version} ({registered.winner}) {registered.fate}: {registered.reason}"
+    )
     return Output(registered.to_dict(), [line])
 
 
@@ -190,8 +230,13 @@ def models(config: ModelsConfig) -> Output:
 
     tracking = require_mlflow(tracking_from_environment())
     found = list_versions(tracking)
-    none = f"no versions of {MODEL} in the model registry at {tracking.uri}; captioner register makes one"
-    return Output([asdict(version) for version in found], versions_table(found) if found else [none])
+    none = (
+        f"no versions of {MODEL} in the model registry at {tracking.uri}; captioner register "
+        "makes one"
+    )
+    return Output(
+        [asdict(version) for version in found], versions_table(found) if found else [none]
+    )
 
 
 def rollback(config: RollbackConfig) -> Output:
@@ -199,24 +244,28 @@ def rollback(config: RollbackConfig) -> Output:
     from model_lib.tracking.server import tracking_from_environment
 
     made = run(tracking_from_environment())
-    line = f"version {made.champion} is the champion again; version {made.rolled_back} was rolled back"
+    line = (
+        f"version {made.champion} is the champion again; version {made.rolled_back} was rolled back"
+    )
     return Output(asdict(made), [line])
 
 
 def caption(config: CaptionConfig) -> Output:
+    from model_lib.io.images import ImageError
     from model_lib.model.captioner import Captioner
-    from model_lib.model.captioning import caption_each, find_pictures
-    from model_lib.pictures import PictureError
+    from model_lib.model.captioning import caption_each, find_images
 
     _find_registry(config.model)
     if config.explain is not None:
         storage.require_writable(config.explain.rpartition("/")[0] or ".")
-    model = Captioner.from_pretrained(config.model, device=config.device, precision=config.precision)
+    model = Captioner.from_pretrained(
+        config.model, device=config.device, precision=config.precision
+    )
     output = Output([], [])
 
     def lines() -> Iterator[str]:
         explained: list[tuple[str, Caption]] = []
-        named, captioned = itertools.tee(find_pictures(config.files, sys.stdin))
+        named, captioned = itertools.tee(find_images(config.files, sys.stdin))
         results = caption_each(model, captioned, config, config.batch_size)
         failed = count = 0
         for file, result in zip(named, results, strict=True):
@@ -227,13 +276,13 @@ def caption(config: CaptionConfig) -> Output:
                     yield f"{file}: {one.text}"
                 explained.append((str(file), result[0]))
                 continue
-            problem = f"{file}: {result}" if isinstance(result, PictureError) else str(result)
+            problem = f"{file}: {result}" if isinstance(result, ImageError) else str(result)
             output.document.append({"uri": str(file), "error": problem})
             output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
             failed += 1
             print(printable(f"captioner: error: {problem}"), file=sys.stderr)
         if failed and count > 1:
-            print(f"captioner: {failed} of {count} pictures without a caption", file=sys.stderr)
+            print(f"captioner: {failed} of {count} images without a caption", file=sys.stderr)
         if config.explain is not None:
             from model_lib.model.explain import render_explanation
 
@@ -249,8 +298,10 @@ def batch(config: BatchConfig) -> Output:
     _find_registry(config.model)
     summary = run(config)
     errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
-    text = f"{summary.captions}: {summary.ok:,} of {summary.pictures:,} pictures captioned"
-    return Output(asdict(summary), [text + (f"; errors: {errors}" if errors else ""), summary.report])
+    text = f"{summary.captions}: {summary.ok:,} of {summary.images:,} images captioned"
+    return Output(
+        asdict(summary), [text + (f"; errors: {errors}" if errors else ""), summary.report]
+    )
 
 
 def _find_registry(source: str) -> None:
@@ -283,7 +334,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):  # else a test's
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what bucket drivers leave unfinished at exit
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # what bucket drivers leave unfinished at exit
     with exit_in_one_line():
         sys.exit(_run(argv))
 
@@ -292,7 +345,9 @@ def _run(argv: list[str]) -> int:
     elsewhere = {
         entry.name: entry
         for entry in importlib.metadata.entry_points(group="captioner.commands")
-        if importlib.util.find_spec(entry.module.partition(".")[0])  # a container has the library alone
+        if importlib.util.find_spec(
+            entry.module.partition(".")[0]
+        )  # a container has the library alone
     }
     names = sorted({*COMMANDS, *elsewhere})
     if not argv or argv[0] in ("-h", "--help"):
@@ -302,7 +357,9 @@ def _run(argv: list[str]) -> int:
     if name not in names:
         raise UserError(f"unknown command {name!r}; one of {', '.join(names)}")
     if name in elsewhere and importlib.util.find_spec("kfp") is None:
-        raise UserError(f"{name}: needs kfp, which is not installed: pip install 'captioner[pipelines]'")
+        raise UserError(
+            f"{name}: needs kfp, which is not installed: pip install 'captioner[pipelines]'"
+        )
     function = COMMANDS.get(name) or elsewhere[name].load()
     wants_json = "--json" in options
     output = function(parse(function, name, [option for option in options if option != "--json"]))
@@ -315,7 +372,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _json(document: Any) -> str:
-    """Return a document as it can be printed: names of files may be no text, and a terminal may know few letters."""
+    """Return a document as it can be printed: names of files may be no text, and a terminal may
+    know few letters."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding)
@@ -331,7 +389,8 @@ def config_class(function: Callable[[Any], Output]) -> type:
 
 
 def parse(function: Callable[[Any], Output], name: str, options: list[str]) -> Any:
-    """Make the command's configuration from options; `UserError` in one line instead of tyro's framed box."""
+    """Make the command's configuration from options; `UserError` in one line instead of tyro's
+    framed box."""
     config = config_class(function)
     description = f"{inspect.getdoc(config)}\n\n--json prints one JSON document instead of text."
     said = io.StringIO()
@@ -358,7 +417,9 @@ def _first_row(box: str) -> str:
 
 
 def _overview(commands: dict[str, Callable[[Any], Output]]) -> str:
-    lines = ["captioner: train, judge, register and run an image captioner", ""]
+    lines = ["captioner: train, evaluate, register and run an image captioner", ""]
     for name, function in commands.items():
-        lines.append(f"  {name:<10} {(inspect.getdoc(config_class(function)) or '').splitlines()[0]}")
+        lines.append(
+            f"  {name:<10} {(inspect.getdoc(config_class(function)) or '').splitlines()[0]}"
+        )
     return "\n".join([*lines, "", "captioner COMMAND --help explains a command's options."])

@@ -1,12 +1,15 @@
-"""The two exceptions that are meant for the user, each with one line that names the thing, the place and the remedy.
+"""The two exceptions that are meant for the user, each with one line that names the thing, the
+place and the remedy.
 
-The command line prints the line and exits with 2 or 1; in a pipeline's step it is the last line of the log.
+The command line prints the line and exits with 2 or 1; in a pipeline's step it is the last line of
+the log.
 """
 
 import re
 
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that steer a terminal or turn the direction of text, and lone surrogates, which cannot be printed."""
+"""Characters that steer a terminal or turn the direction of text, and lone surrogates, which cannot
+be printed."""
 
 PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]+@")
 """An address's password, which ends with the last @ before the path."""

@@ -1,4 +1,5 @@
-"""What every stage's configuration shares: options with bounds, made from loose values, and their key."""
+"""What every stage's configuration shares: options with bounds, made from loose values, and their
+key."""
 
 import dataclasses
 import hashlib
@@ -22,7 +23,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as the option's type: JSON and pipelines know no difference between 5 and 5.0."""
+    """Return `value` as the option's type: JSON and pipelines know no difference between 5 and
+    5.0."""
     kinds = get_args(kind) or (kind,)
     if get_origin(kind) is Literal:
         require(value in kinds, f"{name}: {value!r} is not one of {', '.join(map(str, kinds))}")
@@ -42,12 +44,16 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What all configurations share: numbers are checked by `minimum`, and each can be made from loose options."""
+    """What all configurations share: numbers are checked by `minimum`, and each can be made from
+    loose options."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), field.metadata.get("minimum")
-            require(value != "" and not (isinstance(value, tuple) and "" in value), f"{field.name}: is empty")
+            require(
+                value != "" and not (isinstance(value, tuple) and "" in value),
+                f"{field.name}: is empty",
+            )
             if isinstance(value, float):
                 require(math.isfinite(value), f"{field.name}: {value} is not a number to work with")
             if minimum is not None and value is not None:
@@ -57,10 +63,14 @@ class StageConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
-        """Make a configuration from a mapping, a pipeline's candidate for example; `UserError` on unknown names."""
+        """Make a configuration from a mapping, a pipeline's candidate for example; `UserError` on
+        unknown names."""
         kinds = get_type_hints(cls)
         for name, value in options.items():
-            require(name in kinds, f"{cls.__name__}: unknown option {name!r}; one of {', '.join(sorted(kinds))}")
+            require(
+                name in kinds,
+                f"{cls.__name__}: unknown option {name!r}; one of {', '.join(sorted(kinds))}",
+            )
             options[name] = _as_kind(name, value, kinds[name])
         try:
             return cls(**options)
@@ -71,18 +81,29 @@ class StageConfig:
         return dataclasses.asdict(self)
 
     def key(self, *more: str) -> str:
-        """Return 16 hex digits that change when the options which shape the result, or `more`, change."""
-        shaping = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("shapes", True)}
-        return hashlib.sha256(json.dumps([shaping, *more], sort_keys=True).encode()).hexdigest()[:16]
+        """Return 16 hex digits that change when the options which shape the result, or `more`,
+        change."""
+        shaping = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata.get("shapes", True)
+        }
+        return hashlib.sha256(json.dumps([shaping, *more], sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
 
 
-def option(default: Any = dataclasses.MISSING, *, minimum: float | None = None, shapes: bool = True) -> Any:
-    """Declare a field with a lower bound; `shapes=False` for one that changes where or how fast, not what."""
+def option(
+    default: Any = dataclasses.MISSING, *, minimum: float | None = None, shapes: bool = True
+) -> Any:
+    """Declare a field with a lower bound; `shapes=False` for one that changes where or how fast,
+    not what."""
     return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
 
 
 def as_arguments(config: StageConfig) -> list[str]:
-    """Return the command line that makes this configuration, without the options that have their defaults."""
+    """Return the command line that makes this configuration, without the options that have their
+    defaults."""
     arguments = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -12,12 +12,13 @@ class Preset:
     decoder: str | None
     """Hub name of GPT-2; None for a model that is trained whole from scratch."""
     vision_shape: dict
-    """Configuration of the vision tower, to count parameters without weights and to start from scratch."""
+    """Configuration of the vision tower, to count parameters without weights and to start from
+    scratch."""
     decoder_shape: dict
     """Configuration of GPT-2, likewise."""
     epochs: int
     batch_size: int
-    """Pictures a step."""
+    """Images a step."""
     learning_rate: float
     precision: str
     """Of training; "auto" unless another was measured faster."""
@@ -28,7 +29,7 @@ class Preset:
     """Decay of the weights' moving average; 0: none."""
     augment: bool
     sort_batches: int
-    """Batches' worth of pictures that are sorted by length together."""
+    """Batches' worth of images that are sorted by length together."""
 
 
 PRESETS = {
@@ -82,6 +83,7 @@ PRESETS = {
         dropout=0.0,
         ema=0.0,
         augment=False,
-        sort_batches=1,  # in the scenes length tells of content, and batches alike teach less: docs/benchmarks.md
+        # in the scenes length tells of content, and batches alike teach less: docs/benchmarks.md
+        sort_batches=1,
     ),
 }

@@ -22,13 +22,22 @@ class Progress:
         shown: whether to show anything: of several processes that work together, one does.
     """
 
-    def __init__(self, name: str, total: int, unit: str, resumed: int = 0, shown: bool = True) -> None:
+    def __init__(
+        self, name: str, total: int, unit: str, resumed: int = 0, shown: bool = True
+    ) -> None:
         self.name, self.total, self.unit = name, total, unit
         self.done, self.resumed, self.started = resumed, resumed, time.monotonic()
         self.spoken, self.note, self.shown = self.started, "", shown
         terminal = shown and sys.stderr.isatty()
         self.bar = (
-            tqdm(total=total, desc=name, unit=f" {unit}", leave=False, dynamic_ncols=True, initial=resumed)
+            tqdm(
+                total=total,
+                desc=name,
+                unit=f" {unit}",
+                leave=False,
+                dynamic_ncols=True,
+                initial=resumed,
+            )
             if terminal
             else None
         )
@@ -67,5 +76,8 @@ class Progress:
         seconds = int((self.total - self.done) / max(rate, 1e-9))
         left = f", {timedelta(seconds=seconds)} left" if 0 < seconds < 10**8 else ""
         note = f", {self.note}" if self.note else ""
-        line = f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} a second{left}{note}"
+        line = (
+            f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} a "
+            f"second{left}{note}"
+        )
         print(line, file=sys.stderr, flush=True)

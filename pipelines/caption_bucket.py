@@ -1,4 +1,4 @@
-"""The pipeline `caption_bucket`: a bucket's pictures, listed once, captioned in parallel, counted.
+"""The pipeline `caption_bucket`: a bucket's images, listed once, captioned in parallel, counted.
 
 preflight ─ plan ─ for each shard: caption ─ merge        (and close, whatever happens)
 """
@@ -20,41 +20,57 @@ from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place, place_
 NO_OPTIONS: dict[str, Any] = {}
 
 DESCRIPTION = f"""\
-Captions the pictures under a bucket's prefix into Parquet: one row for each picture, with a status. Started again it
-captions what is missing, new or changed; other pictures, another model and other options have folders of their own.
+Captions the images under a bucket's prefix into Parquet: one row for each image, with a status.
+Started again it captions what is missing, new or changed.
 
 | parameter | meaning |
 |---|---|
-| `caption_images` | folder or URI of the pictures, searched through |
+| `caption_images` | folder or URI of the images, searched through |
 | `caption_output` | folder or URI for the Parquet files, the plan and the summary |
-| `caption_model` | folder, URI, hub name, or model of the registry; an alias is pinned to its version |
+| `caption_model` | folder, URI, hub name or `models:/…`; an alias is pinned to its version |
 | `caption_num_beams` | beams in decoding; 1: greedy |
-| `caption_shard_pictures` | pictures a shard; each shard is a step on a GPU |
-| `caption_options` | further options of `captioner batch`: `{{"top_p": 0.9, "num_captions": 3}}` |
+| `caption_shard_images` | images a shard; each shard is a step on a GPU |
+| `caption_options` | further options of `captioner batch`: `{{{{"top_p": 0.9}}}}` |
 {placement.PARAMETERS}"""
 
 
-def caption_pictures(
+def add_caption_steps(
     images: Any,
     output: Any,
     model: Any,
     num_beams: Any,
-    shard_pictures: Any,
+    shard_images: Any,
     options: Any,
     secret: Any,
     gpu: Gpu,
     parallel: int,
 ) -> dsl.PipelineTask:
-    """Add the steps that caption the pictures at `images` to a pipeline; return the first."""
+    """Add the steps that caption the images at `images` to a pipeline; return the first."""
     planned = plan(
-        images=images, output=output, model=model, num_beams=num_beams, shard_pictures=shard_pictures, options=options
+        images=images,
+        output=output,
+        model=model,
+        num_beams=num_beams,
+        shard_images=shard_images,
+        options=options,
     )
     place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
     with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
         captioned = caption(shard=shard)
-        place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), cpu=4, memory=16, hours=12, retries=4)
+        place(
+            captioned,
+            "Caption",
+            secret=secret,
+            keys=(*BUCKET, *HUB),
+            cpu=4,
+            memory=16,
+            hours=12,
+            retries=4,
+        )
         on_gpu(captioned, gpu)
-    merged = merge(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=dsl.Collected(captioned.output))
+    merged = merge(
+        run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=dsl.Collected(captioned.output)
+    )
     place(merged, "Merge", secret=secret, keys=(*BUCKET, *WEBHOOK), memory=4)
     return planned
 
@@ -68,7 +84,7 @@ def define(parallel: int) -> Any:
         caption_output: str,
         caption_model: str = CHAMPION_URI,
         caption_num_beams: int = BatchConfig.num_beams,
-        caption_shard_pictures: int = BatchConfig.shard_pictures,
+        caption_shard_images: int = BatchConfig.shard_images,
         caption_options: dict = NO_OPTIONS,
         gpu_resource: str = placement.GPU_RESOURCE,
         gpu_count: str = "1",
@@ -91,12 +107,12 @@ def define(parallel: int) -> Any:
             )
             place_preflight(checked, secret_name)
             gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
-            caption_pictures(
+            add_caption_steps(
                 caption_images,
                 caption_output,
                 caption_model,
                 caption_num_beams,
-                caption_shard_pictures,
+                caption_shard_images,
                 caption_options,
                 secret_name,
                 gpu,

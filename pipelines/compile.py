@@ -8,8 +8,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_lib import storage
 from model_lib.cli import Output
+from model_lib.io import storage
 from model_lib.options import StageConfig
 
 PARALLEL = 4
@@ -28,7 +28,8 @@ _STRUCTURED_DEFAULT = re.compile(r"^(#    \w+: \w+ \[Default: )([\[{].*[\]}])\]$
 
 
 def _sorted_default(line: re.Match[str]) -> str:
-    """Return the header's line with sorted keys: protobuf, from which kfp prints it, orders them by chance."""
+    """Return the header's line with sorted keys: protobuf, from which kfp prints it, orders them by
+    chance."""
     return f"{line[1]}{json.dumps(ast.literal_eval(line[2]), sort_keys=True)}]"
 
 

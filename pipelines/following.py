@@ -1,7 +1,7 @@
 """Following a run on a Kubeflow Pipelines server to its end, and why it failed.
 
-The server lists a run's steps, but not why one failed: `run.error` stays null. The reason is in the manifest of its
-workflow, where Argo keeps the message that each pod left, or in the pod's log.
+The server lists a run's steps, but not why one failed: `run.error` stays null. The reason is in the
+manifest of its workflow, where Argo keeps the message that each pod left, or in the pod's log.
 """
 
 import json
@@ -37,7 +37,8 @@ def follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, str
     Args:
         client: kfp's.
         run_id: of the run.
-        names: the steps' tasks, each with its display name. The server lists all nodes of the run's workflow.
+        names: the steps' tasks, each with its display name. The server lists all nodes of the run's
+            workflow.
     """
     import kfp_server_api
     import urllib3
@@ -50,13 +51,21 @@ def follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, str
             run = client.get_run(run_id)
             answered = time.monotonic()
         except (kfp_server_api.ApiException, urllib3.exceptions.HTTPError) as error:
-            refused = isinstance(error, kfp_server_api.ApiException) and error.status in (401, 403, 404)
+            refused = isinstance(error, kfp_server_api.ApiException) and error.status in (
+                401,
+                403,
+                404,
+            )
             if refused or time.monotonic() - answered > RETRY_SECONDS:
                 raise
             time.sleep(POLL)
             continue
         tasks = (run.run_details.task_details if run.run_details else None) or []
-        steps = [(names[task.display_name], task) for task in tasks if task.display_name in names and task.state]
+        steps = [
+            (names[task.display_name], task)
+            for task in tasks
+            if task.display_name in names and task.state
+        ]
         for name, task in steps:
             if seen.get(task.task_id) != task.state:
                 seen[task.task_id], changed = task.state, answered
@@ -64,14 +73,21 @@ def follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, str
         if run.state in ENDS:
             return run.state, "" if run.state == "SUCCEEDED" else _reason(client, run, tasks, names)
         if not has_stopped and answered - changed > LIST_PAUSE:
-            changed, has_stopped = answered, "compressedNodes" in _workflow(client, run_id)["status"]
+            changed, has_stopped = (
+                answered,
+                "compressedNodes" in _workflow(client, run_id)["status"],
+            )
             if has_stopped:
-                say("  the run is too large for the server's list of steps, which has stopped; waiting for its end")
+                say(
+                    "  the run is too large for the server's list of steps, which has stopped; "
+                    "waiting for its end"
+                )
         time.sleep(POLL)
 
 
 def _reason(client: Any, run: Any, tasks: list[Any], names: Mapping[str, str]) -> str:
-    """Return why a run failed: of each step that did, or whose driver did, the line that says why."""
+    """Return why a run failed: of each step that did, or whose driver did, the line that says
+    why."""
     workflow, failed = _workflow(client, run.run_id), []
     for task in tasks:
         is_driver = task.display_name.endswith(DRIVER)
@@ -86,9 +102,11 @@ def _reason(client: Any, run: Any, tasks: list[Any], names: Mapping[str, str]) -
 
 
 def _workflow(client: Any, run_id: str) -> dict[str, Any]:
-    """Return the manifest of a run's workflow, with a status; one without nodes if the server has none to give.
+    """Return the manifest of a run's workflow, with a status; one without nodes if the server has
+    none to give.
 
-    In a workflow of more than 1 MiB Argo compresses the nodes, and the server (2.17) lists none from there on.
+    In a workflow of more than 1 MiB Argo compresses the nodes, and the server (2.17) lists none
+    from there on.
     """
     try:
         detail = json.loads(_get(client, f"/apis/v1beta1/runs/{run_id}"))
@@ -109,28 +127,43 @@ def _last_pod(workflow: dict[str, Any], ids: list[str]) -> dict[str, Any] | None
     return max(pods, key=lambda node: str(node.get("startedAt")), default=None)
 
 
-def _last_line(client: Any, run_id: str, workflow: dict[str, Any], pod: dict[str, Any], is_driver: bool) -> str:
+def _last_line(
+    client: Any, run_id: str, workflow: dict[str, Any], pod: dict[str, Any], is_driver: bool
+) -> str:
     """Return the line that says why a pod failed: its message, else from its log."""
     message = pod.get("message") or ""
     if ours := OURS.findall(message):
         return printable(ours[-1])
-    lines = [printable(line.strip()) for line in _log(client, run_id, workflow, pod).splitlines() if line.strip()]
+    lines = [
+        printable(line.strip())
+        for line in _log(client, run_id, workflow, pod).splitlines()
+        if line.strip()
+    ]
     programs = [line for line in lines if is_driver or not LAUNCHERS.match(line)]
-    return ([line for line in programs if OURS.match(line)] or programs or lines or [printable(message)])[-1]
+    return (
+        [line for line in programs if OURS.match(line)] or programs or lines or [printable(message)]
+    )[-1]
 
 
 def _log(client: Any, run_id: str, workflow: dict[str, Any], pod: dict[str, Any]) -> str:
-    """Return a pod's log: from the API server, or from the UI's server, which does not pass that request on."""
+    """Return a pod's log: from the API server, or from the UI's server, which does not pass that
+    request on."""
     log = _get(client, f"/apis/v1alpha1/runs/{run_id}/nodes/{pod['id']}/log")
-    if log and not log.startswith('{"error_message"'):  # with status 200: the answer begins before the log is found
+    if log and not log.startswith(
+        '{"error_message"'
+    ):  # with status 200: the answer begins before the log is found
         return log
     number = pod["id"].rpartition("-")[2]
-    query = {"podname": f"{workflow['metadata']['name']}-{pod.get('templateName')}-{number}", "runid": run_id}
+    query = {
+        "podname": f"{workflow['metadata']['name']}-{pod.get('templateName')}-{number}",
+        "runid": run_id,
+    }
     return _get(client, f"/k8s/pod/logs?{urlencode(query)}")
 
 
 def _get(client: Any, path: str) -> str:
-    """Return what the server answers to a request that kfp's client does not know; nothing if it fails."""
+    """Return what the server answers to a request that kfp's client does not know; nothing if it
+    fails."""
     import kfp_server_api
     import urllib3
 

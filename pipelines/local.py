@@ -1,6 +1,8 @@
-"""Running a pipeline on this machine through `kfp.local`: its steps as processes, or each in its container image.
+"""Running a pipeline on this machine through `kfp.local`: its steps as processes, or each in its
+container image.
 
-What the steps print goes to `pipeline.log` in the working directory; the terminal shows each step and its progress.
+What the steps print goes to `pipeline.log` in the working directory; the terminal shows each step
+and its progress.
 """
 
 import contextlib
@@ -28,7 +30,8 @@ PASSED = (
     "STORAGE_EMULATOR_HOST",
     "WEBHOOK_URL",
 )
-"""Beginnings of the environment variables that containers see; on a cluster most come from the secret."""
+"""Beginnings of the environment variables that containers see; on a cluster most come from the
+secret."""
 RUN_LABEL = "captioner.run"
 """Label of each step's container."""
 MADE = ("candidates", "captions", "data", "mlartifacts", "mlflow.db", "pipeline")
@@ -60,11 +63,15 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
         try:
             _without_retries(pipeline)(**arguments)
         except Exception as error:
-            ends = re.findall(r"^\s*captioner: (error|failed): (.*)$", log_file.read_text(), re.MULTILINE)
+            ends = re.findall(
+                r"^\s*captioner: (error|failed): (.*)$", log_file.read_text(), re.MULTILINE
+            )
             if ends:
                 kind, line = ends[-1]
                 raise (UserError if kind == "error" else WorkError)(line) from error
-            raise WorkError(f"the pipeline stopped ({error}); {log_file} has all that its steps printed") from error
+            raise WorkError(
+                f"the pipeline stopped ({error}); {log_file} has all that its steps printed"
+            ) from error
     (made,) = set(root.glob("*")) - before
     return made
 
@@ -73,12 +80,15 @@ def _texts(value: Any) -> Iterator[str]:
     """Yield all texts in nested lists and dictionaries."""
     if isinstance(value, str):
         yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for inner in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from _texts(inner)
 
 
 def _without_retries(pipeline: Any) -> Any:
-    """Return the pipeline without its retries: here the cause does not go away by waiting, and somebody is waiting."""
+    """Return the pipeline without its retries: here the cause does not go away by waiting, and
+    somebody is waiting."""
     spec = pipeline.pipeline_spec
     for dag in (spec.root.dag, *(component.dag for component in spec.components.values())):
         for task in dag.tasks.values():
@@ -96,24 +106,28 @@ def _processes() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
-    """Yield the runner that starts each step in its image: with a read-only root, with all GPUs, and never as root.
+    """Yield the runner that starts each step in its image: with a read-only root, with all GPUs,
+    and never as root.
 
-    The working directory and what the arguments and variables name are mounted in their own places: paths mean the same
-    inside. As root, steps run as the working directory's owner, who gets what captioner has made there. What is at work
-    after the body is stopped, as kfp leaves a step's container alone.
+    The working directory and what the arguments and variables name are mounted in their own places:
+    paths mean the same inside. As root, steps run as the working directory's owner, who gets what
+    captioner has made there. What is at work after the body is stopped, as kfp leaves a step's
+    container alone.
     """
     import docker
     from kfp import local
 
-    from components import CORE, JUDGE, MODEL
+    from components import CORE, EVALUATE, MODEL
     from pipelines.placement import USER
 
     try:
         client = docker.from_env()
-        for image in (CORE, MODEL, JUDGE):
+        for image in (CORE, MODEL, EVALUATE):
             client.images.get(image)
     except docker.errors.ImageNotFound as error:
-        raise UserError(f"runner docker: image {image} is not on this machine; build it with make images") from error
+        raise UserError(
+            f"runner docker: image {image} is not on this machine; build it with make images"
+        ) from error
     except docker.errors.DockerException as error:
         raise UserError(f"runner docker: no Docker engine answers: {error}") from error
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
@@ -127,7 +141,12 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
     if user == 0:
         owner = work.stat()
         user, group = owner.st_uid or USER, owner.st_gid or USER
-        made = [place for name in MADE for place in (work / name, *(work / name).rglob("*")) if place.exists()]
+        made = [
+            place
+            for name in MADE
+            for place in (work / name, *(work / name).rglob("*"))
+            if place.exists()
+        ]
         for place in (work, *made):
             os.chown(place, user, group, follow_symlinks=False)
     gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
@@ -149,15 +168,24 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
                 container.stop()
 
 
-def outside(arguments: dict[str, Any], environment: Mapping[str, str], work: Path) -> dict[str, bool]:
-    """Return what steps need outside the working directory, each place with whether it is only read.
+def outside(
+    arguments: dict[str, Any], environment: Mapping[str, str], work: Path
+) -> dict[str, bool]:
+    """Return what steps need outside the working directory, each place with whether it is only
+    read.
 
     Written are the hub's cache, and the folder of an MLflow store of its own.
     """
     store = environment.get("MLFLOW_TRACKING_URI", "")
     written = [environment.get(name, "") for name in ("HF_HOME", "HF_HUB_CACHE")]
-    written += [str(Path(store.removeprefix("sqlite:///")).parent)] if store.startswith("sqlite:///") else []
-    places = dict.fromkeys((*_texts(arguments), *environment.values()), True) | dict.fromkeys(written, False)
+    written += (
+        [str(Path(store.removeprefix("sqlite:///")).parent)]
+        if store.startswith("sqlite:///")
+        else []
+    )
+    places = dict.fromkeys((*_texts(arguments), *environment.values()), True) | dict.fromkeys(
+        written, False
+    )
     return {
         place: read_only
         for place, read_only in sorted(places.items())
@@ -167,7 +195,8 @@ def outside(arguments: dict[str, Any], environment: Mapping[str, str], work: Pat
 
 @contextlib.contextmanager
 def _followed(log: TextIO) -> Iterator[None]:
-    """Send all that the pipeline prints to `log`, and show its steps and their progress as it goes."""
+    """Send all that the pipeline prints to `log`, and show its steps and their progress as it
+    goes."""
     terminal = sys.stdout
     with contextlib.redirect_stdout(_Follower(log)):
         try:
@@ -197,9 +226,9 @@ class _Follower(io.TextIOBase):
         step = re.search(r"Executing task '([\w-]+)'", line)
         if step:
             say(f"step {step[1]}")
-        elif re.match(r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/", line) or line.startswith(
-            "captioner:"
-        ):
+        elif re.match(
+            r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/", line
+        ) or line.startswith("captioner:"):
             say(f"  {line.removeprefix('captioner: ')}")
 
 

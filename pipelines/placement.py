@@ -1,7 +1,8 @@
-"""Where and with what a task runs on a cluster: resources, retries, time limit, user, secrets, GPU nodes.
+"""Where and with what a task runs on a cluster: resources, retries, time limit, user, secrets, GPU
+nodes.
 
-`kfp.local` ignores all of it. Secrets are named, never held: each key becomes an environment variable, and a key
-that is missing leaves it unset, so that the pipeline's preflight can say so.
+`kfp.local` ignores all of it. Secrets are named, never held: each key becomes an environment
+variable, and a key that is missing leaves it unset, so that the pipeline's preflight can say so.
 """
 
 from dataclasses import dataclass
@@ -33,14 +34,19 @@ GPU_RESOURCE = "nvidia.com/gpu"
 GPU_NODES = {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"}
 GPU_TOLERATIONS = [
     {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
-    {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"},
+    {
+        "key": "cloud.google.com/gke-spot",
+        "operator": "Equal",
+        "value": "true",
+        "effect": "NoSchedule",
+    },
 ]
 """GKE's labels and taints of a spot node pool with L4 GPUs."""
 
 PARAMETERS = """\
-| `gpu_resource`, `gpu_count` | what a step on a GPU asks of its node, and how many: `nvidia.com/gpu`, `1` |
-| `gpu_node_selector`, `gpu_tolerations` | labels and taints of the GPU nodes; by default GKE's spot nodes with an L4 |
-| `secret_name` | Kubernetes secret from which the steps' environment comes; it need not exist, but may not be empty |
+| `gpu_resource`, `gpu_count` | what a step on a GPU asks of its node: `nvidia.com/gpu`, `1` |
+| `gpu_node_selector`, `gpu_tolerations` | GPU nodes; default: GKE's spot nodes with an L4 |
+| `secret_name` | Kubernetes secret with the steps' environment; must not be empty |
 | `secret_keys` | keys that it must have: the run ends at once without them |
 """
 
@@ -91,27 +97,37 @@ def place(
     task.set_cpu_request(str(cpu)).set_cpu_limit(str(2 * cpu))
     task.set_memory_request(f"{memory}Gi").set_memory_limit(f"{memory}Gi")
     if retries:
-        # Argo counts this from the first attempt's start, ends all attempts at it, and takes whole factors only.
+        # Argo counts this from the first attempt's start, ends all attempts at it, and takes whole
+        # factors only.
         longest = int(3600 * hours * (retries + 1)) + 60 * 2**retries
-        task.set_retry(retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=f"{longest}s")
+        task.set_retry(
+            retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=f"{longest}s"
+        )
     kubernetes.set_timeout(task, int(hours * 3600))
     kubernetes.set_image_pull_policy(task, "IfNotPresent")  # what make push pinned are digests
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")
-    # The pod's labels, and no parameters: those would be other inputs in each run, and nothing would be cached.
+    # The pod's labels, and no parameters: those would be other inputs in each run, and nothing
+    # would be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-    kubernetes.use_field_path_as_env(task, "KFP_WORKFLOW", "metadata.labels['workflows.argoproj.io/workflow']")
+    kubernetes.use_field_path_as_env(
+        task, "KFP_WORKFLOW", "metadata.labels['workflows.argoproj.io/workflow']"
+    )
     kubernetes.use_secret_as_env(task, secret, variables(keys), optional=True)
     return task
 
 
 def place_preflight(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
-    """Place the first step of a pipeline; its time includes pulling its image onto a node that has just started."""
-    return place(task, "Preflight", secret=secret, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.25, retries=1)
+    """Place the first step of a pipeline; its time includes pulling its image onto a node that has
+    just started."""
+    return place(
+        task, "Preflight", secret=secret, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.25, retries=1
+    )
 
 
 def variables(keys: tuple[str, ...]) -> dict[str, str]:
-    """Return for MLflow's keys of the secret, and for `keys`, the environment variable that each becomes."""
+    """Return for MLflow's keys of the secret, and for `keys`, the environment variable that each
+    becomes."""
     return {key: FROM_SECRET + key if key in MLFLOW else key for key in (*MLFLOW, *keys)}
 
 
@@ -122,5 +138,7 @@ def on_gpu(task: dsl.PipelineTask, gpu: Gpu) -> dsl.PipelineTask:
     task.set_accelerator_type(gpu.resource).set_accelerator_limit(gpu.count)
     kubernetes.add_node_selector_json(task, gpu.node_selector)
     kubernetes.add_toleration_json(task, gpu.tolerations)
-    kubernetes.empty_dir_mount(task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="8Gi")
+    kubernetes.empty_dir_mount(
+        task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="8Gi"
+    )
     return task

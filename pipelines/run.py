@@ -1,7 +1,8 @@
 """`captioner run`: the whole training pipeline on this machine, through `kfp.local`.
 
-Everything it makes lies in the working directory: generated scenes, shards, checkpoints, MLflow's store, captions, and
-`pipeline.log` with all that the steps printed. The terminal shows each step and its progress, and a summary at the end.
+Everything it makes lies in the working directory: generated scenes, shards, checkpoints, MLflow's
+store, captions, and `pipeline.log` with all that the steps printed. The terminal shows each step
+and its progress, and a summary at the end.
 """
 
 import hashlib
@@ -13,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from model_lib import storage
 from model_lib.cli import Output
 from model_lib.errors import UserError
-from model_lib.holding import held
 from model_lib.ingest.annotations import coco_2017
 from model_lib.ingest.config import ScenesConfig
-from model_lib.ingest.places import Folder
+from model_lib.ingest.image_source import Folder
+from model_lib.io import storage
+from model_lib.io.images import EXTENSIONS, ImageError
+from model_lib.io.locks import output_lock
 from model_lib.options import StageConfig, option, require
-from model_lib.pictures import EXTENSIONS, PictureError
 from model_lib.steps.candidates import candidate_configs
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
 from pipelines.summary import read_summary, summary_lines
 
-MODELS = ("vision", "decoder", "tokenizer", "start")
+MODELS = ("vision", "decoder", "tokenizer", "init_from")
 """Training options that name models."""
 
 
@@ -36,8 +37,8 @@ class RunConfig(StageConfig):
     """Run the whole training pipeline on this machine; without --dataset, on generated scenes."""
 
     dataset: str | None = None
-    """Folder in COCO 2017's layout, annotations/captions_{train,val}2017.json, train2017/, val2017/, or with its zip
-    archives."""
+    """Folder in COCO 2017's layout, annotations/captions_{train,val}2017.json, train2017/,
+    val2017/, or with its zip archives."""
     preset: str = "tiny"
     """Model size: tiny (from scratch, minutes on a CPU), or clip-l-gpt2-medium."""
     runner: Literal["subprocess", "docker"] = "subprocess"
@@ -51,19 +52,22 @@ class RunConfig(StageConfig):
     tokenizer: str | None = None
     """Hub name, folder or URI of the tokenizer; by default the decoder's own."""
     candidates: str | None = None
-    """JSON list of candidates, each a name and the training options in which it differs; by default the pipeline's."""
+    """JSON list of candidates, each a name and the training options in which it differs; by default
+    the pipeline's."""
     epochs: int = option(0, minimum=0)
-    """Passes over the training pictures; 0: the preset's."""
+    """Passes over the training images; 0: the preset's."""
     images: str | None = None
-    """Pictures that the champion captions at the end; by default the data set's validation pictures."""
+    """Images that the champion captions at the end; by default the data set's validation images."""
     scenes: int = option(ScenesConfig.train, minimum=1)
-    """Training pictures to generate when there is no --dataset."""
+    """Training images to generate when there is no --dataset."""
     num_beams: int = option(5, minimum=1)
-    """Beams in judging the candidates; 1: greedy."""
+    """Beams in evaluating the candidates; 1: greedy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("://" not in self.workdir, f"workdir {self.workdir}: is not a folder of this machine")
+        require(
+            "://" not in self.workdir, f"workdir {self.workdir}: is not a folder of this machine"
+        )
 
 
 def run(config: RunConfig) -> Output:
@@ -71,7 +75,7 @@ def run(config: RunConfig) -> Output:
     started = time.monotonic()
     work = Path(config.workdir).absolute()
     candidates = _candidates(config)
-    with held(str(work)):
+    with output_lock(str(work)):
         summary = _run(config, candidates, work)
     summary["seconds"] = round(time.monotonic() - started, 1)
     return Output(summary, summary_lines(summary))
@@ -89,17 +93,25 @@ def _run(config: RunConfig, candidates: list[dict[str, Any]], work: Path) -> dic
         "data_output": str(work / "data"),
         "train_checkpoint_uri": str(work / "candidates"),
         "train_candidates": candidates,
-        **{f"train_{name}": value or "" for name, value in _common(config).items() if name != "epochs"},
+        **{
+            f"train_{name}": value or ""
+            for name, value in _common(config).items()
+            if name != "epochs"
+        },
         "train_epochs": config.epochs,
         "eval_num_beams": config.num_beams,
-        "caption_images": storage.absolute(config.images) if config.images else _validation_pictures(dataset, work),
+        "caption_images": storage.absolute(config.images)
+        if config.images
+        else _validation_images(dataset, work),
         "caption_output": str(work / "captions"),
         "secret_keys": [],
     }
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
     os.environ.pop("MLFLOW_RUN_ID", None)
     try:
-        root = run_locally(define(parallel=1), arguments, work, config.runner)  # two would only share the one machine
+        root = run_locally(
+            define(parallel=1), arguments, work, config.runner
+        )  # two would only share the one machine
     except KeyboardInterrupt:  # then no exit handler has run
         require_mlflow(tracking_from_environment(str(work))).close_pipeline(succeeded=False)
         raise
@@ -126,43 +138,61 @@ def _dataset(config: RunConfig, work: Path) -> str:
         return storage.absolute(config.dataset)
     from model_lib.ingest.scenes import make_scenes
 
-    scenes = ScenesConfig(output=str(work / "scenes"), train=config.scenes, val=min(ScenesConfig.val, config.scenes))
+    scenes = ScenesConfig(
+        output=str(work / "scenes"), train=config.scenes, val=min(ScenesConfig.val, config.scenes)
+    )
     say(f"drawing {scenes.train:,} scenes to learn from and {scenes.val} of unseen combinations")
     make_scenes(scenes)
     return scenes.output
 
 
-def _validation_pictures(dataset: str, work: Path) -> str:
-    """Return the folder of the validation pictures; out of an archive they are taken, as batch reads none."""
+def _validation_images(dataset: str, work: Path) -> str:
+    """Return the folder of the validation images; out of an archive they are taken, as batch reads
+    none."""
     _, place = coco_2017(dataset, "val")
     if isinstance(place, Folder):
         return place.root
     fs, path = storage.filesystem(place.root)
     info = fs.info(path)
-    key = hashlib.sha256(json.dumps([place.root, info["size"], storage.version(info)]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(
+        json.dumps([place.root, info["size"], storage.version(info)]).encode()
+    ).hexdigest()[:8]
     folder = work / f"val2017-{key}"
-    names = [name for name in place.zip.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS]
-    say(f"taking {len(names):,} validation pictures out of {place.root}")
+    names = [
+        name for name in place.zip.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS
+    ]
+    say(f"taking {len(names):,} validation images out of {place.root}")
     for name in names:
         file = folder / name
-        if file.exists() or not file.resolve().is_relative_to(folder.resolve()):  # an archive's names may be anything
+        if file.exists() or not file.resolve().is_relative_to(
+            folder.resolve()
+        ):  # an archive's names may be anything
             continue
         try:
             storage.write_bytes(str(file), place.read(name))
-        except PictureError as error:
+        except ImageError as error:
             say(f"{place.root}: {name} is not captioned: {error}")
     return str(folder)
 
 
 def _common(config: RunConfig) -> dict[str, Any]:
     """Return the training options of all candidates."""
-    return _absolute({name: getattr(config, name) for name in ("preset", "vision", "decoder", "tokenizer", "epochs")})
+    return _absolute(
+        {
+            name: getattr(config, name)
+            for name in ("preset", "vision", "decoder", "tokenizer", "epochs")
+        }
+    )
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """Return training options with the local folders among their models named as a container finds them, too."""
+    """Return training options with the local folders among their models named as a container finds
+    them, too."""
     given = {name: options[name] for name in MODELS if options.get(name)}
-    return {**options, **{name: storage.absolute(model) for name, model in given.items() if Path(model).is_dir()}}
+    return {
+        **options,
+        **{name: storage.absolute(model) for name, model in given.items() if Path(model).is_dir()},
+    }
 
 
 def _candidates(config: RunConfig) -> list[dict[str, Any]]:

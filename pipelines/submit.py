@@ -1,7 +1,9 @@
-"""`captioner submit` and `captioner schedule`: a compiled pipeline's runs on a Kubeflow Pipelines server.
+"""`captioner submit` and `captioner schedule`: a compiled pipeline's runs on a Kubeflow Pipelines
+server.
 
-The YAML in `compiled/` becomes a version of the server's pipeline of that name, called after its content, unless the
-server has it already; then a run of that version is started, or one is scheduled.
+The YAML in `compiled/` becomes a version of the server's pipeline of that name, called after its
+content, unless the server has it already; then a run of that version is started, or one is
+scheduled.
 """
 
 import contextlib
@@ -35,16 +37,19 @@ WHO = "; --auth says how to prove who you are"
 @dataclass(frozen=True, kw_only=True)
 class _ServerConfig(StageConfig):
     host: str = option()
-    """The server's address: https://kfp.example.com, or http://localhost:8080 through kubectl port-forward."""
+    """The server's address: https://kfp.example.com, or http://localhost:8080 through kubectl
+    port-forward."""
     pipeline: Literal["train_captioner", "caption_bucket"] = option()
     """Which pipeline."""
     param: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A parameter of the pipeline as NAME=VALUE; lists and objects as JSON. Once for each parameter."""
+    """A parameter of the pipeline as NAME=VALUE; lists and objects as JSON. Once for each
+    parameter."""
     experiment: str = "captioner"
     """Experiment of the server, made if need be."""
     auth: Literal["auto", "token", "iap", "cluster"] = "auto"
-    """auto: KFP_TOKEN if it is set, else what kfp is configured for; token: KFP_TOKEN; iap: Google's Identity-Aware
-    Proxy, with --client_id; cluster: the service account of the pod that this runs in."""
+    """auto: KFP_TOKEN if it is set, else what kfp is configured for; token: KFP_TOKEN; iap:
+    Google's Identity-Aware Proxy, with --client_id; cluster: the service account of the pod that
+    this runs in."""
     client_id: str | None = None
     """OAuth client of the Identity-Aware Proxy."""
     namespace: str = "kubeflow"
@@ -53,7 +58,9 @@ class _ServerConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.auth == "iap" and self.client_id is None:
-            raise UserError("auth iap: needs --client_id, the OAuth client of the Identity-Aware Proxy")
+            raise UserError(
+                "auth iap: needs --client_id, the OAuth client of the Identity-Aware Proxy"
+            )
         if self.auth == "token" and not os.environ.get("KFP_TOKEN"):
             raise UserError("auth token: set KFP_TOKEN in the environment")
         if not self.host.startswith(("http://", "https://")):
@@ -61,7 +68,8 @@ class _ServerConfig(StageConfig):
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
-        """Return the run's parameters as their types ask; `UserError` for a wrong, unknown or missing one."""
+        """Return the run's parameters as their types ask; `UserError` for a wrong, unknown or
+        missing one."""
         inputs = pipeline_inputs(self.pipeline)
         values: dict[str, Any] = {}
         for text in self.param:
@@ -69,19 +77,33 @@ class _ServerConfig(StageConfig):
             if not equals:
                 raise UserError(f"param {text}: is not NAME=VALUE")
             if name not in inputs:
-                raise UserError(f"param {name}: {self.pipeline} has no such parameter; it has {', '.join(inputs)}")
+                raise UserError(
+                    f"param {name}: {self.pipeline} has no such parameter; it has "
+                    f"{', '.join(inputs)}"
+                )
             values[name] = _parameter(name, value, inputs[name]["parameterType"])
-        if values.get("secret_name") == "":  # the drivers of all steps fail over it, the exit handler's too
-            raise UserError("param secret_name: is empty; name a Kubernetes secret, which need not exist")
-        missing = [name for name, about in inputs.items() if not about.get("isOptional") and name not in values]
+        if (
+            values.get("secret_name") == ""
+        ):  # the drivers of all steps fail over it, the exit handler's too
+            raise UserError(
+                "param secret_name: is empty; name a Kubernetes secret, which need not exist"
+            )
+        missing = [
+            name
+            for name, about in inputs.items()
+            if not about.get("isOptional") and name not in values
+        ]
         if missing:
-            raise UserError(f"{self.pipeline}: needs {', '.join(f'--param {name}=…' for name in missing)}")
+            raise UserError(
+                f"{self.pipeline}: needs {', '.join(f'--param {name}=…' for name in missing)}"
+            )
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig(_ServerConfig):
-    """Start a run of a pipeline on a Kubeflow Pipelines server, uploading the pipeline if its content is new."""
+    """Start a run of a pipeline on a Kubeflow Pipelines server, uploading the pipeline if its
+    content is new."""
 
     run_name: str | None = None
     """Name of the run; by default the pipeline's and the time."""
@@ -105,7 +127,9 @@ class ScheduleConfig(_ServerConfig):
         if (self.cron is None) == (self.every is None):
             raise UserError("give either --cron or --every")
         if self.cron is not None and len(self.cron.split()) not in (5, 6):
-            raise UserError(f"cron {self.cron!r}: expected five fields, or six with the seconds first")
+            raise UserError(
+                f"cron {self.cron!r}: expected five fields, or six with the seconds first"
+            )
 
     @property
     def cron_expression(self) -> str | None:
@@ -125,7 +149,8 @@ def _spec(pipeline: str) -> dict[str, Any]:
 
 
 def step_names(pipeline: str) -> dict[str, str]:
-    """Return the compiled pipeline's steps: each task that runs a container, with its display name."""
+    """Return the compiled pipeline's steps: each task that runs a container, with its display
+    name."""
     spec = _spec(pipeline)
     dags = [spec["root"]["dag"], *(c["dag"] for c in spec["components"].values() if "dag" in c)]
     tasks = {name: task for dag in dags for name, task in dag["tasks"].items()}
@@ -137,10 +162,15 @@ def step_names(pipeline: str) -> dict[str, str]:
 
 
 def _warn_of_local_images(pipeline: str) -> None:
-    images = {executor["container"]["image"] for executor in _spec(pipeline)["deploymentSpec"]["executors"].values()}
+    images = {
+        executor["container"]["image"]
+        for executor in _spec(pipeline)["deploymentSpec"]["executors"].values()
+    }
     local = sorted(image for image in images if "@sha256:" not in image)
     if local:
-        log.warning("%s names images of this machine, %s for one; make push first", pipeline, local[0])
+        log.warning(
+            "%s names images of this machine, %s for one; make push first", pipeline, local[0]
+        )
 
 
 def _parameter(name: str, text: str, kind: str) -> Any:
@@ -158,7 +188,9 @@ def _parameter(name: str, text: str, kind: str) -> Any:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, wanted[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
-        raise UserError(f"param {name}: {text} is not {kind.lower().replace('_', ' ')}" + _hint(kind))
+        raise UserError(
+            f"param {name}: {text} is not {kind.lower().replace('_', ' ')}" + _hint(kind)
+        )
     return value
 
 
@@ -172,7 +204,11 @@ def submit(config: SubmitConfig) -> Output:
         experiment, pipeline_id, version_id, version = _prepare(client, config)
         name = config.run_name or f"{config.pipeline} {datetime.now():%Y-%m-%d %H:%M:%S}"
         run = client.run_pipeline(
-            experiment, name, params=config.arguments(), pipeline_id=pipeline_id, version_id=version_id
+            experiment,
+            name,
+            params=config.arguments(),
+            pipeline_id=pipeline_id,
+            version_id=version_id,
         )
     link = f"{config.host.rstrip('/')}/#/runs/details/{run.run_id}"
     document = {"run_id": run.run_id, "name": name, "version": version, "link": link}
@@ -190,10 +226,19 @@ def schedule(config: ScheduleConfig) -> Output:
     """Upload the pipeline if need be and make a recurring run."""
     with _server(config) as client:
         experiment, pipeline_id, version_id, version = _prepare(client, config)
-        wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": config.name}]}
-        there = client.list_recurring_runs(experiment_id=experiment, filter=json.dumps(wanted)).recurring_runs
+        wanted = {
+            "predicates": [
+                {"operation": "EQUALS", "key": "display_name", "stringValue": config.name}
+            ]
+        }
+        there = client.list_recurring_runs(
+            experiment_id=experiment, filter=json.dumps(wanted)
+        ).recurring_runs
         if there:
-            raise UserError(f"{config.name}: is already scheduled in {config.experiment}; delete it there or rename")
+            raise UserError(
+                f"{config.name}: is already scheduled in {config.experiment}; delete it there or "
+                "rename"
+            )
         recurring = client.create_recurring_run(
             experiment,
             config.name,
@@ -205,7 +250,12 @@ def schedule(config: ScheduleConfig) -> Output:
             version_id=version_id,
         )
     link = f"{config.host.rstrip('/')}/#/recurringrun/details/{recurring.recurring_run_id}"
-    document = {"recurring_run_id": recurring.recurring_run_id, "name": config.name, "version": version, "link": link}
+    document = {
+        "recurring_run_id": recurring.recurring_run_id,
+        "name": config.name,
+        "version": version,
+        "link": link,
+    }
     return Output(document, [f"{config.name}, {config.pipeline} {version}: {link}"])
 
 
@@ -223,7 +273,9 @@ def _server(config: _ServerConfig) -> Iterator[Any]:
 
     token = os.environ.get("KFP_TOKEN") if config.auth in ("auto", "token") else None
     _require_answer(config.host, token, strangers=config.auth in ("iap", "cluster"))
-    credentials = client.ServiceAccountTokenVolumeCredentials() if config.auth == "cluster" else None
+    credentials = (
+        client.ServiceAccountTokenVolumeCredentials() if config.auth == "cluster" else None
+    )
     try:
         # kfp prints links of its own; --json promises a document and nothing else.
         with contextlib.redirect_stdout(None), warnings.catch_warnings():
@@ -248,7 +300,8 @@ def _require_answer(host: str, token: str | None, strangers: bool) -> None:
     """Ask the server how it is, before kfp's client does, which would try for half a minute.
 
     Raises:
-        UserError: it does not let us in (unless we are `strangers` to it here, and kfp will say who we are).
+        UserError: it does not let us in (unless we are `strangers` to it here, and kfp will say who
+            we are).
         WorkError: nothing answers.
     """
     try:
@@ -273,7 +326,8 @@ def _answer(error: Any) -> str:
 
 
 def _prepare(client: Any, config: _ServerConfig) -> tuple[str, str, str, str]:
-    """Return the ids of the experiment, the pipeline and its version, and the version's name; make what is missing."""
+    """Return the ids of the experiment, the pipeline and its version, and the version's name; make
+    what is missing."""
     import kfp_server_api
 
     file = COMPILED / f"{config.pipeline}.yaml"
@@ -284,8 +338,14 @@ def _prepare(client: Any, config: _ServerConfig) -> tuple[str, str, str, str]:
     if pipeline_id is None:
         pipeline = kfp_server_api.V2beta1Pipeline(display_name=name, name=name)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline).pipeline_id
-    wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": version}]}
+    wanted = {
+        "predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": version}]
+    }
     there = client.list_pipeline_versions(pipeline_id, filter=json.dumps(wanted)).pipeline_versions
     _warn_of_local_images(config.pipeline)
-    made = there[0] if there else client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
+    made = (
+        there[0]
+        if there
+        else client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
+    )
     return experiment.experiment_id, pipeline_id, made.pipeline_version_id, version

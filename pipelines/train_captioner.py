@@ -1,7 +1,8 @@
-"""The pipeline `train_captioner`: ingest, train and evaluate candidates, register the winner, caption a folder.
+"""The pipeline `train_captioner`: ingest, train and evaluate candidates, register the winner,
+caption a folder.
 
-preflight ─ ingest ─┬─ candidates ─ for each: train ─ evaluate ─┬─ register ─ plan ─ for each shard: caption ─ merge
-                    └─ judge the champion ──────────────────────┘                  (and close, whatever happens)
+preflight ─ ingest ─┬─ candidates ─ for each: train ─ evaluate ─┬─ register ─ caption a folder
+                    └─ evaluate the champion ───────────────────┘   (and close, whatever happens)
 """
 
 from typing import Any
@@ -12,8 +13,8 @@ from components import MODEL
 from components.candidates.component import candidates
 from components.close.component import close
 from components.evaluate.component import evaluate
+from components.evaluate_champion.component import evaluate_champion
 from components.ingest.component import ingest
-from components.judge.component import judge
 from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
@@ -24,42 +25,57 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import NO_OPTIONS, caption_pictures
-from pipelines.placement import BUCKET, HUB, USER, WEBHOOK, Gpu, on_gpu, place, place_preflight, variables
+from pipelines.caption_bucket import NO_OPTIONS, add_caption_steps
+from pipelines.placement import (
+    BUCKET,
+    HUB,
+    USER,
+    WEBHOOK,
+    Gpu,
+    on_gpu,
+    place,
+    place_preflight,
+    variables,
+)
 
-CANDIDATES: list[dict[str, Any]] = [{"name": "five-captions"}, {"name": "one-caption", "captions_per_picture": 1}]
-"""By default: learning all captions of a picture in each step, or its first alone."""
+CANDIDATES: list[dict[str, Any]] = [
+    {"name": "five-captions"},
+    {"name": "one-caption", "captions_per_image": 1},
+]
+"""By default: learning all captions of an image in each step, or its first alone."""
 TRAIN_SIZE: dict[str, Any] = {"cpu": 4, "memory": 24}
 """Cores and GiB of a machine that trains."""
 MODEL_KEYS = (*BUCKET, *HUB)
 
 DESCRIPTION = f"""\
-Trains image captioners, judges them, registers the best in MLflow and captions a folder with the champion.
+Trains image captioners, evaluates them, registers the best in MLflow and captions a folder with
+the champion.
 
 | parameter | meaning |
 |---|---|
-| `data_dataset` | folder or URI: `annotations/captions_{{train,val}}2017.json`, `train2017/`, `val2017/`, or as zips |
+| `data_dataset` | folder or URI in COCO 2017's layout, unpacked or as its zip archives |
 | `data_output` | folder or URI for the Parquet shards |
-| `data_shortest_side` | larger pictures are reduced to this many pixels on their shorter side |
-| `train_candidates` | list of candidates, each a name and the training options in which it differs |
+| `data_shortest_side` | larger images are reduced to this many pixels on their shorter side |
+| `train_candidates` | list of candidates: a name and the training options that differ |
 | `train_checkpoint_uri` | folder or URI for checkpoints and models; a rerun resumes from it |
 | `train_preset` | model size: `clip-l-gpt2-medium`, or `tiny` (from scratch) |
-| `train_vision`, `train_decoder`, `train_tokenizer` | hub names, folders or URIs of other weights than the preset's |
+| `train_vision`, `train_decoder`, `train_tokenizer` | other weights than the preset's |
 | `train_epochs`, `train_batch_size`, `train_learning_rate` | 0: the preset's |
 | `train_precision` | `auto`, `bfloat16`, `float16` or `float32` |
-| `train_nodes` | machines that train one candidate together, `gpu_count` GPUs each; several need Kubeflow Trainer |
-| `train_cache_key` | any text; another one runs again what KFP would pass over, as after files were deleted |
-| `eval_num_beams`, `eval_limit` | beams in decoding; first so many validation pictures only (0: all) |
-| `eval_clip` | CLIP for CLIPScore: `openai/clip-vit-base-patch32` or a folder or URI of it; empty: no CLIPScore |
-| `register_metric`, `register_min_gain` | the score that decides, and how much better than the champion it must be |
-| `register_max_loss` | share of the champion's value by which another score may fall |
-| `register_max_slowdown` | share of the champion's pictures a second by which captioning may be slower |
-| `caption_images`, `caption_output` | pictures that the champion captions at the end, and where to; empty: none |
+| `train_nodes` | machines that train one candidate together; several need Kubeflow Trainer |
+| `train_cache_key` | any text; another one runs again what KFP's cache would skip |
+| `eval_num_beams`, `eval_limit` | beams in decoding; first so many images only (0: all) |
+| `eval_clip` | CLIP for CLIPScore, `openai/clip-vit-base-patch32` for one; empty: no CLIPScore |
+| `register_metric`, `register_min_gain` | the deciding score, and the gain that it must show |
+| `register_max_regression` | share of the champion's value by which another score may fall |
+| `register_max_slowdown` | share by which captioning may be slower than the champion's |
+| `caption_images`, `caption_output` | images to caption at the end, and where to; empty: none |
 {placement.PARAMETERS}"""
 
 
 def define(parallel: int) -> Any:
-    """Return the pipeline; at most `parallel` candidates, or shards to caption, are worked on at the same time."""
+    """Return the pipeline; at most `parallel` candidates, or shards to caption, are worked on at
+    the same time."""
 
     @dsl.pipeline(name="train-captioner", description=DESCRIPTION)
     def train_captioner(
@@ -83,7 +99,7 @@ def define(parallel: int) -> Any:
         eval_clip: str = "",
         register_metric: str = RegisterConfig.metric,
         register_min_gain: float = RegisterConfig.min_gain,
-        register_max_loss: float = RegisterConfig.max_loss,
+        register_max_regression: float = RegisterConfig.max_regression,
         register_max_slowdown: float = RegisterConfig.max_slowdown,
         caption_images: str = "",
         caption_output: str = "",
@@ -113,10 +129,10 @@ def define(parallel: int) -> Any:
             policy = {
                 "metric": register_metric,
                 "min_gain": register_min_gain,
-                "max_loss": register_max_loss,
+                "max_regression": register_max_regression,
                 "max_slowdown": register_max_slowdown,
             }
-            judging = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
+            evaluation = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
             machines = {
                 "nodes": train_nodes,
                 "image": MODEL,
@@ -136,59 +152,92 @@ def define(parallel: int) -> Any:
                 data_output=data_output,
                 **training,
                 **policy,
-                **judging,
+                **evaluation,
                 **machines,
                 images=caption_images,
                 caption_output=caption_output,
             )
             place_preflight(checked, secret_name)
 
-            ingested = ingest(dataset=data_dataset, output=data_output, shortest_side=data_shortest_side)
-            # What lies at a URI is not among the inputs, nor who is champion: cached answers could be old ones.
-            place(ingested, "Ingest", secret=secret_name, keys=BUCKET, cpu=4, memory=8, hours=12).after(checked)
-            # The manifest by its URI and fingerprint: an artifact is a new input in each run, and nothing were cached.
-            data = {"data": ingested.outputs["manifest"], "fingerprint": ingested.outputs["fingerprint"]}
+            ingested = ingest(
+                dataset=data_dataset, output=data_output, shortest_side=data_shortest_side
+            )
+            # What lies at a URI is not among the inputs, nor who is champion: cached answers could
+            # be old ones.
+            place(
+                ingested, "Ingest", secret=secret_name, keys=BUCKET, cpu=4, memory=8, hours=12
+            ).after(checked)
+            # The manifest by its URI and fingerprint: an artifact is a new input in each run, and
+            # nothing were cached.
+            data = {
+                "data": ingested.outputs["manifest"],
+                "fingerprint": ingested.outputs["fingerprint"],
+            }
 
-            judged = judge(**data, **judging, output=train_checkpoint_uri)
-            place(judged, "Judge the champion", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6)
-            on_gpu(judged, gpu)
+            champion = evaluate_champion(**data, **evaluation, output=train_checkpoint_uri)
+            place(
+                champion,
+                "Evaluate the champion",
+                secret=secret_name,
+                keys=MODEL_KEYS,
+                cpu=4,
+                memory=16,
+                hours=6,
+            )
+            on_gpu(champion, gpu)
 
             configured = candidates(**data, **training, cache_key=train_cache_key)
             place(configured, "Candidates", secret=secret_name, keys=BUCKET)
 
-            # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the item for anything.
-            with dsl.ParallelFor(configured.output, name="Each candidate", parallelism=parallel) as candidate:
+            # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the
+            # item for anything.
+            with dsl.ParallelFor(
+                configured.output, name="Each candidate", parallelism=parallel
+            ) as candidate:
                 # Each retry goes on from the last checkpoint.
-                often: dict[str, Any] = {"secret": secret_name, "keys": MODEL_KEYS, "hours": 72, "retries": 6}
+                often: dict[str, Any] = {
+                    "secret": secret_name,
+                    "keys": MODEL_KEYS,
+                    "hours": 72,
+                    "retries": 6,
+                }
                 with dsl.If(train_nodes > 1, name="On several machines"):
                     job = train_job(candidate=candidate, **machines)
                     place(job, "Train", **often, cached=True)
                 with dsl.Else(name="On one"):
                     trained = train(candidate=candidate)
                     on_gpu(place(trained, "Train", **TRAIN_SIZE, **often, cached=True), gpu)
-                # It finds the model by the candidate: OneOf fails where a step that it looks at came from the cache.
-                evaluated = evaluate(candidate=candidate, **judging).after(job, trained)
+                # It finds the model by the candidate: OneOf fails where a step that it looks at
+                # came from the cache.
+                evaluated = evaluate(candidate=candidate, **evaluation).after(job, trained)
                 place(
-                    evaluated, "Evaluate", secret=secret_name, keys=MODEL_KEYS, cpu=4, memory=16, hours=6, cached=True
+                    evaluated,
+                    "Evaluate",
+                    secret=secret_name,
+                    keys=MODEL_KEYS,
+                    cpu=4,
+                    memory=16,
+                    hours=6,
+                    cached=True,
                 )
                 on_gpu(evaluated, gpu)
 
             registered = register(
                 run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
                 evaluations=dsl.Collected(evaluated.outputs["Output"]),
-                champion_evaluation=judged.output,
+                champion_evaluation=champion.output,
                 **policy,
                 images=caption_images,
             )
             place(registered, "Register", secret=secret_name, keys=(*BUCKET, *WEBHOOK), memory=8)
 
-            with dsl.If(caption_images != "", name="Pictures to caption"):
-                caption_pictures(
+            with dsl.If(caption_images != "", name="Images to caption"):
+                add_caption_steps(
                     caption_images,
                     caption_output,
                     registered.outputs["Output"],
                     BatchConfig.num_beams,
-                    BatchConfig.shard_pictures,
+                    BatchConfig.shard_images,
                     NO_OPTIONS,
                     secret_name,
                     gpu,

@@ -15,7 +15,9 @@ def browser_page(width: int = 1280, height: int = 900) -> Iterator[Page]:
     if chromium is None:
         pytest.skip("needs Chromium (make browser)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # root has no sandbox
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"]
+        )  # root has no sandbox
         try:
             yield browser.new_page(viewport={"width": width, "height": height})
         finally:

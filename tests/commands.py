@@ -1,7 +1,8 @@
 """Runs the command line in processes of their own that cost no start of Python.
 
-Each is forked from one that has imported what the commands need, and computed nothing: importing torch anew for every
-command would cost more than the commands. What needs a start from nothing, as memory or imports do, does it itself.
+Each is forked from one that has imported what the commands need, and computed nothing: importing
+torch anew for every command would cost more than the commands. What needs a start from nothing, as
+memory or imports do, does it itself.
 """
 
 import atexit
@@ -38,21 +39,32 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
-def run(arguments: list[str], folder: Path, environment: dict[str, str], stdin: str) -> CompletedProcess:
-    """Run `captioner` with these arguments, in this folder and environment; return what came of it."""
+def run(
+    arguments: list[str], folder: Path, environment: dict[str, str], stdin: str
+) -> CompletedProcess:
+    """Run `captioner` with these arguments, in this folder and environment; return what came of
+    it."""
     with tempfile.TemporaryDirectory() as place:
         streams = [Path(place, name) for name in ("stdin", "stdout", "stderr")]
         streams[0].write_text(stdin)
-        process = _processes.Process(target=_command, args=(arguments, folder, environment, streams))
+        process = _processes.Process(
+            target=_command, args=(arguments, folder, environment, streams)
+        )
         process.start()
         process.join(TIMEOUT)
         if process.exitcode is None:
             process.kill()
-            raise AssertionError(f"captioner {' '.join(arguments)}: has not ended after {TIMEOUT:.0f} seconds")
-        return CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in streams[1:]))
+            raise AssertionError(
+                f"captioner {' '.join(arguments)}: has not ended after {TIMEOUT:.0f} seconds"
+            )
+        return CompletedProcess(
+            arguments, process.exitcode, *(file.read_text() for file in streams[1:])
+        )
 
 
-def _command(arguments: list[str], folder: Path, environment: dict[str, str], streams: list[Path]) -> None:
+def _command(
+    arguments: list[str], folder: Path, environment: dict[str, str], streams: list[Path]
+) -> None:
     for number, file in enumerate(streams):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  (multiprocessing has closed it)

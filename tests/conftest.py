@@ -1,6 +1,8 @@
-"""Fixtures: real test data where it is at hand, a small data set of generated scenes, and small random models.
+"""Fixtures: real test data where it is at hand, a small data set of generated scenes, and small
+random models.
 
-They import what they need themselves: the process that hands out the tests reads this file and needs none of it.
+They import what they need themselves: the process that hands out the tests reads this file and
+needs none of it.
 """
 
 import atexit
@@ -15,10 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # a kind of bucket that the emulator lacks; read at import
-os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, and sums are the same however many do; read at import
-os.environ["NO_GCE_CHECK"] = "true"  # Google's drivers look for its metadata server, for a long time
-if "PATH_WITH_JAVA" not in os.environ:  # METEOR takes seven seconds to start: only tests that ask for it have Java
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
+    "false"  # a kind of bucket that the emulator lacks; read at import
+)
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # tests run side by side, and sums are the same however many do; read at import
+)
+os.environ["NO_GCE_CHECK"] = (
+    "true"  # Google's drivers look for its metadata server, for a long time
+)
+if (
+    "PATH_WITH_JAVA" not in os.environ
+):  # METEOR takes seven seconds to start: only tests that ask for it have Java
     os.environ["PATH_WITH_JAVA"] = os.environ["PATH"]
     os.environ["PATH"] = tempfile.mkdtemp(prefix="without-java-")
     atexit.register(shutil.rmtree, os.environ["PATH"])
@@ -43,7 +53,7 @@ LONGEST = (
     "test_distributed.py",
     "test_trainjob.py",
     "test_model.py",
-    "test_pictures.py",
+    "test_images.py",
 )
 """Files of tests that take longest."""
 
@@ -57,11 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """What a test leaves in the environment, as the choice of an MLflow store, is nothing to the next one."""
+    """What a test leaves in the environment, as the choice of an MLflow store, is nothing to the
+    next one."""
     before = dict(os.environ)
     yield
     if "mlflow" in sys.modules:
-        sys.modules["mlflow"].set_tracking_uri(None)  # it changes the environment whenever its own choice changes
+        sys.modules["mlflow"].set_tracking_uri(
+            None
+        )  # it changes the environment whenever its own choice changes
     os.environ.clear()
     os.environ.update(before)
 
@@ -194,7 +207,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 40 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a small disk can be mounted by root only")
     yield folder
@@ -213,6 +228,8 @@ def captioner(commands: None, tmp_path: Path):
 
     def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        return run_command([*map(str, arguments)], tmp_path, {**kept, "COLUMNS": "200", **environment}, stdin)
+        return run_command(
+            [*map(str, arguments)], tmp_path, {**kept, "COLUMNS": "200", **environment}, stdin
+        )
 
     return run

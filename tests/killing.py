@@ -2,10 +2,11 @@
 
     python -m tests.killing STAGE OPTIONS FOLDER SEED KILLS
 
-runs the stage with its options (JSON) once undisturbed, its output in FOLDER/whole, then in FOLDER/killed-0, -1, … each
-killed a few times and then left to its end, until there were so many kills. Every other kill waits for a moment in
-which files are half-written. Each process is forked from this one, which has imported everything and computed nothing:
-a kill then costs no start of Python. It prints one line of JSON: where each kill fell, a list a round.
+runs the stage with its options (JSON) once undisturbed, its output in FOLDER/whole, then in
+FOLDER/killed-0, -1, … each killed a few times and then left to its end, until there were so many
+kills. Every other kill waits for a moment in which files are half-written. Each process is forked
+from this one, which has imported everything and computed nothing: a kill then costs no start of
+Python. It prints one line of JSON: where each kill fell, a list a round.
 """
 
 import json
@@ -22,13 +23,13 @@ from pathlib import Path
 import mlflow.pyfunc  # noqa: F401  (before the forks, as all that follows)
 import torch
 
-from model_lib import storage
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
+from model_lib.io import storage
 from model_lib.registry import turns
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
@@ -50,7 +51,8 @@ def _tracking(output: str) -> MlflowTracking:
 
 
 def _register(options: dict, output: str) -> None:
-    """Register evaluation after evaluation, each judged against the champion before: OUTPUT is a copy of theirs."""
+    """Register evaluation after evaluation, each evaluated against the champion before: OUTPUT is a
+    copy of theirs."""
     turns.SILENCE, turns.POLL = 1.0, 0.05  # a killed one is passed over after minutes
     if not Path(output).exists():
         shutil.copytree(options["evaluations"], output)
@@ -59,8 +61,12 @@ def _register(options: dict, output: str) -> None:
 
 STAGES: dict[str, Callable[[dict, str], object]] = {
     "ingest": lambda options, output: ingest(IngestConfig(**options, output=output)),
-    "train": lambda options, output: train(TrainConfig(**options, output=output), _tracking(output)),
-    "evaluate": lambda options, output: evaluate(EvaluateConfig(**options, output=output), _tracking(output)),
+    "train": lambda options, output: train(
+        TrainConfig(**options, output=output), _tracking(output)
+    ),
+    "evaluate": lambda options, output: evaluate(
+        EvaluateConfig(**options, output=output), _tracking(output)
+    ),
     "register": _register,
     "batch": lambda options, output: batch(BatchConfig(**options, output=output)),
 }
@@ -106,8 +112,11 @@ def half_written(output: str) -> set[Path]:
     return {*Path(output).rglob(".part-*"), *(folders - whole)}
 
 
-def kill_once(stage: str, options: dict, output: str, moment: float, in_a_save: bool) -> bool | None:
-    """Start a stage and kill it; return whether files were then half-written, or None if it had ended before."""
+def kill_once(
+    stage: str, options: dict, output: str, moment: float, in_a_save: bool
+) -> bool | None:
+    """Start a stage and kill it; return whether files were then half-written, or None if it had
+    ended before."""
     left = half_written(output)
     process, at = start(stage, options, output), time.monotonic() + moment
     while not (over := ended(process, stage)):
@@ -122,7 +131,12 @@ def kill_once(stage: str, options: dict, output: str, moment: float, in_a_save: 
 
 
 def main() -> None:
-    stage, options, folder, seed, kills = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
+    stage, options, folder, seed, kills = (
+        sys.argv[1],
+        json.loads(sys.argv[2]),
+        sys.argv[3],
+        *map(int, sys.argv[4:]),
+    )
     rng = random.Random(seed)
     whole = to_the_end(stage, options, f"{folder}/whole")
     rounds: list[list[bool]] = []
@@ -130,7 +144,9 @@ def main() -> None:
         fell: list[bool] = []
         output = f"{folder}/killed-{len(rounds)}"
         for _ in range(min(rng.randint(1, MOST), kills - sum(map(len, rounds)))):
-            one = kill_once(stage, options, output, rng.uniform(0, whole), in_a_save=rng.random() < 0.5)
+            one = kill_once(
+                stage, options, output, rng.uniform(0, whole), in_a_save=rng.random() < 0.5
+            )
             if one is None:
                 break
             fell.append(one)

@@ -1,4 +1,5 @@
-"""What Kubernetes, the schema and webhook of Kubeflow Trainer 2.3.0, and the rights of the steps' account refuse.
+"""What Kubernetes, the schema and webhook of Kubeflow Trainer 2.3.0, and the rights of the steps'
+account refuse.
 
 Read in Trainer's `pkg/apis/trainer/v1alpha1`, `pkg/runtime/framework/plugins/torch` and `…/jobset`.
 """
@@ -13,7 +14,9 @@ from kubeflow_trainer_api import models
 
 DEPLOYED = {
     document["kind"]: document
-    for document in yaml.safe_load_all((Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text())
+    for document in yaml.safe_load_all(
+        (Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text()
+    )
 }
 RUNTIME = DEPLOYED["TrainingRuntime"]
 TEMPLATES = {
@@ -26,7 +29,13 @@ JOBS = f"{API}/namespaces/kubeflow/trainjobs"
 JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/kubeflow/jobsets"
 PODS = "/api/v1/namespaces/kubeflow/pods"
 EVENTS = "/api/v1/namespaces/kubeflow/events"
-RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
+RESERVED = {
+    "PET_NNODES",
+    "PET_NPROC_PER_NODE",
+    "PET_NODE_RANK",
+    "PET_MASTER_ADDR",
+    "PET_MASTER_PORT",
+}
 SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 PATH = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"
 WEBHOOK = "validator.trainjob.trainer.kubeflow.org"
@@ -42,7 +51,8 @@ class Refused(Exception):
 
 
 def checked(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a TrainJob as the API server takes it; `Refused` for what it, its schema or Trainer's webhook refuse."""
+    """Return a TrainJob as the API server takes it; `Refused` for what it, its schema or Trainer's
+    webhook refuse."""
     try:
         known = models.TrainerV1alpha1TrainJob.from_dict(document).to_dict()
     except ValueError as error:
@@ -51,12 +61,20 @@ def checked(document: dict[str, Any]) -> dict[str, Any]:
         raise Refused(400, f"unknown fields: {document} is not {known}")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"]):
         raise Refused(422, "metadata.name must match RFC 1035 DNS label format")
-    runtime = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": RUNTIME["metadata"]["name"]}
+    runtime = {
+        "apiGroup": "trainer.kubeflow.org",
+        "kind": "TrainingRuntime",
+        "name": RUNTIME["metadata"]["name"],
+    }
     if document["spec"]["runtimeRef"] != runtime:
-        raise Refused(403, f'admission webhook "{WEBHOOK}" denied the request: the runtime is not there')
+        raise Refused(
+            403, f'admission webhook "{WEBHOOK}" denied the request: the runtime is not there'
+        )
     problems = list(denied(document["spec"]))
     if problems:
-        raise Refused(403, f'admission webhook "{WEBHOOK}" denied the request: {"; ".join(problems)}')
+        raise Refused(
+            403, f'admission webhook "{WEBHOOK}" denied the request: {"; ".join(problems)}'
+        )
     return document
 
 
@@ -69,7 +87,8 @@ def denied(spec: dict[str, Any]) -> Iterator[str]:
         host, slash, path = patch["manager"].partition("/")
         if not slash or not re.fullmatch(SUBDOMAIN, host) or not re.fullmatch(PATH, path):
             yield (
-                f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}": must be a domain-prefixed path '
+                f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}": must be a '
+                "domain-prefixed path "
                 '(such as "acme.io/foo")'
             )
         for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
@@ -79,13 +98,20 @@ def denied(spec: dict[str, Any]) -> Iterator[str]:
             known = {container["name"] for container in TEMPLATES[job["name"]]["containers"]}
             for container in job["template"]["spec"]["template"]["spec"].get("containers", []):
                 if container["name"] not in known:
-                    yield f"must not have container that doesn't exist in the runtime job {job['name']}"
+                    yield (
+                        "must not have container that doesn't exist in the runtime job "
+                        f"{job['name']}"
+                    )
                 if container.get("env"):
-                    yield "must not have envs for the dataset-initializer, model-initializer, node containers"
+                    yield (
+                        "must not have envs for the dataset-initializer, model-initializer, node "
+                        "containers"
+                    )
 
 
 def allowed(method: str, path: str) -> bool:
-    """Return whether the steps' account may make a request: by our role, or by KFP's own for pods and their logs."""
+    """Return whether the steps' account may make a request: by our role, or by KFP's own for pods
+    and their logs."""
     parts = path.split("/")
     group, named = ("", parts[5:]) if path.startswith("/api/v1/") else (parts[2], parts[6:])
     if not named:  # what an API offers is for everybody
@@ -94,6 +120,8 @@ def allowed(method: str, path: str) -> bool:
         return True
     rules = DEPLOYED["Role"]["rules"]
     return any(
-        group in rule["apiGroups"] and named[0] in rule["resources"] and VERBS[method] & set(rule["verbs"])
+        group in rule["apiGroups"]
+        and named[0] in rule["resources"]
+        and VERBS[method] & set(rule["verbs"])
         for rule in rules
     )

@@ -1,7 +1,8 @@
-"""A server on loopback that stands for a Kubernetes cluster with Kubeflow Trainer: TrainJobs, their pods and logs.
+"""A server on loopback that stands for a Kubernetes cluster with Kubeflow Trainer: TrainJobs, their
+pods and logs.
 
-A TrainJob is checked by the rules in `kube_rules.py`, and then really runs: each of its machines is a process here,
-with the variables that Trainer's torch plugin gives.
+A TrainJob is checked by the rules in `kube_rules.py`, and then really runs: each of its machines is
+a process here, with the variables that Trainer's torch plugin gives.
 """
 
 import contextlib
@@ -23,10 +24,23 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.kube_rules import API, EVENTS, JOBS, JOBSETS, POD, PODS, VERBS, WEBHOOK, Refused, allowed, checked
+from tests.kube_rules import (
+    API,
+    EVENTS,
+    JOBS,
+    JOBSETS,
+    POD,
+    PODS,
+    VERBS,
+    WEBHOOK,
+    Refused,
+    allowed,
+    checked,
+)
 
 COLLECTED = 0.5
-"""Seconds after which Kubernetes' garbage collector removes what belonged to an object that was deleted."""
+"""Seconds after which Kubernetes' garbage collector removes what belonged to an object that was
+deleted."""
 
 
 class Machine:
@@ -42,9 +56,20 @@ class Machine:
     """
 
     def __init__(
-        self, job: str, jobset: str, index: int, command: list[str] | None, environment: Mapping[str, str], folder: Path
+        self,
+        job: str,
+        jobset: str,
+        index: int,
+        command: list[str] | None,
+        environment: Mapping[str, str],
+        folder: Path,
     ) -> None:
-        self.name, self.job, self.jobset, self.index = f"{job}-node-0-{index}-{jobset[:5]}", job, jobset, index
+        self.name, self.job, self.jobset, self.index = (
+            f"{job}-node-0-{index}-{jobset[:5]}",
+            job,
+            jobset,
+            index,
+        )
         self.log = folder / f"{self.name}.log"
         self.log.touch()
         self.stamps: list[datetime] = []
@@ -65,7 +90,9 @@ class Machine:
 
         def as_first_process() -> None:
             os.setsid()
-            if not POD.get("shareProcessNamespace"):  # process 1 gets no signal that it has not asked for
+            if not POD.get(
+                "shareProcessNamespace"
+            ):  # process 1 gets no signal that it has not asked for
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
         with self.log.open("w") as log:
@@ -105,23 +132,48 @@ class Machine:
             state = {"waiting": self.waiting}
         elif self.unscheduled is not None:
             conditions = [
-                {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": self.unscheduled}
+                {
+                    "type": "PodScheduled",
+                    "status": "False",
+                    "reason": "Unschedulable",
+                    "message": self.unscheduled,
+                }
             ]
         elif self.phase in ("Failed", "Succeeded"):
             code = self.process.returncode if self.process else 0
-            ended = {"exitCode": code if code >= 0 else 128 - code, "reason": self.reason or "Error"}
+            ended = {
+                "exitCode": code if code >= 0 else 128 - code,
+                "reason": self.reason or "Error",
+            }
             state = {"terminated": {**ended, **({"message": self.message} if self.message else {})}}
-        statuses = [] if self.unscheduled else [{"name": "node", "state": state, "ready": False, "restartCount": 0}]
+        statuses = (
+            []
+            if self.unscheduled
+            else [{"name": "node", "state": state, "ready": False, "restartCount": 0}]
+        )
         for status in statuses:
             status.update(image="x", imageID="x")
-        whole = dict(zip(("reason", "message"), self.pod_reason, strict=True)) if self.pod_reason else {}
+        whole = (
+            dict(zip(("reason", "message"), self.pod_reason, strict=True))
+            if self.pod_reason
+            else {}
+        )
         return {
-            "metadata": {"name": self.name, "labels": labels, "creationTimestamp": "2026-11-23T12:00:00Z"},
+            "metadata": {
+                "name": self.name,
+                "labels": labels,
+                "creationTimestamp": "2026-11-23T12:00:00Z",
+            },
             "spec": {
                 "containers": [{"name": "node"}],
                 "terminationGracePeriodSeconds": POD["terminationGracePeriodSeconds"],
             },
-            "status": {"phase": self.phase, "containerStatuses": statuses, "conditions": conditions, **whole},
+            "status": {
+                "phase": self.phase,
+                "containerStatuses": statuses,
+                "conditions": conditions,
+                **whole,
+            },
         }
 
     def stop(self) -> None:
@@ -193,8 +245,15 @@ class KubeServer:
         address = f"http://127.0.0.1:{self.server.server_port}"
         named = {"name": "here"}
         config = {"apiVersion": "v1", "kind": "Config", "current-context": "here"}
-        config |= {"clusters": [{**named, "cluster": {"server": address}}], "users": [{**named, "user": {}}]}
-        config |= {"contexts": [{**named, "context": {"cluster": "here", "user": "here", "namespace": "kubeflow"}}]}
+        config |= {
+            "clusters": [{**named, "cluster": {"server": address}}],
+            "users": [{**named, "user": {}}],
+        }
+        config |= {
+            "contexts": [
+                {**named, "context": {"cluster": "here", "user": "here", "namespace": "kubeflow"}}
+            ]
+        }
         self.kubeconfig = folder / "kubeconfig"
         self.kubeconfig.write_text(yaml.safe_dump(config))
 
@@ -216,15 +275,23 @@ class KubeServer:
             raise Refused(503, "the server is currently unable to handle the request")
         if not allowed(method, path) or (self.forbidden and method == "POST"):
             user = "system:serviceaccount:kubeflow:pipeline-runner"
-            raise Refused(403, f'{path.split("/")[6]} is forbidden: User "{user}" cannot {VERBS[method]} it')
+            raise Refused(
+                403, f'{path.split("/")[6]} is forbidden: User "{user}" cannot {VERBS[method]} it'
+            )
         if path in (API, f"{API}/"):
             if not self.trainer:
                 raise Refused(404, "the server could not find the requested resource")
-            return {"kind": "APIResourceList", "groupVersion": "trainer.kubeflow.org/v1alpha1", "resources": []}
+            return {
+                "kind": "APIResourceList",
+                "groupVersion": "trainer.kubeflow.org/v1alpha1",
+                "resources": [],
+            }
         if path == JOBS and method == "POST":
             if self.webhook_away:
                 raise Refused(
-                    500, f'Internal error occurred: failed calling webhook "{WEBHOOK}": no endpoints available'
+                    500,
+                    f'Internal error occurred: failed calling webhook "{WEBHOOK}": no endpoints '
+                    "available",
                 )
             document = checked(json.loads(body))
             if query.get("dryRun") == "All":
@@ -237,7 +304,11 @@ class KubeServer:
                 raise Refused(404, f'trainjobs.trainer.kubeflow.org "{name}" not found')
             if method == "DELETE":
                 options = json.loads(body or b"{}")
-                self.delete(name, query.get("propagationPolicy") or options.get("propagationPolicy", "Background"))
+                self.delete(
+                    name,
+                    query.get("propagationPolicy")
+                    or options.get("propagationPolicy", "Background"),
+                )
                 return {"kind": "Status", "status": "Success"}
             return {**self.jobs[name], "status": {"conditions": self._conditions(name)}}
         if path.startswith(f"{JOBSETS}/"):
@@ -247,14 +318,21 @@ class KubeServer:
             return self.jobsets[name]
         if path == EVENTS:
             events = [
-                {"metadata": {"name": "e"}, "involvedObject": {"name": name}, "reason": reason, "message": message}
+                {
+                    "metadata": {"name": "e"},
+                    "involvedObject": {"name": name},
+                    "reason": reason,
+                    "message": message,
+                }
                 for name, reason, message in self.events
             ]
             return {"kind": "EventList", "apiVersion": "v1", "items": events}
         if path == PODS:
             wanted = dict(pair.split("=") for pair in query["labelSelector"].split(","))
             self._collect()
-            pods = [machine.document() for machines in self.machines.values() for machine in machines]
+            pods = [
+                machine.document() for machines in self.machines.values() for machine in machines
+            ]
             found = [pod for pod in pods if wanted.items() <= pod["metadata"]["labels"].items()]
             return {"kind": "PodList", "apiVersion": "v1", "items": found}
         if path.startswith(f"{PODS}/"):
@@ -262,7 +340,11 @@ class KubeServer:
                 raise Refused(404, f'pods "{name}" not found')
             uid, phase = self.steps[name]
             spec = {"serviceAccountName": "pipeline-runner", "containers": []}
-            return {"metadata": {"name": name, "uid": uid}, "spec": spec, "status": {"phase": phase}}
+            return {
+                "metadata": {"name": name, "uid": uid},
+                "spec": spec,
+                "status": {"phase": phase},
+            }
         raise Refused(404, f"{path} not found")
 
     def _create(self, document: dict[str, Any]) -> dict[str, Any]:
@@ -272,12 +354,16 @@ class KubeServer:
         self._collect()
         self.beside += [machine.name for machine in self.machines.get(name, [])]
         self.created.append(document)
-        self.jobs[name] = {**document, "metadata": {**document["metadata"], "uid": str(uuid.uuid4())}}
+        self.jobs[name] = {
+            **document,
+            "metadata": {**document["metadata"], "uid": str(uuid.uuid4())},
+        }
         self._make_jobset(name)
         return self.jobs[name]
 
     def _make_jobset(self, name: str) -> None:
-        """Make a TrainJob's JobSet and its pods, as Kubeflow Trainer and JobSet do, unless one of its name is there."""
+        """Make a TrainJob's JobSet and its pods, as Kubeflow Trainer and JobSet do, unless one of
+        its name is there."""
         if name in self.jobsets:
             return
         owner = {"kind": "TrainJob", "name": name, "uid": self.jobs[name]["metadata"]["uid"]}
@@ -291,22 +377,42 @@ class KubeServer:
             port = probe.getsockname()[1]
         trainer = self.jobs[name]["spec"]["trainer"]
         for index in range(trainer["numNodes"]):
-            places = {"PET_NNODES": trainer["numNodes"], "PET_NPROC_PER_NODE": trainer["numProcPerNode"]}
-            places |= {"PET_NODE_RANK": index, "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
-            given = {variable["name"]: variable["value"] for variable in trainer.get("env", []) if "value" in variable}
-            environment = {**os.environ, **{k: str(v) for k, v in places.items()}, **given, **self.variables}
+            places = {
+                "PET_NNODES": trainer["numNodes"],
+                "PET_NPROC_PER_NODE": trainer["numProcPerNode"],
+            }
+            places |= {
+                "PET_NODE_RANK": index,
+                "PET_MASTER_ADDR": "127.0.0.1",
+                "PET_MASTER_PORT": port,
+            }
+            given = {
+                variable["name"]: variable["value"]
+                for variable in trainer.get("env", [])
+                if "value" in variable
+            }
+            environment = {
+                **os.environ,
+                **{k: str(v) for k, v in places.items()},
+                **given,
+                **self.variables,
+            }
             command = [*trainer["command"], *trainer["args"]]
             assert command[0] == "python"
             command = [sys.executable, *(["-c", self.program] if self.program else command[1:])]
             environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            machine = Machine(name, uid, index, command if self.starts else None, environment, self.folder)
+            machine = Machine(
+                name, uid, index, command if self.starts else None, environment, self.folder
+            )
             self.machines.setdefault(name, []).append(machine)
 
     def delete(self, name: str, propagation: str) -> None:
         for machine in self.machines.get(name, []):
             machine.stop()
         self.stopped |= {machine.name for machine in self.machines.get(name, [])}
-        if propagation == "Foreground":  # while it waits for its dependents, Trainer goes on to reconcile it
+        if (
+            propagation == "Foreground"
+        ):  # while it waits for its dependents, Trainer goes on to reconcile it
             self.jobs[name]["metadata"]["deletionTimestamp"] = "2026-11-23T12:00:00Z"
             del self.jobsets[name]
             self._make_jobset(name)
@@ -321,16 +427,27 @@ class KubeServer:
                 self.jobsets.pop(name, None)
                 del self.garbage[name]
         for name, machines in self.machines.items():
-            self.machines[name] = [m for m in machines if m.name not in self.stopped or not m.is_gone()]
+            self.machines[name] = [
+                m for m in machines if m.name not in self.stopped or not m.is_gone()
+            ]
 
     def _conditions(self, name: str) -> list[dict[str, Any]]:
-        """Return a TrainJob's conditions: those of the JobSet of its name, even if it is of an earlier job."""
+        """Return a TrainJob's conditions: those of the JobSet of its name, even if it is of an
+        earlier job."""
         jobset = self.jobsets.get(name, {"metadata": {"uid": None}})
-        phases = {machine.phase for machine in self.machines[name] if machine.jobset == jobset["metadata"]["uid"]}
+        phases = {
+            machine.phase
+            for machine in self.machines[name]
+            if machine.jobset == jobset["metadata"]["uid"]
+        }
         end = "Failed" if "Failed" in phases else "Complete" if phases == {"Succeeded"} else None
         end = jobset.setdefault("end", None) or end
         jobset["end"] = end
-        message = "jobset failed due to one or more job failures" if end == "Failed" else "jobset completed"
+        message = (
+            "jobset failed due to one or more job failures"
+            if end == "Failed"
+            else "jobset completed"
+        )
         return [{"type": end, "status": "True", "reason": "r", "message": message}] if end else []
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
@@ -350,7 +467,12 @@ class KubeServer:
                     status, document = 200, server.route(self.command, url.path, query, body)
                 except Refused as refused:
                     status = refused.status
-                    document = {"kind": "Status", "status": "Failure", "message": str(refused), "code": status}
+                    document = {
+                        "kind": "Status",
+                        "status": "Failure",
+                        "message": str(refused),
+                        "code": status,
+                    }
                 content = json.dumps(document).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -361,13 +483,17 @@ class KubeServer:
             do_GET = do_POST = do_DELETE = answer
 
             def send_log(self, pod: str, query: dict[str, str]) -> None:
-                (machine,) = (m for machines in server.machines.values() for m in machines if m.name == pod)
+                (machine,) = (
+                    m for machines in server.machines.values() for m in machines if m.name == pod
+                )
                 self.send_response(200)
                 self.end_headers()
                 since = datetime.now(UTC) - timedelta(seconds=int(query.get("sinceSeconds", 10**6)))
                 lines = [(stamp, line) for stamp, line in machine.lines() if stamp >= since]
                 for stamp, line in lines[-int(query.get("tailLines", 10**6)) :]:
-                    shown = f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"  # as Go's RFC3339Nano
+                    shown = (
+                        f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"
+                    )  # as Go's RFC3339Nano
                     text = shown if query.get("timestamps", "").lower() == "true" else line
                     self.wfile.write(f"{text}\n".encode(errors="surrogateescape"))
 

@@ -1,4 +1,5 @@
-"""Real servers on loopback for the tests: MLflow, an emulator of Google Cloud Storage, faults before it, a webhook."""
+"""Real servers on loopback for the tests: MLflow, an emulator of Google Cloud Storage, faults
+before it, a webhook."""
 
 import contextlib
 import http.client
@@ -35,10 +36,18 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running(command: list[str], address: str, log: Path) -> Iterator[None]:
     """Run a server until the body ends; its output is in `log`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "STORAGE_"))}
-    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight more processes, as deploy/mlflow.yaml says
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MLFLOW_", "STORAGE_"))
+    }
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
+        "false"  # eight more processes, as deploy/mlflow.yaml says
+    )
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + TIMEOUT
             while not _answers(address):
@@ -62,11 +71,24 @@ def _answers(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def mlflow_server(folder: Path, store: str | None = None, port: int = 0, artifacts: str | None = None) -> Iterator[str]:
+def mlflow_server(
+    folder: Path, store: str | None = None, port: int = 0, artifacts: str | None = None
+) -> Iterator[str]:
     """Yield the address of an MLflow server, its store and its artifacts by default in `folder`."""
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     command += [
         "--backend-store-uri",
         store or f"sqlite:///{folder}/mlflow.db",
@@ -80,7 +102,10 @@ def mlflow_server(folder: Path, store: str | None = None, port: int = 0, artifac
 def postgres_programs() -> Path | None:
     """Return the folder with PostgreSQL's programs, or None."""
     found = shutil.which("initdb")
-    folders = [*([Path(found).resolve().parent] if found else []), *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
+    folders = [
+        *([Path(found).resolve().parent] if found else []),
+        *sorted(Path("/usr/lib/postgresql").glob("*/bin")),
+    ]
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
@@ -95,7 +120,9 @@ def postgres_server(programs: Path) -> Iterator[str]:
 
         def run(program: str, *arguments: str) -> None:
             command = [str(programs / program), "-D", data, *arguments]
-            subprocess.run(command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120)
+            subprocess.run(
+                command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120
+            )
 
         run("initdb", "--auth=trust", "--username=mlflow", "--encoding=UTF8", "--locale=C")
         run("pg_ctl", "--wait", f"--options={options}", f"--log={folder}/log", "start")
@@ -123,7 +150,7 @@ class Faults:
         """Until when everything fails, and the share of answers that break off in their middle."""
         self.authorization: str | None = None
         """What a request must prove itself with; without it, it is answered 401."""
-        self.failed = self.asked = self.broken_off = self.outdated = 0
+        self.failed = self.stop_request = self.broken_off = self.outdated = 0
         self.stale = 0.0
         """Seconds for which a bucket's listing is answered as it was first asked for."""
         self._listings: dict[str, tuple[float, Answer]] = {}
@@ -139,7 +166,8 @@ class Faults:
         return breaks
 
     def listed(self, query: str, fetch: Callable[[], Answer]) -> Answer:
-        """Return what a bucket answers to a query for a listing, or what it answered a while ago."""
+        """Return what a bucket answers to a query for a listing, or what it answered a while
+        ago."""
         now = time.monotonic()
         asked, answer = self._listings.get(query, (-math.inf, (0, [], b"")))
         if now - asked < self.stale:
@@ -151,8 +179,9 @@ class Faults:
         return answer
 
     def next(self) -> int | None:
-        """Return how the next request fails: a status, 0 for a broken connection, or None if it does not."""
-        self.asked += 1
+        """Return how the next request fails: a status, 0 for a broken connection, or None if it
+        does not."""
+        self.stop_request += 1
         down = time.monotonic() < self.down_until
         if not down and self.rng.random() >= self.share:
             return None
@@ -183,7 +212,9 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
                 self.answer(fault, [], b"out of order")
                 return
             is_listing = self.command == "GET" and self.path.partition("?")[0].endswith("/o")
-            self.answer(*faults.listed(self.path, lambda: self.ask(body)) if is_listing else self.ask(body))
+            self.answer(
+                *faults.listed(self.path, lambda: self.ask(body)) if is_listing else self.ask(body)
+            )
 
         def ask(self, body: bytes) -> Answer:
             onward = http.client.HTTPConnection(host, int(port), timeout=60)
@@ -196,7 +227,9 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
                 return 503, [], b"away"
             finally:
                 onward.close()
-            headers = [(name, value.replace(target, address)) for name, value in answer.getheaders()]
+            headers = [
+                (name, value.replace(target, address)) for name, value in answer.getheaders()
+            ]
             return answer.status, headers, content.replace(target.encode(), address.encode())
 
         do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward
@@ -204,7 +237,13 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
         def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
             self.send_response(status)
             for name, value in headers:
-                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                if name.lower() not in (
+                    "content-length",
+                    "transfer-encoding",
+                    "connection",
+                    "date",
+                    "server",
+                ):
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -237,29 +276,58 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def gcs_emulator(bucket: str, folder: Path, faults: Faults | None = None) -> Iterator[dict[str, str]]:
-    """Yield the environment in which gs://`bucket` is one that an emulator on loopback holds in memory."""
+def gcs_emulator(
+    bucket: str, folder: Path, faults: Faults | None = None
+) -> Iterator[dict[str, str]]:
+    """Yield the environment in which gs://`bucket` is one that an emulator on loopback holds in
+    memory."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     program = str(Path(sys.executable).parent / "gcp-storage-emulator")
-    command = [program, "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory", "--default-bucket", bucket]
+    command = [
+        program,
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--in-memory",
+        "--default-bucket",
+        bucket,
+    ]
     emulator = f"http://127.0.0.1:{port}"
     with (
         running(command, emulator, folder / "gcs.log"),
-        faulty_proxy(emulator, faults or Faults(0.0, seed=0)) as address,  # without one, it loses requests
+        faulty_proxy(
+            emulator, faults or Faults(0.0, seed=0)
+        ) as address,  # without one, it loses requests
     ):
-        # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30 seconds for an answer.
+        # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30
+        # seconds for an answer.
         yield {"STORAGE_EMULATOR_HOST": address, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
 
 @contextlib.contextmanager
 def s3_server(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Yield the environment in which s3://`bucket` is one that a server on loopback holds in memory."""
+    """Yield the environment in which s3://`bucket` is one that a server on loopback holds in
+    memory."""
     address = f"http://127.0.0.1:{free_port()}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", address.rpartition(":")[2]]
+    command = [
+        sys.executable,
+        "-m",
+        "moto.server",
+        "-H",
+        "127.0.0.1",
+        "-p",
+        address.rpartition(":")[2],
+    ]
     # The three that a cluster's secret holds, and no region.
-    environment = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    environment = {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
     with running(command, f"{address}/moto-api/", folder / "s3.log"):
         urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
         yield environment
@@ -296,7 +364,8 @@ def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.Ab
 
 @contextlib.contextmanager
 def refusing(status: int = 403, content: bytes = b"") -> Iterator[tuple[str, list[str]]]:
-    """Yield the address of a server that answers everything with a status, and the proofs of those who asked."""
+    """Yield the address of a server that answers everything with a status, and the proofs of those
+    who asked."""
     proofs: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,5 @@
-"""Every command against a bucket on loopback: Google Cloud Storage and S3, as gcsfs and s3fs speak them."""
+"""Every command against a bucket on loopback: Google Cloud Storage and S3, as gcsfs and s3fs speak
+them."""
 
 import asyncio
 import json
@@ -15,14 +16,14 @@ import pytest
 from torch import Tensor
 
 from model_lib import UserError
-from model_lib.storage import version
+from model_lib.io.storage import version
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner
 from model_lib.train.training import train
 from tests.services import STORES, Faults, faulty_bucket, store
 
 Run = Callable[..., CompletedProcess]
-BUCKET = "gs://pictures"
+BUCKET = "gs://images"
 
 
 class Bucket(NamedTuple):
@@ -33,16 +34,19 @@ class Bucket(NamedTuple):
 @pytest.fixture(params=STORES)
 def bucket(request: pytest.FixtureRequest, scenes: Path, tmp_path: Path) -> Iterator[Bucket]:
     """A bucket with the scenes in it, for this process and those that it starts."""
-    with store(request.param, "pictures", tmp_path / request.param) as fs:
+    with store(request.param, "images", tmp_path / request.param) as fs:
         for file in sorted(scenes.rglob("*")):
             if file.is_file():
-                fs.pipe_file(f"pictures/scenes/{file.relative_to(scenes)}", file.read_bytes())
-        yield Bucket(f"{request.param}://pictures", fs)
+                fs.pipe_file(f"images/scenes/{file.relative_to(scenes)}", file.read_bytes())
+        yield Bucket(f"{request.param}://images", fs)
 
 
 def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_path: Path) -> None:
     uri, fs = bucket
-    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    variables = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }
 
     def run(*arguments: object) -> Any:
         done = captioner(*arguments, "--json", **variables)
@@ -50,35 +54,58 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
         return json.loads(done.stdout)
 
     run("scenes", "--output", f"{uri}/drawn", "--train", "2", "--val", "2")
-    assert len(fs.ls("pictures/drawn/train2017")) == 2
+    assert len(fs.ls("images/drawn/train2017")) == 2
     made = run("ingest", "--dataset", f"{uri}/scenes", "--output", f"{uri}/data")
     assert made["counts"] == {"train": 64, "val": 12} and not made["quarantined"]
     options = ("--data", f"{uri}/data", "--output", f"{uri}/run", "--preset", "tiny")
     trained = run("train", *options, "--epochs", "2")
     assert trained["model"] == f"{uri}/run/best" and trained["steps"] == 4
-    kept = {Path(name).name for name in fs.ls("pictures/run/checkpoints", detail=False)}
+    kept = {Path(name).name for name in fs.ls("images/run/checkpoints", detail=False)}
     assert kept == {"step-00000002-validated", "step-00000004-validated"}
-    assert run("train", *options, "--epochs", "2") == trained, "the second call finds the first one's checkpoint"
+    assert run("train", *options, "--epochs", "2") == trained, (
+        "the second call finds the first one's checkpoint"
+    )
 
-    judged = run("evaluate", "--model", f"{uri}/run/best", "--data", f"{uri}/data", "--output", f"{uri}/j")
-    assert judged["pictures"] == 12 and fs.exists("pictures/j/report.html")
+    evaluated = run(
+        "evaluate", "--model", f"{uri}/run/best", "--data", f"{uri}/data", "--output", f"{uri}/j"
+    )
+    assert evaluated["images"] == 12 and fs.exists("images/j/report.html")
     annotations = f"{uri}/scenes/annotations/captions_val2017.json"
-    assert run("evaluate", "--results", f"{uri}/j/results.json", "--annotations", annotations)["pictures"] == 12
-    assert run("register", "--evaluations", f"{uri}/j")["promoted"] and fs.exists("pictures/j/decision.html")
+    assert (
+        run("evaluate", "--results", f"{uri}/j/results.json", "--annotations", annotations)[
+            "images"
+        ]
+        == 12
+    )
+    assert run("register", "--evaluations", f"{uri}/j")["promoted"] and fs.exists(
+        "images/j/decision.html"
+    )
     assert [version["aliases"] for version in run("models")] == [["champion"]]
     one = f"{uri}/scenes/val2017/000000000001.jpg"
     by_folder, by_registry = (
-        run("caption", "-f", one, "--model", model) for model in (f"{uri}/run/best", "models:/captioner@champion")
+        run("caption", "-f", one, "--model", model)
+        for model in (f"{uri}/run/best", "models:/captioner@champion")
     )
     assert by_folder == by_registry and by_folder[0]["caption"]
 
-    fs.pipe_file("pictures/scenes/val2017/broken.jpg", b"no picture")
-    fs.pipe_file("pictures/scenes/val2017/empty.jpg", b"")
-    options = ("--images", f"{uri}/scenes/val2017", "--output", f"{uri}/captions", "--model", f"{uri}/run/best")
-    options += ("--shard_pictures", "5")
+    fs.pipe_file("images/scenes/val2017/broken.jpg", b"no image")
+    fs.pipe_file("images/scenes/val2017/empty.jpg", b"")
+    options = (
+        "--images",
+        f"{uri}/scenes/val2017",
+        "--output",
+        f"{uri}/captions",
+        "--model",
+        f"{uri}/run/best",
+    )
+    options += ("--shard_images", "5")
     summary = run("batch", *options)
-    assert (summary["pictures"], summary["ok"], summary["errors"]) == (14, 12, {"unreadable": 1, "empty": 1})
-    parts = sorted(fs.glob("pictures/captions/*/captions/*.parquet"))
+    assert (summary["images"], summary["ok"], summary["errors"]) == (
+        14,
+        12,
+        {"unreadable": 1, "empty": 1},
+    )
+    parts = sorted(fs.glob("images/captions/*/captions/*.parquet"))
     rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
     assert len(parts) == 3 and len(rows) == 14
     assert all(row["uri"].startswith(f"{uri}/scenes/val2017/") for row in rows)
@@ -86,17 +113,23 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
     fs.rm_file(parts[1])
     written = version(fs.info(parts[0]))
     again = run("batch", *options)
-    assert {**again, "pictures_per_second": 0} == {**summary, "pictures_per_second": 0}
+    assert {**again, "images_per_second": 0} == {**summary, "images_per_second": 0}
     assert version(fs.info(parts[0])) == written, "what was there was not done again"
 
 
 def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: Bucket) -> None:
     scheme = bucket.uri.partition(":")[0]
-    done = captioner("ingest", "--dataset", f"{scheme}://elsewhere/set", "--output", f"{bucket.uri}/out")
+    done = captioner(
+        "ingest", "--dataset", f"{scheme}://elsewhere/set", "--output", f"{bucket.uri}/out"
+    )
     assert done.returncode == 2 and f"{scheme}://elsewhere/set/annotations" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    done = captioner("ingest", "--dataset", f"{bucket.uri}/scenes", "--output", f"{scheme}://elsewhere/out")
-    assert done.returncode == 2 and f"{scheme}://elsewhere/out: cannot be written to" in done.stderr, done.stderr
+    done = captioner(
+        "ingest", "--dataset", f"{bucket.uri}/scenes", "--output", f"{scheme}://elsewhere/out"
+    )
+    assert (
+        done.returncode == 2 and f"{scheme}://elsewhere/out: cannot be written to" in done.stderr
+    ), done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -107,8 +140,8 @@ def faults(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
     monkeypatch.setattr("gcsfs.retry.asyncio", quickly)  # its six attempts would take half a minute
     faults = Faults(0.0, seed=0)
-    with faulty_bucket("pictures", tmp_path / "gcs", faults) as fs:
-        fs.put(f"{data}/", "pictures/data/", recursive=True)
+    with faulty_bucket("images", tmp_path / "gcs", faults) as fs:
+        fs.put(f"{data}/", "images/data/", recursive=True)
         faults.share = 0.1
         yield faults
 
@@ -125,26 +158,34 @@ def each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> No
 
 
 def test_training_outlasts_a_bucket_that_fails(
-    faults: Faults, finished: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    faults: Faults,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     each_step(monkeypatch, lambda step: faults.outage(4) if step == 3 else None)
     options = {"preset": "tiny", "epochs": 3, "checkpoint_steps": 1}
     train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/run", **options))
-    assert faults.failed > 20 and ": fails (HttpError: out of order, 503); asking again" in caplog.text
-    ours = fsspec.filesystem("gs").cat_file("pictures/run/best/model.safetensors")
+    assert (
+        faults.failed > 20 and ": fails (HttpError: out of order, 503); asking again" in caplog.text
+    )
+    ours = fsspec.filesystem("gs").cat_file("images/run/best/model.safetensors")
     assert ours == (finished / "best" / "model.safetensors").read_bytes()
 
 
-def test_a_shard_that_disappears_is_one_line(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_disappears_is_one_line(
+    faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fs = fsspec.filesystem("gs")
 
     def remove(step: int) -> None:
         if step == 2:
-            fs.rm_file("pictures/data/train-00000.parquet")
+            fs.rm_file("images/data/train-00000.parquet")
 
     each_step(monkeypatch, remove)
     with pytest.raises(
-        UserError, match=r"data/train-00000\.parquet: the manifest names this shard, but it is not there"
+        UserError,
+        match=r"data/train-00000\.parquet: the manifest names this shard, but it is not there",
     ):
         train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/lost", preset="tiny", epochs=3))
-    assert fs.exists("pictures/lost/checkpoints/step-00000002-validated/manifest.json")
+    assert fs.exists("images/lost/checkpoints/step-00000002-validated/manifest.json")

@@ -1,4 +1,5 @@
-"""The command line as a user meets it: what it prints, and how it refuses, each in a fresh process."""
+"""The command line as a user meets it: what it prints, and how it refuses, each in a fresh
+process."""
 
 import json
 import shutil
@@ -58,68 +59,105 @@ def test_help_lists_every_command(captioner: Run) -> None:
 @pytest.mark.parametrize("command", EVERY)
 def test_every_command_explains_itself(captioner: Run, command: str) -> None:
     done = captioner(command, "--help")
-    assert done.returncode == 0 and f"usage: captioner {command}" in done.stdout and "--json" in done.stdout
+    assert (
+        done.returncode == 0
+        and f"usage: captioner {command}" in done.stdout
+        and "--json" in done.stdout
+    )
 
 
-def test_a_picture_is_captioned_as_from_python(captioner: Run, saved_model: Path, scenes: Path) -> None:
+def test_an_image_is_captioned_as_from_python(
+    captioner: Run, saved_model: Path, scenes: Path
+) -> None:
     """The other stages, one after another, are in test_documents.py."""
-    picture = scenes / "val2017" / "000000000001.jpg"
+    image = scenes / "val2017" / "000000000001.jpg"
     options = ("--model", saved_model, "--num_beams", "2", "--max_new_tokens", "5")
-    done = captioner("caption", "-f", picture, picture, *options)
+    done = captioner("caption", "-f", image, image, *options)
     model = Captioner.from_pretrained(str(saved_model))
-    expected = model.caption([str(picture)], num_beams=2, max_new_tokens=5)
-    assert done.stdout.splitlines() == [f"{picture}: {expected[0].text}"] * 2
+    expected = model.caption([str(image)], num_beams=2, max_new_tokens=5)
+    assert done.stdout.splitlines() == [f"{image}: {expected[0].text}"] * 2
 
 
-def test_sampling_is_reproduced_by_its_seed(captioner: Run, saved_model: Path, scenes: Path) -> None:
-    options = ("-f", scenes / "val2017" / "000000000001.jpg", "--model", saved_model, "--top_p", "0.9", "--json")
+def test_sampling_is_reproduced_by_its_seed(
+    captioner: Run, saved_model: Path, scenes: Path
+) -> None:
+    options = (
+        "-f",
+        scenes / "val2017" / "000000000001.jpg",
+        "--model",
+        saved_model,
+        "--top_p",
+        "0.9",
+        "--json",
+    )
     one, same, other = (captioner("caption", *options, "--seed", seed) for seed in (1, 1, 2))
     assert one.returncode == 0 and one.stdout == same.stdout != other.stdout
 
 
-def test_a_broken_picture_does_not_keep_the_others_from_their_captions(
+def test_a_broken_image_does_not_keep_the_others_from_their_captions(
     captioner: Run, saved_model: Path, scenes: Path, odd_images: Path
 ) -> None:
     good, broken = scenes / "val2017" / "000000000001.jpg", odd_images / "broken.png"
     done = captioner("caption", "-f", good, broken, good, "--model", saved_model)
     assert done.returncode == 1
     assert len(done.stdout.splitlines()) == 2
-    assert f"{broken}: unreadable" in done.stderr and "1 of 3 pictures without a caption" in done.stderr
+    assert (
+        f"{broken}: unreadable" in done.stderr and "1 of 3 images without a caption" in done.stderr
+    )
     done = captioner("caption", "-f", good, "gone.jpg", "--model", saved_model)
-    assert done.returncode == 2 and len(done.stdout.splitlines()) == 1 and "gone.jpg: no such file" in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stdout.splitlines()) == 1
+        and "gone.jpg: no such file" in done.stderr
+    )
 
 
-def test_folders_patterns_lists_and_several_captions(captioner: Run, saved_model: Path, scenes: Path) -> None:
+def test_folders_patterns_lists_and_several_captions(
+    captioner: Run, saved_model: Path, scenes: Path
+) -> None:
     folder = scenes / "val2017"
     options = ("--model", saved_model, "--max_new_tokens", "4")
     whole = captioner("caption", "-f", folder, *options)
     assert whole.returncode == 0 and whole.stderr == "" and len(whole.stdout.splitlines()) == 12
-    some = captioner("caption", "-f", folder / "00000000000[1-3].jpg", folder / "*01?.jpg", *options)
-    assert some.returncode == 2 and "no such file" in some.stderr, "brackets are no pattern: they occur in names"
-    some = captioner("caption", "-f", folder / "*01?.jpg", *options, "--num_captions", "3", "--temperature", "1")
-    assert some.returncode == 0 and len(some.stdout.splitlines()) == 3 * len(list(folder.glob("*01?.jpg")))
+    some = captioner(
+        "caption", "-f", folder / "00000000000[1-3].jpg", folder / "*01?.jpg", *options
+    )
+    assert some.returncode == 2 and "no such file" in some.stderr, (
+        "brackets are no pattern: they occur in names"
+    )
+    some = captioner(
+        "caption", "-f", folder / "*01?.jpg", *options, "--num_captions", "3", "--temperature", "1"
+    )
+    assert some.returncode == 0 and len(some.stdout.splitlines()) == 3 * len(
+        list(folder.glob("*01?.jpg"))
+    )
     listed = "\n".join(str(file) for file in sorted(folder.iterdir())[:2])
     piped = captioner("caption", "-f", "-", *options, "--json", stdin=listed)
     assert [row["uri"] for row in json.loads(piped.stdout)] == listed.splitlines()
 
 
-def test_every_odd_picture_gets_a_caption_or_one_clear_error(
+def test_every_odd_image_gets_a_caption_or_one_clear_error(
     captioner: Run, saved_model: Path, odd_images: Path
 ) -> None:
     done = captioner("caption", "-f", odd_images, "--model", saved_model, "--max_new_tokens", "4")
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 19
     errors = [line for line in done.stderr.splitlines() if line.startswith("captioner: error: ")]
-    assert len(errors) == 7 and "captioner: 7 of 26 pictures without a caption" in done.stderr
+    assert len(errors) == 7 and "captioner: 7 of 26 images without a caption" in done.stderr
     assert len(done.stderr.splitlines()) == 8
 
 
-def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path, scenes: Path, tmp_path: Path) -> None:
-    picture = scenes / "val2017" / "000000000001.jpg"
-    done = captioner("caption", "-f", picture, "--model", saved_model, "--explain", "out.html")
+def test_explain_draws_where_the_model_looked(
+    captioner: Run, saved_model: Path, scenes: Path, tmp_path: Path
+) -> None:
+    image = scenes / "val2017" / "000000000001.jpg"
+    done = captioner("caption", "-f", image, "--model", saved_model, "--explain", "out.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out.html").read_text()
-    assert page.count("<figure>") >= 1 and str(picture) in page
-    refused(captioner("caption", "-f", picture, "--model", saved_model, "--explain", "/proc/x/out.html"), "/proc/x")
+    assert page.count("<figure>") >= 1 and str(image) in page
+    refused(
+        captioner("caption", "-f", image, "--model", saved_model, "--explain", "/proc/x/out.html"),
+        "/proc/x",
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,16 +165,37 @@ def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path,
     [
         (("frobnicate",), ["frobnicate", "one of"]),
         (("train", "--data", "x"), ["--output"]),
-        (("train", "--data", "x", "--output", "y", "--learning_rate", "fast"), ["learning-rate", "fast"]),
+        (
+            ("train", "--data", "x", "--output", "y", "--learning_rate", "fast"),
+            ["learning-rate", "fast"],
+        ),
         (("train", "--data", "x", "--output", "y", "--colour", "red"), ["--colour"]),
-        (("train", "--data", "x", "--output", "y", "--feature_cache", "c"), ["feature_cache", "--augment no"]),
-        (("train", "--data", "x", "--output", "y", "--objective", "self-critical"), ["self-critical", "start"]),
-        (("train", "--data", "x", "--output", "y", "--dropout", "1"), ["dropout: 1.0 is not less than 1"]),
+        (
+            ("train", "--data", "x", "--output", "y", "--feature_cache", "c"),
+            ["feature_cache", "--augment no"],
+        ),
+        (
+            ("train", "--data", "x", "--output", "y", "--objective", "self-critical"),
+            ["self-critical", "start"],
+        ),
+        (
+            ("train", "--data", "x", "--output", "y", "--dropout", "1"),
+            ["dropout: 1.0 is not less than 1"],
+        ),
         (("train", "--data", "x", "--output", "y", "--preset", "huge"), ["huge", "tiny"]),
-        (("train", "--data", "gone", "--output", "y", "--preset", "tiny"), ["gone", "captioner ingest"]),
+        (
+            ("train", "--data", "gone", "--output", "y", "--preset", "tiny"),
+            ["gone", "captioner ingest"],
+        ),
         (("info", "--preset", "huge"), ["huge"]),
-        (("ingest", "--annotations", "gone.json", "--images", ".", "--output", "o"), ["gone.json: no such file"]),
-        (("ingest", "--dataset", "gone", "--output", "o"), ["gone/annotations/captions_train2017.json"]),
+        (
+            ("ingest", "--annotations", "gone.json", "--images", ".", "--output", "o"),
+            ["gone.json: no such file"],
+        ),
+        (
+            ("ingest", "--dataset", "gone", "--output", "o"),
+            ["gone/annotations/captions_train2017.json"],
+        ),
         (("ingest", "--dataset", "nowhere://x", "--output", "o"), ["nowhere"]),
         (("run", "--dataset", "gone"), ["gone/annotations/captions_train2017.json"]),
         (("run", "--candidates", "[1]", "--dataset", "{scenes}"), ["candidates"]),
@@ -145,13 +204,22 @@ def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path,
         (("run", "--preset", "huge"), ["huge"]),
         (("run", "--workdir", "gs://b/work"), ["gs://b/work: is not a folder of this machine"]),
         (("compile", "--output", "/proc/x"), ["/proc/x", "written"]),
-        (("batch", "--images", "{scenes}", "--output", "", "--model", "{model}"), ["output: is empty"]),
+        (
+            ("batch", "--images", "{scenes}", "--output", "", "--model", "{model}"),
+            ["output: is empty"],
+        ),
         (("caption", "-f", "a.jpg", "--model", "{model}"), ["a.jpg: no such file"]),
         (("caption", "-f", "a.jpg", "--model", "{model}", "--batch_size", "0"), ["batch_size: 0"]),
-        (("caption", "-f", "a.jpg", "--model", "{model}", "--seed", "99999999999999999999"), ["seed"]),
+        (
+            ("caption", "-f", "a.jpg", "--model", "{model}", "--seed", "99999999999999999999"),
+            ["seed"],
+        ),
         (("evaluate", "--results", "gone.json", "--annotations", "gone.json"), ["gone.json"]),
         (("evaluate", "--model", "m"), ["give either"]),
-        (("evaluate", "--results", "r", "--annotations", "a", "--limit", "1"), ["limit: is of --data"]),
+        (
+            ("evaluate", "--results", "r", "--annotations", "a", "--limit", "1"),
+            ["limit: is of --data"],
+        ),
         (
             ("evaluate", "--results", "r", "--annotations", "a", "--images", "i"),
             ["images: are for CLIPScore", "--clip"],
@@ -162,8 +230,14 @@ def test_explain_draws_where_the_model_looked(captioner: Run, saved_model: Path,
         (("caption", "-f", "a.jpg"), ["models:/captioner@champion", "register a model first"]),
         (("caption", "-f", "a.jpg", "--model", "m", "--top_p", "7"), ["top_p: 7"]),
         (("caption", "-f", "a.jpg", "--model", "{model}", "--device", "abacus"), ["device abacus"]),
-        (("batch", "--images", "gone", "--output", "o", "--model", "{model}"), ["gone: no such folder"]),
-        (("batch", "--images", "{scenes}", "--output", "/proc/x", "--model", "{model}"), ["/proc/x", "written"]),
+        (
+            ("batch", "--images", "gone", "--output", "o", "--model", "{model}"),
+            ["gone: no such folder"],
+        ),
+        (
+            ("batch", "--images", "{scenes}", "--output", "/proc/x", "--model", "{model}"),
+            ["/proc/x", "written"],
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -177,10 +251,13 @@ def test_bad_usage_and_input_is_one_line(
 
 @pytest.mark.parametrize("command", ["run", "compile", "submit"])
 def test_without_kfp_the_library_says_how_to_get_it(command: str) -> None:
-    code = f"import sys; sys.modules['kfp'] = None; from model_lib.cli import main; main(['{command}'])"
+    code = (
+        "import sys; sys.modules['kfp'] = None; from model_lib.cli import main; "
+        f"main(['{command}'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    said = f"captioner: error: {command}: needs kfp, which is not installed: pip install 'captioner[pipelines]'\n"
-    assert (done.returncode, done.stderr) == (2, said)
+    line = f"{command}: needs kfp, which is not installed: pip install 'captioner[pipelines]'"
+    assert (done.returncode, done.stderr) == (2, f"captioner: error: {line}\n")
 
 
 def test_a_model_folder_without_weights_is_refused(
@@ -188,7 +265,7 @@ def test_a_model_folder_without_weights_is_refused(
 ) -> None:
     shutil.copytree(saved_model, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
-    picture = scenes / "val2017" / "000000000001.jpg"
-    refused(captioner("caption", "-f", picture, "--model", "./m"), "./m", "no safetensors")
+    image = scenes / "val2017" / "000000000001.jpg"
+    refused(captioner("caption", "-f", image, "--model", "./m"), "./m", "no safetensors")
     (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
-    refused(captioner("caption", "-f", picture, "--model", "./m"), "./m")
+    refused(captioner("caption", "-f", image, "--model", "./m"), "./m")

@@ -13,13 +13,23 @@ import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
 from model_lib.exits import MISTAKE
-from pipelines.placement import BUCKET, GPU_NODES, GPU_RESOURCE, GPU_TOLERATIONS, HUB, MLFLOW, WEBHOOK
+from pipelines.placement import (
+    BUCKET,
+    GPU_NODES,
+    GPU_RESOURCE,
+    GPU_TOLERATIONS,
+    HUB,
+    MLFLOW,
+    WEBHOOK,
+)
 from pipelines.submit import ScheduleConfig, SubmitConfig, pipeline_inputs
 
 Run = Callable[..., subprocess.CompletedProcess]
 ROOT = Path(__file__).parents[1]
 MANIFESTS = sorted((ROOT / "deploy").glob("*.yaml"))
-DOCUMENTS = [(file.name, document) for file in MANIFESTS for document in yaml.safe_load_all(file.read_text())]
+DOCUMENTS = [
+    (file.name, document) for file in MANIFESTS for document in yaml.safe_load_all(file.read_text())
+]
 WORKLOADS = [
     document
     for _, document in DOCUMENTS
@@ -31,7 +41,10 @@ PAGE = (ROOT / "docs" / "cluster.md").read_text()
 
 
 def named(documents: list[dict[str, Any]]) -> list[Any]:
-    return [pytest.param(document, id=f"{document['kind']}-{document['metadata']['name']}") for document in documents]
+    return [
+        pytest.param(document, id=f"{document['kind']}-{document['metadata']['name']}")
+        for document in documents
+    ]
 
 
 def validate(document: dict[str, Any]) -> None:
@@ -53,20 +66,30 @@ def test_a_manifest_with_a_misspelt_key_is_not() -> None:
 
 
 def test_a_mistake_in_the_input_is_not_retried_and_anything_else_is() -> None:
-    """The expression was evaluated with expr-lang 1.17.7, as Argo 4.0.5 does, on these messages of its nodes."""
+    """The expression was evaluated with expr-lang 1.17.7, as Argo 4.0.5 does, on these messages of
+    its nodes."""
     (patch,) = yaml.safe_load_all((ROOT / "deploy" / "argo-retries.yaml").read_text())
-    strategy = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"]["retryStrategy"]
+    strategy = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"][
+        "retryStrategy"
+    ]
     words = re.fullmatch(r'not \(lastRetry\.message contains "(.*)"\)', strategy["expression"])
     assert words is not None and words[1] == MISTAKE and strategy["retryPolicy"] == "Always"
     assert words[1] in "main: Error (exit code 1): captioner: error: gs://b/x: no such file"
-    for message in ("", "pod deleted", "main: Error (exit code 1): captioner: failed: gs://b: fails", "OOMKilled"):
+    for message in (
+        "",
+        "pod deleted",
+        "main: Error (exit code 1): captioner: failed: gs://b: fails",
+        "OOMKilled",
+    ):
         assert words[1] not in message
 
 
 def test_a_machine_that_trains_heeds_its_end_from_the_first_moment() -> None:
     (runtime,) = (document for _, document in DOCUMENTS if document["kind"] == "TrainingRuntime")
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    assert job["template"]["spec"]["template"]["spec"]["shareProcessNamespace"], "or it is process 1"
+    assert job["template"]["spec"]["template"]["spec"]["shareProcessNamespace"], (
+        "or it is process 1"
+    )
 
 
 @pytest.mark.parametrize("workload", named(WORKLOADS))
@@ -75,10 +98,14 @@ def test_pods_are_modest_and_watched(workload: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     volumes = {volume["name"] for volume in pod.get("volumes", [])}
-    volumes |= {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])}
+    volumes |= {
+        claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])
+    }
     for container in [*pod["containers"], *pod.get("initContainers", [])]:
         security = container["securityContext"]
-        assert security["allowPrivilegeEscalation"] is False and security["capabilities"]["drop"] == ["ALL"]
+        assert security["allowPrivilegeEscalation"] is False and security["capabilities"][
+            "drop"
+        ] == ["ALL"]
         assert security["readOnlyRootFilesystem"]
         assert {"cpu", "memory"} <= set(container["resources"]["requests"])
         assert container["resources"]["limits"]["memory"]
@@ -91,9 +118,15 @@ def test_pods_are_modest_and_watched(workload: dict[str, Any]) -> None:
 def test_pods_fit_their_selectors_and_services(workload: dict[str, Any]) -> None:
     labels = workload["spec"]["template"]["metadata"]["labels"]
     assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    services = [d for _, d in DOCUMENTS if d["kind"] == "Service" and d["spec"]["selector"].items() <= labels.items()]
+    services = [
+        d
+        for _, d in DOCUMENTS
+        if d["kind"] == "Service" and d["spec"]["selector"].items() <= labels.items()
+    ]
     (container,) = workload["spec"]["template"]["spec"]["containers"]
-    open_ports = {key for port in container["ports"] for key in (port["name"], port["containerPort"])}
+    open_ports = {
+        key for port in container["ports"] for key in (port["name"], port["containerPort"])
+    }
     (service,) = services
     for port in service["spec"]["ports"]:
         assert port.get("targetPort", port["port"]) in open_ports
@@ -102,7 +135,12 @@ def test_pods_fit_their_selectors_and_services(workload: dict[str, Any]) -> None
 def variables() -> list[dict[str, Any]]:
     """Return the environment variables of all containers."""
     pods = [workload["spec"]["template"]["spec"] for workload in WORKLOADS]
-    return [variable for pod in pods for container in pod["containers"] for variable in container.get("env", [])]
+    return [
+        variable
+        for pod in pods
+        for container in pod["containers"]
+        for variable in container.get("env", [])
+    ]
 
 
 def test_passwords_come_from_a_secret_that_the_page_makes() -> None:
@@ -112,7 +150,10 @@ def test_passwords_come_from_a_secret_that_the_page_makes() -> None:
     assert secret
     for variable in secret:
         reference = variable["valueFrom"]["secretKeyRef"]
-        made = f"create secret generic {reference['name']} --namespace mlflow --from-literal={reference['key']}="
+        made = (
+            f"create secret generic {reference['name']} --namespace mlflow "
+            f"--from-literal={reference['key']}="
+        )
         assert f'{made}"$(openssl rand -hex 24)"' in PAGE
 
 
@@ -125,15 +166,19 @@ def test_config_maps_that_pods_read_are_made_by_the_page() -> None:
 
 
 def blocks() -> list[str]:
-    """Return the page's shell blocks: those that are indented by four spaces, each without its indentation."""
+    """Return the page's shell blocks: those that are indented by four spaces, each without its
+    indentation."""
     found = re.findall(r"(?:^|\n\n)((?: {4}.*\n(?:\n(?= {4}))?)+)", PAGE)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
 def commands(word: str) -> list[list[str]]:
-    """Return the words of each command of the page that starts with `word`, or with it in `.venv/bin`."""
+    """Return the words of each command of the page that starts with `word`, or with it in
+    `.venv/bin`."""
     lines = [line.strip() for block in blocks() for line in block.replace("\\\n", " ").splitlines()]
-    split = [shlex.split(line) for line in lines if line.startswith((f"{word} ", f".venv/bin/{word} "))]
+    split = [
+        shlex.split(line) for line in lines if line.startswith((f"{word} ", f".venv/bin/{word} "))
+    ]
     assert split, f"the page has no {word} command"
     return split
 
@@ -149,7 +194,9 @@ def test_variables_are_set_before_they_are_used() -> None:
     for block in blocks():
         for line in block.splitlines():
             # What a line sets may be used further right on it.
-            for match in re.finditer(r"\$\{?([A-Za-z_]+)|(?:export |\s)([A-Z]+)=|for (\w+) in", line):
+            for match in re.finditer(
+                r"\$\{?([A-Za-z_]+)|(?:export |\s)([A-Z]+)=|for (\w+) in", line
+            ):
                 used, *made = match.groups()
                 assert used is None or used in known, f"{used} in: {line}"
                 known |= {name for name in made if name}
@@ -176,7 +223,12 @@ def options(captioner: Run, command: str) -> set[str]:
 @pytest.mark.parametrize("command", sorted({line[1] for line in commands("captioner")}))
 def test_options_of_captioner_in_commands_are_there(captioner: Run, command: str) -> None:
     lines = [line for line in commands("captioner") if line[1] == command]
-    asked = {word[2:].partition("=")[0].replace("-", "_") for line in lines for word in line if word.startswith("--")}
+    asked = {
+        word[2:].partition("=")[0].replace("-", "_")
+        for line in lines
+        for word in line
+        if word.startswith("--")
+    }
     assert asked <= options(captioner, command)
 
 
@@ -184,7 +236,11 @@ def test_options_of_captioner_in_the_text_are_there(captioner: Run) -> None:
     start = PAGE.index("## 9.")
     spans = re.findall(r"`([^`\n]+)`", PAGE[start : PAGE.index("\n## 10.", start)])
     asked = {option for span in spans for option in re.findall(r"--([a-z_]+)", span)}
-    assert {"auth", "client_id"} <= asked <= options(captioner, "submit") | options(captioner, "schedule")
+    assert (
+        {"auth", "client_id"}
+        <= asked
+        <= options(captioner, "submit") | options(captioner, "schedule")
+    )
 
 
 RUNS = [line for line in commands("captioner") if "--pipeline" in line]
@@ -206,7 +262,10 @@ def test_runs_are_given_parameters_that_their_pipeline_takes(number: int) -> Non
 
 def test_parameters_in_the_text_are_there() -> None:
     known = {name for pipeline in PIPELINES for name in pipeline_inputs(pipeline)}
-    asked = set(re.findall(r"`((?:data|train|eval|register|caption|gpu|secret)_[a-z_]+)[`=]", PAGE)) - PIPELINES
+    asked = (
+        set(re.findall(r"`((?:data|train|eval|register|caption|gpu|secret)_[a-z_]+)[`=]", PAGE))
+        - PIPELINES
+    )
     assert asked and asked <= known
 
 
@@ -219,7 +278,12 @@ def test_secret_keys_in_the_text_are_those_of_the_steps() -> None:
 
 def test_nodes_are_those_that_the_pipelines_ask_for() -> None:
     (pool,) = (line for line in commands("gcloud") if "--spot" in line)
-    assert f"type={GPU_NODES['cloud.google.com/gke-accelerator']},count=1,gpu-driver-version=default" in pool
+    assert (
+        f"type={GPU_NODES['cloud.google.com/gke-accelerator']},count=1,gpu-driver-version=default"
+        in pool
+    )
     tainted = pool[pool.index("--node-taints") + 1]
     assert tainted in {f"{t['key']}={t.get('value')}:{t['effect']}" for t in GPU_TOLERATIONS}
-    assert GPU_RESOURCE in {t["key"] for t in GPU_TOLERATIONS}, "GKE taints GPU nodes with the resource's name"
+    assert GPU_RESOURCE in {t["key"] for t in GPU_TOLERATIONS}, (
+        "GKE taints GPU nodes with the resource's name"
+    )

@@ -33,33 +33,49 @@ LAYERS = (
     ("model",),
     ("tracking", "pages"),
 )
-"""The packages of the library, each above those that it may import; the library's other modules lie below them all."""
+"""The packages of the library, each above those that it may import; the library's other modules lie
+below them all."""
 
 
-@pytest.mark.parametrize("file", sorted(LIBRARY.rglob("*.py")), ids=lambda file: str(file.relative_to(LIBRARY)))
+@pytest.mark.parametrize(
+    "file", sorted(LIBRARY.rglob("*.py")), ids=lambda file: str(file.relative_to(LIBRARY))
+)
 def test_the_library_never_reaches_up(file: Path) -> None:
     assert not imported(file) & FORBIDDEN
 
 
 def arrows(types: bool) -> dict[str, set[str]]:
-    """Return for each module of the library those that it imports, at its top, where they are used, or as types."""
-    files = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in LIBRARY.rglob("*.py")}
+    """Return for each module of the library those that it imports, at its top, where they are used,
+    or as types."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+        for file in LIBRARY.rglob("*.py")
+    }
     found: dict[str, set[str]] = {}
     for name, file in files.items():
         tree = ast.parse(file.read_text())
         nodes = list(ast.walk(tree))
-        as_types = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+        as_types = [
+            node
+            for node in nodes
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
         skipped = set() if types else {inner for node in as_types for inner in ast.walk(node)}
-        imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node not in skipped]
+        imports = [
+            node for node in nodes if isinstance(node, ast.ImportFrom) and node not in skipped
+        ]
         modules = {node.module or "" for node in imports}
         names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
-        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
         found[name] = (modules | names) & files.keys()
     return found
 
 
 def test_no_arrow_of_the_library_points_backwards() -> None:
-    """But one: `Captioner.caption` is there so that a user needs one name, and calls what is built on the model."""
+    """But one: `Captioner.caption` is there so that a user needs one name, and calls what is built
+    on the model."""
     left = arrows(types=False)
     left["model_lib.model.captioner"].remove("model_lib.model.captioning")
     while ready := {name for name, needs in left.items() if not needs & left.keys()}:
@@ -68,8 +84,15 @@ def test_no_arrow_of_the_library_points_backwards() -> None:
 
 
 def test_packages_import_only_what_lies_below_them() -> None:
-    height = {package: len(LAYERS) - number for number, packages in enumerate(LAYERS) for package in packages}
-    assert height.keys() == {"cli", *(folder.name for folder in LIBRARY.iterdir() if (folder / "__init__.py").exists())}
+    height = {
+        package: len(LAYERS) - number
+        for number, packages in enumerate(LAYERS)
+        for package in packages
+    }
+    assert height.keys() == {
+        "cli",
+        *(folder.name for folder in LIBRARY.iterdir() if (folder / "__init__.py").exists()),
+    }
     for module, needs in arrows(types=True).items():
         if module in ("model_lib.__init__", "model_lib.__main__"):
             continue
@@ -77,12 +100,16 @@ def test_packages_import_only_what_lies_below_them() -> None:
         for needed in needs - {"model_lib.__init__"}:
             below = needed.split(".")[1]
             both_on_the_ground = not {above, below} & height.keys()
-            assert above == below or both_on_the_ground or height.get(above, 0) > height.get(below, 0), (module, needed)
+            assert (
+                above == below or both_on_the_ground or height.get(above, 0) > height.get(below, 0)
+            ), (module, needed)
 
 
 def test_the_architecture_page_names_every_module() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    modules = {file.name for package in (LIBRARY, ROOT / "pipelines") for file in package.rglob("*.py")}
+    modules = {
+        file.name for package in (LIBRARY, ROOT / "pipelines") for file in package.rglob("*.py")
+    }
     assert {name for name in modules if name[0] != "_"} == set(re.findall(r"`(\w+\.py)`", page))
 
 
@@ -127,8 +154,11 @@ def test_help_waits_for_no_package_that_takes_long() -> None:
     )
 
 
-def test_training_and_captioning_work_with_the_bare_packages(data: Path, scenes: Path, tmp_path: Path) -> None:
-    """On a GPU machine there are torch, transformers, pillow, pyarrow, fsspec and numpy, and what those need."""
+def test_training_and_captioning_work_with_the_bare_packages(
+    data: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """On a GPU machine there are torch, transformers, pillow, pyarrow, fsspec and numpy, and what
+    those need."""
     python(
         "import sys\n"
         "for name in ('mlflow', 'kfp', 'tyro', 'jinja2', 'pycocoevalcap', 'gcsfs', 'pandas'):\n"

@@ -21,7 +21,8 @@ def candidates(
     learning_rate: float,
     precision: str,
 ) -> list[dict]:
-    """Return for each candidate its training options, the common ones and its own over them, and what they are for."""
+    """Return for each candidate its training options, the common ones and its own over them, and
+    what they are for."""
     from model_lib.exits import exit_in_one_line
     from model_lib.steps.candidates import configure_candidates
     from model_lib.tracking.server import tracking_from_environment

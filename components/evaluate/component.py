@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import JUDGE
+from components import EVALUATE
 
 
-@dsl.component(base_image=JUDGE, install_kfp_package=False)
+@dsl.component(base_image=EVALUATE, install_kfp_package=False)
 def evaluate(
     candidate: dict,
     num_beams: int,
@@ -14,19 +14,22 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> str:
-    """Judge the candidate's model, keep the evaluation beside it, and return the evaluation's URI."""
+    """Evaluate the candidate's model, keep the evaluation beside it, and return the evaluation's
+    URI."""
     from model_lib.exits import exit_in_one_line
+    from model_lib.io.storage import join, read_bytes, write_bytes
     from model_lib.steps.artifacts import set_metadata
     from model_lib.steps.candidates import candidate_config
-    from model_lib.steps.judging import judge_model
-    from model_lib.storage import join, read_bytes, write_bytes
+    from model_lib.steps.evaluation import evaluate_model
     from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():
         config = candidate_config(candidate)
         options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}
         model = join(config.output, "best")
-        evaluation, folder = judge_model(model, config.data, config.output, tracking_from_environment(), **options)
+        evaluation, folder = evaluate_model(
+            model, config.data, config.output, tracking_from_environment(), **options
+        )
         set_metadata(metrics, **evaluation.figures())
         write_bytes(report.path, read_bytes(join(folder, "report.html")))
         return folder

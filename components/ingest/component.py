@@ -1,4 +1,4 @@
-"""Ingest: captions and pictures in COCO's layout to Parquet shards and a manifest."""
+"""Ingest: captions and images in COCO's layout to Parquet shards and a manifest."""
 
 from typing import NamedTuple
 
@@ -8,19 +8,23 @@ from components import CORE
 
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
-def ingest(dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.Dataset]) -> NamedTuple(
-    "Ingested", [("manifest", str), ("fingerprint", str)]
-):
+def ingest(
+    dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.Dataset]
+) -> NamedTuple("Ingested", [("manifest", str), ("fingerprint", str)]):
     """Write shards under `output`; the artifact is their manifest, which names them by URI."""
     from model_lib.exits import exit_in_one_line
     from model_lib.ingest.config import IngestConfig
     from model_lib.ingest.ingesting import ingest as run
+    from model_lib.io.storage import join, write_json
     from model_lib.steps.artifacts import set_metadata
-    from model_lib.storage import join, write_json
 
     with exit_in_one_line():
         manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))
         write_json(data.path, manifest.located(manifest.uri).to_dict())
-        known = {**manifest.counts, "quarantined": manifest.quarantined, "fingerprint": manifest.fingerprint}
+        known = {
+            **manifest.counts,
+            "quarantined": manifest.quarantined,
+            "fingerprint": manifest.fingerprint,
+        }
         set_metadata(data, **known)
         return (join(manifest.uri, "manifest.json"), manifest.fingerprint)

@@ -1,4 +1,4 @@
-"""Merge: every picture that was listed has its row; counts and a summary."""
+"""Merge: every image that was listed has its row; counts and a summary."""
 
 from kfp import dsl
 
@@ -13,7 +13,8 @@ def merge(
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Check the shards of a plan once they are captioned, each of which tells its plan; count what they hold.
+    """Check the shards of a plan once they are captioned, each of which tells its plan; count what
+    they hold.
 
     With it a run has succeeded.
     """
@@ -21,10 +22,10 @@ def merge(
 
     from model_lib.batch.merging import merge_planned, summary_markdown
     from model_lib.exits import exit_in_one_line
+    from model_lib.io.storage import read_bytes, write_bytes, write_json
     from model_lib.steps.artifacts import set_metadata
     from model_lib.steps.closing import finish_pipeline
     from model_lib.steps.kfp_runs import run_title
-    from model_lib.storage import read_bytes, write_bytes, write_json
     from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():

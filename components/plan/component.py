@@ -1,4 +1,4 @@
-"""Plan: a bucket's pictures, listed once and split into shards."""
+"""Plan: a bucket's images, listed once and split into shards."""
 
 from kfp import dsl
 
@@ -6,7 +6,9 @@ from components import CORE
 
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
-def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: int, options: dict) -> list[dict]:
+def plan(
+    images: str, output: str, model: str, num_beams: int, shard_images: int, options: dict
+) -> list[dict]:
     """Write the plan; return the shards still to be captioned, each with its plan's reference.
 
     If none is left it is the first: kfp.local needs one.
@@ -15,14 +17,14 @@ def plan(images: str, output: str, model: str, num_beams: int, shard_pictures: i
     from model_lib.batch.planning import folder_of, resolved
     from model_lib.batch.planning import plan as run
     from model_lib.exits import exit_in_one_line
-    from model_lib.holding import held
+    from model_lib.io.locks import output_lock
     from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():
         tracking_from_environment()
         named = {"images": images, "output": output, "model": model}
-        named |= {"num_beams": num_beams, "shard_pictures": shard_pictures}
+        named |= {"num_beams": num_beams, "shard_images": shard_images}
         config = resolved(BatchConfig.from_options(**{**named, **options}))
-        with held(folder := folder_of(config)):
+        with output_lock(folder := folder_of(config)):
             made = run(config, folder)
         return [{"plan": made.reference, "shard": shard} for shard in made.missing() or [0]]

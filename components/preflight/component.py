@@ -1,4 +1,5 @@
-"""Preflight: everything that the pipeline needs is there, or the run ends here and says what is missing."""
+"""Preflight: everything that the pipeline needs is there, or the run ends here and says what is
+missing."""
 
 from kfp import dsl
 
@@ -30,7 +31,7 @@ def preflight(
     caption_output: str = "",
     metric: str = "CIDEr",
     min_gain: float = 0.0,
-    max_loss: float = 0.0,
+    max_regression: float = 0.0,
     max_slowdown: float = 0.0,
     nodes: int = 1,
     image: str = "",
@@ -43,20 +44,26 @@ def preflight(
     secret_variables: dict = {},
     user: int = 0,
 ) -> None:
-    """Check options, places, weights, MLflow and secrets (empty: none needed), then open the run in MLflow."""
+    """Check options, places, weights, MLflow and secrets (empty: none needed), then open the run in
+    MLflow."""
     from model_lib.exits import exit_in_one_line
     from model_lib.registry.config import Policy
     from model_lib.steps.candidates import candidate_configs
     from model_lib.steps.kfp_runs import run_state, run_title
-    from model_lib.steps.preflight import Needs, preflight, require_judging, training_sources
+    from model_lib.steps.preflight import Needs, preflight, require_evaluation, training_sources
     from model_lib.tracking.server import adopt_secret, do_not_wait_long, tracking_from_environment
     from model_lib.train.trainjob import Machines
 
     with exit_in_one_line():
         adopt_secret()
         do_not_wait_long()
-        policy = Policy(metric=metric, min_gain=min_gain, max_loss=max_loss, max_slowdown=max_slowdown)
-        require_judging(policy, num_beams=num_beams, limit=limit, clip=clip)
+        policy = Policy(
+            metric=metric,
+            min_gain=min_gain,
+            max_regression=max_regression,
+            max_slowdown=max_slowdown,
+        )
+        require_evaluation(policy, num_beams=num_beams, limit=limit, clip=clip)
         training = {
             "preset": preset,
             "vision": vision,

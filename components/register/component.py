@@ -1,4 +1,5 @@
-"""Register: the best candidate becomes a version of the model, and the champion if it beats the present one."""
+"""Register: the best candidate becomes a version of the model, and the champion if it beats the
+present one."""
 
 from kfp import dsl
 
@@ -12,7 +13,7 @@ def register(
     champion_evaluation: str,
     metric: str,
     min_gain: float,
-    max_loss: float,
+    max_regression: float,
     max_slowdown: float,
     images: str,
     decision: dsl.Output[dsl.Markdown],
@@ -24,13 +25,13 @@ def register(
     Without `images` to caption, a run has succeeded with it.
     """
     from model_lib.exits import exit_in_one_line
+    from model_lib.io.storage import read_bytes, write_bytes
     from model_lib.registry.config import RegisterConfig
     from model_lib.registry.registry import register as run
     from model_lib.steps.artifacts import set_metadata, write_model
     from model_lib.steps.closing import finish_pipeline
     from model_lib.steps.kfp_runs import run_title
     from model_lib.steps.outcome import decision_markdown, serving_model, tell_outcome
-    from model_lib.storage import read_bytes, write_bytes
     from model_lib.tracking.model_uris import version_uri
     from model_lib.tracking.server import tracking_from_environment
 
@@ -40,7 +41,7 @@ def register(
             champion_evaluation=champion_evaluation,
             metric=metric,
             min_gain=min_gain,
-            max_loss=max_loss,
+            max_regression=max_regression,
             max_slowdown=max_slowdown,
         )
         tracking = tracking_from_environment()
@@ -49,7 +50,13 @@ def register(
         write_bytes(page.path, read_bytes(registered.page))
         set_metadata(decision, **registered.to_dict())
         name = version_uri(registered.version)
-        write_model(model, model=registered.model, name=name, version=registered.version, champion=registered.promoted)
+        write_model(
+            model,
+            model=registered.model,
+            name=name,
+            version=registered.version,
+            champion=registered.promoted,
+        )
         tell_outcome(registered, tracking)
         serving = serving_model(registered)
         finish_pipeline(run_title(run_name), tracking, last=not images)

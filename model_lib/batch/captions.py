@@ -1,4 +1,5 @@
-"""Captioning a plan's shards: pictures are read and decoded ahead, and each shard's file is whole or not there."""
+"""Captioning a plan's shards: images are read and decoded ahead, and each shard's file is whole or
+not there."""
 
 import itertools
 import json
@@ -16,46 +17,51 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib import __version__, allowing, storage
-from model_lib.background import Background
+from model_lib import __version__
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.listing import Picture
-from model_lib.batch.planning import Plan, folder_of, referred
+from model_lib.batch.listing import ListedImage
+from model_lib.batch.planning import Plan, folder_of, load_plan
 from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
-from model_lib.cores import cores
 from model_lib.errors import UserError, WorkError
-from model_lib.pictures import PictureError, open_picture, read_picture, require_readable, to_pixels
+from model_lib.io import storage, url_policy
+from model_lib.io.background import Background
+from model_lib.io.cpus import cpu_count
+from model_lib.io.images import ImageError, decode_image, read_image, require_readable, to_pixels
 from model_lib.progress import Progress
 
 if TYPE_CHECKING:
     from model_lib.model.captioner import Captioner
 
-AHEAD = 4
+PREFETCH = 4
 """Batches that are read and decoded before the model asks for them."""
 RETRY_SECONDS = 60.0
-"""Seconds for which a picture is asked for again while its store fails."""
+"""Seconds for which an image is asked for again while its store fails."""
 
 
 def caption_shards(made: Plan, indices: Sequence[int], model: "Captioner") -> None:
-    """Caption the pictures of some shards and write their files, each whole or not at all.
+    """Caption the images of some shards and write their files, each whole or not at all.
 
-    Pictures are fetched and decoded ahead on threads, into the next shards too, and files are written on another, so
-    that the model waits for neither.
+    Images are fetched and decoded ahead on threads, into the next shards too, and files are written
+    on another, so that the model waits for neither.
     """
     config = made.config
     schema = pa.schema([*FIELDS, *(SEVERAL if config.num_captions > 1 else [])])
-    total = sum(made.shards[index].pictures for index in indices)
-    with Progress("caption", total, "pictures") as progress, Background() as writing:
+    total = sum(made.shards[index].images for index in indices)
+    with Progress("caption", total, "images") as progress, Background() as writing:
         began = time.monotonic()
         for index, rows in _captioned(made, indices, model, progress):
             seconds, began = time.monotonic() - began, time.monotonic()
-            about = {"version": __version__, "seconds": round(seconds, 3), "configuration": made.configuration}
+            about = {
+                "version": __version__,
+                "seconds": round(seconds, 3),
+                "configuration": made.configuration,
+            }
             table = pa.Table.from_pylist(rows, schema.with_metadata({ABOUT: json.dumps(about)}))
             writing.start(partial(_write, table, made.captions(made.shards[index])))
 
 
 def _write(table: pa.Table, uri: str) -> None:
-    with storage.whole_file(uri) as part:
+    with storage.atomic_file(uri) as part:
         pq.write_table(table, part)
 
 
@@ -64,25 +70,29 @@ def _captioned(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield each shard's rows, in order."""
     config = made.config
-    pool = ThreadPoolExecutor(config.workers or 2 * cores())
+    pool = ThreadPoolExecutor(config.workers or 2 * cpu_count())
     try:
-        pictures = (picture for index in indices for picture in made.pictures(index))
-        loading = (pool.submit(_load, picture, model.image_size, config.images) for picture in pictures)
-        ahead = deque(itertools.islice(loading, AHEAD * config.batch_size))
+        images = (image for index in indices for image in made.images(index))
+        loading = (pool.submit(_load, image, model.image_size, config.images) for image in images)
+        ahead = deque(itertools.islice(loading, PREFETCH * config.batch_size))
         for index in indices:
             rows: list[dict[str, Any]] = []
-            while len(rows) < made.shards[index].pictures:
-                count = min(config.batch_size, made.shards[index].pictures - len(rows))
+            while len(rows) < made.shards[index].images:
+                count = min(config.batch_size, made.shards[index].images - len(rows))
                 batch = [ahead.popleft() for _ in range(count)]
                 ahead.extend(itertools.islice(loading, count))
                 rows += _caption_batch(batch, model, config)
                 progress.advance(count)
             yield index, rows
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # who stops does not wait for what was to be read
+        pool.shutdown(
+            wait=False, cancel_futures=True
+        )  # who stops does not wait for what was to be read
 
 
-def _caption_batch(batch: list[Future], model: "Captioner", config: BatchConfig) -> list[dict[str, Any]]:
+def _caption_batch(
+    batch: list[Future], model: "Captioner", config: BatchConfig
+) -> list[dict[str, Any]]:
     from model_lib.model.captioning import caption_pixels
 
     loaded = [future.result() for future in batch]
@@ -95,49 +105,55 @@ def _caption_batch(batch: list[Future], model: "Captioner", config: BatchConfig)
             if config.rank:
                 captions = sorted(captions, key=lambda caption: -caption.score)
             row.update(status="ok", caption=captions[0].text, score=captions[0].score)
-            row.update(captions=[one.text for one in captions], scores=[one.score for one in captions])
+            row.update(
+                captions=[one.text for one in captions], scores=[one.score for one in captions]
+            )
         rows.append({**row, "model": config.model, "captioned_at": datetime.now(UTC)})
     return rows
 
 
-def _load(picture: Picture, size: int, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Read and decode one picture: its row so far, and its pixels unless it cannot be used."""
-    row: dict[str, Any] = {"uri": picture.uri, "status": "error"}
+def _load(listed: ListedImage, size: int, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Read and decode one image: its row so far, and its pixels unless it cannot be used."""
+    row: dict[str, Any] = {"uri": listed.uri, "status": "error"}
     try:
-        if picture.is_from_list:
-            allowing.require_listed(picture.uri, source)
-        require_readable(picture.bytes)
-        content = read_picture(picture.uri, RETRY_SECONDS)
+        if listed.is_from_list:
+            url_policy.require_listed(listed.uri, source)
+        require_readable(listed.bytes)
+        content = read_image(listed.uri, RETRY_SECONDS)
         row["bytes"] = len(content)
-        if _changed(picture, content):
-            raise PictureError("changed", "is another file than was listed; the next run captions it")
-        image = open_picture(content)
+        if _changed(listed, content):
+            raise ImageError("changed", "is another file than was listed; the next run captions it")
+        image = decode_image(content)
         row.update(width=image.width, height=image.height)
         return row, to_pixels(image, size)
-    except PictureError as error:
+    except ImageError as error:
         row["error"] = str(error)
     except (UserError, WorkError) as error:
         row["error"] = f"{_reason(error)}: {error}"
     return row, None
 
 
-def _changed(picture: Picture, content: bytes) -> bool:
-    """Whether a picture is not the one that was listed: by its size and, here, by its time."""
-    if picture.bytes >= 0 and len(content) != picture.bytes:
+def _changed(image: ListedImage, content: bytes) -> bool:
+    """Whether an image is not the one that was listed: by its size and, here, by its time."""
+    if image.bytes >= 0 and len(content) != image.bytes:
         return True
-    if not picture.version or not storage.is_local(picture.uri):
+    if not image.version or not storage.is_local(image.uri):
         return False
     try:
-        return picture.version != str(os.stat(picture.uri).st_mtime)
+        return image.version != str(os.stat(image.uri).st_mtime)
     except OSError:  # gone since it was read
         return True
 
 
 def _reason(error: UserError | WorkError) -> str:
     cause = error.__cause__
-    if isinstance(error, allowing.NotAllowed):
+    if isinstance(error, url_policy.UrlNotAllowed):
         return "not_allowed"
-    if isinstance(cause, PermissionError) or getattr(cause, "status", None) == 403 or "Forbidden" in str(cause):
+    if (
+        isinstance(cause, PermissionError)
+        or getattr(cause, "status", None) == 403
+        or "Forbidden" in str(cause)
+    ):
         return "forbidden"
     return "missing" if isinstance(error, UserError) else "unreachable"
 
@@ -146,12 +162,15 @@ def caption_planned(reference: str, index: int) -> None:
     """Caption one shard of the plan that `reference` means, unless its file is there.
 
     Raises:
-        UserError: the model is another than the one that the pictures were planned for, or the plan is out of date.
+        UserError: the model is another than the one that the images were planned for, or the plan
+            is out of date.
     """
-    made = referred(reference)
+    made = load_plan(reference)
     if index in made.missing():
         if PurePosixPath(folder_of(made.config)).name != PurePosixPath(made.folder).name:
-            raise UserError(f"{made.config.model}: is another model than was planned with; start again")
+            raise UserError(
+                f"{made.config.model}: is another model than was planned with; start again"
+            )
         caption_shards(made, [index], load_model(made.config))
 
 

@@ -1,4 +1,5 @@
-"""What is to be captioned: pictures listed once, in shards, without what is captioned already. Needs no torch."""
+"""What is to be captioned: images listed once, in shards, without what is captioned already. Needs
+no torch."""
 
 import hashlib
 import json
@@ -10,13 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib import storage
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.listing import Picture, list_pictures
+from model_lib.batch.listing import ListedImage, list_images
 from model_lib.batch.rows import read_shard
 from model_lib.errors import UserError
+from model_lib.io import storage
+from model_lib.io.validation import input_errors, parse, require_columns, require_file_name
 from model_lib.model.sources import lasting_source, source_digest
-from model_lib.records import as_record, believing, require_columns, require_name
 
 ANOTHER_TIME = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may be gone the next time: the store's, or what somebody has put right since."""
@@ -24,11 +25,11 @@ ANOTHER_TIME = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 
 @dataclass(frozen=True)
 class Shard:
-    """Pictures that are captioned together."""
+    """Images that are captioned together."""
 
     file: str
     """Name of its Parquet file."""
-    pictures: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -40,29 +41,34 @@ class Plan:
     configuration: dict[str, Any]
     """The `BatchConfig`, its model named so that it means the same later."""
     listing: str
-    """Name of the file that holds the shards' pictures."""
+    """Name of the file that holds the shards' images."""
     shards: list[Shard]
 
     @property
     def config(self) -> BatchConfig:
         return BatchConfig.from_options(**self.configuration)
 
-    def pictures(self, index: int) -> list[Picture]:
-        """Return the pictures of a shard."""
+    def images(self, index: int) -> list[ListedImage]:
+        """Return the images of a shard."""
         uri = self.reference
         fs, path = storage.filesystem(uri)
 
         def read() -> list[dict[str, Any]]:
             with fs.open(path, "rb") as file:
                 parquet = pq.ParquetFile(file)
-                require_columns(parquet.schema_arrow, {"uri": "text", "bytes": "whole number", "version": "text"})
+                require_columns(
+                    parquet.schema_arrow,
+                    {"uri": "text", "bytes": "whole number", "version": "text"},
+                )
                 return list(parquet.read_row_group(index).to_pylist())
 
-        with believing(uri, "the listing of a plan that captioner batch wrote"):
-            pictures = [as_record(Picture, row) for row in storage.retrying(uri, read)]
-            if len(pictures) != self.shards[index].pictures:
-                raise ValueError(f"row group {index} has {len(pictures)} pictures, not {self.shards[index].pictures}")
-        return pictures
+        with input_errors(uri, "the listing of a plan that captioner batch wrote"):
+            images = [parse(ListedImage, row) for row in storage.retry_remote(uri, read)]
+            if len(images) != self.shards[index].images:
+                raise ValueError(
+                    f"row group {index} has {len(images)} images, not {self.shards[index].images}"
+                )
+        return images
 
     @property
     def reference(self) -> str:
@@ -83,10 +89,10 @@ def read_plan(folder: str) -> Plan:
     """Read the plan in `folder`; `UserError` if there is none."""
     uri = storage.join(folder, "plan.json")
     document = storage.read_json(uri)
-    with believing(uri, "a plan that captioner batch wrote"):
-        made = as_record(Plan, {**document, "folder": folder})
+    with input_errors(uri, "a plan that captioner batch wrote"):
+        made = parse(Plan, {**document, "folder": folder})
         for name in (made.listing, *(shard.file for shard in made.shards)):
-            require_name(name)
+            require_file_name(name)
         try:
             made.config  # noqa: B018  refuses options that this version does not have
         except UserError as error:
@@ -94,8 +100,9 @@ def read_plan(folder: str) -> Plan:
         return made
 
 
-def referred(reference: str) -> Plan:
-    """Return the plan that a `reference` means; `UserError` if another run has planned in its folder since."""
+def load_plan(reference: str) -> Plan:
+    """Return the plan that a `reference` means; `UserError` if another run has planned in its
+    folder since."""
     folder, _, listing = reference.rpartition("/")
     made = read_plan(folder)
     if made.listing != listing:
@@ -104,106 +111,117 @@ def referred(reference: str) -> Plan:
 
 
 def resolved(config: BatchConfig) -> BatchConfig:
-    """Return the configuration with its names so that they mean the same later: an alias as its version, for one."""
-    return replace(config, model=lasting_source(config.model), images=storage.absolute(config.images))
+    """Return the configuration with its names so that they mean the same later: an alias as its
+    version, for one."""
+    return replace(
+        config, model=lasting_source(config.model), images=storage.absolute(config.images)
+    )
 
 
 def folder_of(config: BatchConfig) -> str:
-    """Return where everything of a `resolved` configuration's pictures, model and options lies.
+    """Return where everything of a `resolved` configuration's images, model and options lies.
 
     Raises:
         UserError: there is no such model.
     """
     name = re.sub(r"\W+", "-", "-".join(config.model.rstrip("/").split("/")[-2:])).strip("-")
-    return storage.join(config.output, f"{name}-{config.key(source_digest(config.model) or '')[:8]}")
+    return storage.join(
+        config.output, f"{name}-{config.key(source_digest(config.model) or '')[:8]}"
+    )
 
 
 def plan(config: BatchConfig, folder: str) -> Plan:
-    """List the pictures once, and leave in the output what is to be done and what is done already.
+    """List the images once, and leave in the output what is to be done and what is done already.
 
     Args:
         config: as `resolved` returns it.
         folder: as `folder_of` returns it.
 
     Raises:
-        UserError: there are no pictures, or the output cannot be written.
+        UserError: there are no images, or the output cannot be written.
     """
-    pictures = list_pictures(config)
+    images = list_images(config)
     storage.require_writable(folder)
-    wanted = {picture.uri: picture for picture in pictures}
+    wanted = {image.uri: image for image in images}
     before = read_plan(folder) if storage.exists(storage.join(folder, "plan.json")) else None
     kept = [] if before is None else _kept(before, wanted)
     groups = [*kept, *_split(list(wanted.values()), config)]
     listing = f"listing-{_digest([_digest(group) for group in groups])}.parquet"
-    with storage.whole_file(storage.join(folder, listing)) as part:
+    with storage.atomic_file(storage.join(folder, listing)) as part:
         schema = pa.schema([("uri", pa.string()), ("bytes", pa.int64()), ("version", pa.string())])
         with pq.ParquetWriter(part, schema) as writer:
             for group in groups:
-                writer.write_table(pa.Table.from_pylist([asdict(picture) for picture in group], schema), len(group))
+                writer.write_table(
+                    pa.Table.from_pylist([asdict(image) for image in group], schema), len(group)
+                )
     shards = [Shard(f"part-{_digest(group)}.parquet", len(group)) for group in groups]
     made = Plan(folder, config.to_dict(), listing, shards)
     document = {name: value for name, value in asdict(made).items() if name != "folder"}
     storage.write_json(storage.join(folder, "plan.json"), document)
-    remove_strangers(made)
+    remove_stale_files(made)
     return made
 
 
-def _digest(parts: Sequence[Picture | str]) -> str:
+def _digest(parts: Sequence[ListedImage | str]) -> str:
     return hashlib.sha256(json.dumps(list(parts), default=asdict).encode()).hexdigest()[:16]
 
 
-def _split(pictures: list[Picture], config: BatchConfig) -> Iterator[list[Picture]]:
-    """Split pictures into shards by count and by bytes."""
-    group: list[Picture] = []
+def _split(images: list[ListedImage], config: BatchConfig) -> Iterator[list[ListedImage]]:
+    """Split images into shards by count and by bytes."""
+    group: list[ListedImage] = []
     size = 0
-    for picture in pictures:
-        size += max(0, picture.bytes)
-        if group and (len(group) == config.shard_pictures or size > config.shard_mb * 1_000_000):
+    for image in images:
+        size += max(0, image.bytes)
+        if group and (len(group) == config.shard_images or size > config.shard_mb * 1_000_000):
             yield group
-            group, size = [], max(0, picture.bytes)
-        group.append(picture)
+            group, size = [], max(0, image.bytes)
+        group.append(image)
     if group:
         yield group
 
 
-def _kept(before: Plan, wanted: dict[str, Picture]) -> list[list[Picture]]:
-    """Return the shards of the plan before that stay, and take their pictures out of `wanted`.
+def _kept(before: Plan, wanted: dict[str, ListedImage]) -> list[list[ListedImage]]:
+    """Return the shards of the plan before that stay, and take their images out of `wanted`.
 
-    A shard that is not captioned stays if it is wanted as it was. One that is stays with the pictures that are still
-    wanted and need not be tried another time: if that is not all, its file is written again with their rows, and if
-    it is none, its file goes, as the same pictures may make the same shard again.
+    A shard that is not captioned stays if it is wanted as it was. One that is stays with the images
+    that are still wanted and need not be tried another time: if that is not all, its file is
+    written again with their rows, and if it is none, its file goes, as the same images may make the
+    same shard again.
     """
     kept = []
     missing = set(before.missing())
     for index, shard in enumerate(before.shards):
-        pictures = before.pictures(index)
+        images = before.images(index)
         table = None if index in missing else read_shard(before.captions(shard))
         again = set() if table is None else _another_time(table)
-        stay = [picture for picture in pictures if wanted.get(picture.uri) == picture and picture.uri not in again]
+        stay = [
+            image for image in images if wanted.get(image.uri) == image and image.uri not in again
+        ]
         if table is not None and not stay:
             storage.remove(before.captions(shard))
-        if not stay or (table is None and stay != pictures):
+        if not stay or (table is None and stay != images):
             continue
-        if stay != pictures and table is not None:
-            uris = {picture.uri for picture in stay}
+        if stay != images and table is not None:
+            uris = {image.uri for image in stay}
             rows = pa.array(uri in uris for uri in table["uri"].to_pylist())
             name = f"part-{_digest(stay)}.parquet"
-            with storage.whole_file(storage.join(before.folder, "captions", name)) as part:
+            with storage.atomic_file(storage.join(before.folder, "captions", name)) as part:
                 pq.write_table(table.filter(rows), part)
-        for picture in stay:
-            del wanted[picture.uri]
+        for image in stay:
+            del wanted[image.uri]
         kept.append(stay)
     return kept
 
 
 def _another_time(table: pa.Table) -> set[str]:
-    """Return the pictures whose row may be better the next time."""
+    """Return the images whose row may be better the next time."""
     pairs = zip(table["uri"].to_pylist(), table["error"].to_pylist(), strict=True)
     return {uri for uri, error in pairs if error is not None and error.startswith(ANOTHER_TIME)}
 
 
-def remove_strangers(made: Plan) -> None:
-    """Remove what plans before left, or their steps since: captions of shards that are no more, and their listings."""
+def remove_stale_files(made: Plan) -> None:
+    """Remove what plans before left, or their steps since: captions of shards that are no more, and
+    their listings."""
     captions = storage.join(made.folder, "captions")
     known = {shard.file for shard in made.shards}
     for name in storage.list_names(captions):

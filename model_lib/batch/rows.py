@@ -1,10 +1,10 @@
-"""The rows of captions as Parquet holds them, one for each picture that was listed."""
+"""The rows of captions as Parquet holds them, one for each image that was listed."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib import storage
-from model_lib.records import believing, require_columns
+from model_lib.io import storage
+from model_lib.io.validation import input_errors, require_columns
 
 FIELDS = [
     ("uri", pa.string()),
@@ -19,7 +19,7 @@ FIELDS = [
     ("captioned_at", pa.timestamp("us", tz="UTC")),
 ]
 SEVERAL = [("captions", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
-"""Columns that there are besides when a picture gets several captions."""
+"""Columns that there are besides when an image gets several captions."""
 ABOUT = b"captioner"
 """Key of a Parquet file's metadata: what made it, as JSON."""
 
@@ -30,12 +30,22 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
 
     def read() -> pa.Table:
         with fs.open(path, "rb") as file:
-            # Not pq.read_table: on an open file it leaves threads that abort the process at its exit (pyarrow 25).
+            # Not pq.read_table: on an open file it leaves threads that abort the process at its
+            # exit (pyarrow 25).
             return pq.ParquetFile(file).read(columns=columns)
 
-    with believing(uri, "captions that captioner batch wrote"):
-        table = storage.retrying(uri, read)
-        wanted = {"uri": "text", "status": "text", "caption": "text", "score": "number", "error": "text"}
-        require_columns(table.schema, {name: kind for name, kind in wanted.items() if not columns or name in columns})
+    with input_errors(uri, "captions that captioner batch wrote"):
+        table = storage.retry_remote(uri, read)
+        wanted = {
+            "uri": "text",
+            "status": "text",
+            "caption": "text",
+            "score": "number",
+            "error": "text",
+        }
+        require_columns(
+            table.schema,
+            {name: kind for name, kind in wanted.items() if not columns or name in columns},
+        )
         table.validate(full=True)
     return table

@@ -15,26 +15,27 @@ class EvaluateConfig(DecodeConfig):
     model: str | None = None
     """The model: a folder, hub name, URI or models:/captioner@champion …"""
     data: str | None = option(None, shapes=False)
-    """… judged on this data: folder, URI or manifest.json that ingest made."""
+    """… evaluated on this data: folder, URI or manifest.json that ingest made."""
     split: str = "val"
     """Split of the data."""
     limit: int = option(0, minimum=0)
-    """Judge on the first so many pictures only; 0: all."""
+    """Evaluate on the first so many images only; 0: all."""
     results: str | None = None
     """Instead of a model: a COCO results JSON …"""
     annotations: str | None = None
     """… and the COCO captions it is scored against."""
     images: str | None = option(None, shapes=False)
-    """Folder, URI or zip archive of their pictures, for CLIPScore."""
+    """Folder, URI or zip archive of their images, for CLIPScore."""
     clip: str | None = None
-    """CLIP for CLIPScore, a hub name, folder or URI: openai/clip-vit-base-patch32 is its definition's. By default it is
-    left out."""
+    """CLIP for CLIPScore, a hub name, folder or URI: openai/clip-vit-base-patch32 is its
+    definition's. By default it is left out."""
     spice: str | None = None
-    """Folder with SPICE's models, which captioner download spice fetches. By default SPICE is left out."""
+    """Folder with SPICE's models, which captioner download spice fetches. By default SPICE is left
+    out."""
     num_beams: int = option(5, minimum=1)
-    """Beams kept a picture; 1: greedy."""
+    """Beams kept per image; 1: greedy."""
     batch_size: int = option(32, minimum=1)
-    """Pictures decoded together; it changes which captions a seed draws."""
+    """Images decoded together; it changes which captions a seed draws."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
     precision: Precision = "auto"
@@ -42,17 +43,29 @@ class EvaluateConfig(DecodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_captions == 1, "num_captions: a picture is judged by one caption")
+        require(self.num_captions == 1, "num_captions: an image is evaluated by one caption")
         of_model, of_results = (self.model, self.data), (self.results, self.annotations)
-        judged = None not in (*of_model, self.output) and of_results == (None, None)
+        evaluated = None not in (*of_model, self.output) and of_results == (None, None)
         scored = None not in of_results and of_model == (None, None)
         require(
-            judged or scored,
+            evaluated or scored,
             "give either --model, --data and --output, or --results and --annotations",
         )
-        require(self.images is None or self.results is not None, "images: are those of --results; a model has its data")
-        require(self.images is not None or self.clip is None or judged, "clip: sees pictures; name them with --images")
-        require(self.images is None or self.clip is not None, "images: are for CLIPScore; name a CLIP with --clip")
+        require(
+            self.images is None or self.results is not None,
+            "images: are those of --results; a model has its data",
+        )
+        require(
+            self.images is not None or self.clip is None or evaluated,
+            "clip: sees images; name them with --images",
+        )
+        require(
+            self.images is None or self.clip is not None,
+            "images: are for CLIPScore; name a CLIP with --clip",
+        )
         for name in ("split", "limit"):
             default = getattr(EvaluateConfig, name)
-            require(judged or getattr(self, name) == default, f"{name}: is of --data, not of --results")
+            require(
+                evaluated or getattr(self, name) == default,
+                f"{name}: is of --data, not of --results",
+            )

@@ -1,4 +1,5 @@
-"""The pictures in a report: which ones, and for each what was said of it, by whom, and where the model looked."""
+"""The images in a report: which ones, and for each what was said of it, by whom, and where the
+model looked."""
 
 import base64
 import io
@@ -7,21 +8,23 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from model_lib.evaluate.judgement import Pictures, View
+from model_lib.evaluate.result import Predictions, View
 
 SHOWN = 120
-"""Pictures in a report: at about 20 kB each, with the maps of where the model looked, the page stays below 3 MB."""
+"""Images in a report: at about 20 kB each, with the maps of where the model looked, the page stays
+below 3 MB."""
 WORST = 60
 """Of these, those with the lowest CIDEr; the others are spread over the rest."""
 FRAME = 4 / 3
-"""Width by height of the frame that a picture stands in."""
+"""Width by height of the frame that an image stands in."""
 DARKEST = 0.25
 """Brightness that is left where the model did not look."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a picture stands in its frame, or a square in its picture: percents of the outer one's sides."""
+    """Where an image stands in its frame, or a square in its image: percents of the outer one's
+    sides."""
 
     left: float
     top: float
@@ -31,7 +34,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Rival:
-    """What the champion said of the picture."""
+    """What the champion said of the image."""
 
     caption: str
     cider: float
@@ -41,7 +44,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Card:
-    """A picture, or its captions alone."""
+    """An image, or its captions alone."""
 
     name: str
     caption: str
@@ -52,9 +55,10 @@ class Card:
     """JPEG in base64."""
     place: Frame | None = None
     square: Frame | None = None
-    """What the model saw of the picture."""
+    """What the model saw of the image."""
     words: list[tuple[str, str]] = field(default_factory=list)
-    """The caption's words, and for each the brightness that is left of the square, a PNG in base64."""
+    """The caption's words, and for each the brightness that is left of the square, a PNG in
+    base64."""
 
     @property
     def spoken(self) -> bool:
@@ -63,35 +67,55 @@ class Card:
 
 
 def to_show(cider: np.ndarray) -> list[int]:
-    """Return the places of the pictures for a report: the worst, and some spread evenly over the others."""
+    """Return the places of the images for a report: the worst, and some spread evenly over the
+    others."""
     worst_first = np.argsort(cider, kind="stable")
     rest = worst_first[WORST:]
     spread = np.linspace(0, len(rest) - 1, min(SHOWN - WORST, len(rest))).round().astype(int)
     return [*worst_first[:WORST].tolist(), *rest[spread].tolist()]
 
 
-def cards(pictures: Pictures, champion: Pictures | None) -> list[Card]:
-    """Return the cards, the worst picture first: of the pictures that have a view, or of some if none has."""
+def cards(predictions: Predictions, champion: Predictions | None) -> list[Card]:
+    """Return the cards, the worst image first: of the images that have a view, or of some if none
+    has."""
     rivals = {}
     if champion is not None:
-        rivals = dict(zip(champion.image_ids, zip(champion.captions, champion.main(), strict=True), strict=True))
-    cider = pictures.main()
-    with_view = [place for place, image_id in enumerate(pictures.image_ids) if image_id in pictures.views]
+        rivals = dict(
+            zip(
+                champion.image_ids,
+                zip(champion.captions, champion.main(), strict=True),
+                strict=True,
+            )
+        )
+    cider = predictions.main()
+    with_view = [
+        place
+        for place, image_id in enumerate(predictions.image_ids)
+        if image_id in predictions.views
+    ]
     places = with_view or to_show(cider)
     made = []
     for place in sorted(places, key=lambda place: (cider[place], place)):
-        image_id, score = pictures.image_ids[place], float(cider[place])
+        image_id, score = predictions.image_ids[place], float(cider[place])
         rival = None
         if image_id in rivals:
             caption, theirs = rivals[image_id]
             rival = Rival(caption, float(theirs), score - float(theirs))
-        told = (pictures.file_names[place], pictures.captions[place], pictures.references[place], score, rival)
-        view = pictures.views.get(image_id)
+        told = (
+            predictions.file_names[place],
+            predictions.captions[place],
+            predictions.references[place],
+            score,
+            rival,
+        )
+        view = predictions.views.get(image_id)
         made.append(_seen(view, *told) if view else Card(*told))
     return made
 
 
-def _seen(view: View, name: str, caption: str, references: list[str], cider: float, rival: Rival | None) -> Card:
+def _seen(
+    view: View, name: str, caption: str, references: list[str], cider: float, rival: Rival | None
+) -> Card:
     with Image.open(io.BytesIO(view.thumbnail)) as image:
         width, height = image.size
     side, aspect = min(width, height), width / height
@@ -114,9 +138,12 @@ def _centred(width: float, height: float) -> Frame:
 
 
 def _brightness(weights: np.ndarray) -> str:
-    """Return a grey PNG in base64, a pixel a patch, by which the picture is multiplied: uint8 [P, P] to text."""
+    """Return a grey PNG in base64, a pixel a patch, by which the image is multiplied: uint8 [P, P]
+    to text."""
     kept = DARKEST + (1 - DARKEST) * weights.astype(np.float32) / 255
     encoded = io.BytesIO()
-    greys = (kept * 31).round() * (255 / 31)  # nobody misses the others, and these take half the bytes
+    greys = (kept * 31).round() * (
+        255 / 31
+    )  # nobody misses the others, and these take half the bytes
     Image.fromarray(greys.round().astype(np.uint8)).save(encoded, "PNG", optimize=True)
     return base64.b64encode(encoded.getvalue()).decode()

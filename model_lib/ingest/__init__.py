@@ -1,1 +1,1 @@
-"""Captions and their pictures, from wherever they are, to Parquet shards and a manifest."""
+"""Captions and their images, from wherever they are, to Parquet shards and a manifest."""

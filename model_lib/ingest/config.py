@@ -1,4 +1,5 @@
-"""The configurations of what makes a data set: download, ingest, and the scenes that are drawn for a try."""
+"""The configurations of what makes a data set: download, ingest, and the scenes that are drawn for
+a try."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -16,18 +17,18 @@ class ScenesConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI for COCO's layout: annotations/, train2017/, val2017/."""
     train: int = option(3000, minimum=1)
-    """Pictures to train on."""
+    """Images to train on."""
     val: int = option(200, minimum=2)
-    """Pictures whose combinations of size, colour and shape never occur in training."""
+    """Images whose combinations of size, colour and shape never occur in training."""
     size: int = option(128, minimum=32)
-    """Side of a picture in pixels."""
+    """Side of an image in pixels."""
     seed: int = option(0, minimum=0)
-    """The same seed draws the same pictures."""
+    """The same seed draws the same images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestConfig(StageConfig):
-    """Turn captions and their pictures into Parquet shards and a manifest.
+    """Turn captions and their images into Parquet shards and a manifest.
 
     COCO 2017, unpacked or as its own zip archives:
         captioner ingest --dataset coco --output data
@@ -35,17 +36,19 @@ class IngestConfig(StageConfig):
     COCO 2017 with Karpathy's splits:
         captioner ingest --dataset coco --karpathy dataset_coco.json --output data
 
-    Karpathy's splits, pictures under the names that he gives:
+    Karpathy's splits, images under the names that he gives:
         captioner ingest --karpathy dataset_coco.json --images coco2014 --output data
 
-    A JSON file of COCO captions, its pictures in a folder, a bucket, on a web server or in a zip archive:
-        captioner ingest --annotations captions.json --images pictures --output data
-        captioner ingest --annotations captions.json --images gs://bucket/pictures --output gs://bucket/data
-        captioner ingest --annotations captions.json --images https://example.org/pictures --output data
-        captioner ingest --annotations captions.json --images pictures.zip --output data
+    A JSON file of COCO captions, its images in a folder, a bucket, on a web server or in a zip
+    archive:
+        captioner ingest --annotations captions.json --images images --output data
+        captioner ingest --annotations captions.json --images gs://bucket/images --output
+        gs://bucket/data captioner ingest --annotations captions.json --images
+        https://example.org/images --output data captioner ingest --annotations captions.json
+        --images images.zip --output data
 
     Your own table with the columns file and caption, as CSV, JSON lines or Parquet:
-        captioner ingest --annotations captions.csv --images pictures --output data
+        captioner ingest --annotations captions.csv --images images --output data
 
     Killed and started again with the same options, it redoes only unfinished shards.
     """
@@ -53,26 +56,29 @@ class IngestConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI for the shards, manifest.json and quarantine.parquet."""
     dataset: str | None = None
-    """A folder or URI in COCO 2017's own layout: annotations/captions_{train,val}2017.json, train2017/, val2017/, or
-    its archives annotations_trainval2017.zip, train2017.zip, val2017.zip, which are read in place."""
+    """A folder or URI in COCO 2017's own layout: annotations/captions_{train,val}2017.json,
+    train2017/, val2017/, or its archives annotations_trainval2017.zip, train2017.zip, val2017.zip,
+    which are read in place."""
     karpathy: str | None = None
-    """Karpathy's dataset_coco.json, whose captions and splits are taken: with dataset, or with images."""
+    """Karpathy's dataset_coco.json, whose captions and splits are taken: with dataset, or with
+    images."""
     annotations: str | None = None
-    """Instead of dataset: a JSON file of COCO captions, or a table of file,caption (.csv, .jsonl, .parquet) …"""
+    """Instead of dataset: a JSON file of COCO captions, or a table of file,caption (.csv, .jsonl,
+    .parquet) …"""
     images: str | None = None
-    """… and the folder, URI, address or zip archive of its pictures."""
+    """… and the folder, URI, address or zip archive of its images."""
     split: Literal["auto", "train", "val"] = "auto"
-    """Where pictures of --annotations go; auto keeps about a tenth, chosen by id, for validation."""
+    """Where images of --annotations go; auto keeps about a tenth, chosen by id, for validation."""
     store: Literal["reduced", "original"] = "reduced"
-    """Keep pictures reduced, as JPEG, or the bytes of their files as they are."""
+    """Keep images reduced, as JPEG, or the bytes of their files as they are."""
     shortest_side: int = option(256, minimum=16)
-    """Larger pictures are reduced to this many pixels on their shorter side."""
+    """Larger images are reduced to this many pixels on their shorter side."""
     jpeg_quality: int = option(95, minimum=1)
     """Quality of the stored JPEG, 1 to 100."""
     shard_mb: int = option(256, minimum=1)
     """Size at which a shard is closed, in MB."""
     workers: int = option(0, minimum=0, shapes=False)
-    """Threads that decode pictures; 0: one a core."""
+    """Threads that decode images; 0: one a core."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,27 +87,32 @@ class IngestConfig(StageConfig):
         alone = (False, False, True) if self.karpathy is not None else (False, True, True)
         require(
             given in ((True, False, False), alone),
-            "give either --dataset, or --annotations with --images, or --karpathy with --dataset or --images",
+            "give either --dataset, or --annotations with --images, or --karpathy with --dataset "
+            "or --images",
         )
         if self.split != "auto":
             require(
-                self.dataset is None and self.karpathy is None, f"split {self.split}: the data has splits of its own"
+                self.dataset is None and self.karpathy is None,
+                f"split {self.split}: the data has splits of its own",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig(StageConfig):
-    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models; broken off, it goes on.
+    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models; broken off, it goes
+    on.
 
     captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
     """
 
     dataset: Annotated[Literal["coco2017", "spice"], tyro.conf.Positional]
-    """coco2017, 19 GB of pictures and their captions; or spice, 0.5 GB of models for evaluate --spice."""
+    """coco2017, 19 GB of images and their captions; or spice, 0.5 GB of models for evaluate
+    --spice."""
     output: str = option(shapes=False)
     """Folder or URI for the archives."""
     base: str | None = None
-    """Address of another server, a mirror for example; of COCO's own the archives' checksums are known."""
+    """Address of another server, a mirror for example; of COCO's own the archives' checksums are
+    known."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

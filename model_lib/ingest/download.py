@@ -1,4 +1,5 @@
-"""Fetching a data set's archives: resumed where they broke off, and checked before they count as there.
+"""Fetching a data set's archives: resumed where they broke off, and checked before they count as
+there.
 
 captioner download coco2017 --output coco
 captioner download spice --output spice
@@ -17,16 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.holding import held
 from model_lib.ingest.config import DownloadConfig
-from model_lib.ingest.places import open_zip
+from model_lib.ingest.image_source import open_zip
+from model_lib.io import storage
+from model_lib.io.locks import output_lock
+from model_lib.io.retries import is_transient_status, retry
 from model_lib.progress import Progress
-from model_lib.retries import retry, status_may_pass
 from model_lib.scores.spice import MODELS
 
-SERVERS = {"coco2017": "http://images.cocodataset.org", "spice": "https://nlp.stanford.edu/software"}
+SERVERS = {
+    "coco2017": "http://images.cocodataset.org",
+    "spice": "https://nlp.stanford.edu/software",
+}
 ARCHIVES: dict[str, dict[str, str | None]] = {
     "coco2017": {
         "annotations/annotations_trainval2017.zip": "f4bbac642086de4f52a3fdda2de5fa2c",
@@ -35,7 +39,8 @@ ARCHIVES: dict[str, dict[str, str | None]] = {
     },
     "spice": {"stanford-corenlp-full-2015-12-09.zip": None},
 }
-"""COCO 2017's captions and their pictures, and the models of SPICE; the MD5 of each archive whose owner tells it."""
+"""COCO 2017's captions and their images, and the models of SPICE; the MD5 of each archive whose
+owner tells it."""
 CHUNK = 2**20
 MEGABYTE = 1_000_000
 TIMEOUT = 60.0
@@ -60,7 +65,7 @@ def download(config: DownloadConfig) -> list[Fetched]:
         UserError: the server does not have it, or the output cannot be written.
         WorkError: the server failed for long, or what it sent is damaged.
     """
-    with held(config.output):
+    with output_lock(config.output):
         fetched = []
         for place, md5 in ARCHIVES[config.dataset].items():
             url = f"{(config.base or SERVERS[config.dataset]).rstrip('/')}/{place}"
@@ -80,18 +85,26 @@ def _take_out(archive: str, output: str) -> None:
             if name not in members:
                 raise WorkError(f"{archive}: has no {name} in it; use another --base")
             uri = storage.join(output, name)
-            with zipped.open(members[name]) as inside, storage.whole_file(uri) as part, Path(part).open("wb") as file:
+            with (
+                zipped.open(members[name]) as inside,
+                storage.atomic_file(uri) as part,
+                Path(part).open("wb") as file,
+            ):
                 shutil.copyfileobj(inside, file)
 
 
 def fetch(url: str, target: str, md5: str | None) -> Fetched:
-    """Fetch one zip archive to `target`, unless it is there in the server's size; `md5` is checked if it is given."""
+    """Fetch one zip archive to `target`, unless it is there in the server's size; `md5` is checked
+    if it is given."""
     server = _retrying(url, lambda: _head(url))
     if storage.exists(target):
         fs, path = storage.filesystem(target)
-        if storage.retrying(target, lambda: fs.size(path)) == server.size:
+        if storage.retry_remote(target, lambda: fs.size(path)) == server.size:
             return Fetched(target, server.size, _files(target))
-    with _sink(target, server) as sink, Progress(f"download {target}", server.size // MEGABYTE, "MB") as progress:
+    with (
+        _sink(target, server) as sink,
+        Progress(f"download {target}", server.size // MEGABYTE, "MB") as progress,
+    ):
         progress.resume(sink.size // MEGABYTE)
         while sink.size < server.size:
             _retrying(url, lambda: _receive(url, server, sink, progress))
@@ -126,18 +139,26 @@ class _Sink:
 
 
 def _retrying(url: str, action: Callable[[], _ANSWER]) -> _ANSWER:
-    """Return what `action` asks the server, tried again for some minutes; `WorkError` if it fails for longer."""
+    """Return what `action` asks the server, tried again for some minutes; `WorkError` if it fails
+    for longer."""
     try:
         return retry(url, action, _passing)
-    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+    except (
+        urllib.error.URLError,
+        ConnectionError,
+        TimeoutError,
+        http.client.HTTPException,
+    ) as error:
         raise WorkError(f"{url}: fails: {first_line(error)}; start again to go on") from error
 
 
 def _passing(error: Exception) -> bool:
     """Whether a server's failure may pass."""
     if isinstance(error, urllib.error.HTTPError):
-        return status_may_pass(error.code)
-    return isinstance(error, (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException))
+        return is_transient_status(error.code)
+    return isinstance(
+        error, (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
+    )
 
 
 def _open(url: str, **options: Any) -> Any:
@@ -147,7 +168,9 @@ def _open(url: str, **options: Any) -> Any:
     except urllib.error.HTTPError as error:
         if _passing(error):
             raise
-        raise UserError(f"{url}: the server answers {error.code} {error.reason}; is --base right?") from error
+        raise UserError(
+            f"{url}: the server answers {error.code} {error.reason}; is --base right?"
+        ) from error
 
 
 def _head(url: str) -> _Server:
@@ -155,7 +178,10 @@ def _head(url: str) -> _Server:
         headers = answer.headers
         if "Content-Length" not in headers:
             raise UserError(f"{url}: the server does not say how large it is; use another --base")
-        return _Server(int(headers["Content-Length"]), headers.get("ETag") or headers.get("Last-Modified") or "")
+        return _Server(
+            int(headers["Content-Length"]),
+            headers.get("ETag") or headers.get("Last-Modified") or "",
+        )
 
 
 def _receive(url: str, server: _Server, sink: _Sink, progress: Progress) -> None:
@@ -165,10 +191,14 @@ def _receive(url: str, server: _Server, sink: _Sink, progress: Progress) -> None
     with _open(url, headers=headers) as answer:
         whole = answer.status == 200
         if not whole and not answer.headers.get("Content-Range", "").startswith(f"bytes {began}-"):
-            raise WorkError(f"{url}: the server sent another range than bytes {began}-; use another --base")
+            raise WorkError(
+                f"{url}: the server sent another range than bytes {began}-; use another --base"
+            )
         left = began if whole else 0  # a server that knows no ranges sends what is there already
         try:
-            while sink.size < server.size and (chunk := answer.read(min(CHUNK, left or server.size - sink.size))):
+            while sink.size < server.size and (
+                chunk := answer.read(min(CHUNK, left or server.size - sink.size))
+            ):
                 if left:
                     left -= len(chunk)
                     continue
@@ -215,7 +245,9 @@ def _sink(target: str, server: _Server) -> Iterator[_Sink]:
         except (_Damaged, zipfile.BadZipFile) as error:
             part.unlink()
             said = f"is not a whole zip archive ({error}); start again, or use another --base"
-            raise WorkError(str(error) if isinstance(error, _Damaged) else f"{target}: {said}") from error
+            raise WorkError(
+                str(error) if isinstance(error, _Damaged) else f"{target}: {said}"
+            ) from error
     part.replace(path)
     about.unlink()
 
@@ -229,11 +261,14 @@ def _check(url: str, server: _Server, sink: _Sink, md5: str | None) -> None:
     if sink.size != server.size:
         raise _Damaged(f"{url}: {sink.size:,} bytes came instead of {server.size:,}; start again")
     if md5 is not None and sink.md5.hexdigest() != md5:
-        raise _Damaged(f"{url}: came damaged, its MD5 is {sink.md5.hexdigest()} and not {md5}; start again")
+        raise _Damaged(
+            f"{url}: came damaged, its MD5 is {sink.md5.hexdigest()} and not {md5}; start again"
+        )
 
 
 def _list(archive: zipfile.ZipFile) -> int:
-    """Return how many files the archive's directory lists, each with its CRC; pictures are checked when read."""
+    """Return how many files the archive's directory lists, each with its CRC; images are checked
+    when read."""
     infos = archive.infolist()
     if not infos or any(not 0 <= info.CRC < 2**32 for info in infos):
         raise zipfile.BadZipFile("its directory lists no files")

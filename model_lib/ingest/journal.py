@@ -1,6 +1,8 @@
-"""What a killed ingest had finished: a record beside the shards for each whole one, so that none is made twice.
+"""What a killed ingest had finished: a record beside the shards for each whole one, so that none is
+made twice.
 
-Records are kept under a key of the options that shape the data and of everything listed; other input finds none.
+Records are kept under a key of the options that shape the data and of everything listed; other
+input finds none.
 """
 
 import hashlib
@@ -9,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model_lib import storage
 from model_lib.data.shards import Shard
 from model_lib.errors import UserError
 from model_lib.ingest.annotations import Rejected
-from model_lib.records import as_record, believing
+from model_lib.io import storage
+from model_lib.io.validation import input_errors, parse
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +47,28 @@ class Journal:
         self.records = storage.join(self.folder, key)
 
     def write(self, finished: Finished) -> None:
-        storage.write_json(storage.join(self.records, f"{finished.shard.uri}.json"), asdict(finished))
+        storage.write_json(
+            storage.join(self.records, f"{finished.shard.uri}.json"), asdict(finished)
+        )
 
     def read(self, split: str, entries: int) -> Iterator[Finished]:
-        """Yield the records of a split's shards, from the first on, for as long as they and their shards are whole.
+        """Yield the records of a split's shards, from the first on, for as long as they and their
+        shards are whole.
 
         Args:
             split: whose shards.
             entries: how many are listed in it.
         """
         number, start = 0, 0
-        while storage.exists(uri := storage.join(self.records, f"{shard_name(split, number)}.json")):
+        while storage.exists(
+            uri := storage.join(self.records, f"{shard_name(split, number)}.json")
+        ):
             finished = self._record(uri)
-            if finished is None or not start < finished.end <= entries or not self._whole(finished.shard):
+            if (
+                finished is None
+                or not start < finished.end <= entries
+                or not self._whole(finished.shard)
+            ):
                 return
             if (finished.shard.uri, finished.shard.split) != (shard_name(split, number), split):
                 return
@@ -68,8 +79,8 @@ class Journal:
         """Return a record, or nothing if it is not one: what it says was finished is made again."""
         try:
             document = storage.read_json(uri)
-            with believing(uri, "a record of this ingest"):
-                return as_record(Finished, document)
+            with input_errors(uri, "a record of this ingest"):
+                return parse(Finished, document)
         except UserError as error:
             log.warning("%s; making that shard again", error)
             return None
@@ -82,7 +93,7 @@ class Journal:
         fs, path = storage.filesystem(uri)
         if storage.is_local(uri):
             return sha256_of(Path(path)) == shard.sha256
-        return bool(storage.retrying(uri, lambda: fs.size(path)) == shard.bytes)
+        return bool(storage.retry_remote(uri, lambda: fs.size(path)) == shard.bytes)
 
     def close(self) -> None:
         """Remove all records: the manifest says it all."""

@@ -8,7 +8,7 @@ from typing import IO, Any
 CHUNK = 2**20
 """Characters read at once."""
 LARGEST = 16 * CHUNK
-"""Characters of one value: elements of lists of pictures are much smaller, and it is read whole."""
+"""Characters of one value: elements of lists of images are much smaller, and it is read whole."""
 _DECODER = json.JSONDecoder()
 
 
@@ -17,7 +17,8 @@ class NotJson(ValueError):
 
 
 def sections(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    """Yield each key of a JSON object with its value, or with an iterator over the elements if that is an array.
+    """Yield each key of a JSON object with its value, or with an iterator over the elements if that
+    is an array.
 
     What of an iterator was not consumed is skipped.
 
@@ -74,7 +75,11 @@ class _Text:
     def expect(self, character: str) -> None:
         found = self.peek()
         if found != character:
-            raise NotJson(f"expected {character!r} and found {found!r}" if found else f"ends before {character!r}")
+            raise NotJson(
+                f"expected {character!r} and found {found!r}"
+                if found
+                else f"ends before {character!r}"
+            )
         self.at += 1
 
     def value(self) -> Any:

@@ -1,8 +1,9 @@
 """Generated scenes: a small COCO-format data set from which a tiny model can really learn to look.
 
-Coloured shapes, large or small, one to three of a kind or two in a spatial relation, on varied backgrounds, with
-five differently worded captions each. Some combinations of size, colour and shape occur only in the validation
-pictures: a model that names them has learned to see each apart, and no picture by heart.
+Coloured shapes, large or small, one to three of a kind or two in a spatial relation, on varied
+backgrounds, with five differently worded captions each. Some combinations of size, colour and shape
+occur only in the validation images: a model that names them has learned to see each apart, and no
+image by heart.
 """
 
 import io
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from model_lib import storage
 from model_lib.ingest.config import ScenesConfig
+from model_lib.io import storage
 
 Colour = tuple[int, int, int]
 
@@ -32,7 +33,7 @@ BACKGROUNDS = {"white": (244, 244, 244), "gray": (188, 188, 188), "beige": (232,
 OUTLINE = (20, 20, 20)
 """Every shape has the same dark line, so that its form shows whatever its colour and ground."""
 RADIUS = {"small": 0.13, "large": 0.22}
-"""Radius as a share of the picture's side."""
+"""Radius as a share of the image's side."""
 JITTER = 0.03
 """How far a place may lie from the middle of its quarter."""
 HELD_OUT = {
@@ -42,7 +43,8 @@ HELD_OUT = {
     for n, shape in enumerate(SHAPES)
     if (3 * s + c + n) % len(SHAPES) == 0
 }
-"""Combinations that training never shows: of each colour, one shape in small and another in large."""
+"""Combinations that training never shows: of each colour, one shape in small and another in
+large."""
 NUMBERS = {2: "two", 3: "three"}
 
 
@@ -65,7 +67,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: `count` of `first`, or `first` beside `second` in `relation` to it."""
+    """What an image shows: `count` of `first`, or `first` beside `second` in `relation` to it."""
 
     background: str
     first: Thing
@@ -105,7 +107,8 @@ class Scene:
 
 
 def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
-    """Draw a scene's content; with `held_out` its first thing is a combination that training never sees."""
+    """Draw a scene's content; with `held_out` its first thing is a combination that training never
+    sees."""
 
     def thing(from_held_out: bool) -> Thing:
         while True:
@@ -124,7 +127,8 @@ def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
 
 
 def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:
-    """Return the corners of a star-like polygon in the unit circle: at radius 1 and, between them, at `inner`."""
+    """Return the corners of a star-like polygon in the unit circle: at radius 1 and, between them,
+    at `inner`."""
     corners = []
     for corner in range(2 * points):
         angle, reach = turn + math.pi * corner / points, inner if corner % 2 else 1.0
@@ -135,7 +139,9 @@ def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, flo
 def _plus(arm: float) -> list[tuple[float, float]]:
     """Return the corners of a cross in the unit square, its arms `arm` wide to each side."""
     quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-    return [corner for turn in range(4) for corner in (_quarter_turns(x, y, turn) for x, y in quarter)]
+    return [
+        corner for turn in range(4) for corner in (_quarter_turns(x, y, turn) for x, y in quarter)
+    ]
 
 
 def _quarter_turns(x: float, y: float, count: int) -> tuple[float, float]:
@@ -153,20 +159,27 @@ POLYGONS = {
 """Corners about the centre, in units of the radius; the other shapes are round."""
 
 
-def _draw_thing(canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, ground: Colour) -> None:
+def _draw_thing(
+    canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, ground: Colour
+) -> None:
     fill, line = COLOURS[thing.colour], max(2, round(radius * 0.11))
     if thing.shape in POLYGONS:
         corners = [(x + radius * a, y + radius * b) for a, b in POLYGONS[thing.shape]]
         canvas.polygon(corners, fill=fill, outline=OUTLINE, width=line)
         return
-    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill, outline=OUTLINE, width=line)
+    canvas.ellipse(
+        (x - radius, y - radius, x + radius, y + radius), fill=fill, outline=OUTLINE, width=line
+    )
     if thing.shape == "ring":
         hole = radius * 0.5
-        canvas.ellipse((x - hole, y - hole, x + hole, y + hole), fill=ground, outline=OUTLINE, width=line)
+        canvas.ellipse(
+            (x - hole, y - hole, x + hole, y + hole), fill=ground, outline=OUTLINE, width=line
+        )
 
 
 def _places(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float]]:
-    """Return each object with the centre of its place, as shares of the side: near the middle of a quarter."""
+    """Return each object with the centre of its place, as shares of the side: near the middle of a
+    quarter."""
 
     def near(quarter: int) -> float:
         return 0.25 + 0.5 * quarter + rng.uniform(-JITTER, JITTER)
@@ -182,7 +195,7 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float]
 
 
 def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
-    """Draw a scene as an RGB picture of `size` x `size` pixels, on a slightly varied background."""
+    """Draw a scene as an RGB image of `size` x `size` pixels, on a slightly varied background."""
     scale = 2  # drawn larger and reduced, for smooth edges
     shade = rng.randint(-10, 10)
     red, green, blue = (max(0, min(255, value + shade)) for value in BACKGROUNDS[scene.background])
@@ -197,11 +210,14 @@ def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
 
 
 def make_scenes(config: ScenesConfig) -> None:
-    """Write the data set in COCO's layout under `config.output`; the same configuration writes the same bytes."""
+    """Write the data set in COCO's layout under `config.output`; the same configuration writes the
+    same bytes."""
     storage.require_writable(config.output)
     for split, count, held_out in (("train", config.train, False), ("val", config.val, True)):
         rng = random.Random(f"{config.seed}/{split}")
-        storage.remove(storage.join(config.output, f"{split}2017"))  # pictures of an earlier, larger set
+        storage.remove(
+            storage.join(config.output, f"{split}2017")
+        )  # images of an earlier, larger set
         images: list[dict] = []
         annotations: list[dict] = []
         for number in range(1, count + 1):
@@ -209,9 +225,21 @@ def make_scenes(config: ScenesConfig) -> None:
             encoded = io.BytesIO()
             render(scene, config.size, rng).save(encoded, "JPEG", quality=92)
             name = f"{number:012d}.jpg"
-            storage.write_bytes(storage.join(config.output, f"{split}2017", name), encoded.getvalue())
-            images.append({"id": number, "file_name": name, "width": config.size, "height": config.size})
+            storage.write_bytes(
+                storage.join(config.output, f"{split}2017", name), encoded.getvalue()
+            )
+            images.append(
+                {"id": number, "file_name": name, "width": config.size, "height": config.size}
+            )
             for caption in scene.captions():
-                annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": caption})
-        document = {"info": {"description": "generated scenes"}, "images": images, "annotations": annotations}
-        storage.write_json(storage.join(config.output, "annotations", f"captions_{split}2017.json"), document)
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": number, "caption": caption}
+                )
+        document = {
+            "info": {"description": "generated scenes"},
+            "images": images,
+            "annotations": annotations,
+        }
+        storage.write_json(
+            storage.join(config.output, "annotations", f"captions_{split}2017.json"), document
+        )

@@ -32,7 +32,9 @@ def read_table(uri: str, path: Path) -> Iterator[tuple[str, str]]:
                 raise UserError(f"{uri}: row {number}: caption {caption!r} is not text")
             yield file, caption or ""
     except KeyError as error:
-        raise UserError(f"{uri}: has no column {error}; expected the columns file and caption") from error
+        raise UserError(
+            f"{uri}: has no column {error}; expected the columns file and caption"
+        ) from error
     except (pa.ArrowException, csv.Error, ValueError, OSError) as error:
         raise UserError(f"{uri}: cannot be read as a table: {first_line(error)}") from error
 

@@ -1,8 +1,10 @@
-"""The captioner: a CLIP vision tower, a GPT-2 that looks at what the tower says (`decoder.py`), and an output head.
+"""The captioner: a CLIP vision tower, a GPT-2 that looks at what the tower says (`decoder.py`), and
+an output head.
 
 The head starts as a copy of the token embedding but is trained apart from it.
 
-Shapes: B pictures, N rows a picture, T tokens, S visual tokens, D decoder width, E vision width, V vocabulary.
+Shapes: B images, N rows per image, T tokens, S visual tokens, D decoder width, E vision width, V
+vocabulary.
 """
 
 import copy
@@ -31,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from model_lib.errors import UserError, first_line
 from model_lib.model import prepacking, weights
-from model_lib.model.decoder import CrossCache, Decoder, PackedLayout, SelfAttentionCache
+from model_lib.model.decoder import CrossCache, Decoder, KVCache, PackedLayout
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.sources import read_training, resolve_captioner
 from model_lib.presets import Preset
@@ -41,10 +43,11 @@ if TYPE_CHECKING:
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return RGB values in CLIP's scale, bit for bit those of transformers' image processor on any device.
+    """Return RGB values in CLIP's scale, bit for bit those of transformers' image processor on any
+    device.
 
-    There are only 256 values a channel, so they are looked up: rescaled in float64, rounded, then normalised in
-    float32, as `CLIPImageProcessorPil` does in numpy.
+    There are only 256 values a channel, so they are looked up: rescaled in float64, rounded, then
+    normalised in float32, as `CLIPImageProcessorPil` does in numpy.
 
     Args:
         pixels: uint8 [..., 3, height, width].
@@ -66,7 +69,8 @@ class CaptionerConfig(PreTrainedConfig):
     Args:
         vision_config: the CLIP vision tower's `CLIPVisionConfig`, or its values as a dict.
         decoder_config: GPT-2's `GPT2Config`, or its values as a dict.
-        train_everything: train all weights (a small model from scratch) instead of the design's subset.
+        train_everything: train all weights (a small model from scratch) instead of the design's
+            subset.
         image_mean, image_std: normalisation of RGB values in 0..1.
     """
 
@@ -96,11 +100,20 @@ class CaptionerConfig(PreTrainedConfig):
             setattr(self, name, copy.deepcopy(given) if isinstance(given, kind) else kind(**given))
         for name in ("image_mean", "image_std"):
             values = np.asarray(getattr(self, name), np.float64)
-            if values.shape != (3,) or not np.isfinite(values).all() or (name == "image_std" and values.min() <= 0):
-                raise ValueError(f"{name}: {getattr(self, name)!r:.60} is not a number for each of red, green and blue")
+            if (
+                values.shape != (3,)
+                or not np.isfinite(values).all()
+                or (name == "image_std" and values.min() <= 0)
+            ):
+                raise ValueError(
+                    f"{name}: {getattr(self, name)!r:.60} is not a number for each of red, green "
+                    "and blue"
+                )
         for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if getattr(self.decoder_config, option):
-                raise UserError(f"GPT-2 configuration: {option} is not supported; choose a standard GPT-2")
+                raise UserError(
+                    f"GPT-2 configuration: {option} is not supported; choose a standard GPT-2"
+                )
         super().__post_init__(**kwargs)
 
 
@@ -110,15 +123,17 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return F.silu(1.702 * x) / 1.702
-        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)  # x is the product before it, and not used again
+        return F.silu(x.mul_(1.702), inplace=True).mul_(
+            1 / 1.702
+        )  # x is the product before it, and not used again
 
 
 class Captioner(PreTrainedModel):
-    """A picture in, captions out.
+    """An image in, captions out.
 
-    `Captioner.from_pretrained(source)` loads a trained one, `Captioner.from_parts(vision, decoder)` starts one
-    from CLIP and GPT-2 weights. `model.tokenizer` belongs to the model and is saved with it; `model.training_record`
-    says what training wrote beside the weights it was loaded from.
+    `Captioner.from_pretrained(source)` loads a trained one, `Captioner.from_parts(vision, decoder)`
+    starts one from CLIP and GPT-2 weights. `model.tokenizer` belongs to the model and is saved with
+    it; `model.training_record` says what training wrote beside the weights it was loaded from.
     """
 
     config_class = CaptionerConfig
@@ -135,7 +150,9 @@ class Captioner(PreTrainedModel):
                 if isinstance(module, CLIPMLP):
                     module.activation_fn = QuickGELU()
         self.decoder = Decoder(config.decoder_config, config.vision_config.hidden_size)
-        self.head = nn.Linear(config.decoder_config.n_embd, config.decoder_config.vocab_size, bias=False)
+        self.head = nn.Linear(
+            config.decoder_config.n_embd, config.decoder_config.vocab_size, bias=False
+        )
         self.tokenizer: Any = None
         self.training_record: dict[str, Any] = {}
         self.post_init()
@@ -143,24 +160,35 @@ class Captioner(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation; a projection into the residual stream names its own spread, `init_std`."""
+        """GPT-2's initialisation; a projection into the residual stream names its own spread,
+        `init_std`."""
         if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=getattr(module, "init_std", self.config.decoder_config.initializer_range))
+            init.normal_(
+                module.weight,
+                std=getattr(module, "init_std", self.config.decoder_config.initializer_range),
+            )
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    # ---- what is trained -------------------------------------------------------------------------------------
+    # ---- what is trained -------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Set `requires_grad` as the design says: cross-attention, MLP, their norms, `ln_f` and the head train."""
+        """Set `requires_grad` as the design says: cross-attention, MLP, their norms, `ln_f` and the
+        head train."""
         self.requires_grad_(self.config.train_everything)
         self.vision.post_layernorm.requires_grad_(False)  # of the pooled output, which is not used
         trained: list[nn.Module] = [self.decoder.ln_f, self.head]
         for block in self.decoder.blocks:
-            trained += [block.ln_cross_attn, block.ln_visual, block.crossattention, block.ln_2, block.mlp]
+            trained += [
+                block.ln_cross_attn,
+                block.ln_visual,
+                block.crossattention,
+                block.ln_2,
+                block.mlp,
+            ]
         for module in trained:
             module.requires_grad_(True)
 
@@ -176,7 +204,7 @@ class Captioner(PreTrainedModel):
         """Number format of the trained weights; in training the frozen ones may have another."""
         return self.decoder.ln_f.weight.dtype
 
-    # ---- computing -------------------------------------------------------------------------------------------
+    # ---- computing -------------------------------------------------------------------------------
 
     @property
     def image_size(self) -> int:
@@ -184,41 +212,54 @@ class Captioner(PreTrainedModel):
         return self.config.vision_config.image_size
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return the visual tokens [B, S, E] of RGB pixels, uint8 [B, 3, image_size, image_size]."""
+        """Return the visual tokens [B, S, E] of RGB pixels, uint8 [B, 3, image_size,
+        image_size]."""
         like = self.vision.embeddings.patch_embedding.weight
         # On a CPU a few at a time: the layers' results then stay in memory that is there already.
         parts = pixels.split(8) if pixels.device.type == "cpu" else [pixels]
         with torch.set_grad_enabled(like.requires_grad and torch.is_grad_enabled()):
-            normalised = [normalise(part, self.config.image_mean, self.config.image_std) for part in parts]
-            return torch.cat([self.vision(part.to(like.dtype)).last_hidden_state for part in normalised])
+            normalised = [
+                normalise(part, self.config.image_mean, self.config.image_std) for part in parts
+            ]
+            return torch.cat(
+                [self.vision(part.to(like.dtype)).last_hidden_state for part in normalised]
+            )
 
     def cross_cache(self, features: Tensor) -> CrossCache:
         """Return each layer's cross-attention keys and values of the visual tokens [B, S, E]."""
-        return [block.crossattention.keys_values(block.ln_visual(features)) for block in self.decoder.blocks]
+        return [
+            block.crossattention.keys_values(block.ln_visual(features))
+            for block in self.decoder.blocks
+        ]
 
     def hidden(
         self,
         tokens: Tensor,
         visual: CrossCache,
-        cache: SelfAttentionCache | None = None,
+        cache: KVCache | None = None,
         layout: PackedLayout | None = None,
     ) -> Tensor:
-        """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]; with a layout N is 1."""
+        """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]; with a layout N
+        is 1."""
         return self.decoder(tokens, visual, cache, layout)
 
     @torch.inference_mode()
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Return where each token looked, the mean over layers and heads: float32 [B, N, T, S], S summing to one.
+        """Return where each token looked, the mean over layers and heads: float32 [B, N, T, S], S
+        summing to one.
 
         Place 0 of S is CLIP's class token, the others are its patches, row by row.
 
         Args:
             features: visual tokens [B, S, E] from `encode`.
-            tokens: ids, int64 [B, N, T], each row starting with the end-of-text token; place t looks for token t + 1.
+            tokens: ids, int64 [B, N, T], each row starting with the end-of-text token; place t
+                looks for token t + 1.
         """
         maps: list[Tensor] = []
         hooks = [
-            block.crossattention.register_forward_pre_hook(lambda module, inputs: maps.append(module.weights(*inputs)))
+            block.crossattention.register_forward_pre_hook(
+                lambda module, inputs: maps.append(module.weights(*inputs))
+            )
             for block in self.decoder.blocks
         ]
         try:
@@ -229,7 +270,7 @@ class Captioner(PreTrainedModel):
         return torch.stack(maps).mean(0)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """Return the next-token logits [B, N, T, V] of N rows of token ids a picture.
+        """Return the next-token logits [B, N, T, V] of N rows of token ids an image.
 
         Args:
             pixels: RGB, uint8 [B, 3, image_size, image_size].
@@ -237,11 +278,12 @@ class Captioner(PreTrainedModel):
         """
         return self.head(self.hidden(tokens, self.cross_cache(self.encode(pixels))))
 
-    # ---- loading and saving ----------------------------------------------------------------------------------
+    # ---- loading and saving ----------------------------------------------------------------------
 
     @classmethod
     def from_parts(cls, vision: str, decoder: str, tokenizer: str | None = None) -> Self:
-        """Start a captioner from CLIP and GPT-2 weights; untrained, its text is GPT-2's for any picture.
+        """Start a captioner from CLIP and GPT-2 weights; untrained, its text is GPT-2's for any
+        image.
 
         Args:
             vision: hub name, folder or URI of a CLIP model or its vision tower.
@@ -256,7 +298,10 @@ class Captioner(PreTrainedModel):
         model = cls(CaptionerConfig(vision_config=vision_model.config, decoder_config=gpt2.config))
         model.vision.load_state_dict(vision_model.state_dict())
         new = model.decoder.load_state_dict(gpt2.state_dict(), strict=False).missing_keys
-        assert all(".crossattention." in name or ".ln_cross_attn." in name or ".ln_visual." in name for name in new)
+        assert all(
+            ".crossattention." in name or ".ln_cross_attn." in name or ".ln_visual." in name
+            for name in new
+        )
         model.head.weight.data.copy_(gpt2.wte.weight)
         model.tokenizer = weights.load_tokenizer(tokenizer or decoder)
         return model.eval()
@@ -268,10 +313,13 @@ class Captioner(PreTrainedModel):
         """Load a trained captioner with its tokenizer, ready to caption.
 
         Args:
-            source: a folder, a hub name, a URI (`gs://…`) or an MLflow model (`models:/captioner@champion`).
+            source: a folder, a hub name, a URI (`gs://…`) or an MLflow model
+                (`models:/captioner@champion`).
             device: "auto" takes CUDA, then Apple's MPS, then the CPU.
-            precision: of the weights: "bfloat16", "float16", "float32"; "auto" takes 16 bits where that is fast.
-            kwargs: further options of transformers' `from_pretrained`; its `dtype` goes before `precision`.
+            precision: of the weights: "bfloat16", "float16", "float32"; "auto" takes 16 bits where
+                that is fast.
+            kwargs: further options of transformers' `from_pretrained`; its `dtype` goes before
+                `precision`.
 
         Raises:
             UserError: there is no captioner at `source`.
@@ -286,17 +334,25 @@ class Captioner(PreTrainedModel):
         except weights.FROM_A_LIBRARY as error:
             raise UserError(f"{source}: cannot be loaded: {first_line(error)}") from error
         weights.require_whole(source, loading)
-        model.tokenizer, model.training_record = weights.load_tokenizer(folder), read_training(folder)
+        model.tokenizer, model.training_record = (
+            weights.load_tokenizer(folder),
+            read_training(folder),
+        )
         model.freeze()
         place = choose_device(device)
         asked = kwargs.get("dtype", "auto") != "auto"  # then transformers has seen to it
-        dtype = model.dtype if asked else inference_dtype(precision, place, model.config.decoder_config.n_embd)
+        dtype = (
+            model.dtype
+            if asked
+            else inference_dtype(precision, place, model.config.decoder_config.n_embd)
+        )
         return model.for_inference(place, dtype)
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move the weights to a device and number format, on a CPU packed as it reads them fastest.
 
-        Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()` unpack them.
+        Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()`
+        unpack them.
         """
         self.to(device, dtype).eval()
         if prepacking.can_pack(device, dtype):
@@ -313,12 +369,17 @@ class Captioner(PreTrainedModel):
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        prepacking.unpack(self)  # this is what moves and converts tensors, and packed ones cannot be
+        prepacking.unpack(
+            self
+        )  # this is what moves and converts tensors, and packed ones cannot be
         return super()._apply(fn, recurse)
 
     @classmethod
-    def from_trained_weights(cls, file: str, vision: str, decoder: str, tokenizer: str | None = None) -> Self:
-        """Load trained weights alone, a training checkpoint's `state.safetensors`, over the frozen parts.
+    def from_trained_weights(
+        cls, file: str, vision: str, decoder: str, tokenizer: str | None = None
+    ) -> Self:
+        """Load trained weights alone, a training checkpoint's `state.safetensors`, over the frozen
+        parts.
 
         Args:
             file: path or URI of the weights, safetensors.
@@ -332,11 +393,15 @@ class Captioner(PreTrainedModel):
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if trained.keys() != wanted:
             odd = min(trained.keys() ^ wanted)
-            raise UserError(f"{file}: is not what training these parts leaves: {odd} is missing or unknown")
+            raise UserError(
+                f"{file}: is not what training these parts leaves: {odd} is missing or unknown"
+            )
         try:
             model.load_state_dict(trained, strict=False)
         except RuntimeError as error:
-            raise UserError(f"{file}: does not fit these parts: {str(error).splitlines()[-1].strip()}") from error
+            raise UserError(
+                f"{file}: does not fit these parts: {str(error).splitlines()[-1].strip()}"
+            ) from error
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -347,17 +412,18 @@ class Captioner(PreTrainedModel):
             self.tokenizer.save_pretrained(save_directory)
 
     def caption(self, images: list[Any], **options: Any) -> "list[Caption]":
-        """Caption pictures: paths, URIs, addresses, bytes, PIL images, arrays or tensors.
+        """Caption images: paths, URIs, addresses, bytes, PIL images, arrays or tensors.
 
         Args:
-            images: the pictures; see `model_lib.model.captioning.load_pixels`.
-            options: those of `DecodeConfig`: num_beams, top_p, top_k, temperature, num_captions, max_new_tokens, …
+            images: the images; see `model_lib.model.captioning.load_pixels`.
+            options: those of `DecodeConfig`: num_beams, top_p, top_k, temperature, num_captions,
+                max_new_tokens, …
 
         Returns:
-            `Caption`s with text, score and tokens, `num_captions` a picture side by side.
+            `Caption`s with text, score and tokens, `num_captions` an image side by side.
 
         Raises:
-            UserError: a picture is missing or broken, or an option makes no sense.
+            UserError: an image is missing or broken, or an option makes no sense.
         """
         from model_lib.model.captioning import caption_images
 

@@ -1,4 +1,4 @@
-"""Calling the model: pictures of any kind in, `Caption`s out."""
+"""Calling the model: images of any kind in, `Caption`s out."""
 
 import os
 from collections import deque
@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model_lib import storage
-from model_lib.copies import find
-from model_lib.cores import cores
 from model_lib.errors import UserError, WorkError, first_line
+from model_lib.io import storage
+from model_lib.io.cpus import cpu_count
+from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image, read_image, to_pixels
+from model_lib.io.remote_cache import find_files
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
 from model_lib.model.tokens import decode_tokens
-from model_lib.pictures import EXTENSIONS, PictureError, as_rgb, open_picture, read_picture, to_pixels
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What the model says of a picture."""
+    """What the model says of an image."""
 
     text: str
     score: float
@@ -35,12 +35,14 @@ class Caption:
     """Token ids; the last is end-of-text if the caption ended by itself."""
 
 
-Problem = UserError | WorkError | PictureError
-"""Why a picture has no caption."""
+Problem = UserError | WorkError | ImageError
+"""Why an image has no caption."""
 
 
-def caption_pixels(model: Captioner, pixels: np.ndarray | torch.Tensor, config: DecodeConfig) -> list[list[Caption]]:
-    """Return each picture's `num_captions` captions.
+def caption_pixels(
+    model: Captioner, pixels: np.ndarray | torch.Tensor, config: DecodeConfig
+) -> list[list[Caption]]:
+    """Return each image's `num_captions` captions.
 
     Args:
         model: the captioner.
@@ -51,39 +53,46 @@ def caption_pixels(model: Captioner, pixels: np.ndarray | torch.Tensor, config: 
         features = model.encode(torch.as_tensor(pixels).to(model.device))
         decoded = decode(model, features, config)
     return [
-        [Caption(decode_tokens(model.tokenizer, row.tokens), row.score, row.tokens) for row in rows] for rows in decoded
+        [Caption(decode_tokens(model.tokenizer, row.tokens), row.score, row.tokens) for row in rows]
+        for rows in decoded
     ]
 
 
 def load_pixels(image: Any, size: int) -> np.ndarray:
-    """Return the pixels, uint8 [3, size, size], of a picture.
+    """Return the pixels, uint8 [3, size, size], of an image.
 
     Args:
-        image: a path, URI, http(s) address, bytes, PIL image, or an array or tensor: uint8, [height, width] grey,
-            [height, width, 3] or [3, height, width] RGB.
+        image: a path, URI, http(s) address, bytes, PIL image, or an array or tensor: uint8,
+            [height, width] grey, [height, width, 3] or [3, height, width] RGB.
         size: side of the square in pixels.
 
     Raises:
         UserError: the file is missing, or an array has another type or shape.
         WorkError: its store or server failed.
-        PictureError: it is no picture that can be shown.
+        ImageError: it is no image that can be shown.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
         image = _from_array(np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image))
     if isinstance(image, Image.Image):
         return to_pixels(as_rgb(image), size)
     if not isinstance(image, str | bytes | os.PathLike):
-        raise UserError(f"picture given as {type(image).__name__}: expected a path, URI, bytes, PIL image or array")
-    content = image if isinstance(image, bytes) else read_picture(os.fspath(image))
-    return to_pixels(open_picture(content), size)
+        raise UserError(
+            f"image given as {type(image).__name__}: expected a path, URI, bytes, PIL image or "
+            "array"
+        )
+    content = image if isinstance(image, bytes) else read_image(os.fspath(image))
+    return to_pixels(decode_image(content), size)
 
 
 def _from_array(values: np.ndarray) -> Image.Image:
     if values.ndim == 3 and values.shape[0] == 3 and values.shape[2] != 3:
         values = values.transpose(1, 2, 0)
-    if values.dtype != np.uint8 or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)):
+    if values.dtype != np.uint8 or not (
+        values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
+    ):
         raise UserError(
-            f"picture given as {values.dtype} {list(values.shape)}: expected uint8 [height, width], [height, width, 3] "
+            f"image given as {values.dtype} {list(values.shape)}: expected uint8 [height, width], "
+            "[height, width, 3] "
             "or [3, height, width]"
         )
     return Image.fromarray(np.ascontiguousarray(values))
@@ -92,11 +101,13 @@ def _from_array(values: np.ndarray) -> Image.Image:
 def caption_each(
     model: Captioner, images: Iterable[Any], config: DecodeConfig, batch_size: int = 16
 ) -> Iterator[list[Caption] | Problem]:
-    """Yield for each picture, in order, its captions or the error that it raised; the others get theirs.
+    """Yield for each image, in order, its captions or the error that it raised; the others get
+    theirs.
 
-    A `Problem` among the pictures stands for one that was not found, and is yielded in its place.
+    A `Problem` among the images stands for one that was not found, and is yielded in its place.
 
-    Pictures are taken from `images` as they are needed, and read and decoded while the model is at work.
+    Images are taken from `images` as they are needed, and read and decoded while the model is at
+    work.
     """
 
     def attempt(image: Any) -> np.ndarray | Problem:
@@ -104,13 +115,15 @@ def caption_each(
             return image
         try:
             return load_pixels(image, model.image_size)
-        except (UserError, WorkError, PictureError) as error:
+        except (UserError, WorkError, ImageError) as error:
             return error
 
     source = iter(images)
-    pool = ThreadPoolExecutor(cores())
+    pool = ThreadPoolExecutor(cpu_count())
     try:
-        ahead: deque[Future] = deque(pool.submit(attempt, image) for image in islice(source, 2 * batch_size))
+        ahead: deque[Future] = deque(
+            pool.submit(attempt, image) for image in islice(source, 2 * batch_size)
+        )
         while ahead:
             loaded = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
             ahead.extend(pool.submit(attempt, image) for image in islice(source, batch_size))
@@ -119,15 +132,18 @@ def caption_each(
             for result in loaded:
                 yield next(captions) if isinstance(result, np.ndarray) else result
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # who stops does not wait for what was to be read
+        pool.shutdown(
+            wait=False, cancel_futures=True
+        )  # who stops does not wait for what was to be read
 
 
-def find_pictures(names: Iterable[str], listed: Iterable[str]) -> Iterator[str | Problem]:
-    """Yield the pictures that names stand for, in order, as they are needed; for one that stands for none, why.
+def find_images(names: Iterable[str], listed: Iterable[str]) -> Iterator[str | Problem]:
+    """Yield the images that names stand for, in order, as they are needed; for one that stands for
+    none, why.
 
     Args:
-        names: paths, URIs and addresses, which stand for themselves; folders, for the pictures in and below them;
-            patterns with * or ?, for what they match; "-", for the lines of `listed`.
+        names: paths, URIs and addresses, which stand for themselves; folders, for the images in and
+            below them; patterns with * or ?, for what they match; "-", for the lines of `listed`.
         listed: more paths, URIs and addresses, one a line.
     """
     for name in names:
@@ -142,48 +158,57 @@ def find_pictures(names: Iterable[str], listed: Iterable[str]) -> Iterator[str |
         except UserError as error:
             yield error
         except Exception as error:  # each store has exceptions of its own
-            yield WorkError(f"{name}: cannot be listed: {type(error).__name__}: {first_line(error)}")
+            yield WorkError(
+                f"{name}: cannot be listed: {type(error).__name__}: {first_line(error)}"
+            )
 
 
 def _below(name: str) -> list[str]:
-    """Return the pictures of a folder or pattern, or the name itself; `UserError` if there are none."""
+    """Return the images of a folder or pattern, or the name itself; `UserError` if there are
+    none."""
     fs, path = storage.filesystem(name)
     is_pattern = any(sign in name for sign in "*?") and not fs.exists(path)
     if not is_pattern and not fs.isdir(path):
         return [name]
-    found = sorted(fs.glob(path) if is_pattern else find(name))
-    pictures = [file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS]
-    if not pictures:
-        raise UserError(f"{name}: {'matches nothing' if is_pattern else 'has no pictures in it'}")
+    found = sorted(fs.glob(path) if is_pattern else find_files(name))
+    images = [
+        file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS
+    ]
+    if not images:
+        raise UserError(f"{name}: {'matches nothing' if is_pattern else 'has no images in it'}")
     if not storage.is_local(name):
-        return [str(fs.unstrip_protocol(file)) for file in pictures]
-    return pictures if os.path.isabs(name) else [os.path.relpath(file) for file in pictures]
+        return [str(fs.unstrip_protocol(file)) for file in images]
+    return images if os.path.isabs(name) else [os.path.relpath(file) for file in images]
 
 
 def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> list[Caption]:
-    """Return `num_captions` captions for each picture, those of a picture side by side.
+    """Return `num_captions` captions for each image, those of an image side by side.
 
     Args:
         model: the captioner.
-        images: paths, URIs, addresses, bytes, PIL images, arrays or tensors: see `load_pixels`; or one path.
+        images: paths, URIs, addresses, bytes, PIL images, arrays or tensors: see `load_pixels`; or
+            one path.
         options: those of `DecodeConfig`, `num_beams=5` for example.
 
     Raises:
-        UserError: a picture is missing or broken, or an option makes no sense.
-        WorkError: a picture's store or server failed.
+        UserError: an image is missing or broken, or an option makes no sense.
+        WorkError: an image's store or server failed.
     """
     captions: list[Caption] = []
     config = DecodeConfig.from_options(**options)
     images = [images] if isinstance(images, str | bytes | os.PathLike) else list(images)
     for image, result in zip(images, caption_each(model, images, config), strict=True):
         if not isinstance(result, list):
-            raise UserError(f"{_name(image)}: {result}") if isinstance(result, PictureError) else result
+            raise (
+                UserError(f"{_name(image)}: {result}") if isinstance(result, ImageError) else result
+            )
         captions += result
     return captions
 
 
 def generate_caption(model: Captioner, image: Any, **options: Any) -> str:
-    """Return the caption of one picture: `generate_caption(model, "image.jpg", top_p=0.9, temperature=1.2)`.
+    """Return the caption of one image: `generate_caption(model, "image.jpg", top_p=0.9,
+    temperature=1.2)`.
 
     Arguments and errors are those of `caption_images`.
     """
@@ -191,4 +216,8 @@ def generate_caption(model: Captioner, image: Any, **options: Any) -> str:
 
 
 def _name(image: Any) -> str:
-    return str(image) if isinstance(image, str | os.PathLike) else f"picture given as {type(image).__name__}"
+    return (
+        str(image)
+        if isinstance(image, str | os.PathLike)
+        else f"image given as {type(image).__name__}"
+    )

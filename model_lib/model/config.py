@@ -7,10 +7,11 @@ from model_lib.options import StageConfig, option, require
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(StageConfig):
-    """How captions are decoded: greedy, by beams, or drawn at random when top_p, top_k or temperature is given."""
+    """How captions are decoded: greedy, by beams, or drawn at random when top_p, top_k or
+    temperature is given."""
 
     num_beams: int = option(1, minimum=1)
-    """Beams kept a picture; 1: greedy."""
+    """Beams kept per image; 1: greedy."""
     top_p: float | None = option(None, minimum=0)
     """Nucleus sampling: draw from the smallest set of tokens with this probability."""
     top_k: int | None = option(None, minimum=1)
@@ -26,7 +27,7 @@ class DecodeConfig(StageConfig):
     no_repeat_ngram_size: int = option(0, minimum=0)
     """No so many tokens in a row occur twice in a caption; 0: they may."""
     num_captions: int = option(1, minimum=1)
-    """Captions of each picture: several draws, or the best of the beams."""
+    """Captions of each image: several draws, or the best of the beams."""
     seed: int = option(0, minimum=0)
     """The same seed draws the same captions."""
 
@@ -37,17 +38,23 @@ class DecodeConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.top_p is None or 0 < self.top_p <= 1, f"top_p: {self.top_p} is not above 0 and at most 1")
+        require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"top_p: {self.top_p} is not above 0 and at most 1",
+        )
         require(
             not (self.samples and self.num_beams > 1),
-            "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or the other",
+            "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or "
+            "the other",
         )
         require(
             self.min_new_tokens <= self.max_new_tokens,
-            f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens, {self.max_new_tokens}",
+            f"min_new_tokens: {self.min_new_tokens} is more than max_new_tokens, "
+            f"{self.max_new_tokens}",
         )
         require(
             self.samples or self.num_captions <= self.num_beams,
-            f"num_captions: {self.num_captions} is more than num_beams, {self.num_beams}; search with more beams, or "
+            f"num_captions: {self.num_captions} is more than num_beams, {self.num_beams}; search "
+            "with more beams, or "
             "draw at random with top_p, top_k or temperature",
         )

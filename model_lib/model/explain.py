@@ -1,4 +1,5 @@
-"""Where the model looked for each word: a picture with the attention laid over it, word by word, as one HTML file."""
+"""Where the model looked for each word: an image with the attention laid over it, word by word, as
+one HTML file."""
 
 import base64
 import io
@@ -13,16 +14,19 @@ from model_lib.model.captioning import Caption, load_pixels
 from model_lib.pages.page import render_page
 
 
-def word_attention(model: Captioner, pixels: np.ndarray, caption: Caption) -> list[tuple[str, np.ndarray]]:
-    """Return each word of a caption with its attention over the picture's patches.
+def word_attention(
+    model: Captioner, pixels: np.ndarray, caption: Caption
+) -> list[tuple[str, np.ndarray]]:
+    """Return each word of a caption with its attention over the image's patches.
 
     Args:
         model: the captioner.
-        pixels: the model's view of the picture, uint8 [3, image_size, image_size].
+        pixels: the model's view of the image, uint8 [3, image_size, image_size].
         caption: what the model said of it.
 
     Returns:
-        For each word its text and float32 [P, P], the mean over its tokens, layers and heads; P patches a side. They
+        For each word its text and float32 [P, P], the mean over its tokens, layers and heads; P
+        patches a side. They
         sum to less than one: the rest is on CLIP's class token.
     """
     end = model.tokenizer.eos_token_id
@@ -44,7 +48,7 @@ def word_attention(model: Captioner, pixels: np.ndarray, caption: Caption) -> li
 
 
 def render_explanation(model: Captioner, captions: Sequence[tuple[object, Caption]]) -> str:
-    """Return an HTML page for pictures and their captions, without anything loaded from elsewhere."""
+    """Return an HTML page for images and their captions, without anything loaded from elsewhere."""
     shown = []
     for image, caption in captions:
         pixels = load_pixels(image, model.image_size)
@@ -55,9 +59,12 @@ def render_explanation(model: Captioner, captions: Sequence[tuple[object, Captio
 
 
 def _overlay(pixels: np.ndarray, weights: np.ndarray) -> str:
-    """Return a data URI of the picture, uint8 [size, size, 3], bright where the weights [P, P] are largest."""
+    """Return a data URI of the image, uint8 [size, size, 3], bright where the weights [P, P] are
+    largest."""
     scaled = weights / max(float(weights.max()), 1e-9)
-    light = Image.fromarray((scaled * 255).astype(np.uint8)).resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)
+    light = Image.fromarray((scaled * 255).astype(np.uint8)).resize(
+        pixels.shape[1::-1], Image.Resampling.BICUBIC
+    )
     strength = 0.25 + 0.75 * np.asarray(light, dtype=np.float32)[..., None] / 255
     out = io.BytesIO()
     Image.fromarray((pixels * strength).astype(np.uint8)).save(out, "JPEG", quality=80)

@@ -1,20 +1,22 @@
-"""Where and in which number format the arithmetic runs: the device, autocast's dtype, the loss scaler it needs."""
+"""Where and in which number format the arithmetic runs: the device, autocast's dtype, the loss
+scaler it needs."""
 
 import contextlib
 from typing import Any
 
 import torch
 
-from model_lib.cores import cores
 from model_lib.errors import UserError
+from model_lib.io.cpus import cpu_count
 
 
 def choose_device(device: str) -> torch.device:
     """Return the named device, or the best present one for "auto"; `UserError` if it is not there.
 
-    Torch starts a thread for each core of the machine; from here on, none beyond those that a container may use.
+    Torch starts a thread for each core of the machine; from here on, none beyond those that a
+    container may use.
     """
-    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -23,7 +25,9 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device}: not available here; use auto, cpu, cuda or mps") from error
+        raise UserError(
+            f"device {device}: not available here; use auto, cpu, cuda or mps"
+        ) from error
     return chosen
 
 
@@ -35,11 +39,21 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
+            return (
+                torch.bfloat16
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16
+            )
+        return (
+            torch.bfloat16
+            if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+            else torch.float32
+        )
     if precision == "float16" and device.type == "cpu":
         raise UserError("precision float16: not supported on a CPU; use bfloat16 or float32")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[precision]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+        precision
+    ]
 
 
 WIDE = 512
@@ -55,7 +69,9 @@ def inference_dtype(precision: str, device: torch.device, width: int) -> torch.d
         width: of its decoder; on a CPU a narrow one is faster in float32.
     """
     if precision != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[precision]
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
+            precision
+        ]
     narrow = device.type == "cpu" and width < WIDE
     return torch.float32 if narrow else autocast_dtype("auto", device)
 
@@ -68,5 +84,6 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """Return the scaler that keeps float16 gradients from vanishing; it does nothing for other formats."""
+    """Return the scaler that keeps float16 gradients from vanishing; it does nothing for other
+    formats."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

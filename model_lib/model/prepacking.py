@@ -1,8 +1,9 @@
 """Matrices in the blocked layout that a CPU's matrix units read, for inference.
 
-A step of decoding multiplies a few rows with every matrix of the decoder, so its time is that of reading them. Given
-them as they are, oneDNN strides through them or reorders them in each call; reordered once they are read at 1.5 times
-the speed (`docs/benchmarks.md`). The operators are those that torch's own compiler emits for frozen weights.
+A step of decoding multiplies a few rows with every matrix of the decoder, so its time is that of
+reading them. Given them as they are, oneDNN strides through them or reorders them in each call;
+reordered once they are read at 1.5 times the speed (`docs/benchmarks.md`). The operators are those
+that torch's own compiler emits for frozen weights.
 """
 
 from typing import Any
@@ -21,7 +22,9 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether this machine multiplies with packed matrices of `dtype`."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class PackedLinear(nn.Module):
@@ -44,18 +47,25 @@ class PackedLinear(nn.Module):
         """Return the plain module with the very same values."""
         weight = self.weight.to_dense()
         out, width = weight.shape
-        plain = Conv1D(out, width) if self.transposed else nn.Linear(width, out, bias=self.bias is not None)
+        plain = (
+            Conv1D(out, width)
+            if self.transposed
+            else nn.Linear(width, out, bias=self.bias is not None)
+        )
         plain.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone())
         return plain.requires_grad_(self.trained).train(self.training)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         self.unpacked()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def pack(model: nn.Module) -> None:
-    """Pack the large matrices of a model, in place: they take no gradients then, and are not listed as parameters."""
+    """Pack the large matrices of a model, in place: they take no gradients then, and are not listed
+    as parameters."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and module.weight.numel() >= LARGE:
             model.set_submodule(name, PackedLinear(module))

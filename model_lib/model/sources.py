@@ -1,18 +1,19 @@
-"""Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry. Needs no torch."""
+"""Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry. Needs
+no torch."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from model_lib import storage
-from model_lib.copies import local_folder
 from model_lib.errors import UserError
+from model_lib.io import storage
+from model_lib.io.remote_cache import cached_folder
 
 
 def folder_or_hub_name(source: str) -> str:
     """Return a local folder for a path or URI, and a hub name unchanged."""
     if "://" in source:
-        return local_folder(source)
+        return cached_folder(source)
     if source.startswith((".", "/", "~")) or Path(source).exists():
         folder = Path(source).expanduser()
         if not folder.is_dir():
@@ -35,16 +36,20 @@ def resolve_captioner(source: str) -> str:
         config = Path(folder) / "config.json"
         document = storage.read_json(str(config)) if config.is_file() else None
         if not isinstance(document, dict) or document.get("model_type") != "captioner":
-            raise UserError(f"{source}: not a captioner model folder (its config.json should say so)")
+            raise UserError(
+                f"{source}: not a captioner model folder (its config.json should say so)"
+            )
         if not any(Path(folder).glob("*.safetensors")):
             raise UserError(f"{source}: the model folder holds no safetensors weights")
     return folder
 
 
 def weights_digest(folder: str) -> str:
-    """Return what tells a model's weights from others that lie in the same place: the SHA-256 of its files, in hex.
+    """Return what tells a model's weights from others that lie in the same place: the SHA-256 of
+    its files, in hex.
 
-    Read once and in parts, as they may be gigabytes: of `config.json` and all safetensors files, with their names.
+    Read once and in parts, as they may be gigabytes: of `config.json` and all safetensors files,
+    with their names.
 
     Args:
         folder: local, with a model.
@@ -52,14 +57,17 @@ def weights_digest(folder: str) -> str:
     digest = hashlib.sha256()
     for file in sorted([Path(folder, "config.json"), *Path(folder).glob("*.safetensors")]):
         with file.open("rb") as content:
-            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+            digest.update(
+                f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
+            )
     return digest.hexdigest()
 
 
 def source_digest(source: str) -> str | None:
     """Return the digest of a model's weights where others may take their place.
 
-    None for a registry's version, which never changes, and for a hub's name. Raises as `resolve_captioner`.
+    None for a registry's version, which never changes, and for a hub's name. Raises as
+    `resolve_captioner`.
     """
     if source.startswith("models:/"):
         return None
@@ -68,7 +76,8 @@ def source_digest(source: str) -> str | None:
 
 
 def lasting_source(source: str) -> str:
-    """Return a model's source so that it means the same later: an alias as its version, a path as an absolute one."""
+    """Return a model's source so that it means the same later: an alias as its version, a path as
+    an absolute one."""
     if source.startswith("models:/"):
         from model_lib.tracking.model_uris import pin_version
 
@@ -77,10 +86,16 @@ def lasting_source(source: str) -> str:
 
 
 def read_training(folder: str) -> dict[str, Any]:
-    """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it wrote nothing."""
+    """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it
+    wrote nothing."""
     file = Path(folder) / "training.json"
     document = storage.read_json(str(file)) if file.is_file() else {}
-    kinds = {"name": str, "data_fingerprint": str, "mlflow_run_id": str | None, "configuration": dict}
+    kinds = {
+        "name": str,
+        "data_fingerprint": str,
+        "mlflow_run_id": str | None,
+        "configuration": dict,
+    }
     if not isinstance(document, dict) or any(
         not isinstance(document[name], kinds[name]) for name in kinds.keys() & document
     ):

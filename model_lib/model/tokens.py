@@ -1,7 +1,8 @@
-"""Captions as token ids: GPT-2's byte-level BPE, or a small one of the same kind trained on the captions.
+"""Captions as token ids: GPT-2's byte-level BPE, or a small one of the same kind trained on the
+captions.
 
-A row of ids is end-of-text, the caption, end-of-text: the first starts the decoder, the last is learned, so that
-captions stop by themselves.
+A row of ids is end-of-text, the caption, end-of-text: the first starts the decoder, the last is
+learned, so that captions stop by themselves.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,25 +33,29 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
     return GPT2Tokenizer(tokenizer_object=bpe)
 
 
 def encode_captions(
-    tokenizer: Any, captions: Sequence[Sequence[str]], per_picture: int, max_tokens: int
+    tokenizer: Any, captions: Sequence[Sequence[str]], per_image: int, max_tokens: int
 ) -> list[list[list[int]]]:
-    """Return each picture's captions as ids to learn: at most `per_picture`, each with end-of-text at its end.
+    """Return each image's captions as ids to learn: at most `per_image`, each with end-of-text at
+    its end.
 
     Args:
         tokenizer: the model's.
-        captions: each picture's captions.
-        per_picture: captions of a picture to use at most.
+        captions: each image's captions.
+        per_image: captions of an image to use at most.
         max_tokens: tokens of a caption to keep at most; a cut caption has no end-of-text.
     """
     end = tokenizer.eos_token_id
-    chosen = [texts[:per_picture] for texts in captions]
+    chosen = [texts[:per_image] for texts in captions]
     flat = [text for texts in chosen for text in texts]
     encoded = iter(tokenizer(flat)["input_ids"] if flat else [])
     return [[_ended(next(encoded), end, max_tokens) for _ in texts] for texts in chosen]
@@ -62,7 +67,8 @@ def _ended(ids: list[int], end: int, max_tokens: int) -> list[int]:
 
 @dataclass(frozen=True)
 class PackedCaptions:
-    """A batch for the decoder: the captions of each picture side by side in one row, padded to the longest row."""
+    """A batch for the decoder: the captions of each image side by side in one row, padded to the
+    longest row."""
 
     tokens: Tensor
     """The decoder's input, int64 [B, T]; each caption starts with end-of-text."""
@@ -78,31 +84,38 @@ class PackedCaptions:
     """Tokens with a target."""
 
     def mask(self) -> Tensor:
-        """Return what each token sees, the earlier tokens of its own caption and itself: bool [B, 1, T, T]."""
+        """Return what each token sees, the earlier tokens of its own caption and itself: bool [B,
+        1, T, T]."""
         same = self.caption.unsqueeze(2) == self.caption.unsqueeze(1)
         return same.tril().unsqueeze(1)
 
     def to(self, device: torch.device) -> Self:
         """Return the batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "count"}
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name != "count"
+        }
         return replace(self, **moved)
 
 
-def pack_captions(captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8) -> PackedCaptions:
-    """Lay each picture's captions, ids as `encode_captions` returns them, into one row.
+def pack_captions(
+    captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8
+) -> PackedCaptions:
+    """Lay each image's captions, ids as `encode_captions` returns them, into one row.
 
     Args:
-        captions: for each picture its captions' ids.
+        captions: for each image its captions' ids.
         end: the end-of-text token.
         multiple: rows are padded to a multiple of so many tokens, as matrix units like them.
     """
-    length = max(sum(len(ids) for ids in picture) for picture in captions)
+    length = max(sum(len(ids) for ids in image) for image in captions)
     length = -(-length // multiple) * multiple
     values = np.zeros((4, len(captions), length), np.int64)
     values[0], values[1], values[3] = end, IGNORED, -1
-    for row, picture in enumerate(captions):
+    for row, image in enumerate(captions):
         start = 0
-        for number, ids in enumerate(picture):
+        for number, ids in enumerate(image):
             part = slice(start, start + len(ids))
             values[0, row, part] = [end, *ids[:-1]]
             values[1, row, part] = ids

@@ -1,4 +1,5 @@
-"""Line charts for web pages: where on the drawing everything lies. The template `chart.svg` draws them."""
+"""Line charts for web pages: where on the drawing everything lies. The template `chart.svg` draws
+them."""
 
 import math
 from collections.abc import Sequence
@@ -51,11 +52,15 @@ class Chart:
 
 
 def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart | None:
-    """Lay out a chart; None if no curve has a finite point. Points that are not finite are left out.
+    """Lay out a chart; None if no curve has a finite point. Points that are not finite are left
+    out.
 
     The horizontal axis starts at 0, the vertical one where the values do.
     """
-    kept = [(one, thinned([point for point in one.points if all(map(math.isfinite, point))])) for one in series]
+    kept = [
+        (one, thinned([point for point in one.points if all(map(math.isfinite, point))]))
+        for one in series
+    ]
     kept = [(one, points) for one, points in kept if points]
     if not kept:
         return None
@@ -74,7 +79,10 @@ def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart |
             one.label,
             one.colour,
             one.faint,
-            [(across(x), down(y), f"{one.label}: {y:.4g} at {horizontal} {x:,.0f}") for x, y in points],
+            [
+                (across(x), down(y), f"{one.label}: {y:.4g} at {horizontal} {x:,.0f}")
+                for x, y in points
+            ],
         )
         for one, points in kept
     ]
@@ -88,7 +96,8 @@ def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart |
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most `MOST_POINTS` of the points, spread evenly, among them the first and the last."""
+    """Return at most `MOST_POINTS` of the points, spread evenly, among them the first and the
+    last."""
     if len(points) <= MOST_POINTS:
         return list(points)
     return [points[round(n * (len(points) - 1) / (MOST_POINTS - 1))] for n in range(MOST_POINTS)]
@@ -104,7 +113,8 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _axis(values: Sequence[float], most: int, *, whole: bool) -> tuple[float, float, list[float]]:
-    """Return an axis' ends and ticks: ends at the values themselves for `whole` numbers, else at round ones."""
+    """Return an axis' ends and ticks: ends at the values themselves for `whole` numbers, else at
+    round ones."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):  # one point, or a flat line
         low, high = low - 0.5, high + 0.5

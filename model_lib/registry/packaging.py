@@ -1,4 +1,5 @@
-"""The captioner as a self-contained MLflow model: weights, code, signature, example, requirements and model card."""
+"""The captioner as a self-contained MLflow model: weights, code, signature, example, requirements
+and model card."""
 
 import base64
 import importlib.metadata
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 from PIL import Image
 
 import model_lib
-from model_lib import storage
 from model_lib.errors import UserError
-from model_lib.evaluate.judgement import Evaluation
 from model_lib.evaluate.report import DIVERSITY
+from model_lib.evaluate.result import Evaluation
+from model_lib.io import storage
 from model_lib.model.config import DecodeConfig
 from model_lib.model.sources import read_training, weights_digest
 from model_lib.pages.page import render_markdown
@@ -43,9 +44,11 @@ def render_card(winner: Evaluation, folder: str) -> str:
     record = read_training(folder)
     training = record.get("configuration", {})
     preset = PRESETS.get(training.get("preset", ""))
-    start = training.get("start")
+    start = training.get("init_from")
     names = {
-        part: f"as in {start}" if start else training.get(part) or (preset and getattr(preset, part)) or "of its own"
+        part: f"as in {start}"
+        if start
+        else training.get(part) or (preset and getattr(preset, part)) or "of its own"
         for part in ("vision", "decoder")
     }
     return render_markdown(
@@ -63,30 +66,37 @@ def render_card(winner: Evaluation, folder: str) -> str:
 
 
 def signature() -> "ModelSignature":
-    """Return the model's signature: a column of pictures in, captions out, and the options of decoding."""
+    """Return the model's signature: a column of images in, captions out, and the options of
+    decoding."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     kinds = get_type_hints(DecodeConfig)
     params = [
-        ParamSpec(field.name, "long" if int in (get_args(kinds[field.name]) or (kinds[field.name],)) else "double",
-                  field.default)
+        ParamSpec(
+            field.name,
+            "long" if int in get_args(kinds[field.name] | None) else "double",
+            field.default,
+        )
         for field in fields(DecodeConfig)
         if field.name != "num_captions"  # a row has one answer
-    ]  # fmt: skip
-    strings = Schema([ColSpec("string")])  # a column without a name takes lists and data frames alike
+    ]
+    strings = Schema(
+        [ColSpec("string")]
+    )  # a column without a name takes lists and data frames alike
     return ModelSignature(inputs=strings, outputs=strings, params=ParamSchema(params))
 
 
 def example() -> list[str]:
-    """Return an input example: one white picture of 8 x 8 pixels, a PNG in base64."""
+    """Return an input example: one white image of 8 x 8 pixels, a PNG in base64."""
     encoded = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(encoded, "PNG")
     return [base64.b64encode(encoded.getvalue()).decode()]
 
 
 def requirements(winner: Evaluation) -> list[str]:
-    """Return the pinned packages with which the model was judged, and those that read addresses and buckets."""
+    """Return the pinned packages with which the model was evaluated, and those that read addresses
+    and buckets."""
     versions = {"mlflow": importlib.metadata.version("mlflow-skinny"), **winner.packages}
     for package in STORES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -94,10 +104,13 @@ def requirements(winner: Evaluation) -> list[str]:
     return [f"{package}=={at}" for package, at in versions.items()]
 
 
-def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking) -> str:
+def log_model(
+    name: str, winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking
+) -> str:
     """Upload the model to its MLflow run; return the id that MLflow gave it.
 
-    MLflow's own way of logging would predict the example, for which a process that registers has no torch.
+    MLflow's own way of logging would predict the example, for which a process that registers has no
+    torch.
 
     Args:
         name: of the logged model.
@@ -108,7 +121,7 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
         tracking: where the run is.
 
     Raises:
-        UserError: the folder holds other weights than those that were judged.
+        UserError: the folder holds other weights than those that were evaluated.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -128,8 +141,10 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
             signature=signature(),
             input_example=example(),
         )
-        _require_judged(winner, files)
-        logged = client.create_logged_model(client.get_run(run_id).info.experiment_id, name=name, source_run_id=run_id)
+        _require_evaluated(winner, files)
+        logged = client.create_logged_model(
+            client.get_run(run_id).info.experiment_id, name=name, source_run_id=run_id
+        )
         model.model_id = model.model_uuid = logged.model_id
         model.artifact_path = logged.artifact_location
         model.save(str(files / "MLmodel"))
@@ -144,8 +159,15 @@ def log_model(name: str, winner: Evaluation, folder: str, card: str, run_id: str
     return str(logged.model_id)
 
 
-def _require_judged(winner: Evaluation, files: Path) -> None:
-    """Raise `UserError` if the copy that is to be uploaded holds other weights than those with the winner's scores."""
+def _require_evaluated(winner: Evaluation, files: Path) -> None:
+    """Raise `UserError` if the copy that is to be uploaded holds other weights than those with the
+    winner's scores."""
     copy = captioner_in(files)
-    if winner.weights is not None and copy is not None and weights_digest(str(copy)) != winner.weights:
-        raise UserError(f"{winner.model}: holds other weights than those that were judged; judge it again")
+    if (
+        winner.weights is not None
+        and copy is not None
+        and weights_digest(str(copy)) != winner.weights
+    ):
+        raise UserError(
+            f"{winner.model}: holds other weights than those that were evaluated; evaluate it again"
+        )

@@ -1,4 +1,5 @@
-"""The MLflow model registry: the registered model `captioner`, its versions, and the aliases that say which serves.
+"""The MLflow model registry: the registered model `captioner`, its versions, and the aliases that
+say which serves.
 
 `champion` serves; `challenger` is the latest candidate that did not win.
 """
@@ -9,10 +10,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from model_lib import storage
 from model_lib.errors import UserError
-from model_lib.evaluate.judgement import Decision, Evaluation, Judgement
 from model_lib.evaluate.report import render_report
+from model_lib.evaluate.result import Decision, Evaluation, EvaluationResult
+from model_lib.io import storage
 from model_lib.model.sources import resolve_captioner
 from model_lib.registry.config import NO_CHAMPION, Policy, RegisterConfig
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
@@ -24,12 +25,16 @@ from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
 
 CHALLENGER = "challenger"
 COMPARISONS = "comparisons"
-"""Tag of a version: each score of it and of the champion that it was judged against, as JSON."""
-EVALUATION, AGAINST, POLICY = "evaluation", "judged_against", "policy"
-"""Tags of a version: sha256 of its evaluation, the champion that it was judged against, and what was asked of it."""
+"""Tag of a version: each score of it and of the champion that it was evaluated against, as JSON."""
+EVALUATION, AGAINST, POLICY = "evaluation", "evaluated_against", "policy"
+"""Tags of a version: sha256 of its evaluation, the champion that it was evaluated against, and what
+was asked of it."""
 REPLACED = "replaced"
 """Tag of a version that became champion: the version that was it before."""
-REMEDY = f"captioner evaluate --model models:/{MODEL}@{CHAMPION} --data … --output …, then --champion_evaluation"
+REMEDY = (
+    f"captioner evaluate --model models:/{MODEL}@{CHAMPION} --data … --output …, then "
+    "--champion_evaluation"
+)
 
 
 @dataclass(frozen=True)
@@ -80,37 +85,44 @@ def champion_version(uri: str) -> str | None:
 def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     """Register the best candidate, and make it the champion if it beats the present one.
 
-    Called again with the same evaluations and policy, after it was killed maybe, it answers what it decided before: a
-    pod that is lost is made again by Argo, whatever a step's retries are.
+    Called again with the same evaluations and policy, after it was killed maybe, it answers what it
+    decided before: a pod that is lost is made again by Argo, whatever a step's retries are.
 
     Raises:
-        UserError: evaluations are missing or cannot be compared, the champion was not judged, or the winner's model is
-            not the one that was judged.
+        UserError: evaluations are missing or cannot be compared, the champion was not evaluated, or
+            the winner's model is not the one that was evaluated.
     """
     import mlflow
 
     tracking = require_mlflow(tracking)
-    candidates = [Judgement.read(folder) for folder in config.evaluations]
+    candidates = [EvaluationResult.read(folder) for folder in config.evaluations]
     best = choose_winner(candidates, config.metric)
     winner = best.evaluation
-    judged = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
-    page = storage.join(judged, "decision.html")
+    evaluated = config.evaluations[next(n for n, one in enumerate(candidates) if one is best)]
+    page = storage.join(evaluated, "decision.html")
     client = mlflow.MlflowClient(tracking.uri)
     present = champion_version(tracking.uri)
-    champion = _champion_judgement(config)
+    champion = _champion_result(config)
     against = None if champion is None else champion.evaluation.model.removeprefix(version_uri(""))
-    before = _registered_before(client, winner, present, {AGAINST: against or "none", POLICY: _policy(config)})
+    before = _registered_before(
+        client, winner, present, {AGAINST: against or "none", POLICY: _policy(config)}
+    )
     if before is not None and (before.tags[DECISION] != PENDING or str(before.version) == present):
         run_id, version, now = str(before.run_id), str(before.version), present
         decision = _decided(before, promoted=version == present)
-        if before.tags[AGAINST] != (against or "none"):  # it is the champion by now, and was judged against itself
+        if before.tags[AGAINST] != (
+            against or "none"
+        ):  # it is the champion by now, and was evaluated against itself
             champion = None
         if decision.promote:  # killed between the alias and the tag
             client.set_model_version_tag(MODEL, version, DECISION, CHAMPION)
     else:
         folder = _local_model(winner.model)
         if config.champion_evaluation is None and present is not None:
-            raise UserError(f"there is a champion, version {present}, to be judged on the same data first: {REMEDY}")
+            raise UserError(
+                f"there is a champion, version {present}, to be evaluated on the same data first: "
+                f"{REMEDY}"
+            )
         decision = decide(champion, best, config)
         storage.remove(page)  # of another decision on the same evaluation
         if before is None:
@@ -122,7 +134,9 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         others = [one for one in candidates if one is not best]
         runs = {one.evaluation.mlflow_run_id for one in candidates}
         curves = {run: tracking.curves(run) for run in runs if run is not None}
-        html = render_report(best, others=others, champion=champion, decision=decision, curves=curves)
+        html = render_report(
+            best, others=others, champion=champion, decision=decision, curves=curves
+        )
         storage.write_bytes(page, html.encode())
     tracking.add(run_id, {}, {}, {"evaluation/decision.html": storage.read_bytes(page)})
     return Registered(
@@ -132,43 +146,60 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         reason=decision.reason,
         champion_version=version if decision.promote else now or "",
         model=winner.model,
-        evaluation=judged,
+        evaluation=evaluated,
         page=page,
         candidates=[
-            {"name": e.name, **e.scores, "CIDEr_shuffled": e.shuffled_cider, "mlflow_run_id": e.mlflow_run_id}
+            {
+                "name": e.name,
+                **e.scores,
+                "CIDEr_shuffled": e.shuffled_cider,
+                "mlflow_run_id": e.mlflow_run_id,
+            }
             for e in (candidate.evaluation for candidate in candidates)
         ],
     )
 
 
 def _local_model(source: str) -> str:
-    """Return the folder with a model's files; `UserError` if they are on a hub, where others may take their place."""
+    """Return the folder with a model's files; `UserError` if they are on a hub, where others may
+    take their place."""
     folder = resolve_captioner(source)
     if not Path(folder).is_dir():
-        raise UserError(f"{source}: lies on a hub; fetch it into a folder, judge it there and register that")
+        raise UserError(
+            f"{source}: lies on a hub; fetch it into a folder, evaluate it there and register that"
+        )
     return folder
 
 
-def _registered_before(client: Any, winner: Evaluation, present: str | None, asked: dict[str, str]) -> Any:
+def _registered_before(
+    client: Any, winner: Evaluation, present: str | None, asked: dict[str, str]
+) -> Any:
     """Return the version that an earlier call made of a winner, or None.
 
     Args:
         client: MLflow's.
         winner: its evaluation.
-        present: the champion now: if it is of this evaluation, it is the one, whatever it was judged against.
-        asked: tags that another version must have, too, as it was decided by them. One that was champion and is not now
-            is decided anew.
+        present: the champion now: if it is of this evaluation, it is the one, whatever it was
+            evaluated against.
+        asked: tags that another version must have, too, as it was decided by them. One that was
+            champion and is not now is decided anew.
     """
-    found = client.search_model_versions(f"name = '{MODEL}' and tags.`{EVALUATION}` = '{_digest(winner)}'")
+    found = client.search_model_versions(
+        f"name = '{MODEL}' and tags.`{EVALUATION}` = '{_digest(winner)}'"
+    )
     for version in sorted(found, key=lambda version: int(version.version), reverse=True):
-        is_same = asked.items() <= version.tags.items() and version.tags[DECISION] in (PENDING, CHALLENGER)
+        is_same = asked.items() <= version.tags.items() and version.tags[DECISION] in (
+            PENDING,
+            CHALLENGER,
+        )
         if is_same or str(version.version) == present:
             return version
     return None
 
 
 def _decided(version: Any, promoted: bool) -> Decision:
-    """Return the decision on a version as its tags tell it: what it was judged against may be no champion any more."""
+    """Return the decision on a version as its tags tell it: what it was evaluated against may be no
+    champion any more."""
     compared = json.loads(version.tags.get(COMPARISONS, "[]"))
     return Decision(promoted, version.tags.get(REASON, ""), [Comparison(**one) for one in compared])
 
@@ -182,21 +213,33 @@ def _policy(config: RegisterConfig) -> str:
 
 
 def _make_version(
-    config: RegisterConfig, winner: Evaluation, folder: str, run_id: str, against: str | None, tracking: MlflowTracking
+    config: RegisterConfig,
+    winner: Evaluation,
+    folder: str,
+    run_id: str,
+    against: str | None,
+    tracking: MlflowTracking,
 ) -> Any:
     """Make the winner a version, its decision pending; return MLflow's `ModelVersion`."""
     card = render_card(winner, folder)
     # What takes long is done before the number is drawn, as others wait for the decision on it.
     model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
     about = {"run_id": run_id, "model_id": model_id, "description": card[:LONGEST_CARD]}
-    drawn = draw(tracking.client, MODEL, f"models:/{model_id}", _tags(winner, config, against), **about)
-    shown = json.dumps([{"name": MODEL, "version": int(drawn.version)}])  # from the model to its version in MLflow
+    drawn = draw(
+        tracking.client, MODEL, f"models:/{model_id}", _tags(winner, config, against), **about
+    )
+    shown = json.dumps(
+        [{"name": MODEL, "version": int(drawn.version)}]
+    )  # from the model to its version in MLflow
     tracking.client.set_logged_model_tags(model_id, {"mlflow.modelVersions": shown})
     return drawn
 
 
-def _decide_in_turn(client: Any, version: Any, against: str | None, decision: Decision) -> tuple[Decision, str | None]:
-    """Carry out the decision on a pending version in its turn; return it, and who was champion until then."""
+def _decide_in_turn(
+    client: Any, version: Any, against: str | None, decision: Decision
+) -> tuple[Decision, str | None]:
+    """Carry out the decision on a pending version in its turn; return it, and who was champion
+    until then."""
     with turn(client, version):
         now = champion_version(client.tracking_uri)
         if now != against:
@@ -217,7 +260,8 @@ def settle(client: Any, version: str, decision: Decision, champion: str | None) 
     _say(client, version, decision, champion)
     fate = CHAMPION if decision.promote else CHALLENGER
     require_turn(client, MODEL, version)
-    # The alias before the tag that ends the others' wait: killed between the two, it is champion, and they see so.
+    # The alias before the tag that ends the others' wait: killed between the two, it is champion,
+    # and they see so.
     client.set_registered_model_alias(MODEL, fate, version)
     client.set_model_version_tag(MODEL, version, DECISION, fate)
 
@@ -232,11 +276,17 @@ def _say(client: Any, version: str, decision: Decision, champion: str | None) ->
         client.set_model_version_tag(MODEL, version, name, value)
 
 
-def _outdated(now: str | None, judged_against: str | None) -> str:
-    against = f"version {judged_against}" if judged_against else "none"
+def _outdated(now: str | None, evaluated_against: str | None) -> str:
+    against = f"version {evaluated_against}" if evaluated_against else "none"
     if now is None:
-        return f"{against} is not the champion any more, against which this one was judged: judge them again"
-    return f"version {now} became champion while this one was judged against {against}: judge them again"
+        return (
+            f"{against} is not the champion any more, against which this one was evaluated: "
+            "evaluate them again"
+        )
+    return (
+        f"version {now} became champion while this one was evaluated against {against}: evaluate "
+        "them again"
+    )
 
 
 def _tags(winner: Evaluation, config: RegisterConfig, champion: str | None) -> dict[str, str]:
@@ -247,7 +297,7 @@ def _tags(winner: Evaluation, config: RegisterConfig, champion: str | None) -> d
         "scores": json.dumps(winner.scores),
         "intervals": json.dumps(winner.intervals),
         "split": winner.split,
-        "pictures": str(winner.pictures),
+        "images": str(winner.images),
         "data_fingerprint": winner.data_fingerprint or "",
         EVALUATION: _digest(winner),
         POLICY: _policy(config),
@@ -263,16 +313,19 @@ def _winners_run(winner: Evaluation, tracking: MlflowTracking) -> str:
         return run.run_id
 
 
-def _champion_judgement(config: RegisterConfig) -> Judgement | None:
-    """Return the judgement of the version that was champion when it was judged, or None if there was none.
+def _champion_result(config: RegisterConfig) -> EvaluationResult | None:
+    """Return the result of the version that was champion when it was evaluated, or None if there
+    was none.
 
     Raises:
-        UserError: what was judged is no version of the model.
+        UserError: what was evaluated is no version of the model.
     """
     if config.champion_evaluation in (None, NO_CHAMPION):
         return None
-    champion = Judgement.read(config.champion_evaluation)
-    judged = champion.evaluation.model
-    if not judged.startswith(version_uri("")):
-        raise UserError(f"{config.champion_evaluation}: judges {judged}, no version of {MODEL}: {REMEDY}")
+    champion = EvaluationResult.read(config.champion_evaluation)
+    evaluated = champion.evaluation.model
+    if not evaluated.startswith(version_uri("")):
+        raise UserError(
+            f"{config.champion_evaluation}: evaluates {evaluated}, no version of {MODEL}: {REMEDY}"
+        )
     return champion

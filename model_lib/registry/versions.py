@@ -8,8 +8,8 @@ from typing import Any
 from model_lib.errors import UserError
 from model_lib.registry.registry import CHAMPION, REPLACED, champion_version
 from model_lib.registry.turns import DECISION, REASON
+from model_lib.tracking.mlflow_run import asked
 from model_lib.tracking.model_uris import MODEL
-from model_lib.tracking.sending import asked
 from model_lib.tracking.server import Tracking, require_mlflow
 
 ROLLED_BACK = "rolled_back"
@@ -30,7 +30,7 @@ class Version:
     interval: tuple[float, float] | None
     scores: dict[str, float]
     split: str
-    pictures: int
+    images: int
     data_fingerprint: str
     aliases: list[str]
     decision: str
@@ -56,7 +56,8 @@ def list_versions(tracking: Tracking) -> list[Version]:
 
 
 def _aliases(client: Any) -> dict[str, str]:
-    """Return the aliases of the registered model, each with its version; none if there is no such model yet."""
+    """Return the aliases of the registered model, each with its version; none if there is no such
+    model yet."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -69,7 +70,10 @@ def _aliases(client: Any) -> dict[str, str]:
 
 def _version(found: Any, aliases: dict[str, str]) -> Version:
     tags = found.tags
-    scores, intervals = json.loads(tags.get("scores", "{}")), json.loads(tags.get("intervals", "{}"))
+    scores, intervals = (
+        json.loads(tags.get("scores", "{}")),
+        json.loads(tags.get("intervals", "{}")),
+    )
     metric = tags.get("metric", "CIDEr")
     registered_at = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
     return Version(
@@ -80,9 +84,11 @@ def _version(found: Any, aliases: dict[str, str]) -> Version:
         interval=tuple(intervals[metric]) if metric in intervals else None,
         scores=scores,
         split=tags.get("split", ""),
-        pictures=int(tags.get("pictures", 0)),
+        images=int(tags.get("images", 0)),
         data_fingerprint=tags.get("data_fingerprint", ""),
-        aliases=sorted(alias for alias, version in aliases.items() if str(version) == str(found.version)),
+        aliases=sorted(
+            alias for alias, version in aliases.items() if str(version) == str(found.version)
+        ),
         decision=tags.get(DECISION, ""),
         reason=tags.get(REASON, ""),
         replaced=tags.get(REPLACED),
@@ -94,7 +100,11 @@ def _version(found: Any, aliases: dict[str, str]) -> Version:
 
 def versions_table(versions: list[Version]) -> list[str]:
     """Return the versions as lines of text: a row each, and below it why it was decided so."""
-    names = [name for name in dict.fromkeys(name for one in versions for name in one.scores) if name not in HIDDEN]
+    names = [
+        name
+        for name in dict.fromkeys(name for one in versions for name in one.scores)
+        if name not in HIDDEN
+    ]
     metrics = {one.metric for one in versions}
     others = [name for name in names if metrics != {name}]
     head = ["version", "name", "deciding score", *others, "data", "aliases", "decision"]
@@ -104,11 +114,16 @@ def versions_table(versions: list[Version]) -> list[str]:
         if one.interval is not None:
             score += f" ({one.interval[0]:.4f} to {one.interval[1]:.4f})"
         shown = [f"{one.scores[name]:.4f}" if name in one.scores else "–" for name in others]
-        data = f"{one.pictures:,} of {one.split} in {one.data_fingerprint[:12] or 'unknown'}"
+        data = f"{one.images:,} of {one.split} in {one.data_fingerprint[:12] or 'unknown'}"
         decision = f"{one.decision}, rolled back" if one.rolled_back else one.decision
-        rows.append([one.version, one.name, score, *shown, data, ", ".join(one.aliases) or "–", decision])
+        rows.append(
+            [one.version, one.name, score, *shown, data, ", ".join(one.aliases) or "–", decision]
+        )
     widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     for place, one in reversed(list(enumerate(versions))):
         more = [one.reason, f"rolled back: {one.rolled_back}" if one.rolled_back else ""]
         lines[place + 2 : place + 2] = [f"{'':<{widths[0]}}  {text}" for text in more if text]
@@ -128,7 +143,8 @@ class RolledBack:
 def rollback(tracking: Tracking) -> RolledBack:
     """Make the version champion that the present one replaced; a second time goes back further.
 
-    A registration that decides at the same moment was judged against the version that is taken back.
+    A registration that decides at the same moment was evaluated against the version that is taken
+    back.
 
     Raises:
         UserError: there is no champion, or none before it.
@@ -140,21 +156,28 @@ def rollback(tracking: Tracking) -> RolledBack:
     client = mlflow.MlflowClient(uri)
     present = asked(uri, lambda: champion_version(uri))
     if present is None:
-        raise UserError(f"models:/{MODEL}@{CHAMPION}: there is no champion at {uri}; register a model first")
+        raise UserError(
+            f"models:/{MODEL}@{CHAMPION}: there is no champion at {uri}; register a model first"
+        )
     before = client.get_model_version(MODEL, present).tags.get(REPLACED)
     if before is None:
-        raise UserError(f"version {present}: is the champion and replaced none, so there is none to go back to")
+        raise UserError(
+            f"version {present}: is the champion and replaced none, so there is none to go back to"
+        )
     try:
         client.get_model_version(MODEL, before)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise UserError(
-            f"version {before}: was champion before version {present}, but is not at {uri} any more; name another with "
+            f"version {before}: was champion before version {present}, but is not at {uri} any "
+            "more; name another with "
             f"MLflow's alias {CHAMPION}"
         ) from error
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # Said first: killed between the two, a second rollback does the same again.
-    client.set_model_version_tag(MODEL, present, ROLLED_BACK, f"version {before} is champion again since {now}")
+    client.set_model_version_tag(
+        MODEL, present, ROLLED_BACK, f"version {before} is champion again since {now}"
+    )
     client.set_registered_model_alias(MODEL, CHAMPION, before)
     return RolledBack(before, present)

@@ -1,9 +1,11 @@
-"""CIDEr-D: how much a caption has in common with what people say of the picture and not of every other one.
+"""CIDEr-D: how much a caption has in common with what people say of the image and not of every
+other one.
 
-Vedantam et al., 2015, "CIDEr: Consensus-based Image Description Evaluation", in the form of the official COCO toolkit
-(which calls it CIDEr): n-grams of one to four words, weighted by how rare they are among the pictures' references,
-compared by a clipped cosine with a penalty for other lengths. Training judges its checkpoints and rewards its samples
-by it; the scores of `captioner evaluate` are the official toolkit's own.
+Vedantam et al., 2015, "CIDEr: Consensus-based Image Description Evaluation", in the form of the
+official COCO toolkit (which calls it CIDEr): n-grams of one to four words, weighted by how rare
+they are among the images' references, compared by a clipped cosine with a penalty for other
+lengths. Training evaluates its checkpoints and rewards its samples by it; the scores of `captioner
+evaluate` are the official toolkit's own.
 """
 
 import math
@@ -18,11 +20,17 @@ ORDERS = 4
 SIGMA = 6.0
 """Spread of the length penalty, in words."""
 END = "<end>"
-"""Stands for end-of-text where captions are scored with it, so that stopping early or late costs."""
-_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+"""Stands for end-of-text where captions are scored with it, so that stopping early or late
+costs."""
+_MARKS = "".join(
+    chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc")
+)
 _LETTER, _IDEOGRAPH = f"(?:[^\\W_]|[{_MARKS}])", "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
-WORD = re.compile(f"{_IDEOGRAPH}|(?:(?!{_IDEOGRAPH}){_LETTER})+(?:[-'](?:(?!{_IDEOGRAPH}){_LETTER})+)*")
-"""A word: letters and digits with what stands above, below and beside them, hyphens and apostrophes inside."""
+WORD = re.compile(
+    f"{_IDEOGRAPH}|(?:(?!{_IDEOGRAPH}){_LETTER})+(?:[-'](?:(?!{_IDEOGRAPH}){_LETTER})+)*"
+)
+"""A word: letters and digits with what stands above, below and beside them, hyphens and apostrophes
+inside."""
 Ngram = tuple[str, ...]
 Vector = tuple[list[dict[Ngram, float]], list[float], int]
 """For each order the weights of n-grams, the norms of these, and the length."""
@@ -31,28 +39,32 @@ Vector = tuple[list[dict[Ngram, float]], list[float], int]
 def words(text: str) -> list[str]:
     """Split a caption plainly: lower case, words and numbers of any script, no punctuation.
 
-    Chinese and Japanese are split into characters; other scripts without spaces, as Thai, are not split.
+    Chinese and Japanese are split into characters; other scripts without spaces, as Thai, are not
+    split.
     """
     return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def _ngrams(caption: Sequence[str]) -> Counter[Ngram]:
-    return Counter(tuple(caption[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(caption) - n + 1))
+    return Counter(
+        tuple(caption[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(caption) - n + 1)
+    )
 
 
 class CiderD:
     """Scores captions against references.
 
     Args:
-        references: of each picture of the corpus, lists of words; how many pictures say an n-gram is counted in them.
+        references: of each image of the corpus, lists of words; how many images say an n-gram is
+            counted in them.
     """
 
     def __init__(self, references: Iterable[Sequence[Sequence[str]]]) -> None:
         self.frequency: Counter[Ngram] = Counter()
-        self.pictures = 0
+        self.images = 0
         for captions in references:
             self.frequency.update(set().union(*(_ngrams(caption) for caption in captions)))
-            self.pictures += 1
+            self.images += 1
 
     def describe(self) -> dict[str, float | int | str]:
         """Return the scorer's configuration."""
@@ -60,28 +72,35 @@ class CiderD:
             "metric": "CIDEr-D",
             "orders": ORDERS,
             "sigma": SIGMA,
-            "pictures": self.pictures,
+            "images": self.images,
             "ngrams": len(self.frequency),
         }
 
     def vector(self, caption: Sequence[str]) -> Vector:
         """Return the weights of a caption's n-grams."""
         weights: list[dict[Ngram, float]] = [{} for _ in range(ORDERS)]
-        total = math.log(self.pictures)
+        total = math.log(self.images)
         length = 0
         for ngram, count in _ngrams(caption).items():
-            weights[len(ngram) - 1][ngram] = count * (total - math.log(max(1, self.frequency[ngram])))
+            weights[len(ngram) - 1][ngram] = count * (
+                total - math.log(max(1, self.frequency[ngram]))
+            )
             length += count if len(ngram) == 2 else 0  # the toolkit's measure of length
         return weights, [math.sqrt(sum(w * w for w in one.values())) for one in weights], length
 
     def score(self, caption: Vector, references: Sequence[Vector]) -> float:
-        """Return the score of a caption against a picture's references: 0 to 10 or so."""
+        """Return the score of a caption against an image's references: 0 to 10 or so."""
         total = 0.0
         for reference in references:
             penalty = math.exp(-((caption[2] - reference[2]) ** 2) / (2 * SIGMA**2))
-            for ours, theirs, norm, their_norm in zip(caption[0], reference[0], caption[1], reference[1], strict=True):
+            for ours, theirs, norm, their_norm in zip(
+                caption[0], reference[0], caption[1], reference[1], strict=True
+            ):
                 if norm and their_norm:
-                    shared = sum(min(weight, theirs.get(n, 0.0)) * theirs.get(n, 0.0) for n, weight in ours.items())
+                    shared = sum(
+                        min(weight, theirs.get(n, 0.0)) * theirs.get(n, 0.0)
+                        for n, weight in ours.items()
+                    )
                     total += penalty * shared / (norm * their_norm)
         return 10.0 * total / ORDERS / len(references)
 
@@ -90,8 +109,8 @@ def corpus_cider(captions: Mapping[int, str], references: Mapping[int, Sequence[
     """Return the mean CIDEr of plainly split captions, the references themselves the corpus.
 
     Args:
-        captions: by picture.
-        references: by picture, those of `captions`.
+        captions: by image.
+        references: by image, those of `captions`.
     """
     split = {key: [words(text) for text in references[key]] for key in captions}
     scorer = CiderD(split.values())

@@ -1,8 +1,9 @@
-"""CLIPScore and RefCLIPScore: how well a caption fits its picture in the eyes of another CLIP.
+"""CLIPScore and RefCLIPScore: how well a caption fits its image in the eyes of another CLIP.
 
-Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning": with CLIP ViT-B/32, which is
-not the encoder that feeds the captioner, 2.5 times the cosine of picture and caption, where that is above 0; and the
-harmonic mean of this and of the largest cosine of caption and references. Texts get the prefix of the definition.
+Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning": with CLIP
+ViT-B/32, which is not the encoder that feeds the captioner, 2.5 times the cosine of image and
+caption, where that is above 0; and the harmonic mean of this and of the largest cosine of caption
+and references. Texts get the prefix of the definition.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,11 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from model_lib.errors import UserError, first_line
+from model_lib.io.images import decode_image, to_pixels
 from model_lib.model.captioner import normalise
 from model_lib.model.precision import choose_device
 from model_lib.model.sources import folder_or_hub_name
 from model_lib.model.weights import load_part
-from model_lib.pictures import open_picture, to_pixels
 
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
@@ -30,8 +31,8 @@ class ClipScorer:
     """Scores captions by CLIP.
 
     Args:
-        source: a whole CLIP, vision and text, with its tokenizer: a hub name, folder or URI. The definition's own is
-            openai/clip-vit-base-patch32.
+        source: a whole CLIP, vision and text, with its tokenizer: a hub name, folder or URI. The
+            definition's own is openai/clip-vit-base-patch32.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
@@ -45,28 +46,37 @@ class ClipScorer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_name(source))
         except (OSError, ValueError) as error:
-            raise UserError(f"{source}: no tokenizer of a CLIP can be loaded: {first_line(error)}") from error
-        if len(self.tokenizer) != self.model.config.text_config.vocab_size:  # transformers makes up an empty one
-            raise UserError(f"{source}: has no tokenizer of its text model, with vocab.json and merges.txt")
+            raise UserError(
+                f"{source}: no tokenizer of a CLIP can be loaded: {first_line(error)}"
+            ) from error
+        if (
+            len(self.tokenizer) != self.model.config.text_config.vocab_size
+        ):  # transformers makes up an empty one
+            raise UserError(
+                f"{source}: has no tokenizer of its text model, with vocab.json and merges.txt"
+            )
         self.size = self.model.config.vision_config.image_size
         self.device = choose_device(device)
         self.model.eval().to(self.device)
 
     def score(
-        self, captions: Sequence[str], references: Sequence[Sequence[str]], pictures: Iterable[Sequence[bytes]]
+        self,
+        captions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        images: Iterable[Sequence[bytes]],
     ) -> dict[str, np.ndarray]:
-        """Return CLIPScore and RefCLIPScore of each caption, float64 [pictures].
+        """Return CLIPScore and RefCLIPScore of each caption, float64 [images].
 
         Args:
-            captions: one a picture.
-            references: some a picture.
-            pictures: batches of the pictures' files, in the captions' order.
+            captions: one per image.
+            references: some per image.
+            images: batches of the images' files, in the captions' order.
 
         Raises:
-            PictureError: a file is no picture.
+            ImageError: a file is no image.
         """
         said = self._texts(captions)
-        shown = torch.cat([self._pictures(batch) for batch in pictures])
+        shown = torch.cat([self._images(batch) for batch in images])
         flat = self._texts([text for texts in references for text in texts])
         ends = np.cumsum([len(texts) for texts in references])
         groups = zip(said, np.split(flat, ends[:-1]), strict=True)
@@ -78,23 +88,30 @@ class ClipScorer:
 
     @torch.inference_mode()
     def _texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return unit vectors, float32 [texts, D]; equal texts are encoded once, those of like length together."""
+        """Return unit vectors, float32 [texts, D]; equal texts are encoded once, those of like
+        length together."""
         distinct = sorted(set(texts), key=lambda text: (len(text), text))
         found: dict[str, np.ndarray] = {}
         longest = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(distinct), TEXTS):
             some = distinct[start : start + TEXTS]
             tokens = self.tokenizer(
-                [PREFIX + text for text in some], padding=True, truncation=True, max_length=longest, return_tensors="pt"
+                [PREFIX + text for text in some],
+                padding=True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
             )
             vectors = _unit(self.model.get_text_features(**tokens.to(self.device)))
             found.update(zip(some, vectors.numpy(), strict=True))
         return np.stack([found[text] for text in texts])
 
     @torch.inference_mode()
-    def _pictures(self, files: Sequence[bytes]) -> Tensor:
-        """Return unit vectors, float32 [pictures, D]."""
-        pixels = torch.from_numpy(np.stack([to_pixels(open_picture(file), self.size) for file in files]))
+    def _images(self, files: Sequence[bytes]) -> Tensor:
+        """Return unit vectors, float32 [images, D]."""
+        pixels = torch.from_numpy(
+            np.stack([to_pixels(decode_image(file), self.size) for file in files])
+        )
         normalised = normalise(pixels.to(self.device), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         return _unit(self.model.get_image_features(pixel_values=normalised))
 

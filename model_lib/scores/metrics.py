@@ -1,7 +1,9 @@
-"""Caption scores as the official COCO evaluation computes them: BLEU-1..4, METEOR, ROUGE-L and CIDEr.
+"""Caption scores as the official COCO evaluation computes them: BLEU-1..4, METEOR, ROUGE-L and
+CIDEr.
 
-The scorers and the Penn Treebank tokeniser are pycocoevalcap's. METEOR and the tokeniser are Java programs; without
-Java the captions are split by a plain expression, METEOR is missing, and the result says so.
+The scorers and the Penn Treebank tokeniser are pycocoevalcap's. METEOR and the tokeniser are Java
+programs; without Java the captions are split by a plain expression, METEOR is missing, and the
+result says so.
 """
 
 import importlib.util
@@ -25,12 +27,13 @@ NO_JAVA = "needs Java (apt-get install default-jre-headless)"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of captions scores, picture by picture in the order of their ids."""
+    """What a set of captions scores, image by image in the order of their ids."""
 
     statistics: dict[str, np.ndarray]
-    """For each score its counts, float64 [pictures, counts]; see `significance`."""
+    """For each score its counts, float64 [images, counts]; see `significance`."""
     shuffled_cider: float
-    """CIDEr with the pictures shuffled among the captions' owners: what a model that never looks would get."""
+    """CIDEr with the images shuffled among the captions' owners: what a model that never looks
+    would get."""
     tokenizer: str
     """"PTB" for the official one, "plain" without Java."""
     missing: dict[str, str]
@@ -40,7 +43,7 @@ class Scores:
 def score_captions(
     captions: Mapping[int, str], references: Mapping[int, Sequence[str]], spice: str | None = None
 ) -> Scores:
-    """Score one caption a picture against its references.
+    """Score one caption an image against its references.
 
     Args:
         captions: by image id.
@@ -48,9 +51,9 @@ def score_captions(
         spice: a folder with SPICE's models, or None to do without.
 
     Returns:
-        BLEU (Papineni et al. 2002), METEOR (Denkowski and Lavie 2014), ROUGE-L (Lin 2004) and CIDEr (Vedantam et
-        al. 2015, document frequencies from the references given), each on its scale in the official toolkit, and
-        SPICE (Anderson et al. 2016) where its models are.
+        BLEU (Papineni et al. 2002), METEOR (Denkowski and Lavie 2014), ROUGE-L (Lin 2004) and CIDEr
+        (Vedantam et al. 2015, document frequencies from the references given), each on its scale in
+        the official toolkit, and SPICE (Anderson et al. 2016) where its models are.
     """
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -60,13 +63,17 @@ def score_captions(
     missing = {} if java else {"METEOR": NO_JAVA}
     plain = {i: " ".join(captions[i].split()) for i in ids}
     with ThreadPoolExecutor(1) as pool:  # METEOR's Java is at work while Python counts the others
-        res, gts = _tokenize([{i: [plain[i]] for i in ids}, {i: list(references[i]) for i in ids}], java)
+        res, gts = _tokenize(
+            [{i: [plain[i]] for i in ids}, {i: list(references[i]) for i in ids}], java
+        )
         meteor = pool.submit(_meteor, gts, res) if java else None
         statistics = {BLEU: _bleu_counts(gts, res)}
         rouge = Rouge().compute_score(gts, res)[1]
         cider = Cider().compute_score(gts, res)[1]
         owners = np.random.default_rng(0).permutation(len(ids))
-        shuffled = {ids[a]: res[ids[b]] for a, b in zip(owners, np.roll(owners, 1), strict=True)}  # none keeps its own
+        shuffled = {
+            ids[a]: res[ids[b]] for a, b in zip(owners, np.roll(owners, 1), strict=True)
+        }  # none keeps its own
         shuffled_cider, _ = Cider().compute_score(gts, shuffled)
         if meteor is not None:
             statistics[METEOR] = meteor.result()
@@ -77,7 +84,8 @@ def score_captions(
 
 
 def _bleu_counts(gts: dict, res: dict) -> np.ndarray:
-    """Return `BLEU_COUNTS`, float64 [pictures, 10]; the reference's length is that of the nearest one."""
+    """Return `BLEU_COUNTS`, float64 [images, 10]; the reference's length is that of the nearest
+    one."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)
@@ -92,9 +100,10 @@ def _bleu_counts(gts: dict, res: dict) -> np.ndarray:
 
 
 def _meteor(gts: dict, res: dict) -> np.ndarray:
-    """Return METEOR's counts, float64 [pictures, 23], by pycocoevalcap's jar.
+    """Return METEOR's counts, float64 [images, 23], by pycocoevalcap's jar.
 
-    That package's class asks for one caption at a time and waits for the answer; here Java has all captions at once.
+    That package's class asks for one caption at a time and waits for the answer; here Java has all
+    captions at once.
     """
     from pycocoevalcap.meteor import meteor
 
@@ -104,48 +113,83 @@ def _meteor(gts: dict, res: dict) -> np.ndarray:
         texts = (*gts[i], caption.replace("|||", "").replace("  ", " "))
         lines.append(" ||| ".join(("SCORE", *texts)))
     counted = _java(
-        "METEOR", [f"-Xmx{METEOR_MEMORY}", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"], lines
+        "METEOR",
+        [f"-Xmx{METEOR_MEMORY}", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"],
+        lines,
     )
     counts = np.asarray([[float(count) for count in line.split()] for line in counted])
-    # METEOR does not count the chunk of a caption that matches a whole reference, also not in sums of captions.
+    # METEOR does not count the chunk of a caption that matches a whole reference, also not in sums
+    # of captions.
     matched = counts[:, 4:20].reshape(-1, 4, 2, 2).sum((1, 2))
     counts[(matched == counts[:, :2]).all(1) & (counts[:, 20] == 1), 20] = 0
     return counts
 
 
-def _tokenize(sets: Sequence[Mapping[int, Sequence[str]]], java: bool) -> list[dict[int, list[str]]]:
-    """Return the sets of captions by picture, split into words with spaces between."""
+def _tokenize(
+    sets: Sequence[Mapping[int, Sequence[str]]], java: bool
+) -> list[dict[int, list[str]]]:
+    """Return the sets of captions by image, split into words with spaces between."""
     if java:
-        lines = iter(_penn_treebank([text for captions in sets for texts in captions.values() for text in texts]))
-        return [{i: [next(lines) for _ in texts] for i, texts in captions.items()} for captions in sets]
-    return [{i: [" ".join(words(text)) for text in texts] for i, texts in captions.items()} for captions in sets]
+        lines = iter(
+            _penn_treebank(
+                [text for captions in sets for texts in captions.values() for text in texts]
+            )
+        )
+        return [
+            {i: [next(lines) for _ in texts] for i, texts in captions.items()} for captions in sets
+        ]
+    return [
+        {i: [" ".join(words(text)) for text in texts] for i, texts in captions.items()}
+        for captions in sets
+    ]
 
 
 def _penn_treebank(texts: Sequence[str]) -> list[str]:
     """Split texts as pycocoevalcap's PTBTokenizer does, by its jar and its list of punctuation.
 
-    That class itself writes a file beside the jar, which is forbidden where packages belong to another user.
+    That class itself writes a file beside the jar, which is forbidden where packages belong to
+    another user.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    command = [
+        "-cp",
+        str(jar),
+        "edu.stanford.nlp.process.PTBTokenizer",
+        "-preserveLines",
+        "-lowerCase",
+    ]
     tokenized = _java("the tokeniser", command, [" ".join(text.split()) for text in texts])
     punctuation = set(ptbtokenizer.PUNCTUATIONS)
-    return [" ".join(word for word in line.rstrip().split(" ") if word not in punctuation) for line in tokenized]
+    return [
+        " ".join(word for word in line.rstrip().split(" ") if word not in punctuation)
+        for line in tokenized
+    ]
 
 
 def _java(name: str, command: Sequence[str], lines: Sequence[str]) -> list[str]:
     """Return what a Java program answers, a line for each of `lines`; `WorkError` if it fails."""
-    done = subprocess.run(["java", *command], input="\n".join(lines).encode() + b"\n", capture_output=True, check=False)
+    done = subprocess.run(
+        ["java", *command],
+        input="\n".join(lines).encode() + b"\n",
+        capture_output=True,
+        check=False,
+    )
     answered = done.stdout.decode().split("\n")
     if done.returncode or len(answered) < len(lines):
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise WorkError(f"{name}: Java ended with exit code {done.returncode} on {len(lines)} captions: {said[-1]}")
+        raise WorkError(
+            f"{name}: Java ended with exit code {done.returncode} on {len(lines)} captions: "
+            f"{said[-1]}"
+        )
     return answered[: len(lines)]
 
 
 def require_scorers() -> None:
     """Raise `UserError` if pycocoevalcap is not installed."""
     if importlib.util.find_spec("pycocoevalcap") is None:
-        raise UserError("the caption scores need pycocoevalcap, which is not installed: pip install pycocoevalcap")
+        raise UserError(
+            "the caption scores need pycocoevalcap, which is not installed: pip install "
+            "pycocoevalcap"
+        )

@@ -1,9 +1,10 @@
-"""How sure a score is: intervals and paired comparisons by bootstrap over pictures.
+"""How sure a score is: intervals and paired comparisons by bootstrap over images.
 
-Each score of a set of captions is a function of sums over its pictures: means of the pictures' own scores, BLEU and
-METEOR of the sums of their counts. Drawing the pictures anew, with replacement, and summing again shows how far the
-score would move with other pictures (Efron and Tibshirani 1993, chapter 13; Koehn 2004 for scores of texts). CIDEr's
-document frequencies stay those of the whole set.
+Each score of a set of captions is a function of sums over its images: means of the images' own
+scores, BLEU and METEOR of the sums of their counts. Drawing the images anew, with replacement, and
+summing again shows how far the score would move with other images (Efron and Tibshirani 1993,
+chapter 13; Koehn 2004 for scores of texts). CIDEr's document frequencies stay those of the whole
+set.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,21 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 
 ROUNDS = 10_000
-"""Times the pictures are drawn anew."""
+"""Times the images are drawn anew."""
 CHUNK = 250
 """Rounds that are held in memory together."""
 SURE = 0.95
 """Share of the rounds that an interval holds."""
 BLEU, METEOR = "Bleu", "METEOR"
-BLEU_COUNTS = ("length", "reference_length", *(f"{kind}_{n}" for kind in ("ngrams", "matches") for n in range(1, 5)))
+BLEU_COUNTS = (
+    "length",
+    "reference_length",
+    *(f"{kind}_{n}" for kind in ("ngrams", "matches") for n in range(1, 5)),
+)
 """A caption's counts from which BLEU follows."""
 Statistics = Mapping[str, np.ndarray]
-"""For each score float64 [pictures, counts]: `BLEU_COUNTS`, METEOR's, or the picture's own score alone."""
+"""For each score float64 [images, counts]: `BLEU_COUNTS`, METEOR's, or the image's own score
+alone."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better one model is than another on the same pictures."""
+    """How much better one model is than another on the same images."""
 
     metric: str
     new: float
@@ -43,13 +49,16 @@ class Comparison:
 
     @property
     def real(self) -> bool:
-        """Whether the difference would be there with other pictures too, in 95 of 100 cases."""
+        """Whether the difference would be there with other images too, in 95 of 100 cases."""
         return self.low > 0 or self.high < 0
 
 
 def corpus_scores(statistics: Statistics) -> dict[str, float]:
     """Return the scores of a whole set of captions."""
-    return {name: float(value) for name, value in _combine(statistics, {k: v.sum(0) for k, v in statistics.items()})}
+    return {
+        name: float(value)
+        for name, value in _combine(statistics, {k: v.sum(0) for k, v in statistics.items()})
+    }
 
 
 def intervals(statistics: Statistics, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -63,15 +72,22 @@ def compare(new: Statistics, old: Statistics, seed: int = 0) -> dict[str, Compar
 
     Args:
         new: of the one model.
-        old: of the other, on the same pictures in the same order.
-        seed: of the drawing; both get the same pictures in each round, so what makes a picture hard cancels out.
+        old: of the other, on the same images in the same order.
+        seed: of the drawing; both get the same images in each round, so what makes an image hard
+            cancels out.
     """
     ours, theirs = corpus_scores(new), corpus_scores(old)
     ours_drawn, theirs_drawn = _redrawn(new, seed), _redrawn(old, seed)
     found = {}
     for name in (name for name in ours if name in theirs):
-        gains = (ours_drawn[name] - theirs_drawn[name]).round(12)  # equal scores differ in their last bits
-        p = min(1.0, 2 * min((1 + (gains <= 0).sum()) / (1 + ROUNDS), (1 + (gains >= 0).sum()) / (1 + ROUNDS)))
+        gains = (ours_drawn[name] - theirs_drawn[name]).round(
+            12
+        )  # equal scores differ in their last bits
+        p = min(
+            1.0,
+            2
+            * min((1 + (gains <= 0).sum()) / (1 + ROUNDS), (1 + (gains >= 0).sum()) / (1 + ROUNDS)),
+        )
         found[name] = Comparison(name, ours[name], theirs[name], *_middle(gains), float(p))
     return found
 
@@ -79,17 +95,25 @@ def compare(new: Statistics, old: Statistics, seed: int = 0) -> dict[str, Compar
 def meteor(counts: np.ndarray) -> np.ndarray:
     """Return METEOR 1.5 of captions or sums of captions, with its constants for English.
 
-    Denkowski and Lavie 2014, "Meteor Universal: Language Specific Translation Evaluation for Any Target Language".
+    Denkowski and Lavie 2014, "Meteor Universal: Language Specific Translation Evaluation for Any
+    Target Language".
 
     Args:
-        counts: float64 [..., 23] as METEOR prints them: lengths, function words, for each kind of match the content and
-            function words matched (each of caption and reference), chunks (0 for a caption that matches a whole
-            reference), and words matched.
+        counts: float64 [..., 23] as METEOR prints them: lengths, function words, for each kind of
+            match the content and function words matched (each of caption and reference), chunks (0
+            for a caption that matches a whole reference), and words matched.
     """
     alpha, beta, gamma, delta = 0.85, 0.20, 0.60, 0.75
     kinds = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
-    lengths, functions, chunks, matched = counts[..., :2], counts[..., 2:4], counts[..., 20], counts[..., 21:23]
-    matches = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)  # kind, content or function, caption or reference
+    lengths, functions, chunks, matched = (
+        counts[..., :2],
+        counts[..., 2:4],
+        counts[..., 20],
+        counts[..., 21:23],
+    )
+    matches = counts[..., 4:20].reshape(
+        *counts.shape[:-1], 4, 2, 2
+    )  # kind, content or function, caption or reference
     weighted = np.einsum("...kwt,k,w->...t", matches, kinds, np.array([delta, 1 - delta]))
     with np.errstate(divide="ignore", invalid="ignore"):
         precision_recall = weighted / (delta * (lengths - functions) + (1 - delta) * functions)
@@ -99,7 +123,8 @@ def meteor(counts: np.ndarray) -> np.ndarray:
 
 
 def bleu(counts: np.ndarray) -> np.ndarray:
-    """Return BLEU-1 to BLEU-4 (Papineni et al. 2002) of captions or sums of captions, as the official toolkit does.
+    """Return BLEU-1 to BLEU-4 (Papineni et al. 2002) of captions or sums of captions, as the
+    official toolkit does.
 
     Args:
         counts: float64 [..., 10], `BLEU_COUNTS`.
@@ -115,10 +140,14 @@ def bleu(counts: np.ndarray) -> np.ndarray:
 
 
 def _combine(statistics: Statistics, sums: Statistics) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each score's name and its values for sums over so many pictures as `statistics` has, [..., counts]."""
+    """Yield each score's name and its values for sums over so many images as `statistics` has,
+    [..., counts]."""
     for name, values in sums.items():
         if name == BLEU:
-            yield from ((f"{BLEU}_{n + 1}", value) for n, value in enumerate(np.moveaxis(bleu(values), -1, 0)))
+            yield from (
+                (f"{BLEU}_{n + 1}", value)
+                for n, value in enumerate(np.moveaxis(bleu(values), -1, 0))
+            )
         elif name == METEOR:
             yield name, meteor(values)
         else:
@@ -131,12 +160,20 @@ def _middle(values: np.ndarray) -> tuple[float, float]:
 
 
 def _redrawn(statistics: Statistics, seed: int) -> dict[str, np.ndarray]:
-    """Return each score's values, [ROUNDS], with the pictures drawn anew."""
-    pictures = len(next(iter(statistics.values())))
+    """Return each score's values, [ROUNDS], with the images drawn anew."""
+    images = len(next(iter(statistics.values())))
     rng = np.random.default_rng(seed)
     parts: list[dict[str, np.ndarray]] = []
     for _ in range(ROUNDS // CHUNK):
-        drawn = rng.integers(0, pictures, (CHUNK, pictures)) + pictures * np.arange(CHUNK)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=CHUNK * pictures).reshape(CHUNK, pictures).astype(np.float64)
-        parts.append(dict(_combine(statistics, {name: times @ values for name, values in statistics.items()})))
+        drawn = rng.integers(0, images, (CHUNK, images)) + images * np.arange(CHUNK)[:, None]
+        times = (
+            np.bincount(drawn.ravel(), minlength=CHUNK * images)
+            .reshape(CHUNK, images)
+            .astype(np.float64)
+        )
+        parts.append(
+            dict(
+                _combine(statistics, {name: times @ values for name, values in statistics.items()})
+            )
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,4 +1,5 @@
-"""SPICE, by pycocoevalcap's jar and the models of Stanford CoreNLP 3.6.0, which are fetched only when asked for.
+"""SPICE, by pycocoevalcap's jar and the models of Stanford CoreNLP 3.6.0, which are fetched only
+when asked for.
 
 Anderson et al. 2016, "SPICE: Semantic Propositional Image Caption Evaluation".
 """
@@ -19,7 +20,8 @@ from model_lib.errors import UserError, WorkError
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 MEMORY = "8G"
 OPENED = ("java.lang", "java.math", "java.net", "java.text", "java.util", "java.util.concurrent")
-"""Packages in which SPICE's serialisation looks at private fields, which Java forbids since its version 16."""
+"""Packages in which SPICE's serialisation looks at private fields, which Java forbids since its
+version 16."""
 
 
 def require_spice(folder: str) -> None:
@@ -28,11 +30,17 @@ def require_spice(folder: str) -> None:
         raise UserError("SPICE needs Java (apt-get install default-jre-headless)")
     for name in MODELS:
         if not Path(folder, name).is_file():
-            raise UserError(f"spice {folder}: has no {name}; fetch it: captioner download spice --output {folder}")
+            raise UserError(
+                f"spice {folder}: has no {name}; fetch it: captioner download spice --output "
+                f"{folder}"
+            )
 
 
-def spice_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[str]], folder: str) -> np.ndarray:
-    """Return the SPICE of each picture's caption, float64 [pictures]; 0 where it has nothing to compare.
+def spice_scores(
+    captions: Mapping[int, str], references: Mapping[int, Sequence[str]], folder: str
+) -> np.ndarray:
+    """Return the SPICE of each image's caption, float64 [images]; 0 where it has nothing to
+    compare.
 
     Args:
         captions: by image id.
@@ -47,22 +55,59 @@ def spice_scores(captions: Mapping[int, str], references: Mapping[int, Sequence[
 
     require_spice(folder)
     home = Path(spice.__file__).parent
-    classes = [home / spice.SPICE_JAR, *sorted((home / "lib").glob("*.jar")), *(Path(folder, name) for name in MODELS)]
-    rows = [{"image_id": i, "test": text, "refs": list(references[i])} for i, text in captions.items()]
+    classes = [
+        home / spice.SPICE_JAR,
+        *sorted((home / "lib").glob("*.jar")),
+        *(Path(folder, name) for name in MODELS),
+    ]
+    rows = [
+        {"image_id": i, "test": text, "refs": list(references[i])} for i, text in captions.items()
+    ]
     opens = " ".join(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED)
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "captions.json"), Path(scratch, "scores.json")
         asked.write_text(json.dumps(rows))
-        options = [str(asked), "-cache", f"{scratch}/cache", "-out", str(answered), "-subset", "-silent"]
+        options = [
+            str(asked),
+            "-cache",
+            f"{scratch}/cache",
+            "-out",
+            str(answered),
+            "-subset",
+            "-silent",
+        ]
         done = subprocess.run(
-            ["java", f"-Xmx{MEMORY}", "-cp", os.pathsep.join(map(str, classes)), "edu.anu.spice.SpiceScorer", *options],
-            env={**os.environ, "JDK_JAVA_OPTIONS": f"{os.environ.get('JDK_JAVA_OPTIONS', '')} {opens}"},  # 8 ignores it
+            [
+                "java",
+                f"-Xmx{MEMORY}",
+                "-cp",
+                os.pathsep.join(map(str, classes)),
+                "edu.anu.spice.SpiceScorer",
+                *options,
+            ],
+            env={
+                **os.environ,
+                "JDK_JAVA_OPTIONS": f"{os.environ.get('JDK_JAVA_OPTIONS', '')} {opens}",
+            },  # 8 ignores it
             capture_output=True,
             text=True,
             check=False,
         )
         if done.returncode or not answered.exists():
-            said = next((line for line in done.stderr.splitlines() if "Exception" in line or "Error" in line), "")
-            raise WorkError(f"SPICE: Java ended with exit code {done.returncode}: {said.strip() or 'it said nothing'}")
-        found = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(answered.read_text())}
+            said = next(
+                (
+                    line
+                    for line in done.stderr.splitlines()
+                    if "Exception" in line or "Error" in line
+                ),
+                "",
+            )
+            raise WorkError(
+                f"SPICE: Java ended with exit code {done.returncode}: "
+                f"{said.strip() or 'it said nothing'}"
+            )
+        found = {
+            row["image_id"]: float(row["scores"]["All"]["f"])
+            for row in json.loads(answered.read_text())
+        }
     return np.asarray([0.0 if math.isnan(found[i]) else found[i] for i in captions])

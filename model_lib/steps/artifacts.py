@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
-from model_lib.storage import write_bytes
+from model_lib.io.storage import write_bytes
 
 
 def set_metadata(artifact: Any, **values: Any) -> None:
     """Set an artifact's metadata, without what is None or not finite.
 
-    Kubeflow Pipelines (2.17) refuses such values only once the step's work is done, and then fails the step.
+    Kubeflow Pipelines (2.17) refuses such values only once the step's work is done, and then fails
+    the step.
 
     Args:
         artifact: of kfp.
@@ -19,10 +20,12 @@ def set_metadata(artifact: Any, **values: Any) -> None:
 
 
 def write_model(artifact: Any, *, model: str, **values: Any) -> None:
-    """Write where a model lies into its artifact, which people see, and into the metadata beside `values`.
+    """Write where a model lies into its artifact, which people see, and into the metadata beside
+    `values`.
 
-    The artifact's own URI cannot lead there: the launcher of Kubeflow Pipelines (2.17) fails a step after its work if
-    an artifact lies outside of the run's own folder, and inside it would be a copy of gigabytes.
+    The artifact's own URI cannot lead there: the launcher of Kubeflow Pipelines (2.17) fails a step
+    after its work if an artifact lies outside of the run's own folder, and inside it would be a
+    copy of gigabytes.
     """
     write_bytes(artifact.path, f"{model}\n".encode())
     set_metadata(artifact, model=model, **values)

@@ -1,7 +1,9 @@
-"""The end of a pipeline run: its MLflow runs are ended and a webhook is told, by the last step or by the exit handler.
+"""The end of a pipeline run: its MLflow runs are ended and a webhook is told, by the last step or
+by the exit handler.
 
-The last step does it for a run that succeeded, the exit handler for the others: Kubeflow Pipelines (2.17) runs that
-once, so not again after a *Retry* that succeeded, and not at all where Argo gives a workflow up.
+The last step does it for a run that succeeded, the exit handler for the others: Kubeflow Pipelines
+(2.17) runs that once, so not again after a *Retry* that succeeded, and not at all where Argo gives
+a workflow up.
 """
 
 import http.client
@@ -25,7 +27,8 @@ COMPLETE = ("COMPLETE", "SUCCEEDED")
 
 
 def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> None:
-    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL, if there is one; at most once each.
+    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL, if there is one; at
+    most once each.
 
     Args:
         run_name: the pipeline run's name.
@@ -37,12 +40,14 @@ def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> Non
 
 
 def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tracking]) -> None:
-    """End the MLflow runs that a pipeline run left open, as failed, and notify WEBHOOK_URL of what it does not know.
+    """End the MLflow runs that a pipeline run left open, as failed, and notify WEBHOOK_URL of what
+    it does not know.
 
     Args:
         run_name: the pipeline run's name.
-        kfp_state: as Kubeflow Pipelines (2.17) gives it to an exit handler: that of its bookkeeping, RUNNING still
-            where the last steps were skipped or cached. It counts where MLflow does not know.
+        kfp_state: as Kubeflow Pipelines (2.17) gives it to an exit handler: that of its
+            bookkeeping, RUNNING still where the last steps were skipped or cached. It counts where
+            MLflow does not know.
         find_tracking: returns the tracking; called here, as it may fail.
     """
     try:
@@ -64,15 +69,20 @@ def _end(run_name: str, state: str, tracking: Tracking) -> None:
         try:
             tracking.set_notified(state)
         except Exception as error:  # at worst it is told a second time
-            log.warning("MLflow does not know that the webhook was told: %s", printable(first_line(error)))
+            log.warning(
+                "MLflow does not know that the webhook was told: %s", printable(first_line(error))
+            )
 
 
 def _notify(run_name: str, state: str, address: str | None) -> bool:
-    """Post the outcome to WEBHOOK_URL: `text` for chat rooms, and its parts; return whether it was taken."""
+    """Post the outcome to WEBHOOK_URL: `text` for chat rooms, and its parts; return whether it was
+    taken."""
     webhook = os.environ.get("WEBHOOK_URL")
     if not webhook:
         return False
-    text = f"captioner: {run_name} " + ("ended, MLflow does not say how" if state == UNKNOWN else state.lower())
+    text = f"captioner: {run_name} " + (
+        "ended, MLflow does not say how" if state == UNKNOWN else state.lower()
+    )
     document = {"run": run_name, "state": state, "mlflow": address}
     return _post(webhook, {**document, "text": text + (f" ({address})" if address else "")})
 
@@ -91,6 +101,8 @@ def _post(webhook: str, document: dict[str, Any]) -> bool:
                 reason = f"status {failure.code}"
             else:
                 reason = type(getattr(failure, "reason", failure)).__name__
-            log.warning("the webhook did not take the outcome (attempt %d): %s", attempt + 1, reason)
+            log.warning(
+                "the webhook did not take the outcome (attempt %d): %s", attempt + 1, reason
+            )
             time.sleep(2**attempt)
     return False

@@ -1,7 +1,8 @@
-"""What a pipeline needs, checked before anything is started: all that is missing is named at once, within a minute.
+"""What a pipeline needs, checked before anything is started: all that is missing is named at once,
+within a minute.
 
-Every check is tried even if others failed, each in a thread of its own, because a bucket or server that cannot be
-reached tends not to answer at all.
+Every check is tried even if others failed, each in a thread of its own, because a bucket or server
+that cannot be reached tends not to answer at all.
 """
 
 import os
@@ -12,13 +13,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.annotations import coco_2017
+from model_lib.io import storage
+from model_lib.io.retries import is_transient_status
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
-from model_lib.retries import status_may_pass
 from model_lib.train.config import TrainConfig
 from model_lib.train.trainjob import Machines, require_trainer
 
@@ -54,25 +55,29 @@ class Needs:
 
 
 def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list[str]]:
-    """Return the sources of the weights, and of the tokenizers apart, that the candidates start from."""
+    """Return the sources of the weights, and of the tokenizers apart, that the candidates start
+    from."""
     weights: set[str] = set()
     tokenizers: set[str] = set()
     for config in candidates:
         parts = PRESETS[config.preset]
-        if config.start is not None:
-            weights.add(config.start)
+        if config.init_from is not None:
+            weights.add(config.init_from)
         elif parts.vision is not None and parts.decoder is not None:
             weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
             tokenizers |= {config.tokenizer} if config.tokenizer else set()
     return sorted(weights), sorted(tokenizers)
 
 
-def require_judging(policy: Policy, **judging: Any) -> None:
-    """Raise `UserError` if the options of judging are out of range, or do not give the score that decides."""
-    given = {name: value for name, value in judging.items() if value != ""}
+def require_evaluation(policy: Policy, **evaluating: Any) -> None:
+    """Raise `UserError` if the options of evaluating are out of range, or do not give the score
+    that decides."""
+    given = {name: value for name, value in evaluating.items() if value != ""}
     config = EvaluateConfig.from_options(model="-", data="-", output="-", **given)
     if policy.metric == "SPICE":
-        raise UserError("register_metric SPICE: is not computed in a pipeline; choose another score")
+        raise UserError(
+            "register_metric SPICE: is not computed in a pipeline; choose another score"
+        )
     if policy.metric.endswith("CLIPScore") and config.clip is None:
         raise UserError(f"register_metric {policy.metric}: needs eval_clip")
 
@@ -82,22 +87,32 @@ def preflight(needs: Needs) -> None:
 
     Raises:
         UserError: something is missing; the message names all of it.
-        WorkError: nothing is known to be missing, but a server failed or did not answer, which may pass.
+        WorkError: nothing is known to be missing, but a server failed or did not answer, which may
+            pass.
     """
     trainer: list[tuple[str, Callable[[], None]]] = []
     if needs.machines is not None and needs.machines.count > 1:
         trainer = [("Kubeflow Trainer", partial(require_trainer, needs.candidates, needs.machines))]
     checks: list[tuple[str, Callable[[], str | None]]] = [
         ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
-        *([(f"reading {needs.dataset}", partial(_dataset, needs.dataset))] if needs.dataset else []),
+        *(
+            [(f"reading {needs.dataset}", partial(_dataset, needs.dataset))]
+            if needs.dataset
+            else []
+        ),
         *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
-        *((f"writing to {output}", partial(storage.require_writable, output)) for output in needs.outputs if output),
+        *(
+            (f"writing to {output}", partial(storage.require_writable, output))
+            for output in needs.outputs
+            if output
+        ),
         *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
         *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
         *trainer,
     ]
     missing = [
-        f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps read"
+        f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps "
+        "read"
         for key in needs.keys
         if not needs.environment.get(key)
     ]
@@ -118,7 +133,8 @@ def preflight(needs: Needs) -> None:
 
     # Daemons, so that one which hangs does not keep the step from ending.
     threads = [
-        threading.Thread(target=attempt, args=(number, *check), daemon=True) for number, check in enumerate(checks)
+        threading.Thread(target=attempt, args=(number, *check), daemon=True)
+        for number, check in enumerate(checks)
     ]
     deadline = time.monotonic() + TIMEOUT
     for thread in threads:
@@ -132,7 +148,11 @@ def preflight(needs: Needs) -> None:
 
 
 def _readable(folder: str) -> str | None:
-    return None if storage.exists(folder) else f"{folder}: not there, or these credentials may not see it"
+    return (
+        None
+        if storage.exists(folder)
+        else f"{folder}: not there, or these credentials may not see it"
+    )
 
 
 def _dataset(dataset: str) -> None:
@@ -150,7 +170,7 @@ def _tracking(uri: str | None) -> None:
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
-        kind = WorkError if status_may_pass(error.get_http_status_code()) else UserError
+        kind = WorkError if is_transient_status(error.get_http_status_code()) else UserError
         raise kind(f"MLflow at {uri}: {first_line(error)}") from error
 
 
@@ -172,7 +192,11 @@ def _tokenizer(source: str) -> str | None:
         return _on_hub(source)
     names = set(storage.list_names(source))
     whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
-    return None if whole else f"{source}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+    return (
+        None
+        if whole
+        else f"{source}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+    )
 
 
 def _on_hub(name: str) -> str | None:
@@ -184,7 +208,12 @@ def _on_hub(name: str) -> str | None:
     try:
         found = file_exists(name, "config.json")
     except RepositoryNotFoundError:
-        return f"{name}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); {remedy}"
+        return (
+            f"{name}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); "
+            f"{remedy}"
+        )
     except Exception as error:
-        raise WorkError(f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}") from error
+        raise WorkError(
+            f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}"
+        ) from error
     return None if found else f"{name}: that hub repository holds no model"

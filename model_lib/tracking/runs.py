@@ -1,4 +1,5 @@
-"""Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at all."""
+"""Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at
+all."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -7,7 +8,8 @@ Point = tuple[str, float, int, int]
 """A metric's name, its value, when it was measured (ms since 1970), and the step of training."""
 
 RunState = Callable[[str], str | None]
-"""Returns the state of a pipeline run, given Kubeflow's id of it, or None where that cannot be known."""
+"""Returns the state of a pipeline run, given Kubeflow's id of it, or None where that cannot be
+known."""
 
 
 def unknown_state(run_id: str) -> str | None:
@@ -21,14 +23,16 @@ class Run:
     run_id: str | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a point to each metric's curve, without waiting for it to arrive; all have when the run is closed."""
+        """Add a point to each metric's curve, without waiting for it to arrive; all have when the
+        run is closed."""
 
     def unsent(self) -> list[Point]:
         """Return the points that may not have arrived yet, for a checkpoint to keep."""
         return []
 
     def resume(self, points: Sequence[Point]) -> None:
-        """Add points that a checkpoint kept, before the run is entered; those that arrived meanwhile do not matter."""
+        """Add points that a checkpoint kept, before the run is entered; those that arrived
+        meanwhile do not matter."""
 
     def __enter__(self) -> Self:
         return self
@@ -45,33 +49,44 @@ class Tracking:
     """Where runs are tracked; this one is nowhere."""
 
     def require_answer(self) -> None:
-        """Raise `WorkError` now if runs cannot be tracked, rather than after the data and the model were read."""
+        """Raise `WorkError` now if runs cannot be tracked, rather than after the data and the model
+        were read."""
 
-    def start(self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
-        """Start the run `name`, or go on with the one that was started with the same `key`, if there is a key.
+    def start(
+        self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> Run:
+        """Start the run `name`, or go on with the one that was started with the same `key`, if
+        there is a key.
 
-        One that a pipeline run goes on with moves under it, so that it is closed with it; unless it had finished, and
-        nothing more is logged.
+        One that a pipeline run goes on with moves under it, so that it is closed with it; unless it
+        had finished, and nothing more is logged.
         """
         return Run()
 
     def add(
-        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], files: Mapping[str, bytes]
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        files: Mapping[str, bytes],
     ) -> None:
         """Add final metrics, tags and files (content by path) to a run that has ended."""
 
     def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
-        """Return a run's curves of training, each its steps and values; {} if they cannot be had."""
+        """Return a run's curves of training, each its steps and values; {} if they cannot be
+        had."""
         return {}
 
     def open_pipeline(self, name: str, run_state: RunState = unknown_state) -> None:
-        """Make the pipeline run's own run, unless it is there, and end those of pipeline runs that are over."""
+        """Make the pipeline run's own run, unless it is there, and end those of pipeline runs that
+        are over."""
 
     def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
         """Say in the pipeline run's own run what came of it; the note is Markdown."""
 
     def close_pipeline(self, succeeded: bool) -> str | None:
-        """End the pipeline run's own run, and as failed those that its steps left open; return where to see it."""
+        """End the pipeline run's own run, and as failed those that its steps left open; return
+        where to see it."""
         return None
 
     def parent(self) -> str | None:

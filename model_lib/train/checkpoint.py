@@ -1,12 +1,13 @@
 """Training checkpoints at any fsspec URI: found whole, or not found at all.
 
-    <output>/checkpoints/step-00000120/state.safetensors   weights, their average, AdamW's moments
-                                       state.json          the position in the run and what it was made from
-                                       manifest.json       sizes and sha256 of both, written last
-                         step-00000120-validated/          the same after the validation of this step
+    <output>/checkpoints/step-00000120/state.safetensors  weights, their average, AdamW's moments
+                                       state.json         step, scores, what the run was made from
+                                       manifest.json      sizes and sha256 of both, written last
+                         step-00000120-validated/         the same after the validation of this step
 
-Resuming takes the newest checkpoint whose manifest holds, whatever half-written ones lie beside it. There are no
-random states in it: all random numbers follow from the seed and the step. No pickle is read or written.
+Resuming takes the newest checkpoint whose manifest holds, whatever half-written ones lie beside it.
+There are no random states in it: all random numbers follow from the seed and the step. No pickle is
+read or written.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model_lib import storage
-from model_lib.copies import fetched
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.records import as_record
+from model_lib.io import storage
+from model_lib.io.remote_cache import local_copy
+from model_lib.io.validation import parse
 from model_lib.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class Position:
     configuration: dict[str, Any]
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Return copies on the CPU of all tensors that a run goes on from."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -64,10 +67,14 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mappi
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = value
     tensors |= {f"average.{name}": average for name, average in averages.items()}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
 
 
-def restore(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def restore(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """Put the weights and the optimiser's moments of a snapshot back; return the averages."""
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
@@ -85,7 +92,8 @@ class Checkpoints:
 
     Args:
         output: folder or URI of the run.
-        kept: newest ones to keep; the one before the newest is there should the newest prove broken.
+        kept: newest ones to keep; the one before the newest is there should the newest prove
+            broken.
     """
 
     def __init__(self, output: str, kept: int = 2) -> None:
@@ -110,9 +118,9 @@ class Checkpoints:
         """
         entries = {}
         try:
-            with storage.whole_file(self._uri(name, "state.safetensors")) as part:
+            with storage.atomic_file(self._uri(name, "state.safetensors")) as part:
                 entries["state.safetensors"] = _write_safetensors(Path(part), tensors)
-            with storage.whole_file(self._uri(name, "state.json")) as part:
+            with storage.atomic_file(self._uri(name, "state.json")) as part:
                 Path(part).write_text(json.dumps(asdict(position)))
                 entries["state.json"] = _entry(Path(part))
             storage.write_json(self._uri(name, "manifest.json"), entries)
@@ -128,7 +136,9 @@ class Checkpoints:
     def _remove_quietly(self, name: str) -> None:
         try:
             storage.remove(self._uri(name))
-        except Exception as error:  # a role without the right to delete, for example: nothing to end a run for
+        except (
+            Exception
+        ) as error:  # a role without the right to delete, for example: nothing to end a run for
             log.warning("%s: not removed: %s", self._uri(name), first_line(error))
 
     def newest(self) -> str | None:
@@ -139,35 +149,53 @@ class Checkpoints:
         """
         for name in reversed(self._names()):
             try:
-                with fetched(self._uri(name)) as folder:
+                with local_copy(self._uri(name)) as folder:
                     entries = json.loads((folder / "manifest.json").read_text())
                     if not isinstance(entries, dict) or entries.keys() != FILES:
-                        raise ValueError(f"its manifest does not name {' and '.join(sorted(FILES))}")
+                        raise ValueError(
+                            f"its manifest does not name {' and '.join(sorted(FILES))}"
+                        )
                     if all(_entry(folder / file) == entry for file, entry in entries.items()):
                         return self._uri(name)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError) as error:
-                log.warning("checkpoint %s is not whole (%s); trying the one before", self._uri(name), error)
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+                IsADirectoryError,
+                ValueError,
+                RecursionError,
+            ) as error:
+                log.warning(
+                    "checkpoint %s is not whole (%s); trying the one before", self._uri(name), error
+                )
                 continue
             except OSError as error:  # it may be whole: to begin anew would be to lose it
                 raise WorkError(
-                    f"{self._uri(name)}: cannot be read: {first_line(error)}; see to its store, or to room in "
+                    f"{self._uri(name)}: cannot be read: {first_line(error)}; see to its store, "
+                    "or to room in "
                     f"{tempfile.gettempdir()}, and start again"
                 ) from error
-            log.warning("checkpoint %s is damaged; removing it and trying the one before", self._uri(name))
+            log.warning(
+                "checkpoint %s is damaged; removing it and trying the one before", self._uri(name)
+            )
             self._remove_quietly(name)
         return None
 
 
 def _entry(file: Path) -> dict[str, Any]:
     with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(content, "sha256").hexdigest(),
+        }
 
 
 def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write float32 tensors on the CPU as safetensors does; return the file's entry in the manifest.
+    """Write float32 tensors on the CPU as safetensors does; return the file's entry in the
+    manifest.
 
-    The format (huggingface.co/docs/safetensors): the header's length, the header in JSON, the values one after another.
-    Written and hashed in one pass over memory that is there, which leaves training more of the CPU than `save_file`.
+    The format (huggingface.co/docs/safetensors): the header's length, the header in JSON, the
+    values one after another. Written and hashed in one pass over memory that is there, which leaves
+    training more of the CPU than `save_file`.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -189,8 +217,8 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, A
 
 def load(uri: str) -> tuple[dict[str, Tensor], Position]:
     """Return the tensors of a whole checkpoint, and the run's position."""
-    with restoring(uri), fetched(uri) as folder:
-        position = as_record(Position, json.loads((folder / "state.json").read_text()))
+    with restoring(uri), local_copy(uri) as folder:
+        position = parse(Position, json.loads((folder / "state.json").read_text()))
         if min(position.step, position.validated, position.stale) < 0:
             raise ValueError("its steps are negative")
         return load_file(folder / "state.safetensors"), position
@@ -198,14 +226,23 @@ def load(uri: str) -> tuple[dict[str, Tensor], Position]:
 
 @contextlib.contextmanager
 def restoring(uri: str) -> Iterator[None]:
-    """Raise a `UserError` if a checkpoint, whole as it is, holds something else than its run writes."""
+    """Raise a `UserError` if a checkpoint, whole as it is, holds something else than its run
+    writes."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise UserError(
-            f"{uri}: is a checkpoint of something else ({first_line(error)}); remove it and start again: it goes on "
+            f"{uri}: is a checkpoint of something else ({first_line(error)}); remove it and start "
+            "again: it goes on "
             "from the checkpoint before"
         ) from error
 
@@ -217,7 +254,9 @@ def require_room(config: TrainConfig, model: nn.Module) -> None:
     one, best = 4 * trained * copies, 4 * sum(p.numel() for p in model.parameters())
     output = Path(storage.filesystem(config.output)[1])
     there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    what = f"{config.checkpoints_kept} checkpoints, one more while it is written, and the best model"
+    what = (
+        f"{config.checkpoints_kept} checkpoints, one more while it is written, and the best model"
+    )
     storage.require_room(config.output, (config.checkpoints_kept + 1) * one + best - there, what)
 
 
@@ -226,6 +265,7 @@ def unwritten(uri: str, error: Exception) -> WorkError:
     full = storage.disk_is_full(error)
     remedy = "make room there" if full else "see to its store"
     return WorkError(
-        f"{uri}: cannot be written: {'the disk is full' if full else first_line(error)}; {remedy} and start again: it "
+        f"{uri}: cannot be written: {'the disk is full' if full else first_line(error)}; {remedy} "
+        "and start again: it "
         "goes on from the checkpoint before, which is whole"
     )

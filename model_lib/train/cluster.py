@@ -1,4 +1,5 @@
-"""A Kubernetes cluster with Kubeflow Trainer, as a step sees it: a TrainJob made, followed and removed.
+"""A Kubernetes cluster with Kubeflow Trainer, as a step sees it: a TrainJob made, followed and
+removed.
 
 Questions are asked again while Kubernetes fails for a while; its errors come out as one line.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.retries import retry, status_may_pass
+from model_lib.io.retries import is_transient_status, retry
 from model_lib.train.job_view import NODE, JobView
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ MARGIN = 15.0
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def kubernetes_errors() -> Iterator[None]:
     """Say in one line what Kubernetes' own errors mean.
 
     Raises:
@@ -67,16 +68,25 @@ class Cluster:
                 context = config.list_kube_config_contexts(file)[1]["context"]
                 self.namespace = context.get("namespace", "default")
         except config.ConfigException as error:
-            raise UserError(f"several machines: this is no Kubernetes cluster ({first_line(error)})") from error
+            raise UserError(
+                f"several machines: this is no Kubernetes cluster ({first_line(error)})"
+            ) from error
         self.objects, self.core = client.CustomObjectsApi(), client.CoreV1Api()
         self.pod = os.environ.get("KFP_POD_NAME")
 
-    def _ask(self, action: Callable[..., Any], *arguments: Any, absent: int = 404, **options: Any) -> Any:
-        """Return Kubernetes' answer, asked again while it fails for a while; None for the status `absent`."""
+    def _ask(
+        self, action: Callable[..., Any], *arguments: Any, absent: int = 404, **options: Any
+    ) -> Any:
+        """Return Kubernetes' answer, asked again while it fails for a while; None for the status
+        `absent`."""
         from kubernetes.client import ApiException
 
         try:
-            return retry("Kubernetes", lambda: action(*arguments, _request_timeout=TIMEOUT, **options), _passing)
+            return retry(
+                "Kubernetes",
+                lambda: action(*arguments, _request_timeout=TIMEOUT, **options),
+                _passing,
+            )
         except ApiException as error:
             if error.status != absent:
                 raise
@@ -86,7 +96,8 @@ class Cluster:
         """Raise `UserError` unless Kubeflow Trainer is installed."""
         if self._ask(self.objects.get_api_resources, GROUP, VERSION) is None:
             raise UserError(
-                "train_nodes: this cluster has no Kubeflow Trainer, which several machines need; install it "
+                "train_nodes: this cluster has no Kubeflow Trainer, which several machines need; "
+                "install it "
                 "(docs/cluster.md), or train on one"
             )
 
@@ -99,16 +110,19 @@ class Cluster:
         """
         create = self.objects.create_namespaced_custom_object
         try:
-            with told():
+            with kubernetes_errors():
                 self._ask(create, *self._arguments(), document, dry_run="All", absent=409)
                 self._jobset(document["metadata"]["name"])  # which the step looks at, too
         except UserError as error:
             raise UserError(
-                f"train_nodes: no TrainJob can be made here: {error}; kubectl apply -f deploy/trainer.yaml "
+                f"train_nodes: no TrainJob can be made here: {error}; kubectl apply -f "
+                "deploy/trainer.yaml "
                 "(docs/cluster.md) installs the runtime and the rights that it needs"
             ) from error
         except WorkError as error:
-            raise WorkError(f"train_nodes: no TrainJob can be checked: {error}; this may pass: start again") from error
+            raise WorkError(
+                f"train_nodes: no TrainJob can be checked: {error}; this may pass: start again"
+            ) from error
 
     def account(self) -> str:
         """Return the service account of this pod."""
@@ -131,7 +145,8 @@ class Cluster:
     def job(self, document: dict[str, Any]) -> Iterator[None]:
         """Make a TrainJob, after removing what an attempt before left; remove it after the body.
 
-        What is left belongs to a pod that is gone, with which Kubernetes removes it sooner or later.
+        What is left belongs to a pod that is gone, with which Kubernetes removes it sooner or
+        later.
 
         Raises:
             WorkError: it belongs to a step that is at work, which keeps it, or does not end.
@@ -148,7 +163,9 @@ class Cluster:
         self._await_end(name)
         try:
             create = self.objects.create_namespaced_custom_object
-            self._ask(create, *self._arguments(), document, absent=409)  # there: made by a try without an answer …
+            self._ask(
+                create, *self._arguments(), document, absent=409
+            )  # there: made by a try without an answer …
             self._require_alone(name)  # … or by another step at this moment
             log.warning("TrainJob %s on %d machines", name, document["spec"]["trainer"]["numNodes"])
             yield
@@ -160,49 +177,70 @@ class Cluster:
             except WorkError as error:
                 log.warning("%s", error)
             except (ApiException, HTTPError) as error:
-                log.warning("TrainJob %s is not removed: %s; kubectl delete trainjob %s", name, first_line(error), name)
+                log.warning(
+                    "TrainJob %s is not removed: %s; kubectl delete trainjob %s",
+                    name,
+                    first_line(error),
+                    name,
+                )
 
     def _require_alone(self, name: str) -> None:
         if (pod := self._other_step(name)) is not None:
             raise WorkError(
-                f"TrainJob {name}: the step in pod {pod} is at it; wait for its end, or choose another output"
+                f"TrainJob {name}: the step in pod {pod} is at it; wait for its end, or choose "
+                "another output"
             )
 
     def _other_step(self, name: str) -> str | None:
         """Return the pod that a job belongs to, if that is at work and another than this one."""
-        job = self._ask(self.objects.get_namespaced_custom_object, *self._arguments(), name) or {"metadata": {}}
+        job = self._ask(self.objects.get_namespaced_custom_object, *self._arguments(), name) or {
+            "metadata": {}
+        }
         for owner in job["metadata"].get("ownerReferences", []):
             pod = self._ask(self.core.read_namespaced_pod, owner["name"], self.namespace)
-            if pod is None or pod.metadata.uid != owner["uid"] or owner["uid"] == os.environ.get("KFP_POD_UID"):
+            if (
+                pod is None
+                or pod.metadata.uid != owner["uid"]
+                or owner["uid"] == os.environ.get("KFP_POD_UID")
+            ):
                 continue
-            if pod.metadata.deletion_timestamp is None and pod.status.phase in ("Pending", "Running"):
+            if pod.metadata.deletion_timestamp is None and pod.status.phase in (
+                "Pending",
+                "Running",
+            ):
                 return str(owner["name"])
         return None
 
     def _delete(self, name: str) -> None:
         """Delete a job, and in the background all that it made.
 
-        Kubeflow Trainer (2.3) makes a JobSet again while its TrainJob waits for its dependents' end.
+        Kubeflow Trainer (2.3) makes a JobSet again while its TrainJob waits for its dependents'
+        end.
         """
         delete = self.objects.delete_namespaced_custom_object
         self._ask(delete, *self._arguments(), name, propagation_policy="Background")
 
     def _await_end(self, name: str) -> None:
-        """Wait until nothing is left of a job of this name; `WorkError` after its pods' grace and some seconds.
+        """Wait until nothing is left of a job of this name; `WorkError` after its pods' grace and
+        some seconds.
 
-        Its machines may still save a checkpoint, in the output that the next job goes on from, and Kubeflow Trainer
-        (2.3) would take a JobSet that is left, with its end, for that of the next job.
+        Its machines may still save a checkpoint, in the output that the next job goes on from, and
+        Kubeflow Trainer (2.3) would take a JobSet that is left, with its end, for that of the next
+        job.
         """
         began, grace = time.monotonic(), 0
         while (pods := self._pods(f"{LABEL}jobset-name={name}")) or self._jobset(name) is not None:
             grace = max([grace, *(pod.spec.termination_grace_period_seconds or 30 for pod in pods)])
             if time.monotonic() - began > grace + MARGIN:
                 left = ", ".join(pod.metadata.name for pod in pods) or "its JobSet"
-                raise WorkError(f"TrainJob {name}: still there after its end: {left}; delete that with kubectl")
+                raise WorkError(
+                    f"TrainJob {name}: still there after its end: {left}; delete that with kubectl"
+                )
             time.sleep(POLL / 5)
 
     def _condition(self, name: str) -> tuple[str | None, str]:
-        """Return how a job ended ("Complete" or "Failed"), "" if it has not, or None if there is none, and why."""
+        """Return how a job ended ("Complete" or "Failed"), "" if it has not, or None if there is
+        none, and why."""
         job = self._ask(self.objects.get_namespaced_custom_object, *self._arguments(), name)
         if job is None:
             return None, "it was deleted"
@@ -215,8 +253,10 @@ class Cluster:
         """Show the first machine's log, and what machines wait for, until the job ends.
 
         Raises:
-            UserError: a machine's program refused its input, or a machine did not start for `STUCK` seconds.
-            WorkError: the job failed otherwise, or was deleted; the last lines of its machines are shown.
+            UserError: a machine's program refused its input, or a machine did not start for `STUCK`
+                seconds.
+            WorkError: the job failed otherwise, or was deleted; the last lines of its machines are
+                shown.
         """
         view = JobView(name, self.read_log, self.warnings)
         while (state := self._condition(name))[0] == "":
@@ -228,7 +268,8 @@ class Cluster:
             raise view.failure(pods, state[1] or "without a reason")
 
     def _job_pods(self, name: str) -> list[Any]:
-        """Return the pods of a job: of its own JobSet, as one of an earlier job has the same name."""
+        """Return the pods of a job: of its own JobSet, as one of an earlier job has the same
+        name."""
         job = self._ask(self.objects.get_namespaced_custom_object, *self._arguments(), name)
         jobset = self._jobset(name)
         if job is None or jobset is None:
@@ -236,7 +277,9 @@ class Cluster:
         owners = {owner["uid"] for owner in jobset["metadata"].get("ownerReferences", [])}
         if job["metadata"]["uid"] not in owners:
             return []
-        return self._pods(f"{LABEL}jobset-uid={jobset['metadata']['uid']},{LABEL}replicatedjob-name={NODE}")
+        return self._pods(
+            f"{LABEL}jobset-uid={jobset['metadata']['uid']},{LABEL}replicatedjob-name={NODE}"
+        )
 
     def _jobset(self, name: str) -> dict[str, Any] | None:
         get = self.objects.get_namespaced_custom_object
@@ -244,16 +287,25 @@ class Cluster:
         return found
 
     def _pods(self, labels: str) -> list[Any]:
-        return list(self._ask(self.core.list_namespaced_pod, self.namespace, label_selector=labels).items)
+        return list(
+            self._ask(self.core.list_namespaced_pod, self.namespace, label_selector=labels).items
+        )
 
     def warnings(self, name: str) -> list[str]:
         """Return what Kubernetes has against a job's TrainJob, its JobSet and the Job in that."""
-        events = self._ask(self.core.list_namespaced_event, self.namespace, field_selector="type=Warning")
-        of_job = [event for event in events.items if event.involved_object.name in (name, f"{name}-{NODE}-0")]
+        events = self._ask(
+            self.core.list_namespaced_event, self.namespace, field_selector="type=Warning"
+        )
+        of_job = [
+            event
+            for event in events.items
+            if event.involved_object.name in (name, f"{name}-{NODE}-0")
+        ]
         return [f"{event.reason}: {event.message}" for event in of_job]
 
     def read_log(self, pod: Any, **options: Any) -> list[str]:
-        """Return the lines of a machine's log, or none if it cannot be had: it may be gone with its node."""
+        """Return the lines of a machine's log, or none if it cannot be had: it may be gone with its
+        node."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -271,5 +323,7 @@ def _passing(error: Exception) -> bool:
     from urllib3.exceptions import HTTPError
 
     if isinstance(error, ApiException):
-        return not error.status or status_may_pass(error.status)  # 0: no answer, for its certificate for one
+        return not error.status or is_transient_status(
+            error.status
+        )  # 0: no answer, for its certificate for one
     return isinstance(error, HTTPError)

@@ -20,7 +20,8 @@ class TrainConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI for checkpoints and the best model."""
     name: str = option("candidate", shapes=False)
-    """Name of the candidate in MLflow and in the summary: letters, digits, dots, dashes and underscores."""
+    """Name of the candidate in MLflow and in the summary: letters, digits, dots, dashes and
+    underscores."""
     preset: str = "clip-l-gpt2-medium"
     """Model size: clip-l-gpt2-medium, or tiny (from scratch, for a try without weights)."""
     vision: str | None = None
@@ -30,9 +31,9 @@ class TrainConfig(StageConfig):
     tokenizer: str | None = None
     """Hub name, folder or URI of the tokenizer; by default the decoder's own."""
     epochs: int = option(0, minimum=0)
-    """Passes over the training pictures; 0: the preset's."""
+    """Passes over the training images; 0: the preset's."""
     batch_size: int = option(0, minimum=0)
-    """Pictures a step, each with its captions; 0: the preset's."""
+    """Images a step, each with its captions; 0: the preset's."""
     learning_rate: float = option(0.0, minimum=0)
     """Peak of the schedule; 0: the preset's."""
     warmup: float = option(0.05, minimum=0)
@@ -41,8 +42,8 @@ class TrainConfig(StageConfig):
     """AdamW's decay of matrices (not of norms and biases)."""
     clip_norm: float = option(1.0, minimum=0)
     """Upper bound of the gradient's norm."""
-    captions_per_picture: int = option(5, minimum=1)
-    """Captions of a picture learned in one step; those beyond are left out."""
+    captions_per_image: int = option(5, minimum=1)
+    """Captions of an image learned in one step; those beyond are left out."""
     max_tokens: int = option(40, minimum=4)
     """Longer captions are cut to this many tokens."""
     label_smoothing: float | None = option(None, minimum=0)
@@ -50,44 +51,53 @@ class TrainConfig(StageConfig):
     dropout: float | None = option(None, minimum=0)
     """Dropout of the cross-attention and feed-forward blocks' results; by default the preset's."""
     ema: float | None = option(None, minimum=0)
-    """Decay of the moving average of the weights that is judged and kept; 0: none; by default the preset's."""
+    """Decay of the moving average of the weights that is evaluated and kept; 0: none; by default
+    the preset's."""
     augment: Literal["auto", "yes", "no"] = "auto"
     """Learn random crops, mirrored if no caption says left or right; auto: the preset's."""
     sort_batches: int = option(0, minimum=0)
-    """Batches' worth of pictures sorted by the length of their captions, to save padding; 1: none; 0: the preset's."""
+    """Batches' worth of images sorted by the length of their captions, to save padding; 1: none; 0:
+    the preset's."""
     objective: Literal["cross-entropy", "self-critical"] = "cross-entropy"
-    """Learn the captions, or, as a second stage, raise the CIDEr-D of captions that the model draws."""
-    start: str | None = None
+    """Learn the captions, or, as a second stage, raise the CIDEr-D of captions that the model
+    draws."""
+    init_from: str | None = None
     """A trained captioner to go on from: a folder, hub name, URI or models:/captioner@champion."""
-    samples: int = option(5, minimum=2)
-    """Captions drawn for a picture in self-critical training; the others' mean is each one's baseline."""
+    num_samples: int = option(5, minimum=2)
+    """Captions drawn for an image in self-critical training; the others' mean is each one's
+    baseline."""
     validate_every: int = option(0, minimum=0)
     """Steps between two validations; 0: one at each epoch's end."""
-    validation_pictures: int = option(1000, minimum=0)
-    """First so many validation pictures to validate on, and as many of the training pictures; 0: all."""
+    validation_images: int = option(1000, minimum=0)
+    """First so many validation images to validate on, and as many of the training images; 0:
+    all."""
     patience: int = option(0, minimum=0)
     """Stop after so many validations in a row without a better CIDEr; 0: never."""
     micro_batch_size: int = option(0, minimum=0, shapes=False)
-    """Pictures that go through the model at once in each process, their gradients added up to a step's; 0: its whole
-    share. In self-critical training it changes which captions are drawn."""
+    """Images that go through the model at once in each process, their gradients added up to a
+    step's; 0: its whole share. In self-critical training it changes which captions are drawn."""
     recompute: bool = option(False, shapes=False)
-    """Compute each layer again in the backward pass (gradient checkpointing): less memory, more time."""
+    """Compute each layer again in the backward pass (gradient checkpointing): less memory, more
+    time."""
     compile: bool = option(False, shapes=False)
     """Compile the decoder's layers with torch.compile."""
     feature_cache: str | None = option(None, shapes=False)
-    """Local folder to keep the vision tower's results in, for several epochs without augmentation."""
+    """Local folder to keep the vision tower's results in, for several epochs without
+    augmentation."""
     precision: Precision = "auto"
-    """auto: the preset's; for full-size models bfloat16 where the device has it, else float16 on a GPU, or float32."""
+    """auto: the preset's; for full-size models bfloat16 where the device has it, else float16 on a
+    GPU, or float32."""
     seed: int = option(0, minimum=0)
-    """Seed of the new weights, the order of the pictures, their views and drawn captions."""
+    """Seed of the new weights, the order of the images, their views and drawn captions."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
     workers: int = option(0, minimum=0, shapes=False)
-    """Threads that decode pictures; 0: one a core."""
+    """Threads that decode images; 0: one a core."""
     processes: int = option(0, minimum=0, shapes=False)
-    """Processes of this machine that share each step's pictures; 0: one a GPU, or one."""
+    """Processes of this machine that share each step's images; 0: one a GPU, or one."""
     checkpoint_minutes: float = option(10.0, minimum=0, shapes=False)
-    """Longest time between two checkpoints; each validation writes one too. Training goes on meanwhile."""
+    """Longest time between two checkpoints; each validation writes one too. Training goes on
+    meanwhile."""
     checkpoint_steps: int = option(0, minimum=0, shapes=False)
     """Most steps between two checkpoints; 0: as many as the minutes allow."""
     checkpoints_kept: int = option(2, minimum=1, shapes=False)
@@ -97,28 +107,47 @@ class TrainConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}")
         require(
-            re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"name {self.name!r}: use letters, digits, . - _ only"
+            self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}"
+        )
+        require(
+            re.fullmatch(r"\w[\w.-]*", self.name) is not None,
+            f"name {self.name!r}: use letters, digits, . - _ only",
         )
         require(self.warmup < 1, f"warmup: {self.warmup} is not less than 1, a share of the steps")
         preset = PRESETS[self.preset]
         if preset.vision is None:
             require(
                 self.vision is None and self.decoder is None and self.tokenizer is None,
-                f"preset {self.preset}: is trained from scratch and takes no vision, decoder or tokenizer",
+                f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
+                "tokenizer",
             )
         require(
-            self.start is None or (self.vision is None and self.decoder is None and self.tokenizer is None),
-            "start: a trained captioner has its own vision, decoder and tokenizer; give either it or them",
+            self.init_from is None
+            or (self.vision is None and self.decoder is None and self.tokenizer is None),
+            "init_from: a trained captioner has its own vision, decoder and tokenizer; give "
+            "either it or them",
         )
         if self.objective == "self-critical":
-            require(self.start is not None, "objective self-critical: needs a trained start to go on")
-            require(not self.label_smoothing, "label_smoothing: self-critical training has no labels to smooth")
+            require(
+                self.init_from is not None,
+                "objective self-critical: needs a trained captioner to go on from; give "
+                "--init_from",
+            )
+            require(
+                not self.label_smoothing,
+                "label_smoothing: self-critical training has no labels to smooth",
+            )
             for name, value in (
-                ("learning_rate", self.learning_rate or preset.learning_rate / SELF_CRITICAL_SLOWDOWN),
+                (
+                    "learning_rate",
+                    self.learning_rate or preset.learning_rate / SELF_CRITICAL_SLOWDOWN,
+                ),
                 ("label_smoothing", 0.0),
-                ("dropout", self.dropout or 0.0),  # else another model would learn than the one that drew
+                (
+                    "dropout",
+                    self.dropout or 0.0,
+                ),  # else another model would learn than the one that drew
             ):
                 object.__setattr__(self, name, value)
         for name in ("epochs", "batch_size", "learning_rate", "precision", "sort_batches"):
@@ -131,9 +160,18 @@ class TrainConfig(StageConfig):
         if self.augment == "auto":
             object.__setattr__(self, "augment", "yes" if preset.augment else "no")
         if self.feature_cache is not None:
-            require("://" not in self.feature_cache, f"feature_cache {self.feature_cache}: is not a local folder")
-            require(preset.vision is not None, f"feature_cache: preset {self.preset} trains its vision tower")
-            require(self.augment == "no", "feature_cache: keeps one view of each picture; give --augment no too")
+            require(
+                "://" not in self.feature_cache,
+                f"feature_cache {self.feature_cache}: is not a local folder",
+            )
+            require(
+                preset.vision is not None,
+                f"feature_cache: preset {self.preset} trains its vision tower",
+            )
+            require(
+                self.augment == "no",
+                "feature_cache: keeps one view of each image; give --augment no too",
+            )
 
 
 @dataclass(frozen=True)
@@ -143,9 +181,11 @@ class Trained:
     model: str
     """Folder or URI of the best model, self-contained."""
     validation_loss: float
-    """Its mean cross-entropy in nats a token, on as many captions a validation picture as it learns from."""
+    """Its mean cross-entropy in nats a token, on as many captions a validation image as it learns
+    from."""
     validation_cider: float
-    """Its CIDEr on the validation pictures, greedy and plainly split: what the best model is chosen by."""
+    """Its CIDEr on the validation images, greedy and plainly split: what the best model is chosen
+    by."""
     steps: int
     run_id: str | None
     """The MLflow run."""

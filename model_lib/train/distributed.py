@@ -1,7 +1,8 @@
-"""The processes that train one model together: which of them this one is, what it takes on, and how they agree.
+"""The processes that train one model together: which of them this one is, what it takes on, and how
+they agree.
 
-torchrun and Kubeflow Trainer start the processes and tell each its place in the environment. One process alone is a
-world of size 1, in which nothing here costs anything.
+torchrun and Kubeflow Trainer start the processes and tell each its place in the environment. One
+process alone is a world of size 1, in which nothing here costs anything.
 """
 
 import os
@@ -23,7 +24,8 @@ from model_lib.errors import UserError, exit_code
 from model_lib.model.precision import choose_device
 
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others, while one fills a cache for example; one that died is noticed at once."""
+"""How long a process waits for the others, while one fills a cache for example; one that died is
+noticed at once."""
 _Value = TypeVar("_Value")
 
 
@@ -44,35 +46,36 @@ class World:
     local_rank: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that logs, shows progress and writes."""
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         return self.size == 1
 
-    def share(self, batch: np.ndarray) -> np.ndarray:
-        """Return this process's pictures of a batch, in turn with the others; its first if there is none left over.
+    def shard(self, batch: np.ndarray) -> np.ndarray:
+        """Return this process's images of a batch, in turn with the others; its first if there is
+        none left over.
 
-        See `idle`: every process has to take part in every step.
+        See `has_no_rows`: every process has to take part in every step.
         """
         mine = batch[self.rank :: self.size]
         return mine if len(mine) else batch[:1]
 
-    def idle(self, batch: np.ndarray) -> bool:
-        """Return whether a batch is too small to have a picture for this process."""
+    def has_no_rows(self, batch: np.ndarray) -> bool:
+        """Return whether a batch is too small to have an image for this process."""
         return len(batch) <= self.rank
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the processes of a tensor on the device."""
-        if not self.alone:
+        if not self.single_process:
             dist.all_reduce(values)
         return values
 
     def any(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is set in any process, without waiting for the device."""
-        if self.alone:
+        if self.single_process:
             return list(flags)
         values = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -80,23 +83,25 @@ class World:
 
     def gather(self, value: _Value) -> list[_Value]:
         """Return the value of each process, in the order of their ranks."""
-        if self.alone:
+        if self.single_process:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def lead(self, work: Callable[[], _Value]) -> _Value:
-        """Run `work` in the first process and return its result in all; if it fails, that one raises and others end."""
-        results = self.gather(self.together(lambda: work() if self.leads else None))
+    def run_on_main(self, work: Callable[[], _Value]) -> _Value:
+        """Run `work` in the first process and return its result in all; if it fails, that one
+        raises and others end."""
+        results = self.gather(self.run_on_all(lambda: work() if self.is_main else None))
         return results[0]  # type: ignore[return-value]
 
-    def together(self, work: Callable[[], _Value]) -> _Value:
-        """Return what `work` returns in this process; if it fails in some, the first of them raises and all others end.
+    def run_on_all(self, work: Callable[[], _Value]) -> _Value:
+        """Return what `work` returns in this process; if it fails in some, the first of them raises
+        and all others end.
 
         So nobody waits for a process that failed, and one reason is told instead of many.
         """
-        if self.alone:
+        if self.single_process:
             return work()
         result, failure = None, None
         try:
@@ -113,24 +118,33 @@ class World:
         return result  # type: ignore[return-value]
 
     def once(self, error: Exception) -> BaseException:
-        """Return what to raise for an error that all processes have: the first tells it, the others end."""
-        if self.leads:
+        """Return what to raise for an error that all processes have: the first tells it, the others
+        end."""
+        if self.is_main:
             return error
         time.sleep(1)
         return SystemExit(exit_code(error))
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """Return the module with its gradients averaged over the processes, while the backward pass goes on."""
-        if self.alone:
+        """Return the module with its gradients averaged over the processes, while the backward pass
+        goes on."""
+        if self.single_process:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():  # of an option's new name, which torch 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                module, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
-    def adding_up(self, module: nn.Module, last: bool) -> AbstractContextManager:
-        """Return the context of a backward pass: only a step's last one brings the processes together."""
-        return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+    def no_sync(self, module: nn.Module, last: bool) -> AbstractContextManager:
+        """Return the context of a backward pass: only a step's last one brings the processes
+        together."""
+        return (
+            module.no_sync()
+            if isinstance(module, DistributedDataParallel) and not last
+            else nullcontext()
+        )
 
 
 def started_by_launcher() -> bool:
@@ -148,7 +162,9 @@ def join_world(device: str) -> Iterator[World]:
     Raises:
         UserError: the device is not there, or not made for several processes.
     """
-    rank, size, local = (int(os.environ.get(name, number)) for name, number in _ALONE.items())
+    rank, size, local = (
+        int(os.environ.get(name, number)) for name, number in _SINGLE_PROCESS.items()
+    )
     if not started_by_launcher() or size == 1:
         yield World(choose_device(device))
         return
@@ -157,7 +173,9 @@ def join_world(device: str) -> Iterator[World]:
         place = _own_device(device, local)
     except UserError as error:
         raise unknown.once(error) from None
-    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT
+    )
     try:
         yield replace(unknown, device=place)
     except RuntimeError as error:
@@ -168,7 +186,7 @@ def join_world(device: str) -> Iterator[World]:
     dist.destroy_process_group()  # not after a failure: it would wait for those that are gone
 
 
-_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+_SINGLE_PROCESS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def _own_device(device: str, local_rank: int) -> torch.device:
@@ -180,7 +198,9 @@ def _own_device(device: str, local_rank: int) -> torch.device:
         return torch.device(kind)
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError(f"processes: more of them than this machine's {count} GPUs; give --processes {count}")
+        raise UserError(
+            f"processes: more of them than this machine's {count} GPUs; give --processes {count}"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device(kind, local_rank)
 

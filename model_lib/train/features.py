@@ -1,4 +1,5 @@
-"""The vision tower's results on disk: computed once, for training several epochs on one view of each picture."""
+"""The vision tower's results on disk: computed once, for training several epochs on one view of
+each image."""
 
 import contextlib
 import fcntl
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model_lib import storage
 from model_lib.data.shards import SplitReader
+from model_lib.io import storage
 from model_lib.model.captioner import Captioner
 from model_lib.progress import Progress
 
@@ -28,13 +29,15 @@ class FeatureCache:
         model: whose vision tower it is, in the number format to keep.
         reader: of the split.
         fingerprint: of the data set.
-        batch_size: pictures that go through the tower at once.
+        batch_size: images that go through the tower at once.
 
     Raises:
         UserError: the disk has no room.
     """
 
-    def __init__(self, folder: str, model: Captioner, reader: SplitReader, fingerprint: str, batch_size: int) -> None:
+    def __init__(
+        self, folder: str, model: Captioner, reader: SplitReader, fingerprint: str, batch_size: int
+    ) -> None:
         vision = model.config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2 + 1
         like = next(model.vision.parameters())
@@ -55,7 +58,8 @@ class FeatureCache:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait for a run that fills the same file: a second one would empty it, and need the same time and room."""
+        """Wait for a run that fills the same file: a second one would empty it, and need the same
+        time and room."""
         with self.file.with_suffix(".lock").open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,17 +82,23 @@ class FeatureCache:
         return np.memmap(self.file, np.uint8, mode, shape=(*self.shape[:-1], width))  # type: ignore[call-overload]
 
     def _fill(
-        self, encode: Callable[[Tensor], Tensor], reader: SplitReader, batch_size: int, device: torch.device
+        self,
+        encode: Callable[[Tensor], Tensor],
+        reader: SplitReader,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         values = self._open("w+")
-        with Progress("encode pictures", reader.rows, "pictures") as progress, torch.no_grad():
+        with Progress("encode images", reader.rows, "images") as progress, torch.no_grad():
             for batch in reader.batches(reader.in_order(batch_size)):
                 features = encode(torch.from_numpy(batch.pixels).to(device)).cpu().contiguous()
                 values[batch.numbers] = features.view(torch.uint8).numpy()
                 progress.advance(len(batch.numbers))
         values.flush()
-        self.done.write_text(json.dumps({"pictures": reader.rows, "shape": self.shape, "dtype": str(self.dtype)}))
+        self.done.write_text(
+            json.dumps({"images": reader.rows, "shape": self.shape, "dtype": str(self.dtype)})
+        )
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """Return the visual tokens of some pictures, [B, S, E], on the CPU."""
+        """Return the visual tokens of some images, [B, S, E], on the CPU."""
         return torch.from_numpy(self.values[numbers]).view(self.dtype)

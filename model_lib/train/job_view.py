@@ -1,4 +1,5 @@
-"""What a step shows of a TrainJob: its first machine's log, what machines wait for, and why they ended."""
+"""What a step shows of a TrainJob: its first machine's log, what machines wait for, and why they
+ended."""
 
 import logging
 import re
@@ -38,7 +39,9 @@ class JobView:
         warnings: returns what Kubernetes has against a job, given its name.
     """
 
-    def __init__(self, name: str, read_log: Callable[..., list[str]], warnings: Callable[[str], list[str]]) -> None:
+    def __init__(
+        self, name: str, read_log: Callable[..., list[str]], warnings: Callable[[str], list[str]]
+    ) -> None:
         self.name, self.read_log, self.warnings = name, read_log, warnings
         self.began = time.monotonic()
         self.last_stamp, self.read_at = "", 0.0
@@ -78,7 +81,9 @@ class JobView:
         if known != kind:
             self.stuck[name] = (kind, message, time.monotonic())
         elif time.monotonic() - since > STUCK:
-            raise UserError(f"{name}: has not started for {STUCK / 60:.0f} minutes: {kind}: {first_message}")
+            raise UserError(
+                f"{name}: has not started for {STUCK / 60:.0f} minutes: {kind}: {first_message}"
+            )
 
     def _show(self, text: str) -> None:
         if text not in self.shown:
@@ -86,7 +91,8 @@ class JobView:
             log.warning("%s", text)
 
     def failure(self, pods: list[Any], reason: str) -> UserError | WorkError:
-        """Show the last lines of each machine that failed; return the error that says why the job did."""
+        """Show the last lines of each machine that failed; return the error that says why the job
+        did."""
         ends, mistakes, codes, has_lines = [], [], set(), False
         for pod in pods:
             if pod.status.phase != "Failed":
@@ -96,10 +102,16 @@ class JobView:
             lines = self.read_log(pod, tail_lines=LAST_LINES)
             if any(lines):
                 has_lines = True
-                print(f"--- {pod.metadata.name}: {why}", *lines, sep="\n", file=sys.stderr, flush=True)
+                print(
+                    f"--- {pod.metadata.name}: {why}", *lines, sep="\n", file=sys.stderr, flush=True
+                )
             codes.add(code)
-            mistakes += [line for line in (*lines, *message.split("\n")) if line.startswith(MISTAKE)]
-        if 2 in codes and mistakes:  # of several machines one tells the mistake, and the others end with its code
+            mistakes += [
+                line for line in (*lines, *message.split("\n")) if line.startswith(MISTAKE)
+            ]
+        if (
+            2 in codes and mistakes
+        ):  # of several machines one tells the mistake, and the others end with its code
             return UserError(mistakes[-1].removeprefix(MISTAKE))
         text = f"TrainJob {self.name} failed: {'; '.join([reason, *ends])}"
         return WorkError(text + ("; its machines' last lines are above" if has_lines else ""))
@@ -117,13 +129,17 @@ def _waits_for(pod: Any) -> tuple[str, str]:
 
 
 def _end(pod: Any) -> tuple[int, str, str]:
-    """Return the exit code of a machine's program, or -1, why the machine ended, and what the program left of it."""
+    """Return the exit code of a machine's program, or -1, why the machine ended, and what the
+    program left of it."""
     code, reasons, message = -1, [], ""
     for status in pod.status.container_statuses or []:
         ended = status.state.terminated
         if status.name == NODE and ended is not None:
             code, message = ended.exit_code, (ended.message or "").strip()
-            reasons += [f"{ended.reason or 'ended'} (exit code {code})", *([message] if message else [])]
+            reasons += [
+                f"{ended.reason or 'ended'} (exit code {code})",
+                *([message] if message else []),
+            ]
     if pod.status.reason:  # of the pod as a whole: evicted, or its node was shut down
         reasons.append(": ".join(text for text in (pod.status.reason, pod.status.message) if text))
     return code, "; ".join(reasons) or "lost, without a reason", message

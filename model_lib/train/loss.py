@@ -1,7 +1,9 @@
-"""The training loss: next-token cross-entropy over all captions of a batch, without the logits ever lying in memory.
+"""The training loss: next-token cross-entropy over all captions of a batch, without the logits ever
+lying in memory.
 
-Logits of a batch at full size would take gigabytes: tokens × 50,257 floats. The head's product, the softmax and both
-gradients are therefore computed a slice of tokens at a time, in the forward pass, and only the gradients are kept.
+Logits of a batch at full size would take gigabytes: tokens × 50,257 floats. The head's product, the
+softmax and both gradients are therefore computed a slice of tokens at a time, in the forward pass,
+and only the gradients are kept.
 """
 
 from typing import Any
@@ -27,34 +29,46 @@ def caption_loss(
 ) -> Tensor:
     """Return the summed cross-entropy of all tokens that have a target.
 
-    Each picture's keys and values are computed once for all its captions, and the head runs on tokens with a target
-    only. Divide by `rows.count` for the mean a token.
+    Each image's keys and values are computed once for all its captions, and the head runs on tokens
+    with a target only. Divide by `rows.count` for the mean a token.
 
     Args:
         model: the captioner.
         features: visual tokens [B, S, E] from `Captioner.encode`.
-        rows: each picture's captions side by side.
-        label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al., 2016).
+        rows: each image's captions side by side.
+        label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al.,
+            2016).
         weights: of each token's loss, float32 [B, T]; None: all 1.
 
     Returns:
         Sum in nats, float32 scalar.
     """
     layout = PackedLayout(rows.positions, rows.mask())
-    hidden = model.hidden(rows.tokens.unsqueeze(1), model.cross_cache(features), layout=layout).squeeze(1)
+    hidden = model.hidden(
+        rows.tokens.unsqueeze(1), model.cross_cache(features), layout=layout
+    ).squeeze(1)
     if weights is None:
         weights = torch.ones_like(rows.targets, dtype=torch.float32)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-    chosen = (tensor.flatten(0, 1).index_select(0, rows.places) for tensor in (hidden, rows.targets, weights))
+    dtype = (
+        torch.get_autocast_dtype(hidden.device.type)
+        if torch.is_autocast_enabled(hidden.device.type)
+        else None
+    )
+    chosen = (
+        tensor.flatten(0, 1).index_select(0, rows.places)
+        for tensor in (hidden, rows.targets, weights)
+    )
     states, targets, shares = chosen
-    return _HeadLoss.apply(states, model.head.weight, targets, shares, label_smoothing, dtype)
+    return ChunkedCrossEntropy.apply(
+        states, model.head.weight, targets, shares, label_smoothing, dtype
+    )
 
 
-class _HeadLoss(torch.autograd.Function):
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of the cross-entropies of `hidden @ weight.T`, its gradients computed with it.
 
-    With p the softmax of a token's logits and q its smoothed target, (1 - s) at the target plus s / V everywhere, the
-    loss is -sum(q log p), and its gradient by the logits is p - q.
+    With p the softmax of a token's logits and q its smoothed target, (1 - s) at the target plus s /
+    V everywhere, the loss is -sum(q log p), and its gradient by the logits is p - q.
     """
 
     @staticmethod

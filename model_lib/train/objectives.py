@@ -1,4 +1,5 @@
-"""What training learns from a batch: its captions, or which of the captions it draws itself people would agree with."""
+"""What training learns from a batch: its captions, or which of the captions it draws itself people
+would agree with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Learned:
-    """What is to be minimised of some pictures: `caption_loss` of `rows`, with `weights`."""
+class Targets:
+    """What is to be minimised of some images: `caption_loss` of `rows`, with `weights`."""
 
     rows: PackedCaptions
     weights: Tensor | None
@@ -31,38 +32,42 @@ class Learned:
 
 
 class Objective(Protocol):
-    """What is learned from pictures, known by their numbers in the training split."""
+    """What is learned from images, known by their numbers in the training split."""
 
-    def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+    def make_targets(
+        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+    ) -> Targets:
         """Return what to minimise.
 
         Args:
             model: the captioner.
             features: visual tokens [B, S, E].
-            numbers: of the B pictures.
+            numbers: of the B images.
             step: of training.
         """
 
-    def amount(self, numbers: Sequence[int]) -> int:
+    def normalizer(self, numbers: Sequence[int]) -> int:
         """Return by what a batch's summed loss is divided."""
 
 
-def loss_of(model: Captioner, features: Tensor, learned: Learned, label_smoothing: float) -> Tensor:
+def loss_of(model: Captioner, features: Tensor, learned: Targets, label_smoothing: float) -> Tensor:
     """Return the summed loss on the features' device, float32 scalar."""
     weights = None if learned.weights is None else learned.weights.to(features.device)
     return caption_loss(model, features, learned.rows.to(features.device), label_smoothing, weights)
 
 
-class SelfCritical:
-    """Self-critical sequence training: captions drawn from the model are made likelier if better than their siblings.
+class SelfCriticalObjective:
+    """Self-critical sequence training: captions drawn from the model are made likelier if better
+    than their siblings.
 
-    Rennie et al., 2017, "Self-critical Sequence Training for Image Captioning", with the mean reward of a picture's
-    other samples as the baseline (Luo, 2020, "A Better Variant of Self-Critical Sequence Training"). The reward is
-    CIDEr-D with document frequencies from the training captions, and end-of-text as a word of captions and references
-    alike, without which captions that break off are rewarded.
+    Rennie et al., 2017, "Self-critical Sequence Training for Image Captioning", with the mean
+    reward of an image's other samples as the baseline (Luo, 2020, "A Better Variant of
+    Self-Critical Sequence Training"). The reward is CIDEr-D with document frequencies from the
+    training captions, and end-of-text as a word of captions and references alike, without which
+    captions that break off are rewarded.
 
     Args:
-        captions: each training picture's.
+        captions: each training image's.
         config: of training.
     """
 
@@ -73,56 +78,74 @@ class SelfCritical:
 
     def describe(self) -> dict[str, float | int | str]:
         """Return the scorer's configuration, for people and MLflow."""
-        return {**self.scorer.describe(), "end_of_text": END, "samples": self.config.samples}
+        return {
+            **self.scorer.describe(),
+            "end_of_text": END,
+            "num_samples": self.config.num_samples,
+        }
 
-    def amount(self, numbers: Sequence[int]) -> int:
+    def normalizer(self, numbers: Sequence[int]) -> int:
         """Return the number of captions that are drawn."""
-        return len(numbers) * self.config.samples
+        return len(numbers) * self.config.num_samples
 
-    def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
-        """Draw captions and weigh their tokens by how much better they are than the others of their picture.
+    def make_targets(
+        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+    ) -> Targets:
+        """Draw captions and weigh their tokens by how much better they are than the others of their
+        image.
 
-        The model draws without dropout. What it draws depends on the seed, the step and the pictures.
+        The model draws without dropout. What it draws depends on the seed, the step and the images.
         """
-        samples = self.config.samples
+        samples = self.config.num_samples
         # The first number too: a batch may come in parts.
-        seed = int(np.random.default_rng([self.config.seed, step, numbers[0]]).integers(LARGEST_SEED))
-        drawing = DecodeConfig(temperature=1.0, num_captions=samples, max_new_tokens=self.config.max_tokens, seed=seed)
+        seed = int(
+            np.random.default_rng([self.config.seed, step, numbers[0]]).integers(LARGEST_SEED)
+        )
+        drawing = DecodeConfig(
+            temperature=1.0, num_captions=samples, max_new_tokens=self.config.max_tokens, seed=seed
+        )
         was_training = model.training
         model.eval()
         drawn = decode(model, features.detach(), drawing)
         model.train(was_training)
-        rewards = torch.tensor([self.rewards(model, *pair) for pair in zip(numbers, drawn, strict=True)])
+        rewards = torch.tensor(
+            [self.rewards(model, *pair) for pair in zip(numbers, drawn, strict=True)]
+        )
         others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
         advantages = rewards - others
-        rows = pack_captions([[one.tokens for one in captions] for captions in drawn], model.tokenizer.eos_token_id)
+        rows = pack_captions(
+            [[one.tokens for one in captions] for captions in drawn], model.tokenizer.eos_token_id
+        )
         weights = advantages.gather(1, rows.caption.clamp(min=0)) * (rows.targets != IGNORED)
-        return Learned(rows, weights, float(rewards.sum()))
+        return Targets(rows, weights, float(rewards.sum()))
 
     def rewards(self, model: Captioner, number: int, drawn: Sequence[Decoded]) -> list[float]:
-        """Return the reward of each caption drawn for a training picture."""
+        """Return the reward of each caption drawn for a training image."""
         references = [self.scorer.vector(text) for text in self.references[number]]
         end = model.tokenizer.eos_token_id
         texts = (
-            [*words(decode_tokens(model.tokenizer, one.tokens)), *([END] * (one.tokens[-1] == end))] for one in drawn
+            [*words(decode_tokens(model.tokenizer, one.tokens)), *([END] * (one.tokens[-1] == end))]
+            for one in drawn
         )
         return [self.scorer.score(self.scorer.vector(text), references) for text in texts]
 
 
-class LearnCaptions:
-    """Each picture's captions are made likelier.
+class CrossEntropyObjective:
+    """Each image's captions are made likelier.
 
     Args:
-        ids: the captions of each training picture, as `encode_captions` returns them.
+        ids: the captions of each training image, as `encode_captions` returns them.
         end: the end-of-text token.
     """
 
     def __init__(self, ids: Sequence[Sequence[Sequence[int]]], end: int) -> None:
         self.ids, self.end = ids, end
 
-    def amount(self, numbers: Sequence[int]) -> int:
+    def normalizer(self, numbers: Sequence[int]) -> int:
         """Return the number of tokens that are learned."""
         return sum(len(caption) for number in numbers for caption in self.ids[number])
 
-    def learned(self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
-        return Learned(pack_captions([self.ids[number] for number in numbers], self.end), None)
+    def make_targets(
+        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+    ) -> Targets:
+        return Targets(pack_captions([self.ids[number] for number in numbers], self.end), None)

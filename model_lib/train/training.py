@@ -1,12 +1,13 @@
 """Training one candidate, from the data set's manifest to the best model.
 
-The story of a run: build the model and its tokenizer, resume from the newest whole checkpoint if there is one, pass
-over the pictures, and at each validation measure loss and CIDEr, keep the model if it is the best so far, and write a
-checkpoint. Where it stands is a count of steps, from which the order of the data, the views of the pictures, the
-learning rate and all random numbers follow.
+The story of a run: build the model and its tokenizer, resume from the newest whole checkpoint if
+there is one, pass over the images, and at each validation measure loss and CIDEr, keep the model if
+it is the best so far, and write a checkpoint. Where it stands is a count of steps, from which the
+order of the data, the views of the images, the learning rate and all random numbers follow.
 
-Several processes tell the same story together (`distributed.World`): each learns its share of every batch, and the
-first one of them logs and writes. Whatever depends on time or chance is decided together, so that none waits in vain.
+Several processes tell the same story together (`distributed.World`): each learns its share of every
+batch, and the first one of them logs and writes. Whatever depends on time or chance is decided
+together, so that none waits in vain.
 """
 
 import logging
@@ -25,17 +26,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model_lib import storage
-from model_lib.background import Background
-from model_lib.data.shards import AHEAD, BatchOrder, Manifest, SplitReader, ahead, read_manifest, verify
+from model_lib.data.shards import (
+    PREFETCH,
+    BatchOrder,
+    Manifest,
+    SplitReader,
+    prefetch,
+    read_manifest,
+    verify,
+)
 from model_lib.errors import UserError, WorkError
-from model_lib.exits import Asked, heeding
-from model_lib.holding import held
+from model_lib.exits import StopRequest, catch_signals
+from model_lib.io import storage
+from model_lib.io.background import Background
+from model_lib.io.locks import output_lock
+from model_lib.io.validation import input_errors
 from model_lib.model.captioner import Captioner
 from model_lib.model.sources import lasting_source
 from model_lib.model.tokens import encode_captions
 from model_lib.progress import INTERVAL, Progress
-from model_lib.records import believing
 from model_lib.tracking.runs import Point
 from model_lib.tracking.server import NO_TRACKING, Run, Tracking
 from model_lib.train import checkpoint
@@ -46,8 +55,8 @@ from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import World, join_world, shared, started_by_launcher
 from model_lib.train.features import FeatureCache
 from model_lib.train.learning import Learner, require_compiler
-from model_lib.train.objectives import LearnCaptions, Objective, SelfCritical
-from model_lib.train.validation import Standing, Validator
+from model_lib.train.objectives import CrossEntropyObjective, Objective, SelfCriticalObjective
+from model_lib.train.validation import ValidationScore, Validator
 
 log = logging.getLogger(__name__)
 
@@ -55,31 +64,44 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
     """Train one candidate, or finish what an earlier call with the same options began.
 
-    One of several processes if torchrun started it as such. SIGTERM makes it write a checkpoint and exit with 143, and
-    among several processes so does SIGINT, with 130.
+    One of several processes if torchrun started it as such. SIGTERM makes it write a checkpoint and
+    exit with 143, and among several processes so does SIGINT, with 130.
 
     Raises:
-        UserError: data, weights or output cannot be used, or the output holds a run with other options.
+        UserError: data, weights or output cannot be used, or the output holds a run with other
+            options.
         WorkError: the work failed; started again, it goes on from the last checkpoint.
     """
     several = [signal.SIGINT] if started_by_launcher() else []
-    with join_world(config.device) as world, heeding(signal.SIGTERM, *several) as asked, ExitStack() as alone:
-        world.lead(tracking.require_answer)
-        world.lead(lambda: alone.enter_context(held(config.output)))
-        config, manifest, model = world.together(lambda: _data_and_model(config, world))
-        return _Run(config, manifest, model, world, tracking if world.leads else NO_TRACKING, asked).to_the_end()
+    with (
+        join_world(config.device) as world,
+        catch_signals(signal.SIGTERM, *several) as asked,
+        ExitStack() as alone,
+    ):
+        world.run_on_main(tracking.require_answer)
+        world.run_on_main(lambda: alone.enter_context(output_lock(config.output)))
+        config, manifest, model = world.run_on_all(lambda: _data_and_model(config, world))
+        return Trainer(
+            config, manifest, model, world, tracking if world.is_main else NO_TRACKING, asked
+        ).run()
 
 
 def _data_and_model(config: TrainConfig, world: World) -> tuple[TrainConfig, Manifest, Captioner]:
-    """Return the configuration with a lasting start, the checked data set, and the untrained model on its device."""
-    if config.start is not None:
-        config = replace(config, start=lasting_source(config.start))
+    """Return the configuration with a lasting start, the checked data set, and the untrained model
+    on its device."""
+    if config.init_from is not None:
+        config = replace(config, init_from=lasting_source(config.init_from))
     if config.compile:
         require_compiler(world.device)
     manifest, splits = read_manifest(config.data), ("train", "val")
     for split in splits:
         manifest.require_split(split)
-    verify(shared([s for s in manifest.shards if s.split in splits], world), config.name, config.workers, world.leads)
+    verify(
+        shared([s for s in manifest.shards if s.split in splits], world),
+        config.name,
+        config.workers,
+        world.is_main,
+    )
     return config, manifest, build_model(config, manifest).to(world.device)
 
 
@@ -87,7 +109,7 @@ class _Stopped(Exception):
     """The process was asked to stop."""
 
 
-class _Run:
+class Trainer:
     """The state of one training run."""
 
     def __init__(
@@ -97,22 +119,32 @@ class _Run:
         model: Captioner,
         world: World,
         tracking: Tracking,
-        asked: Asked,
+        asked: StopRequest,
     ) -> None:
-        self.config, self.manifest, self.model, self.world, self.tracking = config, manifest, model, world, tracking
-        self.asked = asked
-        self.train_data = SplitReader(manifest, "train", size=model.image_size, workers=config.workers)
+        self.config, self.manifest, self.model, self.world, self.tracking = (
+            config,
+            manifest,
+            model,
+            world,
+            tracking,
+        )
+        self.stop_request = asked
+        self.train_data = SplitReader(
+            manifest, "train", size=model.image_size, workers=config.workers
+        )
         self.texts = self.train_data.captions()
-        ids = encode_captions(model.tokenizer, self.texts, config.captions_per_picture, config.max_tokens)
-        self.lengths = np.array([sum(map(len, picture)) for picture in ids])
-        objective: Objective = LearnCaptions(ids, model.tokenizer.eos_token_id)
+        ids = encode_captions(
+            model.tokenizer, self.texts, config.captions_per_image, config.max_tokens
+        )
+        self.lengths = np.array([sum(map(len, image)) for image in ids])
+        objective: Objective = CrossEntropyObjective(ids, model.tokenizer.eos_token_id)
         self.reward: dict[str, Any] = {}
         if config.objective == "self-critical":
-            objective = critic = SelfCritical(self.texts, config)
+            objective = critic = SelfCriticalObjective(self.texts, config)
             self.reward = {f"reward_{name}": value for name, value in critic.describe().items()}
         self.epoch_steps = -(-self.train_data.rows // config.batch_size)
         self.steps = self.epoch_steps * config.epochs
-        start = [] if config.start is None else [identity(model)]
+        start = [] if config.init_from is None else [identity(model)]
         self.origin = config.key(manifest.fingerprint, str(checkpoint.FORMAT_VERSION), *start)
         self.learner = Learner(model, objective, config, world, self.steps)
         self.validator = Validator(config, manifest, model.image_size, world)
@@ -120,9 +152,14 @@ class _Run:
         self.checkpoints = Checkpoints(config.output, config.checkpoints_kept)
         self.saving = Background()
         self.step, self.validated, self.stale = 0, 0, 0
-        self.best: Standing | None = None
+        self.best: ValidationScore | None = None
         self.unsent: list[Point] = []
-        self.saved, self.saved_at, self.logged_at, self.pictures = 0, time.monotonic(), time.monotonic(), 0
+        self.saved, self.saved_at, self.logged_at, self.images = (
+            0,
+            time.monotonic(),
+            time.monotonic(),
+            0,
+        )
 
     @property
     def best_uri(self) -> str:
@@ -140,18 +177,24 @@ class _Run:
         every = self.config.validate_every or self.epoch_steps
         return self.step > self.validated and (self.step % every == 0 or self.step == self.steps)
 
-    def to_the_end(self) -> Trained:
+    def run(self) -> Trained:
         self._resume()
-        if self.reward and self.world.leads:
-            log.warning("reward: %s", ", ".join(f"{name} {value}" for name, value in self.reward.items()))
+        if self.reward and self.world.is_main:
+            log.warning(
+                "reward: %s", ", ".join(f"{name} {value}" for name, value in self.reward.items())
+            )
         if self.config.feature_cache is not None and not self.finished:
             self.cache = self._cached_features(self.config.feature_cache)
-        self.world.lead(lambda: checkpoint.require_room(self.config, self.model))
-        key = self.world.lead(self._key)
-        run = self.tracking.start(self.config.name, key, {**self.config.to_dict(), **self.reward}, self._tags())
+        self.world.run_on_main(lambda: checkpoint.require_room(self.config, self.model))
+        key = self.world.run_on_main(self._key)
+        run = self.tracking.start(
+            self.config.name, key, {**self.config.to_dict(), **self.reward}, self._tags()
+        )
         run.resume(self.unsent)
-        steps = Progress(f"train {self.config.name}", self.steps, "steps", self.step, shown=self.world.leads)
-        with run, steps as progress, self.saving, self.asked.finishing_first():
+        steps = Progress(
+            f"train {self.config.name}", self.steps, "steps", self.step, shown=self.world.is_main
+        )
+        with run, steps as progress, self.saving, self.stop_request.defer_stop():
             try:
                 while not self.finished:
                     if self._due:
@@ -161,43 +204,54 @@ class _Run:
             except _Stopped:
                 self._stop(run)
         assert self.best is not None
-        return Trained(self.best_uri, -self.best.negative_loss, self.best.cider, self.step, run.run_id)
+        return Trained(
+            self.best_uri, -self.best.negative_loss, self.best.cider, self.step, run.run_id
+        )
 
     def _tags(self) -> dict[str, str]:
         counts = ", ".join(f"{split} {count}" for split, count in self.manifest.counts.items())
-        return {"captioner.data_fingerprint": self.manifest.fingerprint, "captioner.data_counts": counts}
+        return {
+            "captioner.data_fingerprint": self.manifest.fingerprint,
+            "captioner.data_counts": counts,
+        }
 
     def _cached_features(self, folder: str) -> FeatureCache:
         """Return the feature cache, which one process of each machine fills."""
 
         def cache() -> FeatureCache:
             fingerprint = self.manifest.fingerprint
-            return FeatureCache(folder, self.model, self.train_data, fingerprint, self.config.batch_size)
+            return FeatureCache(
+                folder, self.model, self.train_data, fingerprint, self.config.batch_size
+            )
 
-        self.world.together(lambda: cache() if self.world.local_rank == 0 else None)
+        self.world.run_on_all(lambda: cache() if self.world.local_rank == 0 else None)
         return cache()
 
-    # ---- learning --------------------------------------------------------------------------------------------
+    # ---- learning --------------------------------------------------------------------------------
 
     def _epoch(self, run: Run, progress: Progress) -> None:
         """Train to the next validation or the epoch's end, from wherever in it the run stands."""
         epoch, skip = divmod(self.step, self.epoch_steps)
         self.model.train()
         config = self.config
-        order = self.train_data.shuffled(config.batch_size, config.seed, epoch, self.lengths, config.sort_batches)
+        order = self.train_data.shuffled(
+            config.batch_size, config.seed, epoch, self.lengths, config.sort_batches
+        )
         rest = order[skip:]
-        self.logged_at, self.pictures = time.monotonic(), 0
-        with closing(ahead(self._pictures([self.world.share(batch) for batch in rest], epoch), AHEAD)) as shares:
+        self.logged_at, self.images = time.monotonic(), 0
+        with closing(
+            prefetch(self._images([self.world.shard(batch) for batch in rest], epoch), PREFETCH)
+        ) as shares:
             for batch, pixels in zip(rest, shares, strict=True):
                 self.saving.check()
                 measured = self.learner.learn(batch, pixels, self.step)
                 self.step += 1
-                self.pictures += len(batch)
+                self.images += len(batch)
                 progress.advance()
                 logs, saves, stops = self.world.any(
-                    self.world.leads and time.monotonic() - self.logged_at > INTERVAL,
-                    self.world.leads and self._checkpoint_due(),
-                    self.asked.signal > 0,
+                    self.world.is_main and time.monotonic() - self.logged_at > INTERVAL,
+                    self.world.is_main and self._checkpoint_due(),
+                    self.stop_request.signal > 0,
                 )
                 if logs or self.step % config.log_steps == 0 or self.step == self.steps:
                     self._log(run, progress, measured)
@@ -208,8 +262,8 @@ class _Run:
                 if self._due:
                     return
 
-    def _pictures(self, order: BatchOrder, epoch: int) -> Generator[Tensor]:
-        """Yield the pixels of each batch's pictures, or their features from the cache."""
+    def _images(self, order: BatchOrder, epoch: int) -> Generator[Tensor]:
+        """Yield the pixels of each batch's images, or their features from the cache."""
 
         def pinned(values: Tensor) -> Tensor:
             return values.pin_memory() if self.world.device.type == "cuda" else values
@@ -227,19 +281,21 @@ class _Run:
             yield pinned(torch.from_numpy(batch.pixels))
 
     def _log(self, run: Run, progress: Progress, measured: dict[str, Tensor | float]) -> None:
-        parts = torch.tensor([float(measured[name]) for name in ("train_loss", "reward")], device=self.world.device)
+        parts = torch.tensor(
+            [float(measured[name]) for name in ("train_loss", "reward")], device=self.world.device
+        )
         loss, reward = self.world.sum(parts).tolist()
         skipped, now = self._skipped(), time.monotonic()
-        speed = self.pictures / max(now - self.logged_at, 1e-9)
+        speed = self.images / max(now - self.logged_at, 1e-9)
         values = {name: float(measured[name]) for name in ("learning_rate", "gradient_norm")}
-        values |= {"train_loss": loss, "pictures_per_second": speed, "skipped_steps": skipped}
+        values |= {"train_loss": loss, "images_per_second": speed, "skipped_steps": skipped}
         if self.reward:
             values["reward"] = reward
         run.log(values, self.step)
         shown = f"reward {reward:.3f}" if self.reward else f"train_loss {loss:.3f}"
         left_out = f", {skipped} steps skipped: gradients not finite" if skipped else ""
-        progress.advance(0, f"{shown}, {speed:,.1f} pictures a second{left_out}")
-        self.logged_at, self.pictures = now, 0
+        progress.advance(0, f"{shown}, {speed:,.1f} images per second{left_out}")
+        self.logged_at, self.images = now, 0
 
     def _skipped(self) -> int:
         """Return how many steps were left out; the run ends if it gets nowhere."""
@@ -248,13 +304,15 @@ class _Run:
         except WorkError as error:
             raise self.world.once(error) from None
 
-    # ---- judging ---------------------------------------------------------------------------------------------
+    # ---- evaluating ------------------------------------------------------------------------------
 
     def _validate(self, run: Run) -> None:
-        """Judge the model, keep it if it is the best so far, and write a checkpoint."""
+        """Evaluate the model, keep it if it is the best so far, and write a checkpoint."""
 
         def encode(pixels: Tensor) -> Tensor:
-            if self.world.alone and self.asked.signal > 0:  # the others would wait for this process
+            if (
+                self.world.single_process and self.stop_request.signal > 0
+            ):  # the others would wait for this process
                 raise _Stopped
             return self.learner.loss.encode(pixels)
 
@@ -266,26 +324,35 @@ class _Run:
             if not math.isfinite(loss):
                 raise self.world.once(
                     WorkError(
-                        f"{self.config.name}: the validation loss is {loss} after step {self.step}; the best model so "
-                        f"far is kept; lower the learning rate ({self.config.learning_rate}) or train in float32"
+                        f"{self.config.name}: the validation loss is {loss} after step "
+                        f"{self.step}; the best model so "
+                        f"far is kept; lower the learning rate ({self.config.learning_rate}) or "
+                        "train in float32"
                     )
                 )
-            standing = Standing(scores["val_slice_CIDEr"], -loss)
+            standing = ValidationScore(scores["val_slice_CIDEr"], -loss)
             self.stale += 1
             keep = self.best is None or standing > self.best
             if keep:
                 self.best, self.stale = standing, 0
             self.saving.wait()  # before there is a second copy in memory
-            weights = self._weights() if keep and self.world.leads else None
+            weights = self._weights() if keep and self.world.is_main else None
         self.validated = self.step
-        self._checkpoint(run, None if weights is None else lambda: self._save_best(weights, scores, run.run_id))
+        self._checkpoint(
+            run, None if weights is None else lambda: self._save_best(weights, scores, run.run_id)
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         """Return copies of all the model's weights, float32 on the CPU."""
         state = self.model.state_dict()
-        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+        return {
+            name: tensor.detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in state.items()
+        }
 
-    def _save_best(self, weights: dict[str, Tensor], scores: dict[str, float], run_id: str | None) -> None:
+    def _save_best(
+        self, weights: dict[str, Tensor], scores: dict[str, float], run_id: str | None
+    ) -> None:
         about = {
             "name": self.config.name,
             "step": self.validated,
@@ -303,7 +370,7 @@ class _Run:
         except Exception as error:
             raise checkpoint.unwritten(self.best_uri, error) from error
 
-    # ---- surviving -------------------------------------------------------------------------------------------
+    # ---- surviving -------------------------------------------------------------------------------
 
     def _checkpoint_due(self) -> bool:
         """Return whether it is time for a checkpoint; not while the last one is being written."""
@@ -313,7 +380,7 @@ class _Run:
 
     def _checkpoint(self, run: Run, first: Callable[[], None] | None = None) -> None:
         """Write a checkpoint while training goes on, after the work that comes `first`."""
-        if not self.world.leads:
+        if not self.world.is_main:
             return
         position = checkpoint.Position(
             step=self.step,
@@ -326,7 +393,9 @@ class _Run:
             configuration=self.config.to_dict(),
         )
         self.saving.wait()  # before there is a second copy in memory, here too
-        tensors = checkpoint.snapshot(self.model, self.learner.optimizer, self.learner.average.state())
+        tensors = checkpoint.snapshot(
+            self.model, self.learner.optimizer, self.learner.average.state()
+        )
         name = f"step-{self.step:08d}" + ("-validated" if self.validated == self.step else "")
 
         def write() -> None:
@@ -341,42 +410,62 @@ class _Run:
         """Write a checkpoint and end the process as its signal asks."""
         if self.saved != self.step:
             self._checkpoint(run)
-        self.world.together(self.saving.wait)  # a launcher ends the first process when another has ended
-        number = max(self.world.gather(self.asked.signal))
-        if self.world.leads:
+        self.world.run_on_all(
+            self.saving.wait
+        )  # a launcher ends the first process when another has ended
+        number = max(self.world.gather(self.stop_request.signal))
+        if self.world.is_main:
             name = signal.Signals(number).name
-            log.warning("%s: stopped by %s after step %d; the same command goes on", self.config.name, name, self.step)
+            log.warning(
+                "%s: stopped by %s after step %d; the same command goes on",
+                self.config.name,
+                name,
+                self.step,
+            )
         raise SystemExit(128 + number)
 
     def _resume(self) -> None:
-        uri = self.world.lead(self.checkpoints.newest)
+        uri = self.world.run_on_main(self.checkpoints.newest)
         if uri is not None:
-            self.world.together(lambda: self._restore(uri))
+            self.world.run_on_all(lambda: self._restore(uri))
 
     def _restore(self, uri: str) -> None:
         tensors, position = checkpoint.load(uri)
         with checkpoint.restoring(uri):
             self._require_same(position.origin)
-            self.learner.restore(checkpoint.restore(tensors, self.model, self.learner.optimizer), position.learner)
-            self.step, self.validated, self.stale = position.step, position.validated, position.stale
-            self.best = None if position.best is None else Standing(*map(float, position.best))
-            self.unsent = [(str(name), float(value), int(at), int(step)) for name, value, at, step in position.unsent]
+            self.learner.restore(
+                checkpoint.restore(tensors, self.model, self.learner.optimizer), position.learner
+            )
+            self.step, self.validated, self.stale = (
+                position.step,
+                position.validated,
+                position.stale,
+            )
+            self.best = (
+                None if position.best is None else ValidationScore(*map(float, position.best))
+            )
+            self.unsent = [
+                (str(name), float(value), int(at), int(step))
+                for name, value, at, step in position.unsent
+            ]
         self.saved = self.step
-        if self.world.leads:
+        if self.world.is_main:
             log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)
 
     def _require_same(self, origin: str) -> None:
         if origin != self.origin:
             raise UserError(
-                f"{self.config.output}: holds a run with other options or data; choose another output or delete it"
+                f"{self.config.output}: holds a run with other options or data; choose another "
+                "output or delete it"
             )
 
     def _key(self) -> str:
-        """Return what the run is known by in MLflow: written before anything else, so that it outlasts every kill."""
+        """Return what the run is known by in MLflow: written before anything else, so that it
+        outlasts every kill."""
         file = storage.join(self.config.output, "run.json")
         if storage.exists(file):
             document = storage.read_json(file)
-            with believing(file, "what captioner train wrote; choose another output"):
+            with input_errors(file, "what captioner train wrote; choose another output"):
                 self._require_same(document["origin"])
                 return str(document["key"])
         key = uuid.uuid4().hex

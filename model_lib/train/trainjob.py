@@ -1,7 +1,9 @@
-"""Training on several machines of a cluster, through Kubeflow Trainer: a TrainJob made, followed and removed.
+"""Training on several machines of a cluster, through Kubeflow Trainer: a TrainJob made, followed
+and removed.
 
-The job's machines run `captioner train`, and go on from the candidate's checkpoints like any other run.
-What is seen here is one machine's log and the job's end. The names are those of Kubeflow Trainer 2.3.
+The job's machines run `captioner train`, and go on from the candidate's checkpoints like any other
+run. What is seen here is one machine's log and the job's end. The names are those of Kubeflow
+Trainer 2.3.
 """
 
 import os
@@ -11,21 +13,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from model_lib import storage
 from model_lib.errors import UserError
+from model_lib.io import storage
 from model_lib.options import as_arguments
-from model_lib.train.cluster import GROUP, VERSION, Cluster, told
+from model_lib.train.cluster import GROUP, VERSION, Cluster, kubernetes_errors
 from model_lib.train.config import TrainConfig
 from model_lib.train.job_view import NODE
 
 RUNTIME = {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": "captioner"}
-"""The training runtime in `deploy/trainer.yaml`. Kubeflow Trainer's own starts a failed machine again and again."""
+"""The training runtime in `deploy/trainer.yaml`. Kubeflow Trainer's own starts a failed machine
+again and again."""
 MANAGER = "captioner.example/train"
 """Who patches the runtime: Kubeflow Trainer's webhook takes a domain and a path only."""
 PLACEMENT = ("gpu_node_selector", "gpu_tolerations")
 """Parameters of a pipeline that place all of a machine."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
-"""Variables of the step that its machines need too: what a server gives, not what comes from a secret."""
+"""Variables of the step that its machines need too: what a server gives, not what comes from a
+secret."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,26 @@ class Machines:
     user: int
 
     @classmethod
-    def from_parameters(cls, *, nodes: int, gpu_count: str, secret_name: str, **parameters: Any) -> Self:
-        """Make it of a pipeline's parameters; `UserError` if the count of GPUs, a text for KFP's sake, is no number."""
+    def from_parameters(
+        cls, *, nodes: int, gpu_count: str, secret_name: str, **parameters: Any
+    ) -> Self:
+        """Make it of a pipeline's parameters; `UserError` if the count of GPUs, a text for KFP's
+        sake, is no number."""
         if not gpu_count.isdecimal():
             raise UserError(f"gpu_count {gpu_count!r}: is not a whole number, as text")
-        placed = {name.removeprefix("gpu_") if name in PLACEMENT else name: value for name, value in parameters.items()}
+        placed = {
+            name.removeprefix("gpu_") if name in PLACEMENT else name: value
+            for name, value in parameters.items()
+        }
         return cls(count=nodes, gpu_count=int(gpu_count), secret=secret_name, **placed)
 
 
 def job_document(
-    name: str, config: TrainConfig, machines: Machines, account: str, owner: dict[str, Any] | None = None
+    name: str,
+    config: TrainConfig,
+    machines: Machines,
+    account: str,
+    owner: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the TrainJob that trains a candidate, as Kubernetes takes it.
 
@@ -82,7 +96,10 @@ def job_document(
     memory = {"memory": f"{machines.memory}Gi"}
     gpus = {machines.gpu_resource: str(machines.gpu_count)} if machines.gpu_count else {}
     secrets = [
-        {"name": variable, "valueFrom": {"secretKeyRef": {"name": machines.secret, "key": key, "optional": True}}}
+        {
+            "name": variable,
+            "valueFrom": {"secretKeyRef": {"name": machines.secret, "key": key, "optional": True}},
+        }
         for key, variable in machines.secret_variables.items()
     ]
     plain = [{"name": name, "value": os.environ[name]} for name in PASSED_ON if name in os.environ]
@@ -90,7 +107,11 @@ def job_document(
         "serviceAccountName": account,
         "nodeSelector": dict(machines.node_selector),
         "tolerations": machines.tolerations,
-        "securityContext": {"runAsUser": machines.user, "runAsGroup": machines.user, "runAsNonRoot": True},
+        "securityContext": {
+            "runAsUser": machines.user,
+            "runAsGroup": machines.user,
+            "runAsNonRoot": True,
+        },
         "volumes": [
             {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
@@ -98,13 +119,22 @@ def job_document(
         "containers": [
             {
                 "name": NODE,
-                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "shm", "mountPath": "/dev/shm"}],
+                "securityContext": {
+                    "allowPrivilegeEscalation": False,
+                    "capabilities": {"drop": ["ALL"]},
+                },
+                "volumeMounts": [
+                    {"name": "tmp", "mountPath": "/tmp"},
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                ],
             }
         ],
     }
     replicated = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
-    patch = {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}}}
+    patch = {
+        "manager": MANAGER,
+        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}},
+    }
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -129,15 +159,16 @@ def job_document(
 
 
 def train_on(machines: Machines, config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    """Train a candidate on several machines; return the URI of its best model as `model`, and what is written in it.
+    """Train a candidate on several machines; return the URI of its best model as `model`, and what
+    is written in it.
 
     Raises:
-        UserError: this is no cluster, or one without Kubeflow Trainer; another step trains the same; or the machines'
-            program refuses its input.
+        UserError: this is no cluster, or one without Kubeflow Trainer; another step trains the
+            same; or the machines' program refuses its input.
         WorkError: the job failed, or could not be made or followed.
     """
     name = job_name(config, fingerprint)
-    with _terminable(), told():
+    with _terminable(), kubernetes_errors():
         cluster = Cluster()
         with cluster.job(job_document(name, config, machines, cluster.account(), cluster.owner())):
             cluster.follow(name)
@@ -146,7 +177,8 @@ def train_on(machines: Machines, config: TrainConfig, fingerprint: str) -> dict[
 
 
 def job_name(config: TrainConfig, fingerprint: str) -> str:
-    """Return the name of a candidate's job, by which a second attempt finds what the first one left.
+    """Return the name of a candidate's job, by which a second attempt finds what the first one
+    left.
 
     It is one for each output: another run's candidate may have the same options and data.
     """
@@ -157,10 +189,11 @@ def require_trainer(candidates: Sequence[TrainConfig], machines: Machines) -> No
     """Let Kubernetes check each candidate's TrainJob, as the step would send it, without making it.
 
     Raises:
-        UserError: this is no cluster, or one without Kubeflow Trainer, our runtime or the right to use them.
+        UserError: this is no cluster, or one without Kubeflow Trainer, our runtime or the right to
+            use them.
         WorkError: Kubernetes or Kubeflow Trainer fails.
     """
-    with told():
+    with kubernetes_errors():
         cluster = Cluster()
         cluster.require_trainer()
         account, owner = cluster.account(), cluster.owner()

@@ -1,4 +1,5 @@
-"""How good a model is in the middle of its training: loss and CIDEr on the first pictures of both splits."""
+"""How good a model is in the middle of its training: loss and CIDEr on the first images of both
+splits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from model_lib.train.loss import caption_loss
 
 
 @dataclass(frozen=True, order=True)
-class Standing:
+class ValidationScore:
     """How good a model is: by CIDEr, and among equals by loss."""
 
     cider: float
@@ -29,19 +30,19 @@ class Standing:
 
 
 class Validator:
-    """Measures a model on the first validation pictures, and on as many training pictures.
+    """Measures a model on the first validation images, and on as many training images.
 
     Args:
         config: of training.
         manifest: the data set.
-        size: side of the pictures in pixels.
-        world: the processes that share the pictures.
+        size: side of the images in pixels.
+        world: the processes that share the images.
     """
 
     def __init__(self, config: TrainConfig, manifest: Manifest, size: int, world: World) -> None:
         self.config, self.world = config, world
         known = manifest.counts["val"]
-        limit = min(config.validation_pictures or known, known)
+        limit = min(config.validation_images or known, known)
         self.slices = {
             split: SplitReader(manifest, split, size=size, workers=config.workers, limit=limit)
             for split in ("val", "train")
@@ -50,13 +51,15 @@ class Validator:
     def measure(
         self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
     ) -> dict[str, float]:
-        """Return loss and CIDEr on both slices, the same in each process: far apart, much was learned by heart.
+        """Return loss and CIDEr on both slices, the same in each process: far apart, much was
+        learned by heart.
 
         Args:
             model: the captioner.
-            encode: from pixels on the CPU, uint8 [B, 3, size, size], to visual tokens [B, S, E] on the model's device.
+            encode: from pixels on the CPU, uint8 [B, 3, size, size], to visual tokens [B, S, E] on
+                the model's device.
             dtype: in which the model computes.
-            at_once: pictures that go through the model together.
+            at_once: images that go through the model together.
 
         Raises:
             WorkError: the device has too little memory for so many.
@@ -65,21 +68,32 @@ class Validator:
             return self._measure(model, encode, dtype, at_once)
         except torch.OutOfMemoryError:
             raise WorkError(
-                f"{self.config.name}: out of memory in the validation with {at_once} pictures at once; give a smaller "
+                f"{self.config.name}: out of memory in the validation with {at_once} images at "
+                "once; give a smaller "
                 "--micro_batch_size and start again: it goes on from its last checkpoint"
             ) from None
 
     def _measure(
         self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
     ) -> dict[str, float]:
-        orders = {split: shared(reader.in_order(at_once), self.world) for split, reader in self.slices.items()}
+        orders = {
+            split: shared(reader.in_order(at_once), self.world)
+            for split, reader in self.slices.items()
+        }
         scores: dict[str, float] = {}
         model.eval()
-        pictures = sum(len(numbers) for order in orders.values() for numbers in order)
-        with Progress(f"validate {self.config.name}", pictures, "pictures", shown=self.world.leads) as progress:
+        images = sum(len(numbers) for order in orders.values() for numbers in order)
+        with Progress(
+            f"validate {self.config.name}", images, "images", shown=self.world.is_main
+        ) as progress:
             for split, reader in self.slices.items():
-                loss, cider = self._measure_on(reader, orders[split], model, encode, dtype, progress)
-                scores |= {f"{split}_slice_CIDEr": cider, "val_loss" if split == "val" else "train_slice_loss": loss}
+                loss, cider = self._measure_on(
+                    reader, orders[split], model, encode, dtype, progress
+                )
+                scores |= {
+                    f"{split}_slice_CIDEr": cider,
+                    "val_loss" if split == "val" else "train_slice_loss": loss,
+                }
         return scores
 
     @torch.no_grad()
@@ -99,14 +113,19 @@ class Validator:
         decoding = DecodeConfig(max_new_tokens=config.max_tokens)
         for batch in reader.batches(order):
             features = encode(torch.from_numpy(batch.pixels))
-            ids = encode_captions(model.tokenizer, batch.captions, config.captions_per_picture, config.max_tokens)
+            ids = encode_captions(
+                model.tokenizer, batch.captions, config.captions_per_image, config.max_tokens
+            )
             rows = pack_captions(ids, model.tokenizer.eos_token_id)
             with autocast(dtype, features.device):
                 losses += float(caption_loss(model, features, rows.to(features.device)))
                 decoded = decode(model, features, decoding)
             count += rows.count
             for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
-                captions[number], references[number] = decode_tokens(model.tokenizer, one.tokens), texts
+                captions[number], references[number] = (
+                    decode_tokens(model.tokenizer, one.tokens),
+                    texts,
+                )
             progress.advance(len(batch.numbers))
 
         def merge() -> tuple[float, float]:
@@ -115,7 +134,9 @@ class Validator:
                 references.update(of_others)
             total = sum(part[0] for part in parts) / sum(part[1] for part in parts)
             in_order = sorted(captions)
-            return total, corpus_cider({n: captions[n] for n in in_order}, {n: references[n] for n in in_order})
+            return total, corpus_cider(
+                {n: captions[n] for n in in_order}, {n: references[n] for n in in_order}
+            )
 
         parts = self.world.gather((losses, count, captions, references))
-        return self.world.lead(merge)
+        return self.world.run_on_main(merge)

@@ -1,10 +1,11 @@
-"""Compares the pinned packages with a copy of PyPA's advisory database, where PyPI itself cannot be asked.
+"""Compares the pinned packages with a copy of PyPA's advisory database, where PyPI itself cannot be
+asked.
 
     git clone https://github.com/pypa/advisory-database
     make audit ADVISORIES=advisory-database
 
-It prints each advisory that a pinned version falls under and how many there are, and exits with 1 if there is one. The
-format is that of https://ossf.github.io/osv-schema.
+It prints each advisory that a pinned version falls under and how many there are, and exits with 1
+if there is one. The format is that of https://ossf.github.io/osv-schema.
 """
 
 import sys
@@ -25,7 +26,8 @@ def pinned() -> dict[str, Version]:
 
 
 def affected(version: Version, package: dict[str, Any]) -> bool:
-    """Return whether an advisory's entry of a package, its versions and its ranges, holds a version."""
+    """Return whether an advisory's entry of a package, its versions and its ranges, holds a
+    version."""
     for one in package.get("versions", []):
         try:
             if Version(one) == version:
@@ -41,7 +43,9 @@ def affected(version: Version, package: dict[str, Any]) -> bool:
             passed = bound == "0" or version >= Version(bound)
             if kind == "introduced" and passed:
                 inside = True
-            elif (kind == "fixed" and passed) or (kind == "last_affected" and version > Version(bound)):
+            elif (kind == "fixed" and passed) or (
+                kind == "last_affected" and version > Version(bound)
+            ):
                 inside = False
         if inside:
             return True
@@ -58,12 +62,20 @@ def main(database: str) -> int:
                 continue
             if any(affected(version, package) for package in advisory["affected"]):
                 found += 1
-                print(f"{name} {version}: {advisory['id']} {', '.join(advisory.get('aliases', []))}")
-    print(f"{found} of {looked} advisories for {len(pins)} pinned packages hold for the pinned versions")
+                print(
+                    f"{name} {version}: {advisory['id']} {', '.join(advisory.get('aliases', []))}"
+                )
+    print(
+        f"{found} of {looked} advisories for {len(pins)} pinned packages hold for the pinned "
+        "versions"
+    )
     return int(found > 0)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1], "vulns").is_dir():
-        sys.exit("advisories: which copy? git clone https://github.com/pypa/advisory-database, then give its folder")
+        sys.exit(
+            "advisories: which copy? git clone https://github.com/pypa/advisory-database, then "
+            "give its folder"
+        )
     sys.exit(main(sys.argv[1]))

@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing of what reads files and options: make fuzz FUZZ_SECONDS=60.
 
-Each reader gets inputs that atheris makes up from a small corpus, for so many seconds, in a process of its own. Only a
-`UserError` may come out. What let anything else come out is kept in a folder and named at the end; it
-is mended, and becomes a case of test_files.py.
+Each reader gets inputs that atheris makes up from a small corpus, for so many seconds, in a process
+of its own. Only a `UserError` may come out. What let anything else come out is kept in a folder and
+named at the end; it is mended, and becomes a case of test_files.py.
 """
 
 import argparse
@@ -27,7 +27,21 @@ with atheris.instrument_imports(include=["model_lib"]):
     from tests.attacks import samples
     from tests.attacks.readers import READERS
 
-STRANGE: list[Any] = [None, True, -1, 2**63, 10**400, 1.5, float("nan"), "", "x", "../x", "/etc/x", "a\0b", "\ud800"]
+STRANGE: list[Any] = [
+    None,
+    True,
+    -1,
+    2**63,
+    10**400,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "../x",
+    "/etc/x",
+    "a\0b",
+    "\ud800",
+]
 STRANGE += ["http://x/y", "x" * 5000, [], [[]], {}, {"": 0}]
 SLOW = 30
 """Seconds after which an input counts as one that hangs."""
@@ -35,7 +49,7 @@ MEMORY_MB = 3000
 """Memory above which an input counts as a bomb."""
 
 
-# ---- inputs ----------------------------------------------------------------------------------------------------------
+# ---- inputs --------------------------------------------------------------------------------------
 
 
 def changed(document: Any, rng: random.Random) -> Any:
@@ -67,10 +81,20 @@ def changed_table(content: bytes, rng: random.Random) -> bytes:
     elif act == 1:
         found = found.append_column(rng.choice([name, "more"]), found[name])
     elif act == 2:
-        found = found.set_column(place, name, pa.nulls(found.num_rows, found.schema.field(name).type))
+        found = found.set_column(
+            place, name, pa.nulls(found.num_rows, found.schema.field(name).type)
+        )
     else:
-        kind = rng.choice([pa.int8(), pa.float64(), pa.string(), pa.binary(), pa.list_(pa.string()), pa.null()])
-        values = {"int8": 1, "double": float("nan"), "string": "../x", "binary": b"\xff", "null": None}
+        kind = rng.choice(
+            [pa.int8(), pa.float64(), pa.string(), pa.binary(), pa.list_(pa.string()), pa.null()]
+        )
+        values = {
+            "int8": 1,
+            "double": float("nan"),
+            "string": "../x",
+            "binary": b"\xff",
+            "null": None,
+        }
         column = [values.get(str(kind), ["x", None])] * found.num_rows
         found = found.set_column(place, name, pa.array(column, kind))
     file = io.BytesIO()
@@ -79,12 +103,15 @@ def changed_table(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutator(name: str) -> Callable[[bytes, int, int], bytes]:
-    """Return what makes an input from another: half of the time one of the same form, else any bytes."""
+    """Return what makes an input from another: half of the time one of the same form, else any
+    bytes."""
 
     def mutate(content: bytes, size: int, seed: int) -> bytes:
         rng = random.Random(seed)
         if rng.random() < 0.5:
-            with contextlib.suppress(Exception):  # what is no document or table any more is mutated as bytes
+            with contextlib.suppress(
+                Exception
+            ):  # what is no document or table any more is mutated as bytes
                 if name.endswith(".json"):
                     made = json.dumps(changed(json.loads(content), rng)).encode()
                 elif name.endswith(".parquet"):
@@ -113,7 +140,12 @@ def fuzz(reader: str, seconds: int, kept: Path) -> None:
             with contextlib.suppress(UserError):
                 function(folder / name)
 
-        arguments = [f"-max_total_time={seconds}", f"-timeout={SLOW}", f"-rss_limit_mb={MEMORY_MB}", "-max_len=20000"]
+        arguments = [
+            f"-max_total_time={seconds}",
+            f"-timeout={SLOW}",
+            f"-rss_limit_mb={MEMORY_MB}",
+            "-max_len=20000",
+        ]
         arguments += [f"-artifact_prefix={kept}/{reader}-", "-print_final_stats=1", str(corpus)]
         atheris.Setup([sys.argv[0], *arguments], once, custom_mutator=mutator(name))
         atheris.Fuzz()
@@ -122,9 +154,13 @@ def fuzz(reader: str, seconds: int, kept: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each reader")
-    parser.add_argument("--kept", type=Path, default=Path("fuzz-findings"), help="folder of what broke something")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("fuzz-findings"), help="folder of what broke something"
+    )
     parser.add_argument("--alone", choices=READERS, help=argparse.SUPPRESS)
-    parser.add_argument("readers", nargs="*", metavar="reader", help=f"some of {', '.join(READERS)}; all by default")
+    parser.add_argument(
+        "readers", nargs="*", metavar="reader", help=f"some of {', '.join(READERS)}; all by default"
+    )
     asked = parser.parse_args()
     asked.kept.mkdir(exist_ok=True)
     if asked.alone:
@@ -136,7 +172,9 @@ def main() -> int:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         runs = done.stderr.rpartition("stat::number_of_executed_units:")[2].split()[:1]
         print(
-            f"{reader}: {' '.join(runs) or 'unknown'} inputs, {'broken' if done.returncode else 'nothing'}", flush=True
+            f"{reader}: {' '.join(runs) or 'unknown'} inputs, "
+            f"{'broken' if done.returncode else 'nothing'}",
+            flush=True,
         )
         if done.returncode:
             broken.append(reader)

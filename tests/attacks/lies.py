@@ -41,7 +41,30 @@ def write(file: Path, document: Any) -> None:
 
 def broken(whole: bytes) -> Iterator[bytes]:
     """Yield what is no whole document."""
-    yield from (b"", b" ", b"\0" * 100, b"\xff\xfe{", whole[:-1], whole[: len(whole) // 2], whole + b"x")
-    yield from (b"null", b"0", b'"text"', b"true", b"NaN", b"[1]", b"[[]]", b'{"x": 1}', b"1" * 5000)
-    yield from (b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP, b'{"images": ' + b"[" * DEEP)
+    yield from (
+        b"",
+        b" ",
+        b"\0" * 100,
+        b"\xff\xfe{",
+        whole[:-1],
+        whole[: len(whole) // 2],
+        whole + b"x",
+    )
+    yield from (
+        b"null",
+        b"0",
+        b'"text"',
+        b"true",
+        b"NaN",
+        b"[1]",
+        b"[[]]",
+        b'{"x": 1}',
+        b"1" * 5000,
+    )
+    yield from (
+        b"[" * DEEP,
+        b"[" * DEEP + b"]" * DEEP,
+        b'{"a":' * DEEP,
+        b'{"images": ' + b"[" * DEEP,
+    )
     yield pickle.dumps({"images": [], "annotations": []})

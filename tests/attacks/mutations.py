@@ -1,4 +1,5 @@
-"""Picture files that lie, break off or blow up: made from a seed, each with what it is in its name."""
+"""Image files that lie, break off or blow up: made from a seed, each with what it is in its
+name."""
 
 import io
 import struct
@@ -12,8 +13,8 @@ FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BM
 MEGABYTE = 2**20
 
 
-def picture(rng: np.random.Generator, width: int = 160, height: int = 120) -> Image.Image:
-    """Return a picture with some structure and some noise."""
+def image(rng: np.random.Generator, width: int = 160, height: int = 120) -> Image.Image:
+    """Return an image with some structure and some noise."""
     image = Image.fromarray(rng.integers(0, 60, (height, width, 3), dtype=np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(5):
@@ -30,13 +31,20 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def chunk(name: bytes, content: bytes) -> bytes:
     """Return a chunk of a PNG, its checksum right."""
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def png_of_size(width: int, height: int, rows: bytes, before: bytes = b"") -> bytes:
     """Return a PNG that says it is so large, whatever its rows hold."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    body = (
+        chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
     return b"\x89PNG\r\n\x1a\n" + body
 
 
@@ -46,18 +54,20 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def _with_size(jpeg: bytes, width: int, height: int) -> bytes:
-    place = next(jpeg.index(bytes([0xFF, sof])) for sof in (0xC0, 0xC2) if bytes([0xFF, sof]) in jpeg)
+    place = next(
+        jpeg.index(bytes([0xFF, sof])) for sof in (0xC0, 0xC2) if bytes([0xFF, sof]) in jpeg
+    )
     return jpeg[: place + 5] + struct.pack(">HH", height, width) + jpeg[place + 9 :]
 
 
 def _many_scans(jpeg: bytes, times: int) -> bytes:
-    """Repeat a progressive JPEG's last scan, each of which costs a pass over the whole picture."""
+    """Repeat a progressive JPEG's last scan, each of which costs a pass over the whole image."""
     last = jpeg.rindex(b"\xff\xda")
     return jpeg[:last] + jpeg[last:-2] * times + b"\xff\xd9"
 
 
 def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
-    small = picture(rng)
+    small = image(rng)
     jpeg, rows = encoded(small, "jpg"), b"\0" * 1000
     for side in (20_000, 65_000, 2**31 - 1):
         yield f"bomb-pixels-{side}.png", png_of_size(side, side, rows)
@@ -72,20 +82,34 @@ def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
         (b"iTXt", b"Comment\0\1\0\0\0" + zeros),
         (b"iCCP", b"profile\0\0" + zeros),
     ):
-        yield f"bomb-{name.decode()}.png", png_of_size(8, 8, b"\0" * 200, before=chunk(name, content))
-    yield "bomb-many-texts.png", png_of_size(8, 8, b"\0" * 200, before=chunk(b"tEXt", b"a\0" + b"b" * 500) * 20_000)
+        yield (
+            f"bomb-{name.decode()}.png",
+            png_of_size(8, 8, b"\0" * 200, before=chunk(name, content)),
+        )
+    yield (
+        "bomb-many-texts.png",
+        png_of_size(8, 8, b"\0" * 200, before=chunk(b"tEXt", b"a\0" + b"b" * 500) * 20_000),
+    )
     many = b"".join(segment(0xE1, b"Exif\0\0" + bytes(65_000)) for _ in range(300))
     yield "enormous-exif.jpg", jpeg[:2] + many + jpeg[2:]
-    profile = b"".join(segment(0xE2, b"ICC_PROFILE\0" + bytes([n, 255]) + bytes(65_000)) for n in range(1, 256))
+    profile = b"".join(
+        segment(0xE2, b"ICC_PROFILE\0" + bytes([n, 255]) + bytes(65_000)) for n in range(1, 256)
+    )
     yield "enormous-icc.jpg", jpeg[:2] + profile + jpeg[2:]
     yield "enormous-comment.jpg", jpeg[:2] + segment(0xFE, b"x" * 65_000) * 300 + jpeg[2:]
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "x" * (5 * MEGABYTE))
     yield "enormous-text.png", encoded(small, "png", pnginfo=info)
-    yield "many-scans.jpg", _many_scans(encoded(picture(rng, 1600, 1200), "jpg", progressive=True), 500)
+    yield (
+        "many-scans.jpg",
+        _many_scans(encoded(image(rng, 1600, 1200), "jpg", progressive=True), 500),
+    )
     frames = [Image.new("P", (200, 200), n % 256) for n in range(500)]
     for kind in ("gif", "png", "webp"):
-        yield f"deep-animation.{kind}", encoded(frames[0].convert("RGB"), kind, save_all=True, append_images=frames[1:])
+        yield (
+            f"deep-animation.{kind}",
+            encoded(frames[0].convert("RGB"), kind, save_all=True, append_images=frames[1:]),
+        )
 
 
 def corpus(seed: int, count: int = 500) -> Iterator[tuple[str, bytes]]:
@@ -99,7 +123,9 @@ def corpus(seed: int, count: int = 500) -> Iterator[tuple[str, bytes]]:
         lambda content: _flipped(content, rng, 30),
         lambda content: _flipped(content[:64], rng, 4) + content[64:],
         lambda content: content + rng.bytes(5000),
-        lambda content: content[: len(content) // 2] + rng.bytes(200) + content[len(content) // 2 :],
+        lambda content: (
+            content[: len(content) // 2] + rng.bytes(200) + content[len(content) // 2 :]
+        ),
         lambda content: rng.bytes(len(content)),
         lambda content: content[:20] + content[-20:],
         lambda content: b"",
@@ -108,8 +134,10 @@ def corpus(seed: int, count: int = 500) -> Iterator[tuple[str, bytes]]:
     kinds = list(FORMATS)
     for number in range(len(bombs), count):
         kind, mutation = kinds[number % len(kinds)], number // len(kinds) % len(mutations)
-        content = mutations[mutation](encoded(picture(rng), kind))
-        named = kinds[int(rng.integers(len(kinds)))] if number % 5 == 0 else kind  # a wrong extension now and then
+        content = mutations[mutation](encoded(image(rng), kind))
+        named = (
+            kinds[int(rng.integers(len(kinds)))] if number % 5 == 0 else kind
+        )  # a wrong extension now and then
         yield f"{number:04}-{mutation}-{kind}.{named}", content
 
 

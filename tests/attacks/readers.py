@@ -1,4 +1,5 @@
-"""What reads files, options and pictures that others made, each as a function of one file: it returns, or refuses."""
+"""What reads files, options and images that others made, each as a function of one file: it
+returns, or refuses."""
 
 import contextlib
 import io
@@ -16,11 +17,11 @@ from model_lib.batch import listing, planning, rows
 from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.errors import UserError
-from model_lib.evaluate import evaluation, judgement
-from model_lib.ingest import annotations, places
+from model_lib.evaluate import evaluation, result
+from model_lib.ingest import annotations, image_source
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.journal import Journal
-from model_lib.pictures import PictureError, open_picture, to_pixels
+from model_lib.io.images import ImageError, decode_image, to_pixels
 from model_lib.train import checkpoint
 from tests.attacks import samples
 
@@ -53,7 +54,7 @@ def results(file: Path) -> None:
 
 
 def scores(file: Path) -> None:
-    judgement.Evaluation.read(str(file.parent)).figures()
+    result.Evaluation.read(str(file.parent)).figures()
 
 
 def plan(file: Path) -> None:
@@ -64,7 +65,7 @@ def plan(file: Path) -> None:
 
 def listing_of_plan(file: Path) -> None:
     listed = [planning.Shard("part-0.parquet", samples.ROWS)]
-    planning.Plan(str(file.parent), samples.PLAN["configuration"], file.name, listed).pictures(0)
+    planning.Plan(str(file.parent), samples.PLAN["configuration"], file.name, listed).images(0)
 
 
 def journal(file: Path) -> None:
@@ -81,9 +82,9 @@ def state(file: Path) -> None:
     assert min(found.step, found.validated, found.stale) >= 0
 
 
-def picture(file: Path) -> None:
-    with contextlib.suppress(PictureError):
-        to_pixels(open_picture(file.read_bytes()), 8)
+def image(file: Path) -> None:
+    with contextlib.suppress(ImageError):
+        to_pixels(decode_image(file.read_bytes()), 8)
 
 
 def options(file: Path) -> None:
@@ -119,24 +120,24 @@ def shard(file: Path) -> None:
         pass
 
 
-def pictures(file: Path) -> None:
-    judgement._read_pictures(str(file))
+def images(file: Path) -> None:
+    result._read_predictions(str(file))
 
 
 def captions(file: Path) -> None:
     rows.read_shard(str(file))
 
 
-def list_of_pictures(file: Path) -> None:
-    listing.list_pictures(BatchConfig(images=str(file), output="unused", model="unused"))
+def list_of_images(file: Path) -> None:
+    listing.list_images(BatchConfig(images=str(file), output="unused", model="unused"))
 
 
 def archive(file: Path) -> None:
-    opened = places.pictures_at(str(file))
+    opened = image_source.open_image_source(str(file))
     for name in list(opened.zip.namelist())[:20]:
-        with contextlib.suppress(PictureError):
+        with contextlib.suppress(ImageError):
             opened.read(name)
-        with contextlib.suppress(UserError), places.opened(f"zip://{name}::{file}") as member:
+        with contextlib.suppress(UserError), image_source.opened(f"zip://{name}::{file}") as member:
             member.read()
 
 
@@ -150,17 +151,17 @@ READERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "plan-listing": (listing_of_plan, "listing-0.parquet"),
     "journal": (journal, "train-00000.parquet.json"),
     "checkpoint": (state, "state.json"),
-    "picture": (picture, "a.jpg"),
+    "image": (image, "a.jpg"),
     "options": (options, "options.json"),
     "command-line": (command_line, "arguments"),
     "shard": (shard, "train-00000.parquet"),
-    "pictures": (pictures, "pictures.parquet"),
+    "images": (images, "predictions.parquet"),
     "captions": (captions, "part-0.parquet"),
     "table-csv": (table, "table.csv"),
     "table-jsonl": (table, "table.jsonl"),
     "table-parquet": (table, "table.parquet"),
-    "list-csv": (list_of_pictures, "list.csv"),
-    "list-parquet": (list_of_pictures, "list.parquet"),
+    "list-csv": (list_of_images, "list.csv"),
+    "list-parquet": (list_of_images, "list.parquet"),
     "archive": (archive, "archive.zip"),
 }
 """Each reader, and the name of the file that it reads."""

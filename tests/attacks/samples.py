@@ -1,4 +1,5 @@
-"""One small file of each kind that the project reads, as it should be: what the attacks on files begin with."""
+"""One small file of each kind that the project reads, as it should be: what the attacks on files
+begin with."""
 
 import io
 import json
@@ -11,28 +12,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib.data.shards import FORMAT_VERSION
-from model_lib.evaluate.judgement import Pictures, View, _parquet
-from tests.attacks.mutations import encoded, picture
+from model_lib.evaluate.result import Predictions, View, _parquet
+from tests.attacks.mutations import encoded, image
 
 ROWS = 6
-JPEG = encoded(picture(np.random.default_rng(0), 32, 24), "jpg")
+JPEG = encoded(image(np.random.default_rng(0), 32, 24), "jpg")
 NAMES = [f"{n}.jpg" for n in range(ROWS)]
 COCO = {
     "images": [{"id": n, "file_name": name} for n, name in enumerate(NAMES)],
-    "annotations": [{"id": n, "image_id": n, "caption": f"a picture {n}"} for n in range(ROWS)],
+    "annotations": [{"id": n, "image_id": n, "caption": f"an image {n}"} for n in range(ROWS)],
 }
 KARPATHY = {
     "images": [
-        {"cocoid": n, "filepath": "", "filename": name, "split": "train", "sentences": [{"raw": "a picture"}]}
+        {
+            "cocoid": n,
+            "filepath": "",
+            "filename": name,
+            "split": "train",
+            "sentences": [{"raw": "an image"}],
+        }
         for n, name in enumerate(NAMES)
     ]
 }
-RESULTS = [{"image_id": n, "caption": "a picture"} for n in range(ROWS)]
+RESULTS = [{"image_id": n, "caption": "an image"} for n in range(ROWS)]
 SCORES = {
     "name": "a",
     "model": "m",
     "split": "val",
-    "pictures": ROWS,
+    "images": ROWS,
     "scores": {"CIDEr": 0.5},
     "intervals": {"CIDEr": [0.4, 0.6]},
     "shuffled_cider": 0.1,
@@ -41,7 +48,7 @@ SCORES = {
     "tokenizer": "PTB",
     "missing": {},
     "decoding": {"num_beams": 1},
-    "pictures_per_second": 3.5,
+    "images_per_second": 3.5,
     "clip": None,
     "data_fingerprint": "f",
     "mlflow_run_id": None,
@@ -51,11 +58,13 @@ SCORES = {
 PLAN = {
     "configuration": {"images": "i", "output": "o", "model": "m"},
     "listing": "listing-0.parquet",
-    "shards": [{"file": "part-0.parquet", "pictures": ROWS}],
+    "shards": [{"file": "part-0.parquet", "images": ROWS}],
 }
 MANIFEST = {
     "format_version": FORMAT_VERSION,
-    "shards": [{"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"}],
+    "shards": [
+        {"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"}
+    ],
     "counts": {"train": ROWS},
     "quarantined": {},
     "fingerprint": "f",
@@ -64,12 +73,25 @@ MANIFEST = {
     "cleaned_captions": 0,
 }
 RECORD = {
-    "shard": {"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"},
+    "shard": {
+        "uri": "train-00000.parquet",
+        "split": "train",
+        "rows": ROWS,
+        "bytes": 1,
+        "sha256": "0",
+    },
     "end": ROWS,
     "content": "0",
     "rejected": [{"file_name": "a.jpg", "reason": "missing", "detail": "no such file"}],
 }
-STATE = {"step": 3, "validated": 2, "stale": 0, "best": [0.5, -1.0], "origin": "0", "unsent": [["loss", 1.0, 5, 3]]}
+STATE = {
+    "step": 3,
+    "validated": 2,
+    "stale": 0,
+    "best": [0.5, -1.0],
+    "origin": "0",
+    "unsent": [["loss", 1.0, 5, 3]],
+}
 STATE |= {"learner": {}, "configuration": {}}
 OPTIONS = {
     "TrainConfig": {"data": "d", "output": "o", "epochs": 2, "learning_rate": 0.1},
@@ -81,7 +103,18 @@ OPTIONS = {
 }
 ARGUMENTS = [
     ["train", "--data", "d", "--output", "o", "--epochs=2", "--learning_rate", "1e-3"],
-    ["batch", "--images", "i", "--output", "o", "--model", "m", "--include", "*.jpg", "--no-recursive"],
+    [
+        "batch",
+        "--images",
+        "i",
+        "--output",
+        "o",
+        "--model",
+        "m",
+        "--include",
+        "*.jpg",
+        "--no-recursive",
+    ],
     ["caption", "-f", "a.jpg", "--num-beams=2"],
     ["ingest", "--output", "o", "--annotations", "a", "--images", "i", "--split", "val"],
 ]
@@ -98,24 +131,26 @@ def shard() -> bytes:
         "image_id": pa.array(range(ROWS), pa.int64()),
         "file_name": NAMES,
         "image": pa.array([JPEG] * ROWS, pa.binary()),
-        "captions": [["a picture", "another"]] * ROWS,
+        "captions": [["an image", "another"]] * ROWS,
         "sha256": ["0"] * ROWS,
     }
     return parquet(columns, write_page_checksum=True)
 
 
-def pictures() -> bytes:
-    references = [["a picture", "another"]] * ROWS
+def images() -> bytes:
+    references = [["an image", "another"]] * ROWS
     counts = {"CIDEr": np.ones((ROWS, 1)), "Bleu": np.ones((ROWS, 10))}
     views = {0: View(JPEG, [("a", np.zeros((2, 2), np.uint8))])}
-    return _parquet(Pictures(list(range(ROWS)), NAMES, ["a picture"] * ROWS, references, counts, views))
+    return _parquet(
+        Predictions(list(range(ROWS)), NAMES, ["an image"] * ROWS, references, counts, views)
+    )
 
 
 def captions() -> bytes:
     columns = {
         "uri": NAMES,
         "status": ["ok"] * ROWS,
-        "caption": ["a picture"] * ROWS,
+        "caption": ["an image"] * ROWS,
         "score": pa.array([-0.5] * ROWS, pa.float32()),
         "error": pa.array([None] * ROWS, pa.string()),
     }
@@ -152,25 +187,32 @@ def of(name: str) -> Iterator[bytes]:
             yield "\n".join(arguments).encode()
     elif name == "train-00000.parquet":
         yield shard()
-    elif name == "pictures.parquet":
-        yield pictures()
+    elif name == "predictions.parquet":
+        yield images()
     elif name == "part-0.parquet":
         yield captions()
     elif name == "table.csv":
-        yield b'file,caption\na.jpg,a picture\nb.jpg,"two\nlines"\n'
+        yield b'file,caption\na.jpg,an image\nb.jpg,"two\nlines"\n'
     elif name == "table.jsonl":
-        yield b'{"file": "a.jpg", "caption": "a picture"}\n{"file": "b.jpg", "caption": null}\n'
+        yield b'{"file": "a.jpg", "caption": "an image"}\n{"file": "b.jpg", "caption": null}\n'
     elif name == "table.parquet":
-        yield parquet({"file": NAMES, "caption": ["a picture"] * ROWS})
+        yield parquet({"file": NAMES, "caption": ["an image"] * ROWS})
     elif name == "list.csv":
         yield b"uri,more\na.jpg,1\ngs://b/c.jpg,2\n"
     elif name == "list.parquet":
         yield parquet({"uri": NAMES})
     elif name == "listing-0.parquet":
-        yield parquet({"uri": NAMES, "bytes": pa.array([1] * ROWS, pa.int64()), "version": ["1"] * ROWS})
+        yield parquet(
+            {"uri": NAMES, "bytes": pa.array([1] * ROWS, pa.int64()), "version": ["1"] * ROWS}
+        )
     elif name == "a.jpg":
         for kind in ("jpg", "png", "gif", "webp", "bmp", "tif"):
-            yield encoded(picture(np.random.default_rng(0), 32, 24), kind)
+            yield encoded(image(np.random.default_rng(0), 32, 24), kind)
     elif name == "archive.zip":
-        for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        for compression in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+            zipfile.ZIP_BZIP2,
+            zipfile.ZIP_LZMA,
+        ):
             yield archive(compression)

@@ -1,4 +1,5 @@
-"""A bucket whose answers break off in their middle: no row is lost, none is there twice, none holds half a picture."""
+"""A bucket whose answers break off in their middle: no row is lost, none is there twice, none holds
+half an image."""
 
 import asyncio
 import random
@@ -12,8 +13,8 @@ import pytest
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.image_source import open_image_source, opened
 from model_lib.ingest.ingesting import ingest
-from model_lib.ingest.places import opened, pictures_at
 from tests.services import Faults, faulty_bucket
 
 
@@ -27,7 +28,9 @@ def driver_that_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_path: Path) -> None:
     rng = random.Random(0)
-    content = {f"val2017/{name}": rng.randbytes(6_000_000) for name in "abc"}  # more than the driver reads ahead
+    content = {
+        f"val2017/{name}": rng.randbytes(6_000_000) for name in "abc"
+    }  # more than the driver reads ahead
     with zipfile.ZipFile(tmp_path / "val2017.zip", "w") as archive:
         for name, one in content.items():
             archive.writestr(name, one)
@@ -35,7 +38,7 @@ def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         fs.pipe_file("b/val2017.zip", (tmp_path / "val2017.zip").read_bytes())
         faults.outage(3)
-        place = pictures_at("gs://b/val2017.zip")
+        place = open_image_source("gs://b/val2017.zip")
         down = faults.failed
         faults.outage(3)
         assert place.read("a") == content["val2017/a"]
@@ -46,10 +49,16 @@ def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_
         assert 6 < down < again < faults.failed, "the driver alone would have given up"
 
 
-def test_answers_that_break_off_are_asked_for_again(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+def test_answers_that_break_off_are_asked_for_again(
+    scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
     here = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "data"), shard_mb=1))
-    local = {"images": str(scenes / "train2017"), "output": str(tmp_path / "out"), "model": str(saved_model)}
-    expected = batch(BatchConfig(**local, shard_pictures=8, num_beams=1))
+    local = {
+        "images": str(scenes / "train2017"),
+        "output": str(tmp_path / "out"),
+        "model": str(saved_model),
+    }
+    expected = batch(BatchConfig(**local, shard_images=8, num_beams=1))
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         for file in sorted(scenes.rglob("*")):
@@ -57,15 +66,27 @@ def test_answers_that_break_off_are_asked_for_again(scenes: Path, saved_model: P
                 fs.pipe_file(f"b/in/{file.relative_to(scenes)}", file.read_bytes())
         faults.cut = 0.1
         there = ingest(IngestConfig(dataset="gs://b/in", output="gs://b/data", shard_mb=1))
-        remote = {"images": "gs://b/in/train2017", "output": "gs://b/out", "model": str(saved_model)}
-        found = batch(BatchConfig(**remote, shard_pictures=8, num_beams=1))
+        remote = {
+            "images": "gs://b/in/train2017",
+            "output": "gs://b/out",
+            "model": str(saved_model),
+        }
+        found = batch(BatchConfig(**remote, shard_images=8, num_beams=1))
         faults.cut = 0.0
         files = fs.glob("b/out/*/captions/*.parquet")
         rows = [row for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()]
     assert faults.broken_off > 10
-    assert there.fingerprint == here.fingerprint and there.counts == here.counts and not there.quarantined
-    assert (found.pictures, found.ok) == (expected.pictures, expected.ok) == (64, 64)
+    assert (
+        there.fingerprint == here.fingerprint
+        and there.counts == here.counts
+        and not there.quarantined
+    )
+    assert (found.images, found.ok) == (expected.images, expected.ok) == (64, 64)
     captions = {Path(row["uri"]).name: row["caption"] for row in rows}
     parts = (tmp_path / "out").glob("*/captions/*.parquet")
-    ours = {Path(row["uri"]).name: row["caption"] for file in parts for row in pq.read_table(file).to_pylist()}
+    ours = {
+        Path(row["uri"]).name: row["caption"]
+        for file in parts
+        for row in pq.read_table(file).to_pylist()
+    }
     assert len(rows) == 64 and captions == ours

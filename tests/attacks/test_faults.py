@@ -42,29 +42,39 @@ def fill(disk: Path, left: int) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def test_ingest_to_a_full_disk_is_one_line_and_goes_on_after_room_is_made(
     scenes: Path, small_disk: Path, tmp_path: Path, captioner: Callable
 ) -> None:
     options = ["--dataset", scenes, "--output", small_disk / "data", "--store", "original"]
-    whole = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "whole"), store="original"))
+    whole = ingest(
+        IngestConfig(dataset=str(scenes), output=str(tmp_path / "whole"), store="original")
+    )
     filler = fill(small_disk, 50_000)
     done = captioner("ingest", *options)
     assert done.returncode == 1, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("ingest: ")]
     assert line.startswith(f"captioner: failed: {small_disk}/data/") and line.endswith(FULL)
-    assert not list((small_disk / "data").glob("*.parquet")) and not list((small_disk / "data").glob(".part-*"))
+    assert not list((small_disk / "data").glob("*.parquet")) and not list(
+        (small_disk / "data").glob(".part-*")
+    )
     filler.unlink()
     assert captioner("ingest", *options).returncode == 0
     assert read_manifest(str(small_disk / "data")).fingerprint == whole.fingerprint
 
 
-def test_a_batch_on_a_full_disk_keeps_its_shards_and_goes_on(scenes: Path, saved_model: Path, small_disk: Path) -> None:
+def test_a_batch_on_a_full_disk_keeps_its_shards_and_goes_on(
+    scenes: Path, saved_model: Path, small_disk: Path
+) -> None:
     output = small_disk / "out"
     options = {"images": str(scenes / "val2017"), "output": str(output), "model": str(saved_model)}
-    config = BatchConfig(**options, shard_pictures=2, num_beams=1)
+    config = BatchConfig(**options, shard_images=2, num_beams=1)
     filler = fill(small_disk, 45_000)
     with pytest.raises(WorkError, match=FULL):
         batch(config)
@@ -73,8 +83,10 @@ def test_a_batch_on_a_full_disk_keeps_its_shards_and_goes_on(scenes: Path, saved
     assert 0 < len(shards) < 6 and not [name for name in before if ".part-" in name]
     filler.unlink()
     summary = batch(config)
-    assert (summary.pictures, summary.ok) == (12, 12)
-    assert {name: content(output)[name] for name in shards} == {name: before[name] for name in shards}
+    assert (summary.images, summary.ok) == (12, 12)
+    assert {name: content(output)[name] for name in shards} == {
+        name: before[name] for name in shards
+    }
 
 
 def test_no_room_for_the_best_model_is_one_line_and_the_run_goes_on(
@@ -91,7 +103,8 @@ def test_no_room_for_the_best_model_is_one_line_and_the_run_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr("model_lib.train.learning.Learner.learn", filling)
         with pytest.raises(
-            WorkError, match=r"run/best: cannot be written: the disk is full; make room there and start"
+            WorkError,
+            match=r"run/best: cannot be written: the disk is full; make room there and start",
         ):
             train(config)
     assert not list((small_disk / "run").rglob(".part-*"))
@@ -103,15 +116,22 @@ def test_no_room_for_the_best_model_is_one_line_and_the_run_goes_on(
 def test_an_evaluation_on_a_full_disk_leaves_whole_files_and_is_written_after_room_is_made(
     data: Path, finished: Path, small_disk: Path
 ) -> None:
-    options = {"model": str(finished / "best"), "data": str(data), "output": str(small_disk / "judged")}
+    options = {
+        "model": str(finished / "best"),
+        "data": str(data),
+        "output": str(small_disk / "evaluated"),
+    }
     config = EvaluateConfig(**options, num_beams=1, limit=4)
     filler = fill(small_disk, 20_000)
-    with pytest.raises(WorkError, match=rf"{small_disk}/judged/[a-z]+\.[a-z]+: {FULL}"):
+    with pytest.raises(WorkError, match=rf"{small_disk}/evaluated/[a-z]+\.[a-z]+: {FULL}"):
         evaluate(config)
-    assert not (small_disk / "judged" / "scores.json").exists(), "which is written last"
+    assert not (small_disk / "evaluated" / "scores.json").exists(), "which is written last"
     filler.unlink()
     evaluation = evaluate(config)
-    assert json.loads((small_disk / "judged" / "scores.json").read_text())["scores"] == evaluation.scores
+    assert (
+        json.loads((small_disk / "evaluated" / "scores.json").read_text())["scores"]
+        == evaluation.scores
+    )
 
 
 LITTLE_MEMORY = """
@@ -119,19 +139,28 @@ import resource, sys
 import model_lib.ingest.ingesting
 from model_lib.cli import main
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + 6 * 2**20, now + 6 * 2**20))  # less than a thread's stack
+# 6 MB: less than a thread's stack
+resource.setrlimit(resource.RLIMIT_AS, (now + 6 * 2**20, now + 6 * 2**20))
 main(["ingest", *sys.argv[1:]])
 """
 
 
 def test_memory_that_is_used_up_is_one_line(scenes: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LITTLE_MEMORY, "--dataset", str(scenes), "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        LITTLE_MEMORY,
+        "--dataset",
+        str(scenes),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("captioner: failed: the memory is used up"), done.stderr
 
 
-# ---- clocks ----------------------------------------------------------------------------------------------------------
+# ---- clocks --------------------------------------------------------------------------------------
 
 
 def jumping(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -150,7 +179,9 @@ def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_orde
         stop_at(3, patched)
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options, log_steps=1, checkpoint_steps=1), tracking)
-    for number, folder in enumerate(sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)):
+    for number, folder in enumerate(
+        sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
+    ):
         os.utime(folder, (10**9 + number, 10**9 + number))  # the newest looks oldest
     assert "step-00000003" in (Checkpoints(options["output"]).newest() or "")
     trained = train(TrainConfig(**options, log_steps=1, checkpoint_steps=1), tracking)
@@ -162,8 +193,11 @@ def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_orde
     assert {point.step for point in points} == {1, 2, 3, 4, 5, 6}
 
 
-def test_a_turn_under_a_clock_that_jumps_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow's own clock is this one here: a version that waits may be passed over, but two never decide at once."""
+def test_a_turn_under_a_clock_that_jumps_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own clock is this one here: a version that waits may be passed over, but two never
+    decide at once."""
     monkeypatch.setattr("model_lib.registry.turns.POLL", 0.01)
     monkeypatch.setattr("model_lib.registry.turns.LONGEST", 1.0)
     jumping(monkeypatch, seed=1)

@@ -1,4 +1,5 @@
-"""Files that lie, given to everything that reads them back: refused in one line, and nothing else is touched."""
+"""Files that lie, given to everything that reads them back: refused in one line, and nothing else
+is touched."""
 
 import contextlib
 import copy
@@ -14,37 +15,54 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import cli, storage
+from model_lib import cli
 from model_lib.batch import listing, merging, planning, rows
 from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.errors import LONGEST, UserError
-from model_lib.evaluate import evaluation, judgement
+from model_lib.evaluate import evaluation, result
 from model_lib.ingest.annotations import read_captions, read_listing
 from model_lib.ingest.config import IngestConfig
+from model_lib.io import storage
 from tests.attacks import samples
 from tests.attacks.lies import broken, refused, write
 
 Run = Callable[..., CompletedProcess]
 
 
-# ---- JSON ----------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def listed(option: str, file: Path) -> object:
-    return read_listing(IngestConfig(**{option: str(file), "images": str(file.parent), "output": "unused"}))
+    return read_listing(
+        IngestConfig(**{option: str(file), "images": str(file.parent), "output": "unused"})
+    )
 
 
 JSON: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "manifest.json": (samples.MANIFEST, lambda file: shards.read_manifest(str(file))),
     "plan.json": (samples.PLAN, lambda file: planning.read_plan(str(file.parent))),
-    "scores.json": (samples.SCORES, lambda file: judgement.Evaluation.read(str(file.parent))),
+    "scores.json": (samples.SCORES, lambda file: result.Evaluation.read(str(file.parent))),
     "results.json": (samples.RESULTS, lambda file: evaluation.read_results(str(file))),
     "captions.json": (samples.COCO, lambda file: read_captions(str(file))),
     "listed.json": (samples.COCO, lambda file: listed("annotations", file)),
     "karpathy.json": (samples.KARPATHY, lambda file: listed("karpathy", file)),
 }
-STRANGE: list[Any] = [None, True, -1, 2**63, 10**400, math.nan, math.inf, "", "x", "../x", "/etc/x", "a\0b", "\ud800"]
+STRANGE: list[Any] = [
+    None,
+    True,
+    -1,
+    2**63,
+    10**400,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "../x",
+    "/etc/x",
+    "a\0b",
+    "\ud800",
+]
 STRANGE += ["gs://b/x", [], [[]], {}, {"x": 0}]
 
 
@@ -74,7 +92,9 @@ def test_what_is_no_such_document_is_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", JSON)
-def test_a_document_with_any_value_replaced_or_gone_is_read_or_refused(tmp_path: Path, name: str) -> None:
+def test_a_document_with_any_value_replaced_or_gone_is_read_or_refused(
+    tmp_path: Path, name: str
+) -> None:
     document, read = JSON[name]
     file, outcomes = tmp_path / name, {True: 0, False: 0}
     for where in places(document):
@@ -95,7 +115,9 @@ def test_a_document_with_any_value_replaced_or_gone_is_read_or_refused(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json", "scores.json"])
-def test_a_document_of_a_later_version_is_refused_for_what_is_not_known_of_it(tmp_path: Path, name: str) -> None:
+def test_a_document_of_a_later_version_is_refused_for_what_is_not_known_of_it(
+    tmp_path: Path, name: str
+) -> None:
     document, read = JSON[name]
     write(tmp_path / name, {**document, "later": 1})
     assert "later" in refused(lambda: read(tmp_path / name), tmp_path)
@@ -103,10 +125,24 @@ def test_a_document_of_a_later_version_is_refused_for_what_is_not_known_of_it(tm
 
 def test_a_manifest_of_a_later_format_says_so(tmp_path: Path) -> None:
     write(tmp_path / "manifest.json", {"format_version": 2, "files": []})
-    assert "format version 2 is not 1" in refused(lambda: shards.read_manifest(str(tmp_path)), tmp_path)
+    assert "format version 2 is not 1" in refused(
+        lambda: shards.read_manifest(str(tmp_path)), tmp_path
+    )
 
 
-OUTSIDE = ["../x", "/etc/passwd", "sub/x", "..", ".", "", "a\\..\\b", "gs://b/x", "zip://x::y.zip", "/data/../x", "C:x"]
+OUTSIDE = [
+    "../x",
+    "/etc/passwd",
+    "sub/x",
+    "..",
+    ".",
+    "",
+    "a\\..\\b",
+    "gs://b/x",
+    "zip://x::y.zip",
+    "/data/../x",
+    "C:x",
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -114,11 +150,11 @@ def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: str) ->
     shard = {**samples.MANIFEST["shards"][0], "uri": name}
     write(tmp_path / "manifest.json", {**samples.MANIFEST, "shards": [shard]})
     refused(lambda: shards.read_manifest(str(tmp_path)), tmp_path)
-    for lie in ({"listing": name}, {"shards": [{"file": name, "pictures": 1}]}):
+    for lie in ({"listing": name}, {"shards": [{"file": name, "images": 1}]}):
         write(tmp_path / "plan.json", {**samples.PLAN, **lie})
         refused(lambda: planning.read_plan(str(tmp_path)), tmp_path)
     if name in ("sub/x", "", "."):
-        return  # a picture may lie in a folder below
+        return  # an image may lie in a folder below
     images = [{"id": 1, "file_name": name}]
     write(tmp_path / "captions.json", {**samples.COCO, "images": images})
     refused(lambda: listed("annotations", tmp_path / "captions.json"), tmp_path)
@@ -134,17 +170,20 @@ def test_halves_of_characters_are_left_out_of_captions_and_names(tmp_path: Path)
     write(tmp_path / "results.json", [{"image_id": 1, "caption": "a \ud800dog"}])
     assert evaluation.read_results(str(tmp_path / "results.json")) == {1: "a dog"}
     notes = [{"id": 1, "image_id": 1, "caption": "a \udfffdog"}]
-    write(tmp_path / "captions.json", {"images": [{"id": 1, "file_name": "\ud800.jpg"}], "annotations": notes})
+    write(
+        tmp_path / "captions.json",
+        {"images": [{"id": 1, "file_name": "\ud800.jpg"}], "annotations": notes},
+    )
     assert read_captions(str(tmp_path / "captions.json")) == ([(1, "?.jpg")], {1: ["a dog"]})
 
 
-def test_one_value_of_a_list_of_pictures_cannot_fill_the_memory(tmp_path: Path) -> None:
+def test_one_value_of_a_list_of_images_cannot_fill_the_memory(tmp_path: Path) -> None:
     file = tmp_path / "captions.json"
     file.write_bytes(b'{"images": ["' + b"x" * 40_000_000)
     assert "characters" in refused(lambda: read_captions(str(file)), tmp_path)
 
 
-# ---- Parquet -------------------------------------------------------------------------------------------------------
+# ---- Parquet -------------------------------------------------------------------------------------
 
 
 def read_split(file: Path) -> object:
@@ -158,11 +197,13 @@ def read_split(file: Path) -> object:
 def read_listing_of_plan(file: Path) -> object:
     listed = [planning.Shard("x", samples.ROWS)]
     made = planning.Plan(str(file.parent), samples.PLAN["configuration"], file.name, listed)
-    return made.pictures(0)
+    return made.images(0)
 
 
 def planned() -> bytes:
-    return samples.parquet({"uri": samples.NAMES, "bytes": [1] * samples.ROWS, "version": [""] * samples.ROWS})
+    return samples.parquet(
+        {"uri": samples.NAMES, "bytes": [1] * samples.ROWS, "version": [""] * samples.ROWS}
+    )
 
 
 def as_file(table: pa.Table) -> bytes:
@@ -178,10 +219,10 @@ def no_text(rows: int) -> pa.Array:
 
 PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str]]] = {
     "train-00000.parquet": (samples.shard, read_split, list(shards.COLUMNS)),
-    "pictures.parquet": (
-        samples.pictures,
-        lambda file: judgement._read_pictures(str(file)),
-        [*judgement.COLUMNS, "CIDEr"],
+    "predictions.parquet": (
+        samples.images,
+        lambda file: result._read_predictions(str(file)),
+        [*result.COLUMNS, "CIDEr"],
     ),
     "part-0.parquet": (samples.captions, lambda file: rows.read_shard(str(file)), merging.COLUMNS),
     "listing-0.parquet": (planned, read_listing_of_plan, ["uri"]),
@@ -197,8 +238,21 @@ PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str
 def test_what_is_no_such_table_is_refused(tmp_path: Path, name: str) -> None:
     make, read, wanted = PARQUET[name]
     file, whole = tmp_path / name, make()
-    lies = [b"", b"PAR1", b"PAR1PAR1", b"{}", whole[:-1], whole[:-9], whole[: len(whole) // 2], whole[4:]]
-    lies += [whole[:-8] + b"\xff\xff\xff\x7f" + b"PAR1", whole[:-8] + bytes(4) + b"PAR1", pickle.dumps(1)]
+    lies = [
+        b"",
+        b"PAR1",
+        b"PAR1PAR1",
+        b"{}",
+        whole[:-1],
+        whole[:-9],
+        whole[: len(whole) // 2],
+        whole[4:],
+    ]
+    lies += [
+        whole[:-8] + b"\xff\xff\xff\x7f" + b"PAR1",
+        whole[:-8] + bytes(4) + b"PAR1",
+        pickle.dumps(1),
+    ]
     table = pq.read_table(pa.BufferReader(whole))
     for column in wanted:
         place = table.column_names.index(column)
@@ -211,7 +265,9 @@ def test_what_is_no_such_table_is_refused(tmp_path: Path, name: str) -> None:
             lies.append(as_file(table.set_column(place, column, no_text(len(table)))))
         lies.append(whole.replace(column.encode(), b"\xe7" + column.encode()[1:]))
     narrow = as_file(table.append_column("more", pa.array([1] * len(table), pa.int8())))
-    lies.append(narrow.replace(b"\x13\x08\x11", b"\x13\x04\x11"))  # whole numbers of 4 bits, says its footer
+    lies.append(
+        narrow.replace(b"\x13\x08\x11", b"\x13\x04\x11")
+    )  # whole numbers of 4 bits, says its footer
     for content in lies:
         file.write_bytes(content)
         assert str(file) in refused(lambda: read(file), tmp_path), content
@@ -237,15 +293,19 @@ def test_a_shard_whose_captions_are_no_text_is_refused(tmp_path: Path) -> None:
     table = pq.read_table(pa.BufferReader(samples.shard()))
     captions = pa.ListArray.from_arrays(range(len(table) + 1), no_text(len(table)))
     file = tmp_path / "t.parquet"
-    file.write_bytes(as_file(table.set_column(table.column_names.index("captions"), "captions", captions)))
+    file.write_bytes(
+        as_file(table.set_column(table.column_names.index("captions"), "captions", captions))
+    )
     assert "UTF8" in refused(lambda: read_split(file), tmp_path)
 
 
-def test_a_shard_whose_picture_is_none_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_a_shard_whose_image_is_none_is_refused_by_its_name(tmp_path: Path) -> None:
     table = pq.read_table(pa.BufferReader(samples.shard()))
-    pictures = pa.array([b"no picture"] * len(table), pa.binary())
-    pq.write_table(table.set_column(table.column_names.index("image"), "image", pictures), tmp_path / "t.parquet")
-    assert "picture 0" in refused(lambda: read_split(tmp_path / "t.parquet"), tmp_path)
+    images = pa.array([b"no image"] * len(table), pa.binary())
+    pq.write_table(
+        table.set_column(table.column_names.index("image"), "image", images), tmp_path / "t.parquet"
+    )
+    assert "image 0" in refused(lambda: read_split(tmp_path / "t.parquet"), tmp_path)
 
 
 def test_a_shard_with_more_rows_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
@@ -258,28 +318,28 @@ def test_a_shard_with_more_rows_than_its_manifest_says_is_refused(tmp_path: Path
 
 
 def test_an_evaluation_whose_files_disagree_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pictures.parquet").write_bytes(samples.pictures())
+    (tmp_path / "predictions.parquet").write_bytes(samples.images())
     write(tmp_path / "scores.json", samples.SCORES)
-    judgement.Judgement.read(str(tmp_path))
-    write(tmp_path / "scores.json", {**samples.SCORES, "pictures": 7})
-    refused(lambda: judgement.Judgement.read(str(tmp_path)), tmp_path)
+    result.EvaluationResult.read(str(tmp_path))
+    write(tmp_path / "scores.json", {**samples.SCORES, "images": 7})
+    refused(lambda: result.EvaluationResult.read(str(tmp_path)), tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["csv", "txt", "parquet"])
-def test_lists_of_pictures_that_are_none_are_refused(tmp_path: Path, ending: str) -> None:
+def test_lists_of_images_that_are_none_are_refused(tmp_path: Path, ending: str) -> None:
     file = tmp_path / f"list.{ending}"
     listed = BatchConfig(images=str(file), output=str(tmp_path / "out"), model="m")
     for content in (b"", b"\xff\xfe\xfa", b"\n", b"\n\n \n"):
         file.write_bytes(content)
-        refused(lambda: listing.list_pictures(listed), tmp_path)
+        refused(lambda: listing.list_images(listed), tmp_path)
     if ending == "parquet":
         file.write_bytes(b"PAR1")
-        refused(lambda: listing.list_pictures(listed), tmp_path)
+        refused(lambda: listing.list_images(listed), tmp_path)
         pq.write_table(pa.table({}), file)
-        refused(lambda: listing.list_pictures(listed), tmp_path)
+        refused(lambda: listing.list_images(listed), tmp_path)
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 KINDS = {kind.__name__: kind for kind in map(cli.config_class, cli.COMMANDS.values())}
@@ -293,10 +353,12 @@ def test_options_with_any_value_replaced_are_taken_or_refused(kind: str) -> None
             KINDS[kind].from_options(**{**options, name: strange}).key()
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
-def test_a_file_that_lies_ends_a_command_with_one_line_and_2(tmp_path: Path, captioner: Run) -> None:
+def test_a_file_that_lies_ends_a_command_with_one_line_and_2(
+    tmp_path: Path, captioner: Run
+) -> None:
     write(tmp_path / "manifest.json", {**samples.MANIFEST, "uri": 5})
     done = captioner("train", "--data", tmp_path, "--output", tmp_path / "out", "--preset", "tiny")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "manifest.json" in done.stderr
@@ -304,5 +366,8 @@ def test_a_file_that_lies_ends_a_command_with_one_line_and_2(tmp_path: Path, cap
 
 def test_a_line_that_quotes_a_whole_file_is_cut(tmp_path: Path) -> None:
     assert len(str(UserError("x" * 10**6))) < 2 * LONGEST
-    storage.write_bytes(str(tmp_path / "results.json"), json.dumps([{"image_id": "x" * 10**6, "caption": 1}]).encode())
+    storage.write_bytes(
+        str(tmp_path / "results.json"),
+        json.dumps([{"image_id": "x" * 10**6, "caption": 1}]).encode(),
+    )
     refused(lambda: evaluation.read_results(str(tmp_path / "results.json")), tmp_path)

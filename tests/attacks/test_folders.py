@@ -1,4 +1,5 @@
-"""Folders that lie: of killed runs, of models and of captioned pictures; refused or passed over, and left alone."""
+"""Folders that lie: of killed runs, of models and of captioned images; refused or passed over, and
+left alone."""
 
 import hashlib
 import json
@@ -34,7 +35,7 @@ from tests.attacks.lies import broken, fingerprint, refused, write
 Run = Callable[..., CompletedProcess]
 
 
-# ---- records and checkpoints ---------------------------------------------------------------------------------------
+# ---- records and checkpoints ---------------------------------------------------------------------
 
 
 def test_a_record_of_a_killed_ingest_that_lies_is_passed_over(tmp_path: Path) -> None:
@@ -48,7 +49,10 @@ def test_a_record_of_a_killed_ingest_that_lies_is_passed_over(tmp_path: Path) ->
     whole = json.loads(record.read_text())
     assert len(list(journal.read("train", 6))) == 1
     lies: list[Any] = [{**whole, "end": end} for end in (-1, 0, 7, "6", 2**70, math.nan)]
-    lies += [{**whole, "shard": {**whole["shard"], **lie}} for lie in ({"uri": "../x"}, {"split": "val"}, {"rows": []})]
+    lies += [
+        {**whole, "shard": {**whole["shard"], **lie}}
+        for lie in ({"uri": "../x"}, {"split": "val"}, {"rows": []})
+    ]
     for lie in [*lies, [], None, {}, {**whole, "rejected": [1]}]:
         write(record, lie)
         assert list(journal.read("train", 6)) == []
@@ -57,7 +61,9 @@ def test_a_record_of_a_killed_ingest_that_lies_is_passed_over(tmp_path: Path) ->
         assert list(journal.read("train", 6)) == []
 
 
-def test_an_ingest_goes_on_beside_a_record_that_lies(scenes: Path, data: Path, tmp_path: Path) -> None:
+def test_an_ingest_goes_on_beside_a_record_that_lies(
+    scenes: Path, data: Path, tmp_path: Path
+) -> None:
     config = IngestConfig(dataset=str(scenes), output=str(tmp_path))
     for key in ("a", "b"):
         (tmp_path / ".journal" / key).mkdir(parents=True)
@@ -84,7 +90,10 @@ def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_
     entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     lies: list[Any] = [{}, [], None, 1, {"../../../outside": entry}, {**whole, str(outside): entry}]
     lies += [{"state.json": whole["state.json"]}]
-    for content in [*(json.dumps(lie).encode() for lie in lies), *broken(manifest.read_bytes().strip())]:
+    for content in [
+        *(json.dumps(lie).encode() for lie in lies),
+        *broken(manifest.read_bytes().strip()),
+    ]:
         manifest.write_bytes(content)
         before = fingerprint(tmp_path)
         assert str(kept.newest()).endswith("step-00000001")
@@ -98,7 +107,10 @@ def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_
 def whole_checkpoint(folder: Path, state: Any) -> None:
     """Write a checkpoint's state with a manifest that says the truth of it."""
     write(folder / "state.json", state)
-    write(folder / "manifest.json", {name: checkpoint._entry(folder / name) for name in checkpoint.FILES})
+    write(
+        folder / "manifest.json",
+        {name: checkpoint._entry(folder / name) for name in checkpoint.FILES},
+    )
 
 
 def test_a_whole_checkpoint_of_something_else_is_refused(kept: Checkpoints, tmp_path: Path) -> None:
@@ -112,7 +124,9 @@ def test_a_whole_checkpoint_of_something_else_is_refused(kept: Checkpoints, tmp_
     refused(lambda: checkpoint.load(str(newest)), tmp_path)
 
 
-def test_training_refuses_a_checkpoint_and_a_run_that_lie(finished: Path, data: Path, tmp_path: Path) -> None:
+def test_training_refuses_a_checkpoint_and_a_run_that_lie(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = TrainConfig(data=str(data), output=str(run), preset="tiny", epochs=3)
@@ -126,7 +140,7 @@ def test_training_refuses_a_checkpoint_and_a_run_that_lie(finished: Path, data: 
     assert "run.json" in refused(lambda: train(config), run)
 
 
-# ---- models --------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 class Evil:
@@ -152,7 +166,9 @@ def configure(folder: Path, **changes: Any) -> None:
     write(file, {**json.loads(file.read_text()), **changes})
 
 
-def test_a_pickle_in_place_of_weights_is_refused_unopened(folder: Path, tmp_path: Path, captioner: Run) -> None:
+def test_a_pickle_in_place_of_weights_is_refused_unopened(
+    folder: Path, tmp_path: Path, captioner: Run
+) -> None:
     marker, weights = tmp_path / "opened", folder / "model.safetensors"
     evil, whole = pickle.dumps(Evil(marker)), weights.read_bytes()
     weights.unlink()
@@ -185,8 +201,19 @@ def test_a_pickle_in_place_of_weights_is_refused_unopened(folder: Path, tmp_path
 def test_weights_that_are_cut_or_lie_are_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    lies = [b"", whole[:4], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], (2**62).to_bytes(8, "little")]
-    lies += [(2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", whole[:8] + b"\0" * len(whole[8:])]
+    lies = [
+        b"",
+        whole[:4],
+        whole[:100],
+        whole[:-1],
+        b"\xff" * 8 + whole[8:],
+        (2**62).to_bytes(8, "little"),
+    ]
+    lies += [
+        (2).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        whole[:8] + b"\0" * len(whole[8:]),
+    ]
     for content in lies:
         weights.write_bytes(content)
         refused(lambda: Captioner.from_pretrained(str(folder)), folder)
@@ -194,11 +221,24 @@ def test_weights_that_are_cut_or_lie_are_refused(folder: Path) -> None:
 
 def test_code_that_a_model_brings_is_not_run(folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "run"
-    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Evil: pass\n")
+    (folder / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Evil: pass\n"
+    )
     mapped = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}
-    configure(folder, auto_map=mapped, trust_remote_code=True, custom_pipelines={"x": {"impl": "evil.Evil"}})
+    configure(
+        folder,
+        auto_map=mapped,
+        trust_remote_code=True,
+        custom_pipelines={"x": {"impl": "evil.Evil"}},
+    )
     tokens = folder / "tokenizer_config.json"
-    write(tokens, {**json.loads(tokens.read_text()), "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
+    write(
+        tokens,
+        {
+            **json.loads(tokens.read_text()),
+            "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        },
+    )
     Captioner.from_pretrained(str(folder))
     assert not marker.exists()
 
@@ -227,7 +267,9 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", CONFIGURATIONS, ids=str)
-def test_a_configuration_that_makes_no_sense_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+def test_a_configuration_that_makes_no_sense_is_refused(
+    folder: Path, changes: dict[str, Any]
+) -> None:
     configure(folder, **changes)
     refused(lambda: Captioner.from_pretrained(str(folder)), folder)
 
@@ -236,24 +278,35 @@ def test_documents_of_a_model_that_are_none_are_refused(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "training.json"):
         file = folder / name
         whole = file.read_bytes() if file.exists() else b'{"name": "a"}'
-        for content in (b"", b"[]", b"null", b"5", b'"x"', whole[:-2], b"\xff\xfe", pickle.dumps(1)):
+        for content in (
+            b"",
+            b"[]",
+            b"null",
+            b"5",
+            b'"x"',
+            whole[:-2],
+            b"\xff\xfe",
+            pickle.dumps(1),
+        ):
             file.write_bytes(content)
             refused(lambda: Captioner.from_pretrained(str(folder)), folder)
         file.write_bytes(whole)
     Captioner.from_pretrained(str(folder))
 
 
-# ---- batch ---------------------------------------------------------------------------------------------------------
+# ---- batch ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture()
 def captioned(folder: Path, tmp_path: Path) -> tuple[BatchConfig, Path]:
-    """Pictures that were captioned, and the folder of what came of it."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """Images that were captioned, and the folder of what came of it."""
+    images = tmp_path / "images"
+    images.mkdir()
     for name in samples.NAMES:
-        (pictures / name).write_bytes(samples.JPEG)
-    config = BatchConfig(images=str(pictures), output=str(tmp_path / "out"), model=str(folder), shard_pictures=3)
+        (images / name).write_bytes(samples.JPEG)
+    config = BatchConfig(
+        images=str(images), output=str(tmp_path / "out"), model=str(folder), shard_images=3
+    )
     return config, Path(batching.batch(config).captions).parent
 
 
@@ -270,14 +323,20 @@ def test_a_batch_beside_files_that_lie_touches_nothing(captioned: tuple[BatchCon
     batching.batch(config)
 
 
-def test_captions_of_other_pictures_or_without_what_a_row_has_are_not_merged(
+def test_captions_of_other_images_or_without_what_a_row_has_are_not_merged(
     captioned: tuple[BatchConfig, Path],
 ) -> None:
     config, out = captioned
     made = planning.read_plan(str(out))
     file = next(out.glob("captions/*.parquet"))
     table = pq.read_table(file)
-    for column, value in (("uri", "x"), ("status", "x"), ("caption", None), ("score", None), ("status", "error")):
+    for column, value in (
+        ("uri", "x"),
+        ("status", "x"),
+        ("caption", None),
+        ("score", None),
+        ("status", "error"),
+    ):
         place, kind = table.column_names.index(column), table.schema.field(column).type
         pq.write_table(table.set_column(place, column, pa.array([value] * len(table), kind)), file)
         refused(lambda: merging.merge(made), Path(config.output), WorkError)

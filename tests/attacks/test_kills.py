@@ -1,6 +1,8 @@
-"""SIGKILL at random moments of every stage, fifty of each: started again, it ends as if nothing had happened.
+"""SIGKILL at random moments of every stage, fifty of each: started again, it ends as if nothing had
+happened.
 
-Deselected by default, as it takes minutes: make soak. So are the kills in a bucket, in test_batch.py.
+Deselected by default, as it takes minutes: make soak. So are the kills in a bucket, in
+test_batch.py.
 """
 
 import json
@@ -23,7 +25,10 @@ def rounds(stage: str, options: dict, folder: Path, seed: int) -> list[Path]:
     kills = killed(stage, options, str(folder), seed, KILLS)
     assert sum(map(len, kills)) == KILLS
     in_a_save = sum(map(sum, kills))
-    print(f"{stage}: {KILLS} kills in {len(kills)} rounds, {in_a_save} of them while files were half-written")
+    print(
+        f"{stage}: {KILLS} kills in {len(kills)} rounds, {in_a_save} of them while files were "
+        "half-written"
+    )
     assert in_a_save >= KILLS // 5, "what a kill in a save leaves was not tried"
     return [folder / f"killed-{number}" for number in range(len(kills))]
 
@@ -49,13 +54,22 @@ def test_ingest(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_train(data: Path, tmp_path: Path) -> None:
-    options = {"data": str(data), "preset": "tiny", "epochs": 4, "batch_size": 8, "validate_every": 5, **RECIPE}
+    options = {
+        "data": str(data),
+        "preset": "tiny",
+        "epochs": 4,
+        "batch_size": 8,
+        "validate_every": 5,
+        **RECIPE,
+    }
     options |= {"checkpoint_steps": 1, "log_steps": 1}
     outputs = rounds("train", options, tmp_path, seed=2)
     theirs = curves(tmp_path / "whole-store" / "mlflow.db")
     for output in outputs:
         ours = curves(Path(f"{output}-store", "mlflow.db"))
-        assert ours == theirs and all(len(values) == 1 for metric in ours.values() for values in metric.values())
+        assert ours == theirs and all(
+            len(values) == 1 for metric in ours.values() for values in metric.values()
+        )
         assert same_best(output, tmp_path / "whole") and not list(output.rglob(".part-*"))
 
 
@@ -64,8 +78,10 @@ def test_evaluate(data: Path, finished: Path, tmp_path: Path) -> None:
     for output in rounds("evaluate", options, tmp_path, seed=3):
         ours, theirs = files(output), files(tmp_path / "whole")
         assert ours.keys() == theirs.keys()
-        assert all(ours[name] == theirs[name] for name in ("results.json", "pictures.parquet"))
-        scores = [json.loads(one["scores.json"]) | {"pictures_per_second": 0} for one in (ours, theirs)]
+        assert all(ours[name] == theirs[name] for name in ("results.json", "predictions.parquet"))
+        scores = [
+            json.loads(one["scores.json"]) | {"images_per_second": 0} for one in (ours, theirs)
+        ]
         assert scores[0] == scores[1]
 
 
@@ -73,21 +89,34 @@ def test_register(data: Path, finished: Path, tmp_path: Path) -> None:
     from model_lib.evaluate.config import EvaluateConfig
     from model_lib.evaluate.evaluation import evaluate
 
-    evaluate(EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(tmp_path / "judged")))
-    for output in rounds("register", {"evaluations": str(tmp_path / "judged")}, tmp_path, seed=4):
+    evaluate(
+        EvaluateConfig(
+            model=str(finished / "best"), data=str(data), output=str(tmp_path / "evaluated")
+        )
+    )
+    for output in rounds(
+        "register", {"evaluations": str(tmp_path / "evaluated")}, tmp_path, seed=4
+    ):
         client = mlflow.MlflowClient(f"sqlite:///{output}-store/mlflow.db")
         champion = client.get_registered_model(MODEL).aliases["champion"]
-        fates = {str(one.version): one.tags["decision"] for one in client.search_model_versions(f"name='{MODEL}'")}
+        fates = {
+            str(one.version): one.tags["decision"]
+            for one in client.search_model_versions(f"name='{MODEL}'")
+        }
         assert fates == {str(champion): "champion"}, output
         assert (output / "decision.html").exists()
 
 
 def test_batch(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").symlink_to(scenes / "train2017")
-    options = {"images": str(scenes / "train2017"), "model": str(saved_model), "shard_pictures": 4}
+    options = {"images": str(scenes / "train2017"), "model": str(saved_model), "shard_images": 4}
 
     def captions(output: Path) -> dict[str, str]:
-        rows = [row for file in output.glob("*/captions/*.parquet") for row in pq.read_table(file).to_pylist()]
+        rows = [
+            row
+            for file in output.glob("*/captions/*.parquet")
+            for row in pq.read_table(file).to_pylist()
+        ]
         found = {row["uri"]: row["caption"] for row in rows}
         assert len(found) == len(rows) == 64
         return found

@@ -1,7 +1,8 @@
-"""Memory limits as a container has them: the kernel kills the stage; with more memory the same command ends the same.
+"""Memory limits as a container has them: the kernel kills the stage; with more memory the same
+command ends the same.
 
-The limit is a control group's (version 1 or 2), which only root can make; or a process's own limit of addresses, under
-which libraries below Python may abort by themselves.
+The limit is a control group's (version 1 or 2), which only root can make; or a process's own limit
+of addresses, under which libraries below Python may abort by themselves.
 """
 
 import os
@@ -22,7 +23,8 @@ ADDRESSES = 'ulimit -v "$0" && exec "$@"'
 JOIN = 'echo $$ > "$0" && exec "$@"'
 PLENTY = 8 * 2**30
 LIMITS = (0.7, 0.6, 0.5, 0.4)
-"""Parts of the most memory that the stage used. A little less kills nothing: code is read again and again."""
+"""Parts of the most memory that the stage used. A little less kills nothing: code is read again and
+again."""
 KILLS = 3
 
 
@@ -39,7 +41,16 @@ class Group:
     def run(self, limit: int, *arguments: object) -> subprocess.CompletedProcess:
         """Run `captioner` with these arguments under a limit of so many bytes."""
         self.limit.write_text(str(limit))
-        command = ["sh", "-c", JOIN, self.folder / "cgroup.procs", sys.executable, "-m", "model_lib", *arguments]
+        command = [
+            "sh",
+            "-c",
+            JOIN,
+            self.folder / "cgroup.procs",
+            sys.executable,
+            "-m",
+            "model_lib",
+            *arguments,
+        ]
         return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
 
 
@@ -58,7 +69,8 @@ def group() -> Iterator[Group]:
 
 
 def survivors(group: Group, tmp_path: Path, *arguments: object) -> list[Path]:
-    """Run a stage with memory enough, then with ever less until killed so often, then with enough; return those."""
+    """Run a stage with memory enough, then with ever less until killed so often, then with enough;
+    return those."""
     whole = group.run(PLENTY, *arguments, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     peak, killed = int(group.peak.read_text()), []
@@ -66,14 +78,20 @@ def survivors(group: Group, tmp_path: Path, *arguments: object) -> list[Path]:
         output = tmp_path / str(limit)
         done = group.run(int(limit * peak), *arguments, "--output", output)
         if done.returncode != -signal.SIGKILL:
-            assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (limit, done.stderr)
+            assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (
+                limit,
+                done.stderr,
+            )
             continue
         again = group.run(PLENTY, *arguments, "--output", output)
         assert again.returncode == 0, (limit, again.stderr)
         killed.append(output)
         if len(killed) == KILLS:
             break
-    print(f"{arguments[0]}: killed at {', '.join(folder.name for folder in killed)} of {peak / 2**20:.0f} MiB")
+    print(
+        f"{arguments[0]}: killed at {', '.join(folder.name for folder in killed)} of "
+        f"{peak / 2**20:.0f} MiB"
+    )
     assert len(killed) == KILLS
     return killed
 
@@ -86,10 +104,23 @@ def test_training_ends_with_the_same_model(group: Group, data: Path, tmp_path: P
 
 
 @pytest.mark.soak
-def test_training_under_a_limit_of_addresses_tells_or_goes_on_the_same(data: Path, tmp_path: Path) -> None:
+def test_training_under_a_limit_of_addresses_tells_or_goes_on_the_same(
+    data: Path, tmp_path: Path
+) -> None:
     ended: dict[int, list[int]] = {}
     options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
-    command = ["sh", "-c", ADDRESSES, None, sys.executable, "-m", "model_lib", "train", *options, "--output"]
+    command = [
+        "sh",
+        "-c",
+        ADDRESSES,
+        None,
+        sys.executable,
+        "-m",
+        "model_lib",
+        "train",
+        *options,
+        "--output",
+    ]
 
     def run(megabytes: int | str, output: Path) -> subprocess.CompletedProcess:
         command[3] = str(megabytes if megabytes == "unlimited" else int(megabytes) * 1024)
@@ -104,7 +135,10 @@ def test_training_under_a_limit_of_addresses_tells_or_goes_on_the_same(data: Pat
         ended.setdefault(done.returncode, []).append(megabytes)
         assert done.returncode in (0, 1, -signal.SIGABRT, -signal.SIGSEGV, 127), done.stderr
         if done.returncode == 1:
-            assert "captioner: failed: " in done.stderr and "Traceback" not in done.stderr, (megabytes, done.stderr)
+            assert "captioner: failed: " in done.stderr and "Traceback" not in done.stderr, (
+                megabytes,
+                done.stderr,
+            )
         if output.exists() and done.returncode:
             assert run("unlimited", output).returncode == 0
             assert same_best(output, tmp_path / "whole")
@@ -120,12 +154,18 @@ def test_ingest_ends_with_the_same_shards(group: Group, scenes: Path, tmp_path: 
 
 
 @pytest.mark.soak
-def test_batch_ends_with_the_same_captions(group: Group, scenes: Path, saved_model: Path, tmp_path: Path) -> None:
-    options = ("--images", scenes / "train2017", "--model", saved_model, "--shard_pictures", "4")
+def test_batch_ends_with_the_same_captions(
+    group: Group, scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    options = ("--images", scenes / "train2017", "--model", saved_model, "--shard_images", "4")
     folders = survivors(group, tmp_path, "batch", *options)
 
     def captions(folder: Path) -> dict[str, str]:
-        rows = [row for file in folder.glob("*/captions/*.parquet") for row in pq.read_table(file).to_pylist()]
+        rows = [
+            row
+            for file in folder.glob("*/captions/*.parquet")
+            for row in pq.read_table(file).to_pylist()
+        ]
         assert len(rows) == len({row["uri"] for row in rows}) == 64
         return {row["uri"]: row["caption"] for row in rows}
 

@@ -1,4 +1,5 @@
-"""Every option of every command, given what it cannot be: one line that names it, and no traceback."""
+"""Every option of every command, given what it cannot be: one line that names it, and no
+traceback."""
 
 import dataclasses
 import importlib.metadata
@@ -15,7 +16,10 @@ from model_lib.options import StageConfig
 Run = Callable[..., CompletedProcess]
 COMMAND_LINE: dict[str, Callable[[Any], Any]] = {
     **COMMANDS,
-    **{entry.name: entry.load() for entry in importlib.metadata.entry_points(group="captioner.commands")},
+    **{
+        entry.name: entry.load()
+        for entry in importlib.metadata.entry_points(group="captioner.commands")
+    },
 }
 GIVEN = ["--param", "caption_images=i", "caption_output=o", "caption_model=m"]
 NEEDED = {
@@ -28,7 +32,17 @@ NEEDED = {
     "caption": ["--files", "f"],
     "batch": ["--images", "i", "--output", "o", "--model", "m"],
     "submit": ["--host", "http://h", "--pipeline", "caption_bucket", *GIVEN],
-    "schedule": ["--host", "http://h", "--pipeline", "caption_bucket", "--name", "n", "--cron", "0 3 * * *", *GIVEN],
+    "schedule": [
+        "--host",
+        "http://h",
+        "--pipeline",
+        "caption_bucket",
+        "--name",
+        "n",
+        "--cron",
+        "0 3 * * *",
+        *GIVEN,
+    ],
 }
 STRANGE = ["", "-1", "-0.5", "0", "9" * 40, "1e400", "nan", "-inf", "x", "[]"]
 STRANGE += ["ÿ 図\u202e", "two words", "a\nb", "\x1b[31m"]
@@ -49,7 +63,12 @@ def test_strange_values_are_taken_or_refused_in_one_line(command: str, option: s
         except UserError as error:
             refused += 1
             message = str(error)
-            assert message and "\n" not in message and "Traceback" not in message and "\x1b" not in message
+            assert (
+                message
+                and "\n" not in message
+                and "Traceback" not in message
+                and "\x1b" not in message
+            )
         else:
             assert isinstance(config, StageConfig)
             rebuilt = type(config).from_options(**config.to_dict())  # through a pipeline and back

@@ -1,4 +1,5 @@
-"""Names and captions of any kind: strange paths work or are refused in one line, and captions steer nothing."""
+"""Names and captions of any kind: strange paths work or are refused in one line, and captions steer
+nothing."""
 
 import json
 import os
@@ -25,7 +26,10 @@ from tests.small import small_model
 
 STRANGE = "-a b::c [d]*{e} ü図é #?%20 'q\" =f|g;$h~ \u202ertl\nnext"
 """A folder's name that is legal, and that every quick shell script falls over."""
-STEERING = "\x1b]0;owned\x07 \x1b[31mred =cmd|x @SUM +1 <img src=x onerror=alert(1)> \u202etxt.exe [a](javascript:b)"
+STEERING = (
+    "\x1b]0;owned\x07 \x1b[31mred =cmd|x @SUM +1 <img src=x onerror=alert(1)> \u202etxt.exe "
+    "[a](javascript:b)"
+)
 
 
 @pytest.fixture()
@@ -42,16 +46,30 @@ def test_stages_work_in_a_folder_of_any_name(strange: Path, scenes: Path) -> Non
     made = train(TrainConfig(data=str(strange / "data"), output=str(strange / "out"), **options))
     assert str(strange) in made.model
     given = {"model": made.model, "num_beams": 1, "max_new_tokens": 5}
-    evaluate(EvaluateConfig(data=str(strange / "data"), output=str(strange / "judged"), limit=4, **given))
-    said = batch(BatchConfig(images=str(strange / "scenes" / "val2017"), output=str(strange / "captions"), **given))
-    assert said.ok == said.pictures == 12
-    assert sorted(file.name for file in strange.iterdir()) == ["captions", "data", "judged", "out", "scenes"]
+    evaluate(
+        EvaluateConfig(
+            data=str(strange / "data"), output=str(strange / "evaluated"), limit=4, **given
+        )
+    )
+    said = batch(
+        BatchConfig(
+            images=str(strange / "scenes" / "val2017"), output=str(strange / "captions"), **given
+        )
+    )
+    assert said.ok == said.images == 12
+    assert sorted(file.name for file in strange.iterdir()) == [
+        "captions",
+        "data",
+        "evaluated",
+        "out",
+        "scenes",
+    ]
 
 
-def test_pictures_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_model: Path) -> None:
+def test_images_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_model: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    picture = (scenes / "val2017" / "000000000001.jpg").read_bytes()
+    image = (scenes / "val2017" / "000000000001.jpg").read_bytes()
     names = [
         b"a::b.jpg",
         b"#?*[x]%20.jpg",
@@ -61,29 +79,43 @@ def test_pictures_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_mod
         b"not-utf-8-\xff.jpg",
     ]
     for name in names:
-        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(picture)
-    config = BatchConfig(images=str(folder), output=str(tmp_path / "out"), model=str(saved_model), max_new_tokens=5)
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(image)
+    config = BatchConfig(
+        images=str(folder), output=str(tmp_path / "out"), model=str(saved_model), max_new_tokens=5
+    )
     made = batch(config)
-    rows = [row for file in Path(made.captions).iterdir() for row in pq.read_table(file).to_pylist()]
+    rows = [
+        row for file in Path(made.captions).iterdir() for row in pq.read_table(file).to_pylist()
+    ]
     failed = [row["uri"].rpartition("/")[2] for row in rows if row["status"] != "ok"]
     assert len(rows) == len(names) and failed == ["not-utf-8-\\udcff.jpg"]
 
 
 @pytest.mark.parametrize("character", list("?#%'\""))
-def test_a_place_that_mlflow_cannot_use_is_told_before_the_work(tmp_path: Path, character: str) -> None:
-    with pytest.raises(UserError, match=r"MLflow keeps no store under a path with .; set MLFLOW_TRACKING_URI"):
+def test_a_place_that_mlflow_cannot_use_is_told_before_the_work(
+    tmp_path: Path, character: str
+) -> None:
+    with pytest.raises(
+        UserError, match=r"MLflow keeps no store under a path with .; set MLFLOW_TRACKING_URI"
+    ):
         embedded_uri(str(tmp_path / f"a{character}b"))
 
 
-def test_where_a_server_is_named_the_working_directory_is_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_server_is_named_the_working_directory_is_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run #7").mkdir()
     monkeypatch.chdir(tmp_path / "run #7")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert tracking_from_environment() == MlflowTracking("http://127.0.0.1:9")
 
 
-def test_an_output_that_json_cannot_name_is_told_before_the_work(scenes: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not UTF-8, and JSON cannot hold it; choose another output"):
+def test_an_output_that_json_cannot_name_is_told_before_the_work(
+    scenes: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match="is not UTF-8, and JSON cannot hold it; choose another output"
+    ):
         ingest(IngestConfig(dataset=str(scenes), output=os.fsdecode(bytes(tmp_path) + b"/\xff")))
 
 
@@ -98,16 +130,21 @@ def test_captions_steer_no_terminal_and_no_page(
     files = sorted((scenes / "val2017").iterdir())
     done = captioner("caption", "-f", *files, *given)
     assert done.returncode == 0 and "\\x1b" in done.stdout, done.stdout
-    assert not set(done.stdout) & set("\x1b\x07\u202e") and len(done.stdout.splitlines()) == len(files)
+    assert not set(done.stdout) & set("\x1b\x07\u202e") and len(done.stdout.splitlines()) == len(
+        files
+    )
     done = captioner("caption", "-f", *files, *given, "--json")
-    assert "\x1b" in "".join(row["caption"] for row in json.loads(done.stdout)) and "\x1b" not in done.stdout
+    assert (
+        "\x1b" in "".join(row["caption"] for row in json.loads(done.stdout))
+        and "\x1b" not in done.stdout
+    )
 
     done = captioner("batch", "--images", scenes / "val2017", "--output", tmp_path / "out", *given)
     (page,) = (tmp_path / "out").glob("*/report.html")
     assert "&lt;" in page.read_text() and "<img src=x" not in page.read_text()
 
 
-def test_a_picture_whose_name_is_no_text_is_captioned_and_told(
+def test_an_image_whose_name_is_no_text_is_captioned_and_told(
     captioner: Callable[..., CompletedProcess], saved_model: Path, scenes: Path, tmp_path: Path
 ) -> None:
     file = os.fsdecode(bytes(tmp_path) + b"/\xff.jpg")

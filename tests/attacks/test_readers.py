@@ -1,4 +1,5 @@
-"""Every reader that is fuzzed takes what it should, and refuses a thousand files that are a little otherwise."""
+"""Every reader that is fuzzed takes what it should, and refuses a thousand files that are a little
+otherwise."""
 
 import random
 from pathlib import Path
@@ -29,7 +30,9 @@ def test_what_has_other_bytes_is_read_or_refused(reader: str, tmp_path: Path) ->
             changed = bytearray(content)
             for _ in range(rng.randint(1, 4)):
                 changed[rng.randrange(len(changed))] = rng.randrange(256)
-            (tmp_path / name).write_bytes(changed[: rng.choice([None, rng.randrange(len(changed))])])
+            (tmp_path / name).write_bytes(
+                changed[: rng.choice([None, rng.randrange(len(changed))])]
+            )
             try:
                 read(tmp_path / name)
             except UserError as error:

@@ -1,5 +1,5 @@
-"""A bucket whose listings are out of date, and what a process remembers of them: nothing is lost, done twice or taken
-for finished."""
+"""A bucket whose listings are out of date, and what a process remembers of them: nothing is lost,
+done twice or taken for finished."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,6 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import storage
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary
@@ -16,6 +15,7 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
+from model_lib.io import storage
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 from tests.model_lib.train.test_survival import stop_at
@@ -38,24 +38,32 @@ def bucket(scenes: Path, tmp_path: Path) -> Iterator[Bucket]:
 
 
 def caption(model: Path) -> Summary:
-    return batch(BatchConfig(images="gs://b/in/val2017", output="gs://b/out", model=str(model), shard_pictures=4))
+    return batch(
+        BatchConfig(
+            images="gs://b/in/val2017", output="gs://b/out", model=str(model), shard_images=4
+        )
+    )
 
 
 def captioned(fs: fsspec.AbstractFileSystem) -> list[str]:
     fs.invalidate_cache()
     files = fs.glob("b/out/*/captions/*.parquet")
-    return sorted(row["uri"] for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist())
+    return sorted(
+        row["uri"] for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()
+    )
 
 
-def test_what_others_add_and_remove_meanwhile_is_seen(bucket: Bucket, saved_model: Path, scenes: Path) -> None:
+def test_what_others_add_and_remove_meanwhile_is_seen(
+    bucket: Bucket, saved_model: Path, scenes: Path
+) -> None:
     """A driver of a store remembers listings for as long as its process lives."""
     _, faults = bucket
-    assert caption(saved_model).pictures == 12 and len(storage.list_names("gs://b/in/val2017")) == 12
+    assert caption(saved_model).images == 12 and len(storage.list_names("gs://b/in/val2017")) == 12
     others = fsspec.filesystem("gs", skip_instance_cache=True)
     others.pipe_file("b/in/val2017/new.jpg", (scenes / "val2017" / "000000000001.jpg").read_bytes())
     others.rm_file("b/in/val2017/000000000002.jpg")
     assert "new.jpg" in storage.list_names("gs://b/in/val2017")
-    assert caption(saved_model).pictures == 12
+    assert caption(saved_model).images == 12
     uris = captioned(others)
     assert len(uris) == len(set(uris)) == 12
     assert "gs://b/in/val2017/new.jpg" in uris and "gs://b/in/val2017/000000000002.jpg" not in uris
@@ -67,24 +75,35 @@ def test_captions_are_whole_though_listings_are_old(bucket: Bucket, saved_model:
     faults.stale = AGE
     for _ in range(2):
         summary = caption(saved_model)
-        assert (summary.pictures, summary.ok) == (12, 12)
+        assert (summary.images, summary.ok) == (12, 12)
     faults.stale = 0.0
     assert faults.outdated and len(captioned(fs)) == 12
 
 
-def test_a_model_is_trained_and_judged_though_listings_are_old(
+def test_a_model_is_trained_and_evaluated_though_listings_are_old(
     bucket: Bucket, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, faults = bucket
     faults.stale = AGE
     ingest(IngestConfig(dataset="gs://b/in", output="gs://b/data"))
-    config = TrainConfig(data="gs://b/data", output="gs://b/run", preset="tiny", epochs=3, checkpoint_steps=1)
+    config = TrainConfig(
+        data="gs://b/data", output="gs://b/run", preset="tiny", epochs=3, checkpoint_steps=1
+    )
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         stop_at(4, patched)
         train(config)
     trained = train(config)
-    judged = evaluate(EvaluateConfig(model=trained.model, data="gs://b/data", output="gs://b/judged", num_beams=1))
-    expected = evaluate(
-        EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(tmp_path / "judged"), num_beams=1)
+    evaluated = evaluate(
+        EvaluateConfig(
+            model=trained.model, data="gs://b/data", output="gs://b/evaluated", num_beams=1
+        )
     )
-    assert faults.outdated and judged.scores == expected.scores
+    expected = evaluate(
+        EvaluateConfig(
+            model=str(finished / "best"),
+            data=str(data),
+            output=str(tmp_path / "evaluated"),
+            num_beams=1,
+        )
+    )
+    assert faults.outdated and evaluated.scores == expected.scores

@@ -1,4 +1,5 @@
-"""Stores that lie, refuse, fail or never end: nothing is written elsewhere, and nothing good is lost."""
+"""Stores that lie, refuse, fail or never end: nothing is written elsewhere, and nothing good is
+lost."""
 
 import errno
 import json
@@ -14,14 +15,15 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import UserError, pictures, storage
+from model_lib import UserError
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.copies import fetched, local_folder
 from model_lib.errors import WorkError
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
-from model_lib.pictures import PictureError, read_picture
+from model_lib.io import images, storage
+from model_lib.io.images import ImageError, read_image
+from model_lib.io.remote_cache import cached_folder, local_copy
 from model_lib.train.checkpoint import Checkpoints
 from tests.services import Faults, faulty_proxy
 
@@ -48,7 +50,9 @@ class Website(BaseHTTPRequestHandler):
                 pass
         else:
             inflates = name == "inflates.jpg"
-            content = zlib.compress(bytes(50 * 2**20)) if inflates else (self.folder / name).read_bytes()
+            content = (
+                zlib.compress(bytes(50 * 2**20)) if inflates else (self.folder / name).read_bytes()
+            )
             self.send_response(200)
             if inflates:
                 self.send_header("Content-Encoding", "deflate")
@@ -80,8 +84,11 @@ def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
     store["/stranger/m/../../../../escaped"] = store["/stranger/m/config.json"]
     try:
         with pytest.raises(UserError, match="escaped, which leaves the folder"):
-            local_folder("memory://stranger/m")
-        with pytest.raises(UserError, match="escaped, which leaves the folder"), fetched("memory://stranger/m"):
+            cached_folder("memory://stranger/m")
+        with (
+            pytest.raises(UserError, match="escaped, which leaves the folder"),
+            local_copy("memory://stranger/m"),
+        ):
             pass
     finally:
         store.clear()
@@ -92,40 +99,50 @@ def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
 
 
 @pytest.mark.parametrize("name", ["endless.jpg", "inflates.jpg"])
-def test_an_answer_that_is_too_large_for_a_picture_is_not_read_to_its_end(
+def test_an_answer_that_is_too_large_for_an_image_is_not_read_to_its_end(
     name: str, website: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "LARGEST_FILE", 2**20)
-    with pytest.raises(PictureError, match="too_large"):
-        read_picture(f"{website}/{name}")
+    monkeypatch.setattr(images, "LARGEST_FILE", 2**20)
+    with pytest.raises(ImageError, match="too_large"):
+        read_image(f"{website}/{name}")
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "{tmp}/pipe"])
 def test_what_is_no_file_is_not_opened(path: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="is not a file"):
-        read_picture(path.format(tmp=tmp_path))
+        read_image(path.format(tmp=tmp_path))
 
 
 def test_a_list_of_hostile_addresses_has_a_row_for_each(
     website: str, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "LARGEST_FILE", 2**20)
+    monkeypatch.setattr(images, "LARGEST_FILE", 2**20)
     names = ["000000000001.jpg", "endless.jpg", "forbidden.jpg", "000000000002.jpg"]
-    (tmp_path / "list.txt").write_text("\n".join([*(f"{website}/{name}" for name in names), "/dev/zero"]))
-    made = batch(BatchConfig(images=str(tmp_path / "list.txt"), output=str(tmp_path / "out"), model=str(saved_model)))
-    assert (made.pictures, made.ok) == (5, 2)
+    (tmp_path / "list.txt").write_text(
+        "\n".join([*(f"{website}/{name}" for name in names), "/dev/zero"])
+    )
+    made = batch(
+        BatchConfig(
+            images=str(tmp_path / "list.txt"), output=str(tmp_path / "out"), model=str(saved_model)
+        )
+    )
+    assert (made.images, made.ok) == (5, 2)
     assert made.errors == {"too_large": 1, "forbidden": 1, "missing": 1}
 
 
-def test_a_picture_that_its_server_refuses_costs_itself(website: str, tmp_path: Path) -> None:
+def test_an_image_that_its_server_refuses_costs_itself(website: str, tmp_path: Path) -> None:
     names = ["000000000001.jpg", "forbidden.jpg", "000000000002.jpg"]
     document = {
         "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
         "annotations": [{"id": n, "image_id": n, "caption": "something"} for n in range(3)],
     }
     (tmp_path / "list.json").write_text(json.dumps(document))
-    options = {"annotations": str(tmp_path / "list.json"), "images": website, "output": str(tmp_path / "data")}
+    options = {
+        "annotations": str(tmp_path / "list.json"),
+        "images": website,
+        "output": str(tmp_path / "data"),
+    }
     made = ingest(IngestConfig(**options, split="train"))
     assert made.counts == {"train": 2} and made.quarantined == {"forbidden": 1}
     (row,) = pq.read_table(tmp_path / "data" / "quarantine.parquet").to_pylist()
@@ -154,6 +171,8 @@ def test_checkpoints_that_cannot_be_read_are_not_passed_over(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_text", full)
-        with pytest.raises(WorkError, match=r"step-\d+-validated: cannot be read: .*No space left on device"):
+        with pytest.raises(
+            WorkError, match=r"step-\d+-validated: cannot be read: .*No space left on device"
+        ):
             checkpoints.newest()
     assert checkpoints.newest() == newest

@@ -1,5 +1,5 @@
-"""Both pipelines in their real images, as a cluster runs them: not as root, on a read-only root, with a bucket, MLflow
-and a webhook elsewhere. `make test-containers` builds the images first.
+"""Both pipelines in their real images, as a cluster runs them: not as root, on a read-only root,
+with a bucket, MLflow and a webhook elsewhere. `make test-containers` builds the images first.
 """
 
 import json
@@ -22,7 +22,7 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
-from components import CORE, JUDGE, MODEL
+from components import CORE, EVALUATE, MODEL
 from model_lib import __version__
 from model_lib.errors import UserError
 from pipelines import caption_bucket, train_captioner
@@ -31,7 +31,7 @@ from tests.services import free_port, gcs_emulator, mlflow_server, running, webh
 
 pytestmark = pytest.mark.containers
 ROOT = Path(__file__).parents[2]
-IMAGES = (CORE, MODEL, JUDGE)
+IMAGES = (CORE, MODEL, EVALUATE)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def engine() -> Any:
 def inside(image: str, *command: str, limits: Sequence[str] = ()) -> str:
     """Run a command as the pipelines' steps run, and return what it printed."""
     options = ["--rm", "--network", "none", "--read-only", "--tmpfs", "/tmp", *limits, image]
-    return subprocess.run(["docker", "run", *options, *command], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["docker", "run", *options, *command], check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.parametrize("image", IMAGES)
@@ -55,8 +57,14 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert re.fullmatch("[0-9a-f]{40}", config["Labels"]["org.opencontainers.image.revision"])
     check = config["Healthcheck"]["Test"]
-    assert check == ["CMD", "captioner", "info"] and f"captioner            {__version__}" in inside(image, *check[1:])
-    assert "captioner COMMAND --help" in inside(image, *config["Cmd"]), "the library alone is there, no pipelines"
+    assert check == [
+        "CMD",
+        "captioner",
+        "info",
+    ] and f"captioner            {__version__}" in inside(image, *check[1:])
+    assert "captioner COMMAND --help" in inside(image, *config["Cmd"]), (
+        "the library alone is there, no pipelines"
+    )
     with pytest.raises(subprocess.CalledProcessError):
         inside(image, "touch", "/opt/code/x")
 
@@ -65,8 +73,13 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
 def test_a_step_works_on_as_many_cores_as_its_limit_leaves() -> None:
     one = ("--cpus", "1")
     assert json.loads(inside(CORE, "captioner", "info", "--json", limits=one))["cpus"] == 1
-    torchs = "import torch; from model_lib.model.precision import choose_device; choose_device('auto')"
-    assert inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=one) == "1\n"
+    torchs = (
+        "import torch; from model_lib.model.precision import choose_device; choose_device('auto')"
+    )
+    assert (
+        inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=one)
+        == "1\n"
+    )
 
 
 @pytest.mark.usefixtures("engine")
@@ -76,7 +89,16 @@ def test_a_step_leaves_its_reason_where_kubernetes_keeps_it(tmp_path: Path) -> N
     kept.chmod(0o666)  # as the kubelet makes it
     mounts = ("--volume", f"{kept}:/dev/termination-log")
     with pytest.raises(subprocess.CalledProcessError) as ended:
-        inside(CORE, "captioner", "ingest", "--dataset", "/gone", "--output", "/tmp/data", limits=mounts)
+        inside(
+            CORE,
+            "captioner",
+            "ingest",
+            "--dataset",
+            "/gone",
+            "--output",
+            "/tmp/data",
+            limits=mounts,
+        )
     assert ended.value.returncode == 2 and kept.read_text() == ended.value.stderr
     assert kept.read_text().startswith("captioner: error: /gone/annotations")
 
@@ -89,9 +111,13 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
         )
         for image in IMAGES
     }
-    for image, torch, java in ((CORE, False, False), (MODEL, True, False), (JUDGE, True, True)):
+    for image, torch, java in ((CORE, False, False), (MODEL, True, False), (EVALUATE, True, True)):
         packages, has_java = has[image]
-        assert ("torch" in packages, "transformers" in packages, has_java) == (torch, torch, java), image
+        assert ("torch" in packages, "transformers" in packages, has_java) == (
+            torch,
+            torch,
+            java,
+        ), image
         assert ("pycocoevalcap" in packages) == java and {
             "kfp",
             "mlflow-skinny",
@@ -105,14 +131,22 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
 
 def test_the_packages_are_those_of_the_constraints() -> None:
     wanted = dict(
-        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+        line.lower().split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
     )
-    installed = dict(line.lower().split("==") for line in inside(JUDGE, "pip", "freeze").splitlines() if "==" in line)
+    installed = dict(
+        line.lower().split("==")
+        for line in inside(EVALUATE, "pip", "freeze").splitlines()
+        if "==" in line
+    )
     installed = {name: version.split("+")[0] for name, version in installed.items()}
     accelerators = ("nvidia-", "cuda-", "triton")  # torch itself pins what its CUDA builds need
     free = {name for name in installed if name not in wanted and not name.startswith(accelerators)}
     assert len(installed) > 100 and free <= {"captioner", "pip", "setuptools"}
-    assert {name: at for name, at in installed.items() if name in wanted and at != wanted[name]} == {}
+    assert {
+        name: at for name, at in installed.items() if name in wanted and at != wanted[name]
+    } == {}
 
 
 class Watched:
@@ -126,7 +160,11 @@ class Watched:
     def _watch(self) -> None:
         for event in self.events:
             started = self.engine.api.inspect_container(event["id"])
-            how = (started["Config"]["Image"], started["Config"]["User"], started["HostConfig"]["ReadonlyRootfs"])
+            how = (
+                started["Config"]["Image"],
+                started["Config"]["User"],
+                started["HostConfig"]["ReadonlyRootfs"],
+            )
             self.seen.append(how)
 
 
@@ -154,14 +192,16 @@ def test_both_pipelines_in_containers(
         for file in sorted(scenes.rglob("*")):
             if file.is_file():
                 fs.pipe_file(f"b/scenes/{file.relative_to(scenes)}", file.read_bytes())
-        fs.pipe_file("b/scenes/val2017/broken.jpg", b"no picture")
+        fs.pipe_file("b/scenes/val2017/broken.jpg", b"no image")
 
         def run(pipeline: Any, arguments: dict[str, Any], name: str) -> None:
             monkeypatch.setenv("KFP_RUN_ID", str(uuid.uuid4()))
             (tmp_path / name).mkdir()
             (tmp_path / name / "mine").write_text("of somebody else")
             run_locally(pipeline, arguments, tmp_path / name, "docker")
-            assert (tmp_path / name / "mine").stat().st_uid == os.getuid(), "only captioner's own files change hands"
+            assert (tmp_path / name / "mine").stat().st_uid == os.getuid(), (
+                "only captioner's own files change hands"
+            )
 
         for place in (finished, finished / "best", *(finished / "best").iterdir()):
             place.chmod(0o755)
@@ -170,9 +210,10 @@ def test_both_pipelines_in_containers(
             "data_dataset": "gs://b/scenes",
             "data_output": "gs://b/data",
             "train_checkpoint_uri": "gs://b/candidates",
-            # One of them goes on from a folder of this machine, which the containers' user may read.
+            # One of them goes on from a folder of this machine, which the containers' user may
+            # read.
             "train_candidates": [
-                {"name": "slow", "learning_rate": 1e-6, "start": str(finished / "best")},
+                {"name": "slow", "learning_rate": 1e-6, "init_from": str(finished / "best")},
                 {"name": "fast"},
             ],
             "train_preset": "tiny",
@@ -186,15 +227,20 @@ def test_both_pipelines_in_containers(
         runs = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
         nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
         (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        assert {run.info.run_name for run in nested} == {"slow", "fast"} and parent.info.status == "FINISHED"
+        assert {run.info.run_name for run in nested} == {
+            "slow",
+            "fast",
+        } and parent.info.status == "FINISHED"
         assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in nested)
-        assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), "the image's Java computed it"
+        assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), (
+            "the image's Java computed it"
+        )
         assert champion.tags["name"] in ("slow", "fast")
 
         arguments = {
             "caption_images": "gs://b/scenes/val2017",
             "caption_output": "gs://b/captions",
-            "caption_shard_pictures": 5,
+            "caption_shard_images": 5,
         }
         run(caption_bucket.define(parallel=1), arguments, "caption")
         parts = sorted(fs.glob("b/captions/*/captions/*.parquet"))
@@ -219,15 +265,36 @@ def test_both_pipelines_in_containers(
     users = {(user.split(":")[0] != "0", read_only) for _, user, read_only in watched.seen}
     assert images == set(IMAGES) and users == {(True, True)} and len(watched.seen) >= 23
     out = capfd.readouterr().err
-    for step in ("preflight", "ingest", "judge", "train", "evaluate", "register", "plan", "caption", "merge", "close"):
+    for step in (
+        "preflight",
+        "ingest",
+        "evaluate-champion",
+        "train",
+        "evaluate",
+        "register",
+        "plan",
+        "caption",
+        "merge",
+        "close",
+    ):
         assert f"step {step}" in out, step
 
 
 def test_an_interrupted_run_leaves_no_container_at_work(engine: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "model_lib", "run", "--runner", "docker", "--scenes", "8", "--workdir"]
+    command = [
+        sys.executable,
+        "-m",
+        "model_lib",
+        "run",
+        "--runner",
+        "docker",
+        "--scenes",
+        "8",
+        "--workdir",
+    ]
     # A test's process may ignore interrupts, and what it starts would too.
-    heeding = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    run = subprocess.Popen([*command, str(tmp_path / "work")], preexec_fn=heeding)
+    catch_signals = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    run = subprocess.Popen([*command, str(tmp_path / "work")], preexec_fn=catch_signals)
     ours = {"label": RUN_LABEL}
     while not engine.containers.list(filters=ours):
         assert run.poll() is None
@@ -246,10 +313,14 @@ def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> N
     storage = f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}"
     config.write_text(f"version: 0.1\n{storage}\nhttp: {{addr: '127.0.0.1:{port}'}}\n")
     copy = tmp_path / "tree"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
+    )
     (copy / ".venv").symlink_to(Path(sys.executable).parents[1])
     name = f"localhost:{port}/captions"
-    with running([program, "serve", str(config)], f"http://127.0.0.1:{port}/v2/", tmp_path / "registry.log"):
+    with running(
+        [program, "serve", str(config)], f"http://127.0.0.1:{port}/v2/", tmp_path / "registry.log"
+    ):
         for image in IMAGES:
             pushed = image.replace("captioner-", f"{name}/captioner-")
             subprocess.run(["docker", "tag", image, pushed], check=True)
@@ -257,9 +328,11 @@ def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> N
         subprocess.run(["make", "push", f"REGISTRY={name}"], cwd=copy, env=environment, check=True)
         lock = (copy / "images" / "images.lock").read_text()
         digests = re.findall(
-            rf"^(core|model|judge) ({re.escape(name)}/captioner-\1@sha256:[0-9a-f]{{64}})$", lock, re.M
+            rf"^(core|model|evaluate) ({re.escape(name)}/captioner-\1@sha256:[0-9a-f]{{64}})$",
+            lock,
+            re.M,
         )
-        assert [image for image, _ in digests] == ["core", "model", "judge"]
+        assert [image for image, _ in digests] == ["core", "model", "evaluate"]
         for pipeline in ("train_captioner", "caption_bucket"):
             compiled = (copy / "pipelines" / "compiled" / f"{pipeline}.yaml").read_text()
             used = set(re.findall(r"^ *image: (.*)$", compiled, re.MULTILINE))

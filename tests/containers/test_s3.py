@@ -1,4 +1,5 @@
-"""The whole training pipeline in a bucket of S3, its steps as processes: too long for every change."""
+"""The whole training pipeline in a bucket of S3, its steps as processes: too long for every
+change."""
 
 from pathlib import Path
 
@@ -8,10 +9,22 @@ import pytest
 from tests.pipelines.in_s3 import WORKFLOW, cloud
 
 pytestmark = pytest.mark.containers
-STEPS = {"ingest", "candidates", "train", "evaluate", "judge", "register", "plan", "caption", "merge"}
+STEPS = {
+    "ingest",
+    "candidates",
+    "train",
+    "evaluate",
+    "evaluate-champion",
+    "register",
+    "plan",
+    "caption",
+    "merge",
+}
 
 
-def test_every_step_of_training_works_in_s3_and_leaves_what_kubeflow_takes(scenes: Path, tmp_path: Path) -> None:
+def test_every_step_of_training_works_in_s3_and_leaves_what_kubeflow_takes(
+    scenes: Path, tmp_path: Path
+) -> None:
     with cloud(scenes, tmp_path) as place:
         arguments = {
             "data_dataset": "s3://bucket/scenes",
@@ -27,14 +40,24 @@ def test_every_step_of_training_works_in_s3_and_leaves_what_kubeflow_takes(scene
         _, outputs = place.run("train_captioner", arguments)
         (part,) = place.fs.glob("bucket/captions/*/captions/*.parquet")
         rows = pq.ParquetFile(place.fs.open(part)).read().to_pylist()
-        assert [(row["status"], row["model"]) for row in rows] == [("ok", "models:/captioner/1")] * 12
+        assert [(row["status"], row["model"]) for row in rows] == [
+            ("ok", "models:/captioner/1")
+        ] * 12
         assert any(name.endswith("/model.safetensors") for name in place.fs.find("bucket/mlflow"))
         assert place.runs() == {WORKFLOW: "FINISHED", "one": "FINISHED"}
         assert [(post["state"], post["run"]) for post in place.told] == [("SUCCEEDED", WORKFLOW)]
     assert set(outputs) >= STEPS
     (model,) = outputs["train"].artifacts["model"].artifacts
     where = model.metadata["model"]
-    assert where.startswith("s3://bucket/candidates/one-") and Path(model.uri).read_text() == f"{where}\n"
-    for step, name in (("ingest", "data"), ("evaluate", "report"), ("register", "model"), ("merge", "summary")):
+    assert (
+        where.startswith("s3://bucket/candidates/one-")
+        and Path(model.uri).read_text() == f"{where}\n"
+    )
+    for step, name in (
+        ("ingest", "data"),
+        ("evaluate", "report"),
+        ("register", "model"),
+        ("merge", "summary"),
+    ):
         (artifact,) = outputs[step].artifacts[name].artifacts
         assert Path(artifact.uri).is_file(), f"{step}: the link to {name} leads nowhere"

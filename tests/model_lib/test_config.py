@@ -16,7 +16,11 @@ BASE = {"data": "d", "output": "o", "preset": "tiny"}
 
 def test_numbers_from_json_become_the_options_kind() -> None:
     config = TrainConfig.from_options(**BASE, epochs=3.0, learning_rate=1)
-    assert config.epochs == 3 and isinstance(config.epochs, int) and isinstance(config.learning_rate, float)
+    assert (
+        config.epochs == 3
+        and isinstance(config.epochs, int)
+        and isinstance(config.learning_rate, float)
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,20 +55,27 @@ def test_a_missing_option_is_named() -> None:
 
 def test_zero_means_the_presets_own() -> None:
     config = TrainConfig(data="d", output="o")
-    assert (config.epochs, config.batch_size, config.learning_rate, config.precision) == (5, 64, 1e-4, "auto")
+    assert (config.epochs, config.batch_size, config.learning_rate, config.precision) == (
+        5,
+        64,
+        1e-4,
+        "auto",
+    )
 
 
 def test_the_key_changes_with_what_shapes_the_result_only() -> None:
     key = TrainConfig(**BASE).key("fingerprint")
-    assert key == TrainConfig(**{**BASE, "output": "x", "name": "n"}, workers=3, checkpoint_minutes=1).key(
-        "fingerprint"
-    )
+    assert key == TrainConfig(
+        **{**BASE, "output": "x", "name": "n"}, workers=3, checkpoint_minutes=1
+    ).key("fingerprint")
     assert key != TrainConfig(**BASE, seed=1).key("fingerprint")
     assert key != TrainConfig(**BASE).key("other")
 
 
 @pytest.mark.parametrize("cls", [IngestConfig, EvaluateConfig])
-def test_two_ways_to_say_the_input_are_not_mixed(cls: type[IngestConfig] | type[EvaluateConfig]) -> None:
+def test_two_ways_to_say_the_input_are_not_mixed(
+    cls: type[IngestConfig] | type[EvaluateConfig],
+) -> None:
     base = {"output": "o"}
     with pytest.raises(UserError, match="give either"):
         cls(**base)
@@ -72,14 +83,18 @@ def test_two_ways_to_say_the_input_are_not_mixed(cls: type[IngestConfig] | type[
         cls(**base, annotations="a")
 
 
-def test_a_model_and_a_results_file_are_not_judged_together() -> None:
+def test_a_model_and_a_results_file_are_not_evaluated_together() -> None:
     with pytest.raises(UserError, match="give either"):
         EvaluateConfig(output="o", model="m", data="d", results="r", annotations="a")
 
 
 def test_every_option_is_explained() -> None:
     for cls in map(config_class, COMMANDS.values()):
-        source = "".join(inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base))
+        source = "".join(
+            inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base)
+        )
         for field in dataclasses.fields(cls):
             _, _, after = source.partition(f"    {field.name}:")
-            assert after.partition("\n")[2].lstrip().startswith('"""'), f"{cls.__name__}.{field.name}"
+            assert after.partition("\n")[2].lstrip().startswith('"""'), (
+                f"{cls.__name__}.{field.name}"
+            )

@@ -1,4 +1,5 @@
-"""How a step of a pipeline ends: one line and an exit code, and in its pod the line is what Kubernetes keeps of it."""
+"""How a step of a pipeline ends: one line and an exit code, and in its pod the line is what
+Kubernetes keeps of it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +38,20 @@ def raising(error: Exception) -> Callable[[], None]:
         ),
         (raising(UserError("a: is wrong")), 2, "captioner: error: a: is wrong"),
         (raising(WorkError("b: fails")), 1, "captioner: failed: b: fails"),
-        (raising(MemoryError()), 1, "captioner: failed: the memory is used up; give it more, or less to do at once"),
+        (
+            raising(MemoryError()),
+            1,
+            "captioner: failed: the memory is used up; give it more, or less to do at once",
+        ),
     ],
     ids=["step", "mistake", "failure", "memory"],
 )
 def test_a_step_ends_in_one_line_that_kubernetes_keeps(
-    work: Callable[[], Any], code: int, line: str, termination_log: Path, capsys: pytest.CaptureFixture[str]
+    work: Callable[[], Any],
+    code: int,
+    line: str,
+    termination_log: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended, exit_in_one_line():
         work()

@@ -1,4 +1,5 @@
-"""Compiled pipelines as scheduled runs meet them: without a name, everything in S3, MLflow's artifacts too."""
+"""Compiled pipelines as scheduled runs meet them: without a name, everything in S3, MLflow's
+artifacts too."""
 
 import uuid
 from collections.abc import Iterator
@@ -31,10 +32,13 @@ class Cloud:
     work: Path
 
     def run(self, name: str, arguments: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """Run a compiled pipeline; return its folder, and each step's output as Kubeflow Pipelines takes it."""
+        """Run a compiled pipeline; return its folder, and each step's output as Kubeflow Pipelines
+        takes it."""
         text = (COMPILED / f"{name}.yaml").read_text()
         assert "constant: '{{$.pipeline_job_name}}'" in text
-        pipeline = components.load_component_from_text(text.replace("'{{$.pipeline_job_name}}'", "''"))
+        pipeline = components.load_component_from_text(
+            text.replace("'{{$.pipeline_job_name}}'", "''")
+        )
         root = run_locally(pipeline, arguments, self.work, "subprocess")
         files = root.rglob("executor_output.json")
         return root, {file.parent.name: take_output(file.read_text(), str(root)) for file in files}
@@ -55,7 +59,11 @@ def cloud(scenes: Path, work: Path) -> Iterator[Cloud]:
         webhook() as (address, told),
         pytest.MonkeyPatch.context() as patch,
     ):
-        variables = {"CAPTIONER_MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address, "KFP_RUN_ID": str(uuid.uuid4())}
+        variables = {
+            "CAPTIONER_MLFLOW_TRACKING_URI": server,
+            "WEBHOOK_URL": address,
+            "KFP_RUN_ID": str(uuid.uuid4()),
+        }
         variables |= {"KFP_WORKFLOW": WORKFLOW, "XDG_CACHE_HOME": str(work / "cache")}
         for name, value in variables.items():
             patch.setenv(name, value)

@@ -1,7 +1,8 @@
-"""A server on loopback that speaks the part of Kubeflow Pipelines' v2beta1 REST API which kfp's client uses here.
+"""A server on loopback that speaks the part of Kubeflow Pipelines' v2beta1 REST API which kfp's
+client uses here.
 
-What it is given it checks as the real one does: YAML is parsed strictly, parameters have the pipeline's types, ids are
-known. A run goes one state further each time that it is looked at.
+What it is given it checks as the real one does: YAML is parsed strictly, parameters have the
+pipeline's types, ids are known. A run goes one state further each time that it is looked at.
 """
 
 import json
@@ -33,20 +34,29 @@ KINDS: dict[str, Any] = {
 
 
 def parse_strictly(text: str) -> tuple[Any, dict[str, Any]]:
-    """Parse a compiled pipeline as the server does on upload; `ValueError` for anything that it would refuse.
+    """Parse a compiled pipeline as the server does on upload; `ValueError` for anything that it
+    would refuse.
 
     Returns:
-        The PipelineSpec, and each executor's KubernetesExecutorConfig, which the driver parses when a task starts.
+        The PipelineSpec, and each executor's KubernetesExecutorConfig, which the driver parses when
+        a task starts.
     """
     spec, platform = None, pipeline_spec_pb2.PlatformSpec()
     for document in yaml.safe_load_all(text):
         if "platforms" in document:
             json_format.ParseDict(document, platform, ignore_unknown_fields=False)
         elif spec is None:
-            spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False)
+            spec = json_format.ParseDict(
+                document, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False
+            )
         else:
             raise ValueError("multiple pipeline specs provided")
-    if spec is None or spec.schema_version != "2.1.0" or not spec.pipeline_info.name or not spec.HasField("root"):
+    if (
+        spec is None
+        or spec.schema_version != "2.1.0"
+        or not spec.pipeline_info.name
+        or not spec.HasField("root")
+    ):
         raise ValueError("no pipeline spec of schema version 2.1.0 with a name and a root")
     executors = platform.platforms["kubernetes"].deployment_spec.executors
     configs = {
@@ -61,7 +71,8 @@ def parse_strictly(text: str) -> tuple[Any, dict[str, Any]]:
 
 
 def take_output(text: str, root: str) -> pipeline_spec_pb2.ExecutorOutput:
-    """Take what a step's program left, as the launcher of 2.17 does after its work; `ValueError` for what it refuses.
+    """Take what a step's program left, as the launcher of 2.17 does after its work; `ValueError`
+    for what it refuses.
 
     Args:
         text: the program's executor output, JSON.
@@ -76,7 +87,9 @@ def take_output(text: str, root: str) -> pipeline_spec_pb2.ExecutorOutput:
     for name, artifacts in output.artifacts.items():
         for artifact in artifacts.artifacts:
             if not artifact.uri.startswith(root):
-                raise ValueError(f"{name}: URI {artifact.uri!r} does not have expected bucket prefix {root!r}")
+                raise ValueError(
+                    f"{name}: URI {artifact.uri!r} does not have expected bucket prefix {root!r}"
+                )
             for key, value in artifact.metadata.fields.items():
                 if value.WhichOneof("kind") == "null_value":
                     raise ValueError(f"{name}: {key}: unknown/unsupported value type NullValue")
@@ -95,13 +108,16 @@ class KfpServer:
     """Runs in a thread on a free port; `calls` and the tables show what it was asked.
 
     Args:
-        states: those that a run goes through, one a look; an integer fails that look with its HTTP status.
+        states: those that a run goes through, one a look; an integer fails that look with its HTTP
+            status.
         token: that requests must bear, if any.
         failing: the node that fails if a run does.
         message: that the failing node's pod left for Kubernetes, of which Argo makes its node's.
         log: of that pod.
-        large: whether the runs' workflows are so large that the list of nodes stops after its first look.
-        is_ui: whether this is the UI's server, which passes requests to the API server on, but none of v1alpha1.
+        large: whether the runs' workflows are so large that the list of nodes stops after its first
+            look.
+        is_ui: whether this is the UI's server, which passes requests to the API server on, but none
+            of v1alpha1.
     """
 
     def __init__(
@@ -115,7 +131,13 @@ class KfpServer:
         is_ui: bool = False,
     ) -> None:
         self.states, self.token = list(states), token
-        self.failing, self.message, self.log, self.large, self.is_ui = failing, message, log, large, is_ui
+        self.failing, self.message, self.log, self.large, self.is_ui = (
+            failing,
+            message,
+            log,
+            large,
+            is_ui,
+        )
         self.listed: list[dict] = []
         self.calls: list[str] = []
         self.experiments: dict[str, dict] = {}
@@ -152,39 +174,74 @@ class KfpServer:
                 url = urlsplit(self.path)
                 try:
                     server.calls.append(f"{method} {url.path}")
-                    if server.token and self.headers.get("Authorization") != f"Bearer {server.token}":
+                    if (
+                        server.token
+                        and self.headers.get("Authorization") != f"Bearer {server.token}"
+                    ):
                         raise Refused(401, "Unauthenticated")
                     query = {name: values[0] for name, values in parse_qs(url.query).items()}
                     kind = self.headers.get("Content-Type") or ""
                     status, document = 200, server.route(method, url.path, query, body, kind)
                 except Refused as refused:
-                    status, document = refused.status, {"code": refused.status, "message": str(refused)}
-                content = document.encode() if isinstance(document, str) else json.dumps(document).encode()
+                    status, document = (
+                        refused.status,
+                        {"code": refused.status, "message": str(refused)},
+                    )
+                content = (
+                    document.encode()
+                    if isinstance(document, str)
+                    else json.dumps(document).encode()
+                )
                 self.send_response(status)
-                self.send_header("Content-Type", "text/plain" if isinstance(document, str) else "application/json")
+                self.send_header(
+                    "Content-Type",
+                    "text/plain" if isinstance(document, str) else "application/json",
+                )
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
 
         return Handler
 
-    def route(self, method: str, path: str, query: dict[str, str], body: bytes, kind: str) -> dict | str:
+    def route(
+        self, method: str, path: str, query: dict[str, str], body: bytes, kind: str
+    ) -> dict | str:
         """Return the answer to a request."""
         api = "/apis/v2beta1"
         routes: list[tuple[str, str, Callable[..., dict | str]]] = [
             ("GET", f"{api}/healthz", lambda: {"multi_user": False}),
-            ("GET", f"{api}/experiments", lambda: {"experiments": self._named(self.experiments, query)}),
-            ("POST", f"{api}/experiments", lambda: self._add(self.experiments, "experiment_id", json.loads(body))),
+            (
+                "GET",
+                f"{api}/experiments",
+                lambda: {"experiments": self._named(self.experiments, query)},
+            ),
+            (
+                "POST",
+                f"{api}/experiments",
+                lambda: self._add(self.experiments, "experiment_id", json.loads(body)),
+            ),
             ("GET", f"{api}/pipelines", lambda: {"pipelines": self._named(self.pipelines, query)}),
-            ("POST", f"{api}/pipelines", lambda: self._add(self.pipelines, "pipeline_id", json.loads(body))),
-            ("GET", f"{api}/pipelines/([^/]+)/versions", lambda owner: self._versions(owner, query)),
+            (
+                "POST",
+                f"{api}/pipelines",
+                lambda: self._add(self.pipelines, "pipeline_id", json.loads(body)),
+            ),
+            (
+                "GET",
+                f"{api}/pipelines/([^/]+)/versions",
+                lambda owner: self._versions(owner, query),
+            ),
             ("POST", f"{api}/pipelines/upload_version", lambda: self._upload(query, body, kind)),
             ("POST", f"{api}/runs", lambda: self._start(json.loads(body), self.runs, "run_id")),
             ("GET", f"{api}/runs/([^/]+)", self._look),
             ("GET", "/apis/v1beta1/runs/([^/]+)", self._manifest),
             ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", self._log),
             ("GET", "/k8s/pod/logs", lambda: self._ui_log(query)),
-            ("GET", f"{api}/recurringruns", lambda: {"recurringRuns": self._named(self.recurring, query)}),
+            (
+                "GET",
+                f"{api}/recurringruns",
+                lambda: {"recurringRuns": self._named(self.recurring, query)},
+            ),
             ("POST", f"{api}/recurringruns", lambda: self._schedule(json.loads(body))),
         ]
         for verb, pattern, function in routes:
@@ -204,7 +261,10 @@ class KfpServer:
         predicates = json.loads(query.get("filter") or "{}").get("predicates", [])
         rows = list(table.values())
         for predicate in predicates:
-            if predicate["operation"] not in ("EQUALS", 1) or predicate["key"] not in ("name", "display_name"):
+            if predicate["operation"] not in ("EQUALS", 1) or predicate["key"] not in (
+                "name",
+                "display_name",
+            ):
                 raise Refused(400, f"Invalid input error: filter {predicate}")
             rows = [row for row in rows if row["display_name"] == predicate["stringValue"]]
         return rows
@@ -228,16 +288,23 @@ class KfpServer:
 
     def _start(self, row: dict, table: dict[str, dict], key: str) -> dict:
         reference = row["pipeline_version_reference"]
-        if self.versions.get(reference["pipeline_version_id"], {}).get("pipeline_id") != reference["pipeline_id"]:
+        if (
+            self.versions.get(reference["pipeline_version_id"], {}).get("pipeline_id")
+            != reference["pipeline_id"]
+        ):
             raise Refused(404, f"PipelineVersion {reference} not found")
         if row["experiment_id"] not in self.experiments:
             raise Refused(404, f"Experiment {row['experiment_id']} not found")
         given = row["runtime_config"].get("parameters", {})
         inputs = self.specs[reference["pipeline_version_id"]].root.input_definitions.parameters
         for name, value in given.items():
-            kind = pipeline_spec_pb2.ParameterType.ParameterTypeEnum.Name(inputs[name].parameter_type)
+            kind = pipeline_spec_pb2.ParameterType.ParameterTypeEnum.Name(
+                inputs[name].parameter_type
+            )
             if not isinstance(value, KINDS[kind]):
-                raise Refused(400, f"Invalid input error: input parameter {name} is not of type {kind}")
+                raise Refused(
+                    400, f"Invalid input error: input parameter {name} is not of type {kind}"
+                )
         for name, about in inputs.items():
             if not about.is_optional and name not in given:
                 raise Refused(400, f"Invalid input error: input parameter {name} is required")
@@ -246,7 +313,9 @@ class KfpServer:
     def _schedule(self, row: dict) -> dict:
         cron = row["trigger"].get("cron_schedule", {}).get("cron")
         if cron and len(cron.split()) != 6:
-            raise Refused(400, f"Invalid input error: Schedule cron is not a supported format: {cron}")
+            raise Refused(
+                400, f"Invalid input error: Schedule cron is not a supported format: {cron}"
+            )
         return self._start(row, self.recurring, "recurring_run_id")
 
     def _look(self, run_id: str) -> dict:
@@ -259,15 +328,30 @@ class KfpServer:
             spec = 'component_input_parameter:"secret_name"'
             reason = f"resolving input parameter with spec {spec}. Expected a non-empty string"
             self.states, self.failing = ["FAILED"], "preflight-driver"
-            self.log = f"F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) failed: {reason}"
+            self.log = (
+                "F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) "
+                f"failed: {reason}"
+            )
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, int):
             raise Refused(state, "the server has a bad moment")
-        # The real server lists every node of Argo's workflow under Argo's names, with the ids of those below.
-        # `run.error` stays null.
-        names = ["root", "root-driver", "exit-handler-1", "preflight-driver", "preflight", "executor"]
+        # The real server lists every node of Argo's workflow under Argo's names, with the ids of
+        # those below. `run.error` stays null.
+        names = [
+            "root",
+            "root-driver",
+            "exit-handler-1",
+            "preflight-driver",
+            "preflight",
+            "executor",
+        ]
         ended = names.index(self.failing) + 1 + (self.failing == "preflight")
-        failed = {"root", "exit-handler-1", self.failing, *(["executor"] if self.failing == "preflight" else [])}
+        failed = {
+            "root",
+            "exit-handler-1",
+            self.failing,
+            *(["executor"] if self.failing == "preflight" else []),
+        }
         nodes = [
             {
                 "task_id": str(number),
@@ -279,7 +363,12 @@ class KfpServer:
         ]
         if not self.large or not self.listed:
             self.listed = nodes
-        return {**self.runs[run_id], "state": state, "error": None, "run_details": {"task_details": self.listed}}
+        return {
+            **self.runs[run_id],
+            "state": state,
+            "error": None,
+            "run_details": {"task_details": self.listed},
+        }
 
     def _manifest(self, run_id: str) -> dict:
         driver = {"templateName": "system-container-driver", "type": "Pod"}
@@ -288,26 +377,56 @@ class KfpServer:
         ends = {"phase": "Failed", "message": f"main: Error (exit code 1){below}"}
         lost = {"phase": "Error", "message": "pod deleted"}  # the attempt before
         nodes = {
-            "30": {**driver, **(ends if self.failing == "preflight-driver" else {"phase": "Succeeded"})},
-            "40": {"type": "Retry", "phase": "Failed", "children": [f"{WORKFLOW}-41", f"{WORKFLOW}-42"]},
+            "30": {
+                **driver,
+                **(ends if self.failing == "preflight-driver" else {"phase": "Succeeded"}),
+            },
+            "40": {
+                "type": "Retry",
+                "phase": "Failed",
+                "children": [f"{WORKFLOW}-41", f"{WORKFLOW}-42"],
+            },
             "41": {**impl, **lost, "startedAt": "2026-11-27T12:00:00Z"},
-            "42": {**impl, **ends, "startedAt": "2026-11-27T12:02:00Z", "children": [f"{WORKFLOW}-50"]},
+            "42": {
+                **impl,
+                **ends,
+                "startedAt": "2026-11-27T12:02:00Z",
+                "children": [f"{WORKFLOW}-50"],
+            },
             "50": {"type": "Omitted", "phase": "Omitted"},
         }
-        named = {f"{WORKFLOW}-{number}": {**node, "id": f"{WORKFLOW}-{number}"} for number, node in nodes.items()}
+        named = {
+            f"{WORKFLOW}-{number}": {**node, "id": f"{WORKFLOW}-{number}"}
+            for number, node in nodes.items()
+        }
         status = {"compressedNodes": "H4sI"} if self.large else {"nodes": named}
         manifest = {"metadata": {"name": WORKFLOW}, "status": status}
-        return {"run": {"id": run_id}, "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)}}
+        return {
+            "run": {"id": run_id},
+            "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)},
+        }
 
     def _log(self, run_id: str, node: str) -> str:
         if self.is_ui:
             raise Refused(404, "Cannot GET")
-        if node != f"{WORKFLOW}-{LAST[self.failing]}" or not self.log:  # the status is sent before the log is found
-            return json.dumps({"error_message": f"Failed to read logs for run {run_id}", "error_details": "…"})
+        if (
+            node != f"{WORKFLOW}-{LAST[self.failing]}" or not self.log
+        ):  # the status is sent before the log is found
+            return json.dumps(
+                {"error_message": f"Failed to read logs for run {run_id}", "error_details": "…"}
+            )
         return self.log
 
     def _ui_log(self, query: dict[str, str]) -> str:
-        template = "system-container-driver" if self.failing == "preflight-driver" else "retry-system-container-impl"
-        if not self.is_ui or query["podname"] != f"{WORKFLOW}-{template}-{LAST[self.failing]}" or not self.log:
+        template = (
+            "system-container-driver"
+            if self.failing == "preflight-driver"
+            else "retry-system-container-impl"
+        )
+        if (
+            not self.is_ui
+            or query["podname"] != f"{WORKFLOW}-{template}-{LAST[self.failing]}"
+            or not self.log
+        ):
             raise Refused(404, "Could not get main container logs")
         return self.log

@@ -1,4 +1,5 @@
-"""Captioning in a bucket of S3 by a run without a name; and what steps leave is what Kubeflow Pipelines takes.
+"""Captioning in a bucket of S3 by a run without a name; and what steps leave is what Kubeflow
+Pipelines takes.
 
 Training in S3: tests/containers/test_s3.py.
 """
@@ -23,7 +24,9 @@ from tests.pipelines.kfp_server import take_output
 KINDS = {"model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
 
 
-def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(
+    scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
     with cloud(scenes, tmp_path) as place:
         place.fs.put(f"{saved_model}/", "bucket/model/", recursive=True)
         arguments = {
@@ -33,7 +36,9 @@ def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(scenes: Path, saved_mode
         }
         _, outputs = place.run("caption_bucket", arguments)
         parts = place.fs.glob("bucket/captions/*/captions/*.parquet")
-        rows = [row for part in parts for row in pq.ParquetFile(place.fs.open(part)).read().to_pylist()]
+        rows = [
+            row for part in parts for row in pq.ParquetFile(place.fs.open(part)).read().to_pylist()
+        ]
         assert len(parts) == 1 and [row["status"] for row in rows] == ["ok"] * 12
         assert place.runs() == {WORKFLOW: "FINISHED"}
         assert [(post["state"], post["run"]) for post in place.told] == [("SUCCEEDED", WORKFLOW)]
@@ -49,7 +54,12 @@ def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
     candidates = [{"name": "one", "epochs": 1}]
     (candidate,) = configure_candidates(
-        str(data), read_manifest(str(data)).fingerprint, str(tmp_path), "", candidates, preset="tiny"
+        str(data),
+        read_manifest(str(data)).fingerprint,
+        str(tmp_path),
+        "",
+        candidates,
+        preset="tiny",
     )
     root = tmp_path / "root"
     artifacts = {name: kind(uri=str(root / name)) for name, kind in KINDS.items()}
@@ -69,7 +79,9 @@ def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
 def test_what_kubeflow_refuses_is_left_out_of_metadata() -> None:
     artifact = SimpleNamespace(metadata={})
     nan, infinity = float("nan"), float("inf")
-    set_metadata(artifact, a=1, b=None, c=nan, d={"e": -infinity, "f": [None, 2.5, (nan, "x")]}, g=False)
+    set_metadata(
+        artifact, a=1, b=None, c=nan, d={"e": -infinity, "f": [None, 2.5, (nan, "x")]}, g=False
+    )
     assert artifact.metadata == {"a": 1, "d": {"f": [2.5, ["x"]]}, "g": False}
 
 
@@ -83,6 +95,7 @@ def test_what_kubeflow_refuses_is_left_out_of_metadata() -> None:
 )
 def test_the_stand_in_refuses_what_kubeflow_does(uri: str, metadata: str, reason: str) -> None:
     """The strictness of the tests above."""
-    text = f'{{"artifacts": {{"a": {{"artifacts": [{{"name": "a", "uri": "{uri}", "metadata": {metadata}}}]}}}}}}'
+    artifact = f'{{"name": "a", "uri": "{uri}", "metadata": {metadata}}}'
+    text = f'{{"artifacts": {{"a": {{"artifacts": [{artifact}]}}}}}}'
     with pytest.raises(ValueError, match=reason):
         take_output(text, "/root")

@@ -1,4 +1,5 @@
-"""The compiled pipelines: up to date, taken by the server, and placed on the cluster as they should be."""
+"""The compiled pipelines: up to date, taken by the server, and placed on the cluster as they should
+be."""
 
 import ast
 import importlib
@@ -28,7 +29,10 @@ from tests.pipelines.kfp_server import parse_strictly
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"
 NAMES = ["train_captioner", "caption_bucket"]
-DESCRIPTIONS = {"train_captioner": train_captioner.DESCRIPTION, "caption_bucket": caption_bucket.DESCRIPTION}
+DESCRIPTIONS = {
+    "train_captioner": train_captioner.DESCRIPTION,
+    "caption_bucket": caption_bucket.DESCRIPTION,
+}
 STAGES = {
     "data": IngestConfig,
     "train": TrainConfig,
@@ -36,14 +40,36 @@ STAGES = {
     "register": RegisterConfig,
     "caption": BatchConfig,
 }
-PIPELINES_OWN = {"train_candidates", "train_nodes", "train_cache_key", "train_checkpoint_uri", "caption_model"}
+PIPELINES_OWN = {
+    "train_candidates",
+    "train_nodes",
+    "train_cache_key",
+    "train_checkpoint_uri",
+    "caption_model",
+}
 PIPELINES_OWN |= {"data_dataset", "data_output", "caption_options"}
-CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations", "secret_name", "secret_keys"}
-ON_GPU = {"train", "evaluate", "judge", "caption"}
+CLUSTERS = {
+    "gpu_resource",
+    "gpu_count",
+    "gpu_node_selector",
+    "gpu_tolerations",
+    "secret_name",
+    "secret_keys",
+}
+ON_GPU = {"train", "evaluate", "evaluate-champion", "caption"}
 CACHED = {"train", "train-job", "evaluate"}
 STEPS = {
     "train_captioner": {
-        *("preflight", "ingest", "judge", "candidates", "train", "train-job", "evaluate", "register"),
+        *(
+            "preflight",
+            "ingest",
+            "evaluate-champion",
+            "candidates",
+            "train",
+            "train-job",
+            "evaluate",
+            "register",
+        ),
         *("plan", "caption", "merge", "close"),
     },
     "caption_bucket": {"preflight", "plan", "caption", "merge", "close"},
@@ -69,7 +95,11 @@ def containers(spec: Any) -> dict[str, dict[str, Any]]:
 def tasks(spec: Any) -> dict[str, Any]:
     """Return every task that runs a container, by name."""
     every = {name: task for dag, _ in dags(spec) for name, task in dag.tasks.items()}
-    return {name: task for name, task in every.items() if not spec.components[task.component_ref.name].HasField("dag")}
+    return {
+        name: task
+        for name, task in every.items()
+        if not spec.components[task.component_ref.name].HasField("dag")
+    }
 
 
 def test_the_committed_yaml_is_what_the_code_compiles_to(tmp_path: Path) -> None:
@@ -97,7 +127,8 @@ def test_a_field_that_the_server_does_not_know_is_refused() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_flows_between_steps_has_one_type(name: str) -> None:
-    """The server's driver refuses a value of another type than the step's input; kfp compiles such a pipeline."""
+    """The server's driver refuses a value of another type than the step's input; kfp compiles such
+    a pipeline."""
     spec, _ = compiled(name)
     checked = 0
     for dag, own in dags(spec):
@@ -123,11 +154,20 @@ def test_what_flows_between_steps_has_one_type(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_output_is_one_of_several_steps(name: str) -> None:
-    """Of a branch whose step came from the cache the driver knows no state, and `dsl.OneOf` fails over it."""
+    """Of a branch whose step came from the cache the driver knows no state, and `dsl.OneOf` fails
+    over it."""
     spec, _ = compiled(name)
     for dag, _own in dags(spec):
-        assert not [key for key, output in dag.outputs.parameters.items() if output.HasField("value_from_oneof")]
-        assert not [key for key, output in dag.outputs.artifacts.items() if len(output.artifact_selectors) > 1]
+        assert not [
+            key
+            for key, output in dag.outputs.parameters.items()
+            if output.HasField("value_from_oneof")
+        ]
+        assert not [
+            key
+            for key, output in dag.outputs.artifacts.items()
+            if len(output.artifact_selectors) > 1
+        ]
 
 
 def test_evaluate_waits_for_whichever_step_trained() -> None:
@@ -135,7 +175,9 @@ def test_evaluate_waits_for_whichever_step_trained() -> None:
     (loop,) = [dag for dag, _ in dags(spec) if "evaluate" in dag.tasks]
     (branches,) = loop.tasks["evaluate"].dependent_tasks
     inner = spec.components[loop.tasks[branches].component_ref.name].dag.tasks
-    trainings = [spec.components[task.component_ref.name].dag.tasks.keys() for task in inner.values()]
+    trainings = [
+        spec.components[task.component_ref.name].dag.tasks.keys() for task in inner.values()
+    ]
     assert sorted(name for names in trainings for name in names) == ["train", "train-job"]
 
 
@@ -143,7 +185,10 @@ def test_preflight_has_time_for_its_image_to_be_pulled() -> None:
     for name in NAMES:
         spec, configs = compiled(name)
         task = tasks(spec)["preflight"]
-        assert configs["exec-preflight"].active_deadline_seconds == 900 and task.retry_policy.max_retry_count == 1
+        assert (
+            configs["exec-preflight"].active_deadline_seconds == 900
+            and task.retry_policy.max_retry_count == 1
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,12 +213,20 @@ def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) ->
         assert task.task_info.name[0].isupper(), f"{task_name} has no display name"
         label = spec.components[task.component_ref.name].executor_label
         resources = containers(spec)[label]["resources"]
-        for kind in ("resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest", "resourceMemoryLimit"):
+        for kind in (
+            "resourceCpuRequest",
+            "resourceCpuLimit",
+            "resourceMemoryRequest",
+            "resourceMemoryLimit",
+        ):
             assert resources[kind], (task_name, kind)
         config = configs[label]
         assert 0 < config.active_deadline_seconds <= 3 * 24 * 3600
         assert config.image_pull_policy == "IfNotPresent"
-        assert (config.security_context.run_as_user, config.security_context.run_as_non_root) == (1000, True)
+        assert (config.security_context.run_as_user, config.security_context.run_as_non_root) == (
+            1000,
+            True,
+        )
         assert {mount.mount_path for mount in config.empty_dir_mounts} >= {"/tmp"}
         retries = task.retry_policy
         assert retries.max_retry_count > 0 and retries.backoff_factor == 2
@@ -186,7 +239,9 @@ def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) ->
         if gpu is not None:
             # A count that is a number counts as none in the driver of 2.17.
             assert gpu["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpu_count']}}"
-            assert config.node_selector.HasField("node_selector_json") and len(config.tolerations) == 1
+            assert (
+                config.node_selector.HasField("node_selector_json") and len(config.tolerations) == 1
+            )
             assert {mount.mount_path for mount in config.empty_dir_mounts} == {"/tmp", "/dev/shm"}
 
 
@@ -206,7 +261,9 @@ def test_every_parameter_is_prefixed_and_documented(name: str) -> None:
     ("name", "parameter"),
     [(name, p) for name in NAMES for p in sorted(set(parameters(name)) - PIPELINES_OWN - CLUSTERS)],
 )
-def test_parameters_have_the_names_and_defaults_of_the_stages_options(name: str, parameter: str) -> None:
+def test_parameters_have_the_names_and_defaults_of_the_stages_options(
+    name: str, parameter: str
+) -> None:
     prefix, _, option = parameter.partition("_")
     stage: type[StageConfig] = STAGES[prefix]
     assert option in stage.__dataclass_fields__, parameter
@@ -219,26 +276,47 @@ def test_parameters_have_the_names_and_defaults_of_the_stages_options(name: str,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_secrets_are_named_and_never_held(name: str, tmp_path: Path) -> None:
-    """No parameter asks for a secret's value, and none that lies about in the environment gets into the YAML."""
+    """No parameter asks for a secret's value, and none that lies about in the environment gets into
+    the YAML."""
     spec, configs = compiled(name)
-    keys = {pair.env_var for config in configs.values() for env in config.secret_as_env for pair in env.key_to_env}
-    assert {"CAPTIONER_MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "WEBHOOK_URL", "HF_TOKEN"} <= keys
+    keys = {
+        pair.env_var
+        for config in configs.values()
+        for env in config.secret_as_env
+        for pair in env.key_to_env
+    }
+    assert {
+        "CAPTIONER_MLFLOW_TRACKING_PASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "WEBHOOK_URL",
+        "HF_TOKEN",
+    } <= keys
     # A server with its MLflow plugin sets these itself; a pod that has one twice is refused.
     assert not {key for key in keys if key.startswith("MLFLOW_")}
     # Whatever a run may require of the secret, the step that checks it sees.
-    seen = {pair.secret_key for env in configs["exec-preflight"].secret_as_env for pair in env.key_to_env}
+    seen = {
+        pair.secret_key
+        for env in configs["exec-preflight"].secret_as_env
+        for pair in env.key_to_env
+    }
     assert {key.removeprefix("CAPTIONER_") for key in keys} == seen
-    secret = re.compile("password|token$|secret|credential|webhook|access_key|api_key", re.IGNORECASE)
+    secret = re.compile(
+        "password|token$|secret|credential|webhook|access_key|api_key", re.IGNORECASE
+    )
     assert {p for p in parameters(name) if secret.search(p)} == {"secret_name", "secret_keys"}
     for config in configs.values():
         for env in config.secret_as_env:
-            assert env.optional, "a missing key is for the preflight to say, not for a pod that never starts"
+            assert env.optional, (
+                "a missing key is for the preflight to say, not for a pod that never starts"
+            )
             assert env.secret_name_parameter.component_input_parameter.endswith("secret_name")
     assert not any("env" in container for container in containers(spec).values())
 
     planted = {key: f"planted-{number}" for number, key in enumerate(sorted(keys))}
     command = [sys.executable, "-m", "model_lib", "compile", "--output", str(tmp_path)]
-    subprocess.run(command, env={**os.environ, **planted}, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        command, env={**os.environ, **planted}, cwd=ROOT, check=True, capture_output=True
+    )
     text = (tmp_path / f"{name}.yaml").read_text()
     assert "planted-" not in text and text == (COMPILED / f"{name}.yaml").read_text()
 
@@ -250,18 +328,28 @@ def test_components_hold_no_logic(stage: str) -> None:
     component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
     (function,) = ast.parse(inspect.getsource(component.python_func)).body
     nodes = list(ast.walk(function))
-    assert any(isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model_lib") for node in nodes)
-    assert not any(isinstance(node, ast.If | ast.While | ast.Try | ast.ClassDef | ast.Lambda) for node in nodes)
+    assert any(
+        isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model_lib")
+        for node in nodes
+    )
+    assert not any(
+        isinstance(node, ast.If | ast.While | ast.Try | ast.ClassDef | ast.Lambda) for node in nodes
+    )
 
 
 def test_images_come_by_digest_from_the_lock(tmp_path: Path) -> None:
     """What make push writes is what the compiled pipelines run."""
-    names = ("core", "model", "judge")
-    lock = {name: f"registry.example/captioner-{name}@sha256:{number:064x}" for number, name in enumerate(names)}
+    names = ("core", "model", "evaluate")
+    lock = {
+        name: f"registry.example/captioner-{name}@sha256:{number:064x}"
+        for number, name in enumerate(names)
+    }
     for package in ("components", "model_lib", "pipelines"):
         shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "images.lock").write_text("# made\n" + "".join(f"{k} {v}\n" for k, v in lock.items()))
+    (tmp_path / "images" / "images.lock").write_text(
+        "# made\n" + "".join(f"{k} {v}\n" for k, v in lock.items())
+    )
     code = "from pipelines.compile import *; compile_all(CompileConfig(output='out'))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)

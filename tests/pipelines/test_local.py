@@ -5,17 +5,22 @@ from pathlib import Path
 from pipelines.local import outside
 
 
-def test_containers_see_what_arguments_and_variables_name_and_write_what_they_must(tmp_path: Path) -> None:
+def test_containers_see_what_arguments_and_variables_name_and_write_what_they_must(
+    tmp_path: Path,
+) -> None:
     work = tmp_path / "work"
-    names = ("work/scenes", "model", "pictures", "key.json", "hub", "store/mlflow.db")
+    names = ("work/scenes", "model", "images", "key.json", "hub", "store/mlflow.db")
     places = {name: tmp_path / name for name in names}
     for place in places.values():
         place.mkdir(parents=True)
     arguments = {
         "data_dataset": str(places["work/scenes"]),
         "data_output": "gs://bucket/data",
-        "caption_images": str(places["pictures"]),
-        "train_candidates": [{"name": "a", "start": str(places["model"])}, {"name": "/nowhere"}],
+        "caption_images": str(places["images"]),
+        "train_candidates": [
+            {"name": "a", "init_from": str(places["model"])},
+            {"name": "/nowhere"},
+        ],
     }
     environment = {
         "GOOGLE_APPLICATION_CREDENTIALS": str(places["key.json"]),
@@ -23,6 +28,13 @@ def test_containers_see_what_arguments_and_variables_name_and_write_what_they_mu
         "MLFLOW_TRACKING_URI": f"sqlite:///{places['store/mlflow.db']}",
         "AWS_REGION": "eu",
     }
-    read, written = (str(places[name]) for name in ("pictures", "model")), (places["hub"], tmp_path / "store")
-    wanted = {**dict.fromkeys(read, True), str(places["key.json"]): True, **{str(place): False for place in written}}
+    read, written = (
+        (str(places[name]) for name in ("images", "model")),
+        (places["hub"], tmp_path / "store"),
+    )
+    wanted = {
+        **dict.fromkeys(read, True),
+        str(places["key.json"]): True,
+        **{str(place): False for place in written},
+    }
     assert outside(arguments, environment, work) == wanted

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import Captioner, generate_caption
-from model_lib.holding import held
+from model_lib.io.locks import output_lock
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from pipelines.run import RunConfig, _dataset, _validation_pictures
+from pipelines.run import RunConfig, _dataset, _validation_images
 from tests.conftest import zipped
-from tests.model_lib.registry.test_promotion import judged
+from tests.model_lib.registry.test_promotion import evaluated
 from tests.pipelines.kfp_server import take_output
 
 Run = Callable[..., CompletedProcess]
@@ -30,7 +30,8 @@ def embedded_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_mlflow(work: Path, store: str, candidates: list[str]) -> None:
-    """Check that each candidate is under a run, finished and judged, and that the files are in the folder."""
+    """Check that each candidate is under a run, finished and evaluated, and that the files are in
+    the folder."""
     client = mlflow.MlflowClient(store)
     experiment = client.get_experiment_by_name("captioner")
     assert experiment.artifact_location == f"{work}/mlartifacts"
@@ -46,23 +47,32 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
     captioner: Run, saved_model: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    judged(0.1, "untrained", model=str(saved_model)).write(str(tmp_path / "judged"), "")
+    evaluated(0.1, "untrained", model=str(saved_model)).write(str(tmp_path / "evaluated"), "")
     tracking = require_mlflow(tracking_from_environment(str(work)))
-    register(RegisterConfig(evaluations=(str(tmp_path / "judged"),)), tracking)
+    register(RegisterConfig(evaluations=(str(tmp_path / "evaluated"),)), tracking)
 
     command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
-    done = captioner(*command, "--candidates", '[{"name": "fast"}]')  # several: make soak, make test-containers
+    done = captioner(
+        *command, "--candidates", '[{"name": "fast"}]'
+    )  # several: make soak, make test-containers
     assert done.returncode == 0, done.stderr
-    for word in ("step ingest", "step train", "step evaluate", "step register", "step caption", "48 scenes"):
+    for word in (
+        "step ingest",
+        "step train",
+        "step evaluate",
+        "step register",
+        "step caption",
+        "48 scenes",
+    ):
         assert word in done.stderr, word
     for word in (
-        "Pictures    48 to learn from, 48 to judge on; quarantined: none",
+        "Images    48 to learn from, 48 to evaluate on; quarantined: none",
         "fast",
         "CIDEr shuffled",
         "Winner      fast, version 2, is the champion now:",
         "fast has CIDEr",
         "the champion 0.0",
-        "Captions    48 of 48 pictures",
+        "Captions    48 of 48 images",
         "Report",
         "Parquet",
         "mlflow ui",
@@ -80,28 +90,51 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("java")
-def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_picture_keeps_it(
+def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_image_keeps_it(
     captioner: Run, tmp_path: Path
 ) -> None:
     command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
     first = captioner(*command, "--candidates", CANDIDATES)
     assert first.returncode == 0 and "version 1, is the champion now:" in first.stdout, first.stderr
 
-    drawn, archives = tmp_path / "work" / "scenes", tmp_path / "set"  # as captioner download leaves it
+    drawn, archives = (
+        tmp_path / "work" / "scenes",
+        tmp_path / "set",
+    )  # as captioner download leaves it
     (drawn / "train2017" / "000000000007.jpg").write_bytes(b"broken")
     archives.mkdir()
     zipped(archives / "annotations_trainval2017.zip", drawn, "annotations")
     for split in ("train2017", "val2017"):
         zipped(archives / f"{split}.zip", drawn, split)
-    again = ("run", "--workdir", "work", "--dataset", "set", "--epochs", "1", "--num_beams", "1", "--json")
+    again = (
+        "run",
+        "--workdir",
+        "work",
+        "--dataset",
+        "set",
+        "--epochs",
+        "1",
+        "--num_beams",
+        "1",
+        "--json",
+    )
     second = captioner(*again, "--candidates", '[{"name": "slow", "learning_rate": 1e-6}]')
     assert second.returncode == 0, second.stderr
     summary = json.loads(second.stdout)
-    assert summary["quarantined"] == {"unreadable": 1} and summary["pictures"] == {"train": 47, "val": 48}
+    assert summary["quarantined"] == {"unreadable": 1} and summary["images"] == {
+        "train": 47,
+        "val": 48,
+    }
     registered = summary["registered"]
-    assert registered["version"] == "2" and not registered["promoted"] and registered["champion_version"] == "1"
-    assert [row["name"] for row in registered["candidates"]] == ["slow"] and "needed more" in registered["reason"]
-    assert summary["captioned"]["pictures"] == summary["captioned"]["ok"] == 48
+    assert (
+        registered["version"] == "2"
+        and not registered["promoted"]
+        and registered["champion_version"] == "1"
+    )
+    assert [row["name"] for row in registered["candidates"]] == [
+        "slow"
+    ] and "needed more" in registered["reason"]
+    assert summary["captioned"]["images"] == summary["captioned"]["ok"] == 48
     assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
     assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()
     in_mlflow(tmp_path / "work", summary["tracking_uri"], ["fast", "slow", "slow"])
@@ -110,44 +143,57 @@ def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_picture_keeps_i
 def test_a_second_run_in_a_working_directory_is_refused_and_leaves_the_firsts_log(
     captioner: Run, tmp_path: Path
 ) -> None:
-    with held(str(tmp_path / "work")):
+    with output_lock(str(tmp_path / "work")):
         (tmp_path / "work" / "pipeline.log").write_text("of the first")
         done = captioner("run", "--workdir", "work", "--scenes", "2")
-    assert done.returncode == 1 and "work: process" in done.stderr and "is at work there" in done.stderr
+    assert (
+        done.returncode == 1
+        and "work: process" in done.stderr
+        and "is at work there" in done.stderr
+    )
     assert (tmp_path / "work" / "pipeline.log").read_text() == "of the first"
     assert not (tmp_path / "work" / "scenes").exists()
 
 
-def test_the_validation_pictures_of_an_archive_are_taken_out_for_captioning(
+def test_the_validation_images_of_an_archive_are_taken_out_for_captioning(
     archives: Path, scenes: Path, tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(archives / "val2017.zip", "a") as archive:
         archive.writestr("../../../outside.jpg", b"")
         archive.writestr("val2017/notes.txt", b"")
     dataset = _dataset(RunConfig(dataset=str(archives)), tmp_path)
-    folder = Path(_validation_pictures(dataset, tmp_path / "work"))
+    folder = Path(_validation_images(dataset, tmp_path / "work"))
     found = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert found == {file.name: file.read_bytes() for file in (scenes / "val2017").iterdir()}
     assert folder.is_relative_to(tmp_path / "work") and not list(tmp_path.rglob("outside.jpg"))
     written = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))]
-    assert _validation_pictures(dataset, tmp_path / "work") == str(folder)
-    assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written, "or all is captioned again"
-    assert _validation_pictures(str(scenes), tmp_path / "work") == str(scenes / "val2017")
+    assert _validation_images(dataset, tmp_path / "work") == str(folder)
+    assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written, (
+        "or all is captioned again"
+    )
+    assert _validation_images(str(scenes), tmp_path / "work") == str(scenes / "val2017")
 
 
-def test_a_data_set_without_a_usable_picture_is_refused_in_one_line(captioner: Run, tmp_path: Path) -> None:
+def test_a_data_set_without_a_usable_image_is_refused_in_one_line(
+    captioner: Run, tmp_path: Path
+) -> None:
     for split in ("train", "val"):
         (tmp_path / "set" / f"{split}2017").mkdir(parents=True)
-        (tmp_path / "set" / f"{split}2017" / "a.jpg").write_bytes(b"no picture")
+        (tmp_path / "set" / f"{split}2017" / "a.jpg").write_bytes(b"no image")
         document = {
             "images": [{"id": 1, "file_name": "a.jpg"}],
             "annotations": [{"id": 1, "image_id": 1, "caption": "a scene"}],
         }
         (tmp_path / "set" / "annotations").mkdir(exist_ok=True)
-        (tmp_path / "set" / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(document))
+        (tmp_path / "set" / "annotations" / f"captions_{split}2017.json").write_text(
+            json.dumps(document)
+        )
     done = captioner("run", "--dataset", "set", "--workdir", "work")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("captioner: error: ") and "no usable picture" in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].startswith("captioner: error: ")
+        and "no usable image" in done.stderr
+    )
     log = (tmp_path / "work" / "pipeline.log").read_text()
     assert "captioner: error: " in log and "Traceback" not in log

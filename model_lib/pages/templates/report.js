@@ -34,7 +34,7 @@
     document.getElementById("none").hidden = shown > 0;
   }
 
-  // Where the model looked: the picture is darkened by the word's map for as long as the word is pointed at.
+  // Where the model looked: the image is darkened by the word's map for as long as the word is pointed at.
   let lit = null;
 
   function show(word) {

@@ -1,4 +1,4 @@
-"""Pictures for the tests of captioning them."""
+"""Images for the tests of captioning them."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.fixture()
-def pictures(scenes: Path, tmp_path: Path) -> Path:
-    """A folder of twelve pictures that a test may change."""
-    shutil.copytree(scenes / "val2017", tmp_path / "pictures")
-    return tmp_path / "pictures"
+def images(scenes: Path, tmp_path: Path) -> Path:
+    """A folder of twelve images that a test may change."""
+    shutil.copytree(scenes / "val2017", tmp_path / "images")
+    return tmp_path / "images"

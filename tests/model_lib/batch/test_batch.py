@@ -1,4 +1,5 @@
-"""Captioning a folder: one row for each picture listed, whatever is wrong with some, killed or not, once or again."""
+"""Captioning a folder: one row for each image listed, whatever is wrong with some, killed or not,
+once or again."""
 
 import json
 import shutil
@@ -10,7 +11,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import Captioner, UserError, storage
+from model_lib import Captioner, UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
@@ -19,13 +20,14 @@ from model_lib.batch.merging import Summary, merge
 from model_lib.batch.planning import Plan, folder_of, plan, resolved
 from model_lib.batch.rows import ABOUT
 from model_lib.errors import WorkError
+from model_lib.io import storage
 from tests.attacks.killed import killed
 from tests.services import Faults, faulty_bucket
 from tests.small import small_model
 
 
 def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
-    named = {"images": str(images), "output": str(output), "model": str(model), "shard_pictures": 5}
+    named = {"images": str(images), "output": str(output), "model": str(model), "shard_images": 5}
     return BatchConfig.from_options(**{**named, **options})
 
 
@@ -35,35 +37,68 @@ def planned(options: BatchConfig) -> Plan:
 
 def rows(summary: Summary) -> list[dict]:
     files = sorted(Path(summary.captions).iterdir())
-    return sorted((row for file in files for row in pq.read_table(file).to_pylist()), key=lambda row: row["uri"])
+    return sorted(
+        (row for file in files for row in pq.read_table(file).to_pylist()),
+        key=lambda row: row["uri"],
+    )
 
 
 def written(summary: Summary) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in Path(summary.captions).iterdir()}
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
-def test_every_picture_has_one_row_with_a_status(odd_images: Path, saved_model: Path, tmp_path: Path) -> None:
+def test_every_image_has_one_row_with_a_status(
+    odd_images: Path, saved_model: Path, tmp_path: Path
+) -> None:
     summary = batch(config(odd_images, tmp_path, saved_model))
     table = pq.read_table(summary.captions)
-    names = ["uri", "status", "caption", "score", "error", "width", "height", "bytes", "model", "captioned_at"]
-    kinds = ["string"] * 3 + ["float", "string", "int32", "int32", "int64", "string", "timestamp[us, tz=UTC]"]
+    names = [
+        "uri",
+        "status",
+        "caption",
+        "score",
+        "error",
+        "width",
+        "height",
+        "bytes",
+        "model",
+        "captioned_at",
+    ]
+    kinds = ["string"] * 3 + [
+        "float",
+        "string",
+        "int32",
+        "int32",
+        "int64",
+        "string",
+        "timestamp[us, tz=UTC]",
+    ]
     assert [(f.name, str(f.type)) for f in table.schema] == list(zip(names, kinds, strict=True))
-    assert [row["uri"] for row in rows(summary)] == sorted(str(file) for file in odd_images.iterdir())
+    assert [row["uri"] for row in rows(summary)] == sorted(
+        str(file) for file in odd_images.iterdir()
+    )
     for row in rows(summary):
         assert row["model"] == str(saved_model) and row["bytes"] == Path(row["uri"]).stat().st_size
         if row["status"] == "ok":
-            assert row["caption"] is not None and row["score"] < 0 and row["error"] is None and row["width"] > 0
+            assert (
+                row["caption"] is not None
+                and row["score"] < 0
+                and row["error"] is None
+                and row["width"] > 0
+            )
         else:
             assert row["status"] == "error" and row["caption"] is None and row["error"]
-    assert summary.pictures == 26 and summary.ok == 19
+    assert summary.images == 26 and summary.ok == 19
     assert summary.errors == {"unreadable": 3, "truncated": 3, "too_large": 1}
     assert json.loads((tmp_path / "latest.json").read_text())["ok"] == 19
 
 
-def test_captions_are_those_of_the_model_one_by_one(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
+def test_captions_are_those_of_the_model_one_by_one(
+    scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
     summary = batch(config(scenes / "val2017", tmp_path, saved_model, batch_size=4))
     model = Captioner.from_pretrained(str(saved_model))
     for row in rows(summary):
@@ -71,12 +106,16 @@ def test_captions_are_those_of_the_model_one_by_one(scenes: Path, saved_model: P
         assert row["caption"] == alone.text and row["score"] == pytest.approx(alone.score, abs=1e-4)
 
 
-def test_a_file_says_how_its_captions_can_be_made_again(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
+def test_a_file_says_how_its_captions_can_be_made_again(
+    images: Path, saved_model: Path, tmp_path: Path
+) -> None:
     options = {"top_p": 0.9, "temperature": 1.5, "num_captions": 3, "rank": True, "seed": 7}
-    summary = batch(config(pictures, tmp_path / "out", saved_model, **options))
+    summary = batch(config(images, tmp_path / "out", saved_model, **options))
     (file, *_) = Path(summary.captions).iterdir()
     about = json.loads(pq.ParquetFile(file).schema_arrow.metadata[ABOUT])
-    again = BatchConfig.from_options(**{**about["configuration"], "output": str(tmp_path / "again")})
+    again = BatchConfig.from_options(
+        **{**about["configuration"], "output": str(tmp_path / "again")}
+    )
     told = [(row["uri"], row["captions"], row["scores"]) for row in rows(summary)]
     assert [(row["uri"], row["captions"], row["scores"]) for row in rows(batch(again))] == told
     assert any(len(set(captions)) > 1 for _, captions, _ in told)
@@ -86,33 +125,35 @@ def test_a_file_says_how_its_captions_can_be_made_again(pictures: Path, saved_mo
 
 
 def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_reason(
-    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = config(pictures, tmp_path / "out", saved_model, shard_pictures=20)
-    monkeypatch.setattr("model_lib.pictures.LARGEST_FILE", 10_000)
-    (pictures / "big.png").write_bytes(bytes(20_000))
+    options = config(images, tmp_path / "out", saved_model, shard_images=20)
+    monkeypatch.setattr("model_lib.io.images.LARGEST_FILE", 10_000)
+    (images / "big.png").write_bytes(bytes(20_000))
     made = planned(options)
-    first, second, third, *_ = sorted(pictures.glob("0*.jpg"))
+    first, second, third, *_ = sorted(images.glob("0*.jpg"))
     first.unlink()
     shutil.copy(third, second)
     original = storage.read_bytes
 
     def forbidden(uri: str, *options: object) -> bytes:
         if uri == str(third):
-            raise UserError(f"{uri}: cannot be read: Permission denied") from PermissionError(13, "Permission denied")
+            raise UserError(f"{uri}: cannot be read: Permission denied") from PermissionError(
+                13, "Permission denied"
+            )
         return original(uri, *options)
 
-    monkeypatch.setattr("model_lib.storage.read_bytes", forbidden)  # root may read everything
+    monkeypatch.setattr("model_lib.io.storage.read_bytes", forbidden)  # root may read everything
     caption_planned(made.reference, 0)
     summary = merge(made)
     assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
-    assert (summary.pictures, summary.ok) == (13, 9)
+    assert (summary.images, summary.ok) == (13, 9)
 
 
-def test_a_picture_that_goes_while_it_is_read_has_its_row_too(
-    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_goes_while_it_is_read_has_its_row_too(
+    images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = captions_module.read_picture
+    original = captions_module.read_image
 
     def reading(uri: str, *retry_seconds: float) -> bytes:
         content = original(uri, *retry_seconds)
@@ -120,12 +161,12 @@ def test_a_picture_that_goes_while_it_is_read_has_its_row_too(
             Path(uri).unlink()
         return content
 
-    monkeypatch.setattr(captions_module, "read_picture", reading)
-    summary = batch(config(pictures, tmp_path / "out", saved_model))
-    assert (summary.pictures, summary.ok, summary.errors) == (12, 11, {"changed": 1})
+    monkeypatch.setattr(captions_module, "read_image", reading)
+    summary = batch(config(images, tmp_path / "out", saved_model))
+    assert (summary.images, summary.ok, summary.errors) == (12, 11, {"changed": 1})
 
 
-# ---- again -----------------------------------------------------------------------------------------------------------
+# ---- again ---------------------------------------------------------------------------------------
 
 
 def test_broken_off_and_started_again_only_the_missing_is_done(
@@ -146,33 +187,37 @@ def test_broken_off_and_started_again_only_the_missing_is_done(
     (first,) = tmp_path.glob("*/captions/*.parquet")
     before = first.stat().st_mtime_ns
     summary = batch(options)
-    assert summary.pictures == 12 and len(calls) == 4 and first.stat().st_mtime_ns == before
+    assert summary.images == 12 and len(calls) == 4 and first.stat().st_mtime_ns == before
     uris = [row["uri"] for row in rows(summary)]
     assert len(uris) == len(set(uris)) == 12
 
 
-def test_a_second_run_captions_only_what_is_new_or_changed(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
-    options = config(pictures, tmp_path / "out", saved_model)
+def test_a_second_run_captions_only_what_is_new_or_changed(
+    images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    options = config(images, tmp_path / "out", saved_model)
     before = batch(options)
     files, captioned = written(before), {row["uri"]: row["captioned_at"] for row in rows(before)}
-    untouched, changed, gone = (str(pictures / f"0000000000{number}.jpg") for number in ("12", "01", "02"))
-    shutil.copy(pictures / "000000000003.jpg", pictures / "new.jpg")
-    shutil.copy(pictures / "000000000004.jpg", changed)
+    untouched, changed, gone = (
+        str(images / f"0000000000{number}.jpg") for number in ("12", "01", "02")
+    )
+    shutil.copy(images / "000000000003.jpg", images / "new.jpg")
+    shutil.copy(images / "000000000004.jpg", changed)
     Path(gone).unlink()
     after = batch(options)
-    assert (after.pictures, after.ok) == (12, 12) and after.captions == before.captions
+    assert (after.images, after.ok) == (12, 12) and after.captions == before.captions
     again = {row["uri"] for row in rows(after) if row["captioned_at"] != captioned.get(row["uri"])}
-    assert again == {changed, str(pictures / "new.jpg")}
+    assert again == {changed, str(images / "new.jpg")}
     assert gone not in {row["uri"] for row in rows(after)} and untouched in captioned
     kept = {name: time for name, time in written(after).items() if name in files}
     assert len(kept) == 2 and kept.items() <= files.items(), "of three files, one lost two rows"
     assert written(batch(options)) == written(after), "and then nothing is left to do"
 
 
-def test_a_picture_whose_store_failed_is_tried_again(
-    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_whose_store_failed_is_tried_again(
+    images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, down = config(pictures, tmp_path / "out", saved_model), str(pictures / "000000000003.jpg")
+    options, down = config(images, tmp_path / "out", saved_model), str(images / "000000000003.jpg")
     original = storage.read_bytes
 
     def failing(uri: str, *options: object) -> bytes:
@@ -181,70 +226,81 @@ def test_a_picture_whose_store_failed_is_tried_again(
         return original(uri, *options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.storage.read_bytes", failing)
+        patched.setattr("model_lib.io.storage.read_bytes", failing)
         for _ in range(3):
             assert batch(options).errors == {"unreachable": 1}
     summary = batch(options)
-    assert (summary.pictures, summary.ok, summary.errors) == (12, 12, {})
+    assert (summary.images, summary.ok, summary.errors) == (12, 12, {})
     assert len(rows(summary)) == 12
 
 
-def test_pictures_whose_store_failed_for_all_are_tried_again(
-    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_whose_store_failed_for_all_are_tried_again(
+    images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(uri: str, *_: object) -> bytes:
         raise WorkError(f"{uri}: cannot be read: ConnectionResetError")
 
-    options = config(pictures, tmp_path / "out", saved_model)
+    options = config(images, tmp_path / "out", saved_model)
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.batch.captions.read_picture", failing)
+        patched.setattr("model_lib.batch.captions.read_image", failing)
         assert batch(options).errors == {"unreachable": 12}
     assert batch(options).ok == 12
 
 
-def test_what_somebody_put_right_is_tried_again(pictures: Path, saved_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(f"{pictures}/000000000001.jpg\n{pictures}/later.jpg\n")
+def test_what_somebody_put_right_is_tried_again(
+    images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text(f"{images}/000000000001.jpg\n{images}/later.jpg\n")
     options = config(tmp_path / "list.txt", tmp_path / "out", saved_model)
     assert batch(options).errors == {"missing": 1}
-    shutil.copy(pictures / "000000000001.jpg", pictures / "later.jpg")
+    shutil.copy(images / "000000000001.jpg", images / "later.jpg")
     assert batch(options).ok == 2
 
 
 def test_a_folder_of_a_web_server_is_refused_in_one_line(saved_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a web server lists no folders; name a"):
-        batch(config("http://127.0.0.1:9/pictures/", tmp_path / "out", saved_model))
+        batch(config("http://127.0.0.1:9/images/", tmp_path / "out", saved_model))
 
 
 def test_another_model_or_other_options_are_another_output_and_not_a_mixture(
-    pictures: Path, saved_model: Path, tmp_path: Path
+    images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(saved_model, tmp_path / "second")
-    made = [batch(config(pictures, tmp_path / "out", model)) for model in (saved_model, tmp_path / "second")]
-    made.append(batch(config(pictures, tmp_path / "out", saved_model, num_beams=2)))
+    made = [
+        batch(config(images, tmp_path / "out", model))
+        for model in (saved_model, tmp_path / "second")
+    ]
+    made.append(batch(config(images, tmp_path / "out", saved_model, num_beams=2)))
     assert len({summary.captions for summary in made}) == 3
-    assert [summary.pictures for summary in made] == [12, 12, 12]
+    assert [summary.images for summary in made] == [12, 12, 12]
     assert {row["model"] for row in rows(made[1])} == {str(tmp_path / "second")}
-    assert json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == made[2].captions
+    assert (
+        json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == made[2].captions
+    )
 
 
 def test_other_weights_in_the_place_of_a_model_are_another_model(
-    pictures: Path, saved_model: Path, tmp_path: Path
+    images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     model = tmp_path / "best"
     shutil.copytree(saved_model, model)
-    first = batch(config(pictures, tmp_path / "out", model))
-    made = planned(config(pictures, tmp_path / "later", model))
+    first = batch(config(images, tmp_path / "out", model))
+    made = planned(config(images, tmp_path / "later", model))
     small_model(seed=1).save_pretrained(model)
-    second = batch(config(pictures, tmp_path / "out", model))
+    second = batch(config(images, tmp_path / "out", model))
     assert second.captions != first.captions
     assert [row["score"] for row in rows(first)] != [row["score"] for row in rows(second)]
-    assert batch(config(pictures, tmp_path / "out", model)).captions == second.captions
-    with pytest.raises(UserError, match="best: is another model than was planned with; start again"):
+    assert batch(config(images, tmp_path / "out", model)).captions == second.captions
+    with pytest.raises(
+        UserError, match="best: is another model than was planned with; start again"
+    ):
         caption_planned(made.reference, 0)
 
 
-def test_other_pictures_take_no_captions_place(pictures: Path, scenes: Path, saved_model: Path, tmp_path: Path) -> None:
-    first = batch(config(pictures, tmp_path / "out", saved_model))
+def test_other_images_take_no_captions_place(
+    images: Path, scenes: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    first = batch(config(images, tmp_path / "out", saved_model))
     before = written(first)
     other = batch(config(scenes / "val2017", tmp_path / "out", saved_model))
     assert other.captions != first.captions and other.ok == 12 and written(first) == before
@@ -252,7 +308,7 @@ def test_other_pictures_take_no_captions_place(pictures: Path, scenes: Path, sav
 
 
 def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
-    pictures: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
     go_on = threading.Event()
@@ -264,23 +320,23 @@ def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
         go_on.wait(60)
         return Path(uri).read_bytes()
 
-    monkeypatch.setattr("model_lib.batch.captions.read_picture", slow)
+    monkeypatch.setattr("model_lib.batch.captions.read_image", slow)
     with pytest.raises(KeyboardInterrupt):
-        batch(config(pictures, tmp_path / "out", saved_model, workers=2))
+        batch(config(images, tmp_path / "out", saved_model, workers=2))
     go_on.set()
     assert len(asked) <= 4, "of twelve that were to be read"
 
 
-# ---- kills and faults, in a bucket -----------------------------------------------------------------------------------
+# ---- kills and faults, in a bucket ---------------------------------------------------------------
 
 
 @pytest.fixture()
 def bucket(scenes: Path, tmp_path: Path) -> Iterator[tuple[fsspec.AbstractFileSystem, Faults]]:
-    """A bucket with 64 pictures and a broken one, behind a proxy."""
+    """A bucket with 64 images and a broken one, behind a proxy."""
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         fs.put(f"{scenes / 'train2017'}/", "b/in/", recursive=True)
-        fs.pipe_file("b/in/broken.jpg", b"no picture")
+        fs.pipe_file("b/in/broken.jpg", b"no image")
         yield fs, faults
 
 
@@ -295,9 +351,9 @@ def test_one_request_in_twenty_failing_loses_nothing(
 ) -> None:
     fs, faults = bucket
     faults.share = 0.05
-    summary = batch(config("gcs://b/in", "gs://b/out", saved_model, shard_pictures=10))
+    summary = batch(config("gcs://b/in", "gs://b/out", saved_model, shard_images=10))
     assert faults.failed > 5
-    assert (summary.pictures, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
+    assert (summary.images, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
 
 
@@ -306,7 +362,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
     bucket: tuple[fsspec.AbstractFileSystem, Faults], saved_model: Path, tmp_path: Path
 ) -> None:
     fs, _ = bucket
-    options = {"images": "gs://b/in", "model": str(saved_model), "shard_pictures": 4}
+    options = {"images": "gs://b/in", "model": str(saved_model), "shard_images": 4}
     kills = killed("batch", options, "gs://b", seed=0, kills=2)
     assert sum(map(len, kills)) == 2
     for number in range(len(kills)):

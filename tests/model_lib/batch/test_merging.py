@@ -1,4 +1,5 @@
-"""Planned, captioned and merged apart, as a pipeline's steps do it; and the page that merging leaves."""
+"""Planned, captioned and merged apart, as a pipeline's steps do it; and the page that merging
+leaves."""
 
 import re
 import shutil
@@ -10,22 +11,24 @@ import pytest
 from PIL import Image
 
 from components.plan.component import plan
-from model_lib import UserError, storage
+from model_lib import UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.merging import merge, merge_planned
-from model_lib.batch.planning import referred
+from model_lib.batch.planning import load_plan
 from model_lib.batch.rows import FIELDS
 from model_lib.errors import WorkError
-from model_lib.holding import held
+from model_lib.io import storage
+from model_lib.io.locks import output_lock
 from tests.model_lib.batch.test_batch import config, planned, rows
 
 
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the pipeline does it: each step knows only the plan's reference and the number of its shard."""
+    """As the pipeline does it: each step knows only the plan's reference and the number of its
+    shard."""
     whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
     made = planned(config(scenes / "val2017", tmp_path / "apart", saved_model))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
@@ -33,7 +36,7 @@ def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
     for index in made.missing():
         caption_planned(made.reference, index)
     apart = merge_planned(made.reference)
-    assert (apart.pictures, apart.ok) == (whole.pictures, whole.ok) == (12, 12)
+    assert (apart.images, apart.ok) == (whole.images, whole.ok) == (12, 12)
     assert [row["caption"] for row in rows(apart)] == [row["caption"] for row in rows(whole)]
 
     monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
@@ -43,52 +46,61 @@ def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
 
 
 def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
-    pictures: Path, saved_model: Path, tmp_path: Path
+    images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    """Two pipelines on one output: neither works on the other's plan, and no picture is captioned in two files."""
-    options = config(pictures, tmp_path / "out", saved_model)
+    """Two pipelines on one output: neither works on the other's plan, and no image is captioned in
+    two files."""
+    options = config(images, tmp_path / "out", saved_model)
     first = planned(options)
     late = first.captions(first.shards[0])
-    min(pictures.iterdir()).unlink()
+    min(images.iterdir()).unlink()
     second = planned(options)
-    for step in (lambda: caption_planned(first.reference, 0), lambda: referred(first.reference)):
-        with pytest.raises(UserError, match="another run planned there since; start again once it has ended"):
+    for step in (lambda: caption_planned(first.reference, 0), lambda: load_plan(first.reference)):
+        with pytest.raises(
+            UserError, match="another run planned there since; start again once it has ended"
+        ):
             step()
     for index in second.missing():
         caption_planned(second.reference, index)
-    shutil.copy(second.captions(second.shards[-1]), late)  # a step of the first that had begun before
+    shutil.copy(
+        second.captions(second.shards[-1]), late
+    )  # a step of the first that had begun before
     summary = merge_planned(second.reference)
     found = [row["uri"] for row in rows(summary)]
-    assert len(found) == len(set(found)) == summary.pictures == len(list(pictures.iterdir()))
+    assert len(found) == len(set(found)) == summary.images == len(list(images.iterdir()))
 
 
 def test_nobody_plans_or_merges_while_another_is_at_work(
-    pictures: Path,
+    images: Path,
     saved_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = config(pictures, tmp_path / "out", saved_model)
+    options = config(images, tmp_path / "out", saved_model)
     made = planned(options)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     given = {"images": options.images, "output": options.output, "model": options.model}
-    with held(made.folder):
+    with output_lock(made.folder):
         with pytest.raises(SystemExit, match="1"):
-            plan.python_func(**given, num_beams=1, shard_pictures=5, options={})
+            plan.python_func(**given, num_beams=1, shard_images=5, options={})
         assert "is at work there; wait for it" in capsys.readouterr().err
         with pytest.raises(WorkError, match="is at work there; wait for it"):
             merge_planned(made.reference)
 
 
-def test_the_report_shows_counts_reasons_and_pictures_and_nothing_from_elsewhere(
+def test_the_report_shows_counts_reasons_and_images_and_nothing_from_elsewhere(
     odd_images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(odd_images, tmp_path / "<b>odd")
-    page = Path(batch(config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report).read_text()
-    assert "19 of 26 pictures captioned" in page and page.count("data:image/jpeg;base64,") == 2 * 19
+    page = Path(
+        batch(config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report
+    ).read_text()
+    assert "19 of 26 images captioned" in page and page.count("data:image/jpeg;base64,") == 2 * 19
     assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
-    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace("http-equiv", "")
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace(
+        "http-equiv", ""
+    )
     assert len(page) < 3_000_000
 
 
@@ -99,14 +111,18 @@ def most_memory() -> int:
     return int(line)
 
 
-def test_the_reports_large_pictures_are_not_all_in_memory_at_once(saved_model: Path, tmp_path: Path) -> None:
+def test_the_reports_large_images_are_not_all_in_memory_at_once(
+    saved_model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "large").mkdir()
     Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
     for number in range(1, 12):
         shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
-    made = planned(config(tmp_path / "large", tmp_path / "out", saved_model, shard_pictures=20))
-    rows = [{"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.pictures(0)]
-    with storage.whole_file(made.captions(made.shards[0])) as part:
+    made = planned(config(tmp_path / "large", tmp_path / "out", saved_model, shard_images=20))
+    rows = [
+        {"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.images(0)
+    ]
+    with storage.atomic_file(made.captions(made.shards[0])) as part:
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(FIELDS)), part)
     most_memory()
     before = most_memory()

@@ -1,4 +1,5 @@
-"""The order of training data: every picture once an epoch, shuffled by seed and epoch, similar lengths together."""
+"""The order of training data: every image once an epoch, shuffled by seed and epoch, similar
+lengths together."""
 
 from pathlib import Path
 
@@ -25,12 +26,16 @@ def ids(reader: SplitReader, plan: shards.BatchOrder) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("window", [5, 30, 4096])
-def test_each_picture_comes_once_an_epoch(reader: SplitReader, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_comes_once_an_epoch(
+    reader: SplitReader, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "WINDOW", window)
     for epoch in range(2):
         plan = reader.shuffled(10, 3, epoch, lengths(reader))
         assert sorted(map(len, plan)) == [4] + [10] * 6
-        assert sorted(image_id for batch in ids(reader, plan) for image_id in batch) == list(range(1, 65))
+        assert sorted(image_id for batch in ids(reader, plan) for image_id in batch) == list(
+            range(1, 65)
+        )
 
 
 def test_order_depends_on_seed_and_epoch_alone(reader: SplitReader) -> None:
@@ -39,16 +44,20 @@ def test_order_depends_on_seed_and_epoch_alone(reader: SplitReader) -> None:
 
     assert order(3, 1) == order(3, 1)
     assert order(3, 1) != order(3, 2) and order(3, 1) != order(4, 1)
-    assert [image_id for batch in ids(reader, reader.in_order(10)) for image_id in batch] == list(range(1, 65))
+    assert [image_id for batch in ids(reader, reader.in_order(10)) for image_id in batch] == list(
+        range(1, 65)
+    )
 
 
-def test_pictures_with_captions_of_similar_length_come_together(reader: SplitReader) -> None:
+def test_images_with_captions_of_similar_length_come_together(reader: SplitReader) -> None:
     long = lengths(reader)
 
     def spread(plan: shards.BatchOrder) -> float:
         return float(np.mean([np.ptp(long[batch]) for batch in plan]))
 
-    assert spread(reader.shuffled(8, 0, 0, long)) < 0.5 * spread(reader.shuffled(8, 0, 0, np.zeros(64)))
+    assert spread(reader.shuffled(8, 0, 0, long)) < 0.5 * spread(
+        reader.shuffled(8, 0, 0, np.zeros(64))
+    )
 
 
 def test_batches_hold_pixels_and_captions_of_their_numbers(reader: SplitReader) -> None:
@@ -66,11 +75,13 @@ def test_a_limit_takes_the_first(data: Path) -> None:
     assert sorted(one for batch in seen for one in batch) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_picture_that_cannot_be_read_stops_the_reader_and_nothing_hangs(reader: SplitReader) -> None:
+def test_an_image_that_cannot_be_read_stops_the_reader_and_nothing_hangs(
+    reader: SplitReader,
+) -> None:
     def view(image: Image.Image, number: int) -> np.ndarray:
-        raise ValueError(f"picture {number}")
+        raise ValueError(f"image {number}")
 
-    with pytest.raises(ValueError, match="picture 0"):
+    with pytest.raises(ValueError, match="image 0"):
         list(reader.batches(reader.in_order(4), view))
     next(reader.batches(reader.in_order(4)))  # the rest is not asked for
 
@@ -95,5 +106,5 @@ def test_what_is_not_a_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_a_split_that_is_not_there_is_named(data: Path) -> None:
-    with pytest.raises(UserError, match=r"has no test pictures, only train \(64\), val \(12\)"):
+    with pytest.raises(UserError, match=r"has no test images, only train \(64\), val \(12\)"):
         SplitReader(read_manifest(str(data)), "test", size=16)

@@ -14,8 +14,8 @@ from model_lib import UserError
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
-from model_lib.evaluate.judgement import Evaluation, Judgement
 from model_lib.evaluate.report import render_report
+from model_lib.evaluate.result import Evaluation, EvaluationResult
 from model_lib.evaluate.scorecard import evaluation_metrics
 from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
@@ -26,45 +26,77 @@ from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 
 Run = Callable[..., CompletedProcess]
-RIGHT = {1: "a small orange ring", 2: "two red squares here", 3: "dogs", 4: "a cat runs", 5: "a ring a ring"}
-THEIRS = {1: ["a ring", "a small orange ring"], 2: ["a red square"], 3: ["dog"], 4: ["a ring"], 5: ["a ring"]}
+RIGHT = {
+    1: "a small orange ring",
+    2: "two red squares here",
+    3: "dogs",
+    4: "a cat runs",
+    5: "a ring a ring",
+}
+THEIRS = {
+    1: ["a ring", "a small orange ring"],
+    2: ["a red square"],
+    3: ["dog"],
+    4: ["a ring"],
+    5: ["a ring"],
+}
 CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
 REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
 
 
-def write_coco(folder: Path, captions: dict[int, str], references: dict[int, list[str]]) -> tuple[str, str]:
+def write_coco(
+    folder: Path, captions: dict[int, str], references: dict[int, list[str]]
+) -> tuple[str, str]:
     notes = [{"image_id": i, "caption": text} for i, texts in references.items() for text in texts]
     document = {
         "images": [{"id": i, "file_name": f"{i}.jpg"} for i in references],
         "annotations": [{"id": n, **note} for n, note in enumerate(notes)],
     }
     (folder / "annotations.json").write_text(json.dumps(document))
-    (folder / "results.json").write_text(json.dumps([{"image_id": i, "caption": c} for i, c in captions.items()]))
+    (folder / "results.json").write_text(
+        json.dumps([{"image_id": i, "caption": c} for i, c in captions.items()])
+    )
     return str(folder / "results.json"), str(folder / "annotations.json")
 
 
 @pytest.mark.usefixtures("java")
-def test_anyones_results_have_the_official_scores(coco_eval: Path, captioner: Run, tmp_path: Path) -> None:
+def test_anyones_results_have_the_official_scores(
+    coco_eval: Path, captioner: Run, tmp_path: Path
+) -> None:
     expected = json.loads((coco_eval / "expected_scores.json").read_text())
     files = [coco_eval / expected[name] for name in ("results", "annotations")]
-    done = captioner("evaluate", "--results", files[0], "--annotations", files[1], "--output", "judged", "--json")
-    assert json.loads(done.stdout)["scores"] == pytest.approx(expected["pycocoevalcap_1_2"], abs=1e-6), done.stderr
-    evaluation = Evaluation.read(str(tmp_path / "judged"))
+    done = captioner(
+        "evaluate",
+        "--results",
+        files[0],
+        "--annotations",
+        files[1],
+        "--output",
+        "evaluated",
+        "--json",
+    )
+    assert json.loads(done.stdout)["scores"] == pytest.approx(
+        expected["pycocoevalcap_1_2"], abs=1e-6
+    ), done.stderr
+    evaluation = Evaluation.read(str(tmp_path / "evaluated"))
     assert json.loads(json.dumps(evaluation.to_dict())) == json.loads(done.stdout)
-    assert evaluation.tokenizer == "PTB" and evaluation.pictures == 1000
+    assert evaluation.tokenizer == "PTB" and evaluation.images == 1000
     assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
 
 
 @pytest.fixture(scope="module")
 def with_java() -> Scores:
-    """Scores of captions that are word for word right, which METEOR treats apart; the official example has none."""
+    """Scores of captions that are word for word right, which METEOR treats apart; the official
+    example has none."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PATH", os.environ["PATH_WITH_JAVA"])
         return score_captions(RIGHT, THEIRS)
 
 
 @pytest.mark.usefixtures("java")
-def test_meteor_is_the_official_one_where_captions_are_word_for_word_right(with_java: Scores) -> None:
+def test_meteor_is_the_official_one_where_captions_are_word_for_word_right(
+    with_java: Scores,
+) -> None:
     from pycocoevalcap.meteor.meteor import Meteor
 
     official, each = Meteor().compute_score(THEIRS, {i: [text] for i, text in RIGHT.items()})
@@ -95,7 +127,11 @@ def test_empty_captions_score_nothing_and_break_nothing() -> None:
     scores = score_captions({1: "", 2: "a cat sits", 3: "..."}, REFERENCES)
     cider = scores.statistics["CIDEr"][:, 0]
     assert cider[0] == 0 and cider[1] > 0 and cider[2] == 0
-    assert all(0 <= value < 1 for name, value in corpus_scores(scores.statistics).items() if name != "CIDEr")
+    assert all(
+        0 <= value < 1
+        for name, value in corpus_scores(scores.statistics).items()
+        if name != "CIDEr"
+    )
 
 
 def test_shuffled_captions_never_stay_with_their_owner() -> None:
@@ -105,90 +141,121 @@ def test_shuffled_captions_never_stay_with_their_owner() -> None:
 
 
 @pytest.fixture(scope="module")
-def judged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
-    folder = tmp_path_factory.mktemp("judged")
-    trained = train(TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=2, name="x"))
-    config = EvaluateConfig(model=trained.model, data=str(data), output=str(folder / "judged"), num_beams=2)
-    return folder / "judged", evaluate(config)
+def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    folder = tmp_path_factory.mktemp("evaluated")
+    trained = train(
+        TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=2, name="x")
+    )
+    config = EvaluateConfig(
+        model=trained.model, data=str(data), output=str(folder / "evaluated"), num_beams=2
+    )
+    return folder / "evaluated", evaluate(config)
 
 
-def test_a_model_is_judged_on_every_picture_of_the_split(judged: tuple[Path, Evaluation]) -> None:
-    folder, evaluation = judged
+def test_a_model_is_evaluated_on_every_image_of_the_split(
+    evaluated: tuple[Path, Evaluation],
+) -> None:
+    folder, evaluation = evaluated
     results = json.loads((folder / "results.json").read_text())
     assert [row["image_id"] for row in results] == list(range(1, 13))
     assert all(set(row) == {"image_id", "caption"} for row in results)
-    assert evaluation.split == "val" and evaluation.pictures == 12 and evaluation.decoding["num_beams"] == 2
-    assert evaluation.frequencies == "the reference captions of these 12 pictures"
-    assert evaluation.pictures_per_second is not None and evaluation.pictures_per_second > 0
+    assert (
+        evaluation.split == "val"
+        and evaluation.images == 12
+        and evaluation.decoding["num_beams"] == 2
+    )
+    assert evaluation.frequencies == "the reference captions of these 12 images"
+    assert evaluation.images_per_second is not None and evaluation.images_per_second > 0
     assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "learned"}
-    assert all(low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items())
+    assert all(
+        low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items()
+    )
     assert evaluation.weights == weights_digest(evaluation.model)
     assert Evaluation.read(str(folder)) == evaluation
 
 
-def test_every_picture_is_kept_and_some_with_where_the_model_looked(judged: tuple[Path, Evaluation]) -> None:
-    folder, evaluation = judged
-    pictures = Judgement.read(str(folder)).pictures
-    results = {row["image_id"]: row["caption"] for row in json.loads((folder / "results.json").read_text())}
-    assert dict(zip(pictures.image_ids, pictures.captions, strict=True)) == results
-    assert pictures.main().mean() == pytest.approx(evaluation.scores["CIDEr"])
-    assert sorted(pictures.views) == pictures.image_ids
-    for image_id, view in pictures.views.items():
+def test_every_image_is_kept_and_some_with_where_the_model_looked(
+    evaluated: tuple[Path, Evaluation],
+) -> None:
+    folder, evaluation = evaluated
+    images = EvaluationResult.read(str(folder)).images
+    results = {
+        row["image_id"]: row["caption"] for row in json.loads((folder / "results.json").read_text())
+    }
+    assert dict(zip(images.image_ids, images.captions, strict=True)) == results
+    assert images.main().mean() == pytest.approx(evaluation.scores["CIDEr"])
+    assert sorted(images.views) == images.image_ids
+    for image_id, view in images.views.items():
         assert " ".join(word for word, _ in view.words) == results[image_id]
         assert all(weights.shape == (4, 4) and weights.max() == 255 for _, weights in view.words)
 
 
 def test_a_folder_that_is_half_another_evaluations_is_none(
-    judged: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(judged[0], tmp_path / "judged")
+    folder = shutil.copytree(evaluated[0], tmp_path / "evaluated")
 
     def full(uri: str, content: bytes) -> None:
         raise OSError(28, "No space left on device", uri)
 
-    monkeypatch.setattr("model_lib.storage.write_bytes", full)
+    monkeypatch.setattr("model_lib.io.storage.write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        Judgement.read(str(folder)).write(str(folder), "")
+        EvaluationResult.read(str(folder)).write(str(folder), "")
     with pytest.raises(UserError, match=r"scores\.json: no such file"):
-        Judgement.read(str(folder))
+        EvaluationResult.read(str(folder))
 
 
-def test_a_folder_of_another_version_is_refused_in_one_line(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
-    folder = shutil.copytree(judged[0], tmp_path / "judged")
+def test_a_folder_of_another_version_is_refused_in_one_line(
+    evaluated: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(evaluated[0], tmp_path / "evaluated")
     document = json.loads((folder / "scores.json").read_text())
     (folder / "scores.json").write_text(json.dumps({**document, "novelty": 1}))
-    with pytest.raises(UserError, match=r"scores\.json: is not what this captioner evaluate writes .*novelty"):
-        Judgement.read(str(folder))
+    with pytest.raises(
+        UserError, match=r"scores\.json: is not what this captioner evaluate writes .*novelty"
+    ):
+        EvaluationResult.read(str(folder))
     (folder / "scores.json").write_text(json.dumps(document))
-    (folder / "pictures.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match=r"pictures\.parquet: is not what captioner evaluate writes"):
-        Judgement.read(str(folder))
+    (folder / "predictions.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=r"images\.parquet: is not what captioner evaluate writes"):
+        EvaluationResult.read(str(folder))
 
 
 def test_the_command_says_how_sure_it_is(captioner: Run, tmp_path: Path) -> None:
     results, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
     done = captioner("evaluate", "--results", results, "--annotations", annotations)
-    assert done.returncode == 0 and "3 pictures of" in done.stdout and "CIDEr            " in done.stdout
-    assert "only 3 pictures: CIDEr means little on so few" in done.stderr
-    assert "n-grams' frequencies are from the reference captions of these 3 pictures" in done.stdout
+    assert (
+        done.returncode == 0 and "3 images of" in done.stdout and "CIDEr            " in done.stdout
+    )
+    assert "only 3 images: CIDEr means little on so few" in done.stderr
+    assert "n-grams' frequencies are from the reference captions of these 3 images" in done.stdout
 
 
-def test_its_results_file_scores_the_same_without_the_model(judged: tuple[Path, Evaluation], scenes: Path) -> None:
-    folder, evaluation = judged
+def test_its_results_file_scores_the_same_without_the_model(
+    evaluated: tuple[Path, Evaluation], scenes: Path
+) -> None:
+    folder, evaluation = evaluated
     annotations = str(scenes / "annotations" / "captions_val2017.json")
     alone = evaluate(EvaluateConfig(results=str(folder / "results.json"), annotations=annotations))
     assert alone.scores == pytest.approx(evaluation.scores)
 
 
-def test_the_report_is_self_contained_and_shows_text_as_text(judged: tuple[Path, Evaluation]) -> None:
-    folder, evaluation = judged
+def test_the_report_is_self_contained_and_shows_text_as_text(
+    evaluated: tuple[Path, Evaluation],
+) -> None:
+    folder, evaluation = evaluated
     page = (folder / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 12
     assert "http://" not in page and "https://" not in page
-    found = Judgement.read(str(folder))
+    found = EvaluationResult.read(str(folder))
     hostile = "<script>alert(1)</script>"
-    pictures = replace(found.pictures, captions=[hostile] * 12, file_names=[hostile] * 12, references=[[hostile]] * 12)
-    page = render_report(Judgement(replace(evaluation, name=hostile), pictures))
+    images = replace(
+        found.images,
+        captions=[hostile] * 12,
+        file_names=[hostile] * 12,
+        references=[[hostile]] * 12,
+    )
+    page = render_report(EvaluationResult(replace(evaluation, name=hostile), images))
     assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
 
 
@@ -202,24 +269,37 @@ class Remembering(Tracking):
         return {"val_loss": [(1, 2.0), (2, 1.0)]}
 
     def add(
-        self, run_id: str, metrics: Mapping[str, float], tags: Mapping[str, str], files: Mapping[str, bytes]
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        files: Mapping[str, bytes],
     ) -> None:
         self.added |= metrics
         assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
 
 
-def test_a_tracked_models_report_has_its_curves(judged: tuple[Path, Evaluation], tmp_path: Path) -> None:
-    _, evaluation = judged
+def test_a_tracked_models_report_has_its_curves(
+    evaluated: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    _, evaluation = evaluated
     model = tmp_path / "model"
     shutil.copytree(evaluation.model, model)
     about = json.loads((model / "training.json").read_text())
     (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
     data = str(about["configuration"]["data"])
     tracking = Remembering()
-    again = evaluate(EvaluateConfig(model=str(model), data=data, output=str(tmp_path / "judged")), tracking)
-    assert "<polyline" in (tmp_path / "judged" / "report.html").read_text()
+    again = evaluate(
+        EvaluateConfig(model=str(model), data=data, output=str(tmp_path / "evaluated")), tracking
+    )
+    assert "<polyline" in (tmp_path / "evaluated" / "report.html").read_text()
     assert tracking.added == evaluation_metrics(again)
-    assert {"CIDEr", "CIDEr_shuffled", "diversity_distinct", "pictures_per_second"} <= again.figures().keys()
+    assert {
+        "CIDEr",
+        "CIDEr_shuffled",
+        "diversity_distinct",
+        "images_per_second",
+    } <= again.figures().keys()
 
 
 class Away(Remembering):
@@ -230,25 +310,37 @@ class Away(Remembering):
 
 
 def test_what_one_evaluation_still_had_to_send_is_gone_with_the_next(
-    judged: tuple[Path, Evaluation], tmp_path: Path
+    evaluated: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
-    _, other = judged
+    _, other = evaluated
     shutil.copytree(other.model, model := tmp_path / "model")
     about = json.loads((model / "training.json").read_text())
     (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
-    options = {"data": str(about["configuration"]["data"]), "output": str(tmp_path / "judged"), "limit": 4}
+    options = {
+        "data": str(about["configuration"]["data"]),
+        "output": str(tmp_path / "evaluated"),
+        "limit": 4,
+    }
     with pytest.raises(WorkError, match="its scores are not in MLflow"):
         evaluate(EvaluateConfig(model=str(model), **options), Away())
-    assert (tmp_path / "judged" / "unsent.json").exists()
+    assert (tmp_path / "evaluated" / "unsent.json").exists()
     evaluate(EvaluateConfig(model=other.model, **options))
-    assert not (tmp_path / "judged" / "unsent.json").exists()
+    assert not (tmp_path / "evaluated" / "unsent.json").exists()
     again = evaluate(EvaluateConfig(model=str(model), **options), Remembering())
     assert again.model == str(model), "and not what the other one was found to be"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", "[]", "[1]", '[{"image_id": "1", "caption": "a"}]', '[{"image_id": 1}]', '[{"caption": "a"}]'],
+    [
+        "{",
+        "{}",
+        "[]",
+        "[1]",
+        '[{"image_id": "1", "caption": "a"}]',
+        '[{"image_id": 1}]',
+        '[{"caption": "a"}]',
+    ],
 )
 def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
     _, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
@@ -257,7 +349,7 @@ def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
         evaluate(EvaluateConfig(results=str(tmp_path / "results.json"), annotations=annotations))
 
 
-def test_results_for_unknown_pictures_or_twice_are_refused(tmp_path: Path) -> None:
+def test_results_for_unknown_images_or_twice_are_refused(tmp_path: Path) -> None:
     results, annotations = write_coco(tmp_path, {**CAPTIONS, 9: "a ghost"}, REFERENCES)
     with pytest.raises(UserError, match="image_id 9 has no reference captions"):
         evaluate(EvaluateConfig(results=results, annotations=annotations))

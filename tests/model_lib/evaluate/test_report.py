@@ -11,8 +11,8 @@ from PIL import Image
 from playwright.sync_api import Frame, Page
 
 from model_lib.evaluate.gallery import cards, to_show
-from model_lib.evaluate.judgement import Evaluation, Judgement, Pictures, View
 from model_lib.evaluate.report import render_report
+from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions, View
 from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
 from model_lib.pages.page import thumbnail
 from model_lib.registry.config import Policy
@@ -21,8 +21,14 @@ from model_lib.scores.significance import corpus_scores, intervals
 from tests.browser import browser_page
 
 CURVES = {
-    "run of new": {"train_loss": [(n, 5 / n) for n in range(1, 400)], "val_loss": [(200, 2.0), (399, 1.5)]},
-    "run of old": {"val_slice_CIDEr": [(200, 0.5), (399, float("nan"))], "learning_rate": [(1, 0.1)]},
+    "run of new": {
+        "train_loss": [(n, 5 / n) for n in range(1, 400)],
+        "val_loss": [(200, 2.0), (399, 1.5)],
+    },
+    "run of old": {
+        "val_slice_CIDEr": [(200, 0.5), (399, float("nan"))],
+        "learning_rate": [(1, 0.1)],
+    },
 }
 HOSTILE = [
     "<script>document.title='ran'</script>",
@@ -34,15 +40,16 @@ HOSTILE = [
 ]
 
 
-def judged(
+def evaluated(
     name: str,
     cider: Sequence[float],
     *,
     captions: Sequence[str] = (),
     size: tuple[int, int] = (40, 30),
     views: int = 99,
-) -> Judgement:
-    """Return a judgement with these CIDEr values, a picture each, whose maps are dark but for the top left patch."""
+) -> EvaluationResult:
+    """Return a result with these CIDEr values, an image each, whose maps are dark but for the top
+    left patch."""
     count = len(cider)
     said = list(captions) or [f"{name} caption {n} of a dog" for n in range(count)]
     rng = np.random.default_rng(0)
@@ -51,26 +58,34 @@ def judged(
     looked[0, 0] = 255
     file = io.BytesIO()
     Image.new("RGB", size, (200, 200, 200)).save(file, "JPEG")
-    shown = {n: View(file.getvalue(), [(word, looked) for word in said[n].split()]) for n in range(min(count, views))}
+    shown = {
+        n: View(file.getvalue(), [(word, looked) for word in said[n].split()])
+        for n in range(min(count, views))
+    }
     evaluation = Evaluation(
         name=name,
         mlflow_run_id=f"run of {name}",
         model=f"runs/{name}/best",
         split="val",
-        pictures=count,
+        images=count,
         scores=corpus_scores(statistics),
         intervals=intervals(statistics),
         shuffled_cider=0.25,
-        frequencies=f"the reference captions of these {count} pictures",
+        frequencies=f"the reference captions of these {count} images",
         diversity={"distinct": 0.5, "vocabulary": 30.0, "words": 7.25, "ended": 1.0},
         tokenizer="PTB",
         missing={"METEOR": "needs Java"},
         decoding={"num_beams": 5, "top_p": None},
-        pictures_per_second=12.5,
+        images_per_second=12.5,
         data_fingerprint="f00d" * 16,
     )
-    names, references = [f"{n:04}.jpg" for n in range(count)], [[f"reference {n}", "a cat"] for n in range(count)]
-    return Judgement(evaluation, Pictures(list(range(count)), names, said, references, statistics, shown))
+    names, references = (
+        [f"{n:04}.jpg" for n in range(count)],
+        [[f"reference {n}", "a cat"] for n in range(count)],
+    )
+    return EvaluationResult(
+        evaluation, Predictions(list(range(count)), names, said, references, statistics, shown)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +103,9 @@ def troubles(page: Page) -> Iterator[list[str]]:
         "console": lambda message: seen.append(message.text),
         "pageerror": lambda error: seen.append(str(error)),
         "dialog": lambda dialog: seen.append(dialog.message),
-        "request": lambda asked: None if asked.url.startswith(("file:", "data:")) else seen.append(asked.url),
+        "request": lambda asked: (
+            None if asked.url.startswith(("file:", "data:")) else seen.append(asked.url)
+        ),
     }
     for event, listener in listeners.items():
         page.on(event, listener)  # type: ignore[call-overload]
@@ -98,10 +115,14 @@ def troubles(page: Page) -> Iterator[list[str]]:
 
 
 def show(page: Page, folder: Path, report: str, *, framed: bool = False) -> Frame:
-    """Open a report, on its own or in a frame as the Kubeflow Pipelines UI shows it; return its frame."""
+    """Open a report, on its own or in a frame as the Kubeflow Pipelines UI shows it; return its
+    frame."""
     (folder / "report.html").write_text(report)
     if framed:
-        frame = '<!doctype html><iframe sandbox="allow-scripts" src="report.html" width="1200" height="800"></iframe>'
+        frame = (
+            '<!doctype html><iframe sandbox="allow-scripts" src="report.html"'
+            ' width="1200" height="800"></iframe>'
+        )
         (folder / "frame.html").write_text(frame)
     page.goto((folder / ("frame.html" if framed else "report.html")).as_uri())
     shown = page.frames[-1]
@@ -115,8 +136,10 @@ def shown_names(frame: Frame) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compared() -> str:
-    new, old = judged("new", [2.0, 0.5, 1.0, 3.0]), judged("old", [0.1, 0.9, 0.95, 0.2])
-    return render_report(new, others=[judged("third", [1, 1, 1, 1])], champion=old, curves=CURVES)
+    new, old = evaluated("new", [2.0, 0.5, 1.0, 3.0]), evaluated("old", [0.1, 0.9, 0.95, 0.2])
+    return render_report(
+        new, others=[evaluated("third", [1, 1, 1, 1])], champion=old, curves=CURVES
+    )
 
 
 @pytest.mark.parametrize("framed", [False, True], ids=["alone", "sandboxed"])
@@ -125,7 +148,12 @@ def test_it_sorts_filters_and_asks_for_nothing(
 ) -> None:
     frame = show(page, tmp_path, compared, framed=framed)
     assert shown_names(frame) == ["0001.jpg", "0002.jpg", "0000.jpg", "0003.jpg"], "the worst first"
-    for order, wanted in (("cider down", "3021"), ("gain up", "1203"), ("gain down", "3021"), ("cider up", "1203")):
+    for order, wanted in (
+        ("cider down", "3021"),
+        ("gain up", "1203"),
+        ("gain down", "3021"),
+        ("cider up", "1203"),
+    ):
         frame.select_option("#sort", order)
         assert shown_names(frame) == [f"000{n}.jpg" for n in wanted]
     for text, wanted in (
@@ -142,11 +170,14 @@ def test_it_sorts_filters_and_asks_for_nothing(
     assert not troubles
 
 
-def test_the_browser_forbids_what_comes_from_elsewhere(page: Page, tmp_path: Path, compared: str) -> None:
+def test_the_browser_forbids_what_comes_from_elsewhere(
+    page: Page, tmp_path: Path, compared: str
+) -> None:
     frame = show(page, tmp_path, compared)
     forbidden = """
         new Promise((tell) => {
-          document.addEventListener("securitypolicyviolation", (event) => tell(event.effectiveDirective));
+          const name = "securitypolicyviolation";
+          document.addEventListener(name, (event) => tell(event.effectiveDirective));
           ASK;
         })
     """
@@ -165,21 +196,25 @@ def test_the_browser_forbids_what_comes_from_elsewhere(page: Page, tmp_path: Pat
 def test_a_words_map_lies_on_the_centre_square(
     page: Page, troubles: list[str], tmp_path: Path, size: tuple[int, int]
 ) -> None:
-    frame = show(page, tmp_path, render_report(judged("new", [1.0], size=size)))
+    frame = show(page, tmp_path, render_report(evaluated("new", [1.0], size=size)))
     word, overlay = frame.locator(".word", has_text="dog"), frame.locator(".map")
     assert not overlay.is_visible()
     word.hover()
-    picture, square = (frame.locator(name).bounding_box() for name in (".picture img:first-child", ".map"))
-    assert picture and square
-    assert picture["width"] / picture["height"] == pytest.approx(size[0] / size[1], rel=0.02)
+    image, square = (
+        frame.locator(name).bounding_box() for name in (".image img:first-child", ".map")
+    )
+    assert image and square
+    assert image["width"] / image["height"] == pytest.approx(size[0] / size[1], rel=0.02)
     assert square["width"] == pytest.approx(square["height"], abs=0.5)
-    assert square["width"] == pytest.approx(min(picture["width"], picture["height"]), abs=0.5)
+    assert square["width"] == pytest.approx(min(image["width"], image["height"]), abs=0.5)
     for corner, side in (("x", "width"), ("y", "height")):
-        middle = [box[corner] + box[side] / 2 for box in (picture, square)]  # type: ignore[literal-required]
+        middle = [box[corner] + box[side] / 2 for box in (image, square)]  # type: ignore[literal-required]
         assert middle[0] == pytest.approx(middle[1], abs=0.5)
     image = Image.open(io.BytesIO(page.screenshot())).convert("L")
     left, top, width = square["x"], square["y"], square["width"]
-    bright, dark = (image.getpixel((int(left + at * width), int(top + at * width))) for at in (0.05, 0.8))
+    bright, dark = (
+        image.getpixel((int(left + at * width), int(top + at * width))) for at in (0.05, 0.8)
+    )
     assert isinstance(bright, int) and isinstance(dark, int) and bright > 150 and dark < 80
     page.mouse.move(1, 1)
     assert not overlay.is_visible() and not troubles
@@ -189,27 +224,45 @@ def test_the_keyboard_goes_from_word_to_word(page: Page, tmp_path: Path, compare
     frame = show(page, tmp_path, compared)
     page.mouse.move(1, 1)
     frame.locator(".word").first.focus()
-    assert frame.locator(".word.lit").inner_text() == "new" and frame.locator(".map:visible").count() == 1
+    assert (
+        frame.locator(".word.lit").inner_text() == "new"
+        and frame.locator(".map:visible").count() == 1
+    )
     page.keyboard.press("ArrowRight")
     assert frame.locator(".word.lit").inner_text() == "caption"
-    page.keyboard.press("Tab")  # to the next picture
+    page.keyboard.press("Tab")  # to the next image
     assert frame.locator(".map:visible").count() == 1
     page.keyboard.press("Escape")
     assert frame.locator(".map:visible").count() == 0
 
 
-def test_whatever_it_is_told_stands_there_as_text(page: Page, troubles: list[str], tmp_path: Path) -> None:
+def test_whatever_it_is_told_stands_there_as_text(
+    page: Page, troubles: list[str], tmp_path: Path
+) -> None:
     count = len(HOSTILE)
-    judgement = judged("x", [1.0 + n for n in range(count)], captions=HOSTILE)
-    pictures = replace(judgement.pictures, file_names=HOSTILE, references=[[text] for text in HOSTILE])
+    result = evaluated("x", [1.0 + n for n in range(count)], captions=HOSTILE)
+    images = replace(
+        result.predictions, file_names=HOSTILE, references=[[text] for text in HOSTILE]
+    )
     for n, text in enumerate(HOSTILE):
-        told = {"name": text, "model": text, "split": text, "frequencies": text, "missing": {text: text}, "clip": text}
-        one = Judgement(replace(judgement.evaluation, **told, decoding={"num_beams": 1, text: text}), pictures)
+        told = {
+            "name": text,
+            "model": text,
+            "split": text,
+            "frequencies": text,
+            "missing": {text: text},
+            "clip": text,
+        }
+        one = EvaluationResult(
+            replace(result.evaluation, **told, decoding={"num_beams": 1, text: text}), images
+        )
         curves = {f"run of {text}": CURVES["run of new"]}
         decision = replace(decide(None, one, Policy()), reason=text)
         report = render_report(one, others=[one], champion=one, decision=decision, curves=curves)
         frame = show(page, tmp_path, report)
-        visible = "".join(chr(0x2400 + ord(letter)) if ord(letter) < 32 else letter for letter in text)
+        visible = "".join(
+            chr(0x2400 + ord(letter)) if ord(letter) < 32 else letter for letter in text
+        )
         assert frame.locator("h1 bdi").first.text_content() == visible
         assert frame.locator(".decision p").text_content() == visible
         card = frame.locator(".card").nth(n)
@@ -220,7 +273,8 @@ def test_whatever_it_is_told_stands_there_as_text(page: Page, troubles: list[str
         for word in card.locator(".word").all():
             word.hover()
         assert (
-            frame.locator("script").count() == 1 and frame.locator("img[src=x], [onerror], [onmouseover]").count() == 0
+            frame.locator("script").count() == 1
+            and frame.locator("img[src=x], [onerror], [onmouseover]").count() == 0
         )
         assert page.title() == f"Captions of {visible}"
     assert not troubles
@@ -229,25 +283,31 @@ def test_whatever_it_is_told_stands_there_as_text(page: Page, troubles: list[str
 def test_a_real_difference_is_told_from_chance(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     base = rng.random(150)
-    new, old = judged("new", base + 1, views=3), judged("old", base)
-    frame = show(page, tmp_path, render_report(new, champion=old, decision=decide(old, new, Policy())))
+    new, old = evaluated("new", base + 1, views=3), evaluated("old", base)
+    frame = show(
+        page, tmp_path, render_report(new, champion=old, decision=decide(old, new, Policy()))
+    )
     verdicts = frame.locator(".verdict").all_inner_texts()
     assert verdicts == ["real gain", "may be chance"], "CIDEr and ROUGE-L"
     assert "Becomes the champion" in frame.locator(".decision").inner_text()
     assert frame.locator(".warning").count() == 0
-    frame = show(page, tmp_path, render_report(old, champion=new, decision=decide(new, old, Policy())))
+    frame = show(
+        page, tmp_path, render_report(old, champion=new, decision=decide(new, old, Policy()))
+    )
     assert frame.locator(".verdict").first.inner_text() == "real loss"
     assert "Does not become the champion" in frame.locator(".decision").inner_text()
     assert "it needed more" in frame.locator(".decision").inner_text()
 
 
-def test_scores_say_of_what_and_few_pictures_are_warned_of(page: Page, tmp_path: Path, compared: str) -> None:
+def test_scores_say_of_what_and_few_images_are_warned_of(
+    page: Page, tmp_path: Path, compared: str
+) -> None:
     frame = show(page, tmp_path, compared)
     assert "CIDEr 1.625 on val" in frame.locator("h1").inner_text()
-    assert "Only 4 pictures" in frame.locator(".warning").inner_text()
+    assert "Only 4 images" in frame.locator(".warning").inner_text()
     text = frame.locator("body").inner_text()
-    assert "Scores on val, 4 pictures" in text and "METEOR of new is missing: needs Java" in text
-    assert "CIDEr counts how rare a word is in the reference captions of these 4 pictures" in text
+    assert "Scores on val, 4 images" in text and "METEOR of new is missing: needs Java" in text
+    assert "CIDEr counts how rare a word is in the reference captions of these 4 images" in text
     heads = frame.locator("thead th bdi").all_inner_texts()
     assert heads == ["new", "third", "old"]
     assert frame.locator("tbody tr").first.locator("td").first.inner_text().split()[0] == "1.625"
@@ -255,14 +315,14 @@ def test_scores_say_of_what_and_few_pictures_are_warned_of(page: Page, tmp_path:
     assert frame.locator("circle title").first.text_content() == "new, train: 5 at step 1"
 
 
-def test_without_pictures_the_captions_stand_alone(page: Page, tmp_path: Path) -> None:
+def test_without_images_the_captions_stand_alone(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    frame = show(page, tmp_path, render_report(judged("results.json", rng.random(500), views=0)))
+    frame = show(page, tmp_path, render_report(evaluated("results.json", rng.random(500), views=0)))
     assert frame.locator(".card").count() == 120 and frame.locator(".card img").count() == 0
 
 
-def test_a_champion_on_other_pictures_is_not_compared() -> None:
-    new, old = judged("new", [1.0, 2.0]), judged("old", [1.0, 2.0, 3.0])
+def test_a_champion_on_other_images_is_not_compared() -> None:
+    new, old = evaluated("new", [1.0, 2.0]), evaluated("old", [1.0, 2.0, 3.0])
     assert 'class="verdict' not in render_report(new, champion=old)
 
 
@@ -274,7 +334,9 @@ def test_it_reads_on_a_phone_and_in_the_dark(page: Page, tmp_path: Path, compare
     try:
         frame = show(page, tmp_path, compared)
         assert frame.evaluate("document.documentElement.scrollWidth") <= 360
-        colours = frame.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        colours = frame.evaluate(
+            "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+        )
         assert max(colours) < 60
     finally:
         page.set_viewport_size(size)
@@ -291,14 +353,16 @@ def test_120_photographs_stay_below_4_megabytes() -> None:
             (640, 480), Image.Resampling.BICUBIC
         )
         noise = rng.integers(0, 256, (480, 640, 1), np.uint8)
-        picture = Image.fromarray((0.75 * np.asarray(rough) + 0.25 * noise).astype(np.uint8))
+        image = Image.fromarray((0.75 * np.asarray(rough) + 0.25 * noise).astype(np.uint8))
         maps = [(word, rng.integers(0, 256, (16, 16), np.uint8)) for word in caption.split()]
-        views[n] = View(thumbnail(picture), maps)
-    judgement = judged("new", rng.random(120), captions=[caption] * 120)
+        views[n] = View(thumbnail(image), maps)
+    result = evaluated("new", rng.random(120), captions=[caption] * 120)
     references = [[caption] * 5] * 120
-    judgement = Judgement(judgement.evaluation, replace(judgement.pictures, views=views, references=references))
+    result = EvaluationResult(
+        result.evaluation, replace(result.predictions, views=views, references=references)
+    )
     assert 12_000 < np.mean([len(view.thumbnail) for view in views.values()]) < 20_000
-    assert len(render_report(judgement, champion=judgement, curves=CURVES).encode()) < 4_000_000
+    assert len(render_report(result, champion=result, curves=CURVES).encode()) < 4_000_000
 
 
 def test_the_worst_are_shown_and_some_of_the_rest() -> None:
@@ -310,18 +374,30 @@ def test_the_worst_are_shown_and_some_of_the_rest() -> None:
 
 
 def test_models_of_one_name_have_their_own_curves() -> None:
-    ours, theirs = (replace(judged("same", [1.0]).evaluation, mlflow_run_id=run) for run in ("ours", "theirs"))
-    pictures = judged("same", [1.0]).pictures
-    curves = {"theirs": {"val_loss": [(1, 9.0), (2, 8.0)]}, "ours": {"val_loss": [(1, 1.0), (2, 0.5)]}}
-    page = render_report(Judgement(ours, pictures), others=[Judgement(theirs, pictures)], curves=curves)
+    ours, theirs = (
+        replace(evaluated("same", [1.0]).evaluation, mlflow_run_id=run)
+        for run in ("ours", "theirs")
+    )
+    images = evaluated("same", [1.0]).images
+    curves = {
+        "theirs": {"val_loss": [(1, 9.0), (2, 8.0)]},
+        "ours": {"val_loss": [(1, 1.0), (2, 0.5)]},
+    }
+    page = render_report(
+        EvaluationResult(ours, images), others=[EvaluationResult(theirs, images)], curves=curves
+    )
     assert page.index("same, val: 0.5 at step 2") < page.index("same, val: 8 at step 2")
 
 
-def test_cards_pair_captions_by_picture() -> None:
-    new, old = judged("new", [2.0, 1.0]), judged("old", [0.5])
-    first, second = cards(new.pictures, old.pictures)
+def test_cards_pair_captions_by_image() -> None:
+    new, old = evaluated("new", [2.0, 1.0]), evaluated("old", [0.5])
+    first, second = cards(new.images, old.images)
     assert (first.name, first.rival) == ("0001.jpg", None)
-    assert second.rival is not None and second.rival.gain == 1.5 and second.rival.caption == "old caption 0 of a dog"
+    assert (
+        second.rival is not None
+        and second.rival.gain == 1.5
+        and second.rival.caption == "old caption 0 of a dog"
+    )
 
 
 def test_axes_end_at_round_numbers() -> None:

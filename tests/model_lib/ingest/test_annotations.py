@@ -1,4 +1,5 @@
-"""Every kind of input: archives, Karpathy's splits, tables, and captions that are not what they should be."""
+"""Every kind of input: archives, Karpathy's splits, tables, and captions that are not what they
+should be."""
 
 import csv
 import json
@@ -26,7 +27,11 @@ from model_lib.ingest.ingesting import ingest
 
 def rows(manifest: Manifest) -> list[dict]:
     """Return the data set's rows without where they came from."""
-    found = [row for shard in read_manifest(manifest.uri).shards for row in pq.read_table(shard.uri).to_pylist()]
+    found = [
+        row
+        for shard in read_manifest(manifest.uri).shards
+        for row in pq.read_table(shard.uri).to_pylist()
+    ]
     return [{name: value for name, value in row.items() if name != "source"} for row in found]
 
 
@@ -40,7 +45,9 @@ def unpacked(scenes: Path, tmp_path: Path) -> Manifest:
     return ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "unpacked")))
 
 
-def test_cocos_archives_are_read_in_place(archives: Path, unpacked: Manifest, tmp_path: Path) -> None:
+def test_cocos_archives_are_read_in_place(
+    archives: Path, unpacked: Manifest, tmp_path: Path
+) -> None:
     manifest = ingest(IngestConfig(dataset=str(archives), output=str(tmp_path / "out")))
     assert rows(manifest) == rows(unpacked) and manifest.fingerprint == unpacked.fingerprint
     assert sorted(file.name for file in archives.iterdir()) == [
@@ -54,22 +61,29 @@ def test_cocos_archives_are_read_in_place(archives: Path, unpacked: Manifest, tm
     assert fsspec.open(source).open().read(2) == b"\xff\xd8"
 
 
-def test_an_archive_may_be_in_a_bucket_and_hold_pictures_at_its_top(
+def test_an_archive_may_be_in_a_bucket_and_hold_images_at_its_top(
     archives: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    from model_lib.storage import upload_folder
+    from model_lib.io.storage import upload_folder
 
     upload_folder(str(archives), "memory://zips")
-    assert ingest(IngestConfig(dataset="memory://zips", output=str(tmp_path / "a"))).counts == {"train": 64, "val": 12}
+    assert ingest(IngestConfig(dataset="memory://zips", output=str(tmp_path / "a"))).counts == {
+        "train": 64,
+        "val": 12,
+    }
     with zipfile.ZipFile(tmp_path / "flat.zip", "w") as flat:
         for file in (scenes / "val2017").iterdir():
             flat.write(file, file.name)
     lists = scenes / "annotations" / "captions_val2017.json"
-    config = IngestConfig(annotations=str(lists), images=str(tmp_path / "flat.zip"), output=str(tmp_path / "b"))
+    config = IngestConfig(
+        annotations=str(lists), images=str(tmp_path / "flat.zip"), output=str(tmp_path / "b")
+    )
     assert sum(ingest(config).counts.values()) == 12
 
 
-def test_a_damaged_member_is_quarantined_and_a_damaged_archive_refused(archives: Path, tmp_path: Path) -> None:
+def test_a_damaged_member_is_quarantined_and_a_damaged_archive_refused(
+    archives: Path, tmp_path: Path
+) -> None:
     archive = archives / "val2017.zip"
     content = bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as listed:
@@ -97,7 +111,7 @@ def website(folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_pictures_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
+def test_images_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
     lists = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
     lists["images"].append({"id": 999, "file_name": "gone.jpg"})
     lists["annotations"].append({"id": 10**6, "image_id": 999, "caption": "gone"})
@@ -108,13 +122,15 @@ def test_pictures_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
     assert sum(manifest.counts.values()) == 12 and manifest.quarantined == {"missing": 1}
 
 
-def test_pictures_of_any_name_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
+def test_images_of_any_name_may_be_on_a_web_server(scenes: Path, tmp_path: Path) -> None:
     names = ["a #1.jpg", "what?.jpg", "a%20b.jpg", "äß 猫.jpg", "deep/a+b&c=d.jpg"]
     (tmp_path / "deep").mkdir()
     for number, name in enumerate(names, 1):
         shutil.copy(scenes / "val2017" / f"00000000000{number}.jpg", tmp_path / name)
     images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
-    notes = [{"id": number, "image_id": number, "caption": "a scene"} for number in range(len(names))]
+    notes = [
+        {"id": number, "image_id": number, "caption": "a scene"} for number in range(len(names))
+    ]
     (tmp_path / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
     options = {"annotations": str(tmp_path / "captions.json"), "output": str(tmp_path / "out")}
     with website(tmp_path) as address:
@@ -122,7 +138,7 @@ def test_pictures_of_any_name_may_be_on_a_web_server(scenes: Path, tmp_path: Pat
     assert manifest.quarantined == {} and {row["file_name"] for row in rows(manifest)} == set(names)
 
 
-# ---- Karpathy's splits -----------------------------------------------------------------------------------------
+# ---- Karpathy's splits ---------------------------------------------------------------------------
 
 
 def karpathy(scenes: Path, file: Path, splits: list[str], names: bool = True) -> Path:
@@ -130,17 +146,30 @@ def karpathy(scenes: Path, file: Path, splits: list[str], names: bool = True) ->
     images, captions = read_captions(str(scenes / "annotations" / "captions_train2017.json"))
     listed = []
     for number, (image_id, name) in enumerate(images):
-        sentences = [{"raw": text, "imgid": number, "tokens": text.split()} for text in captions[image_id]]
-        picture = {"filepath": "train2017", "filename": name if names else f"COCO_train2014_{name}", "imgid": number}
+        sentences = [
+            {"raw": text, "imgid": number, "tokens": text.split()} for text in captions[image_id]
+        ]
+        image = {
+            "filepath": "train2017",
+            "filename": name if names else f"COCO_train2014_{name}",
+            "imgid": number,
+        }
         split = splits[number % len(splits)]
-        listed.append({**picture, "cocoid": image_id, "split": split, "sentences": sentences})
+        listed.append({**image, "cocoid": image_id, "split": split, "sentences": sentences})
     file.write_text(json.dumps({"images": listed, "dataset": "coco"}))
     return file
 
 
 @pytest.mark.parametrize("layout", ["dataset", "images"])
-def test_karpathys_splits_and_restval_counts_as_train(scenes: Path, tmp_path: Path, layout: str) -> None:
-    listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "restval", "val", "test"], layout == "images")
+def test_karpathys_splits_and_restval_counts_as_train(
+    scenes: Path, tmp_path: Path, layout: str
+) -> None:
+    listed = karpathy(
+        scenes,
+        tmp_path / "dataset_coco.json",
+        ["train", "restval", "val", "test"],
+        layout == "images",
+    )
     if layout == "dataset":  # of scenes alone that have ids of their own
         lists = tmp_path / "set" / "annotations" / "captions_val2017.json"
         shutil.copytree(scenes, tmp_path / "set")
@@ -150,11 +179,15 @@ def test_karpathys_splits_and_restval_counts_as_train(scenes: Path, tmp_path: Pa
     assert manifest.counts == {"test": 16, "train": 32, "val": 16} and manifest.quarantined == {}
     theirs = {row["cocoid"]: row for row in json.loads(listed.read_text())["images"]}
     for row in rows(manifest):
-        assert row["captions"] == [sentence["raw"] for sentence in theirs[row["image_id"]]["sentences"]]
-        assert row["split"] == {"restval": "train"}.get(split := theirs[row["image_id"]]["split"], split)
+        assert row["captions"] == [
+            sentence["raw"] for sentence in theirs[row["image_id"]]["sentences"]
+        ]
+        assert row["split"] == {"restval": "train"}.get(
+            split := theirs[row["image_id"]]["split"], split
+        )
 
 
-def test_a_list_that_leaks_its_test_pictures_is_refused(scenes: Path, tmp_path: Path) -> None:
+def test_a_list_that_leaks_its_test_images_is_refused(scenes: Path, tmp_path: Path) -> None:
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
     document = json.loads(listed.read_text())
     document["images"].append({**document["images"][1], "split": "restval"})
@@ -164,13 +197,17 @@ def test_a_list_that_leaks_its_test_pictures_is_refused(scenes: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_training_on_train2017_and_judging_on_karpathys_test_is_a_leak(
+def test_training_on_train2017_and_evaluating_on_karpathys_test_is_a_leak(
     scenes: Path, unpacked: Manifest, tmp_path: Path
 ) -> None:
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "train", "test", "val"])
-    manifest = ingest(IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "k")))
+    manifest = ingest(
+        IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "k"))
+    )
     whole, split = read_manifest(unpacked.uri), read_manifest(manifest.uri)
-    with pytest.raises(UserError, match=r"leaks: 16 of its training pictures .* are test pictures of .*--karpathy"):
+    with pytest.raises(
+        UserError, match=r"leaks: 16 of its training images .* are test images of .*--karpathy"
+    ):
         require_apart(whole, split, "test")
     record = {"configuration": {"data": unpacked.uri}, "data_fingerprint": unpacked.fingerprint}
     with pytest.raises(UserError, match="leaks: 16"):
@@ -180,7 +217,7 @@ def test_training_on_train2017_and_judging_on_karpathys_test_is_a_leak(
     require_unseen({}, split, "test")
     require_apart(split, split, "test")
     require_apart(split, split, "val")
-    require_apart(whole, whole, "val")  # the ids are the same, the pictures are not
+    require_apart(whole, whole, "val")  # the ids are the same, the images are not
 
 
 def test_names_that_leave_the_folder_are_refused_in_cocos_lists_under_karpathys_too(
@@ -190,17 +227,25 @@ def test_names_that_leave_the_folder_are_refused_in_cocos_lists_under_karpathys_
     shutil.copytree(scenes, dataset)
     coco = dataset / "annotations" / "captions_train2017.json"
     document = json.loads(coco.read_text())
-    document["images"][0]["file_name"] = str(scenes / "train2017" / document["images"][0]["file_name"])
+    document["images"][0]["file_name"] = str(
+        scenes / "train2017" / document["images"][0]["file_name"]
+    )
     coco.write_text(json.dumps(document))
-    coco.with_name("captions_val2017.json").write_text('{"images": [], "annotations": []}')  # its ids are the same
+    coco.with_name("captions_val2017.json").write_text(
+        '{"images": [], "annotations": []}'
+    )  # its ids are the same
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
     with pytest.raises(UserError, match=r"captions_train2017\.json and .* leaves the image folder"):
-        ingest(IngestConfig(dataset=str(dataset), karpathy=str(listed), output=str(tmp_path / "out")))
+        ingest(
+            IngestConfig(dataset=str(dataset), karpathy=str(listed), output=str(tmp_path / "out"))
+        )
 
 
-def test_own_pictures_are_not_taken_for_cocos_of_the_same_ids(scenes: Path, tmp_path: Path) -> None:
+def test_own_images_are_not_taken_for_cocos_of_the_same_ids(scenes: Path, tmp_path: Path) -> None:
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "train", "test", "val"])
-    split = ingest(IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "k")))
+    split = ingest(
+        IngestConfig(karpathy=str(listed), images=str(scenes), output=str(tmp_path / "k"))
+    )
     document = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
     for image in document["images"]:
         name = f"mine-{image['id']}.jpg"
@@ -208,20 +253,29 @@ def test_own_pictures_are_not_taken_for_cocos_of_the_same_ids(scenes: Path, tmp_
         image["file_name"] = name
     own = tmp_path / "own.json"
     own.write_text(json.dumps(document))
-    options = {"annotations": str(own), "images": str(tmp_path), "split": "val", "output": str(tmp_path / "own")}
-    require_apart(read_manifest(split.uri), read_manifest(ingest(IngestConfig(**options)).uri), "val")
+    options = {
+        "annotations": str(own),
+        "images": str(tmp_path),
+        "split": "val",
+        "output": str(tmp_path / "own"),
+    }
+    require_apart(
+        read_manifest(split.uri), read_manifest(ingest(IngestConfig(**options)).uri), "val"
+    )
 
 
 def test_karpathys_list_given_as_annotations_is_named(scenes: Path, tmp_path: Path) -> None:
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
     with pytest.raises(UserError, match="give it as --karpathy"):
-        ingest(IngestConfig(annotations=str(listed), images=str(scenes), output=str(tmp_path / "out")))
+        ingest(
+            IngestConfig(annotations=str(listed), images=str(scenes), output=str(tmp_path / "out"))
+        )
     lists = scenes / "annotations" / "captions_val2017.json"
     with pytest.raises(UserError, match="is not Karpathy's splits"):
         ingest(IngestConfig(karpathy=str(lists), images=str(scenes), output=str(tmp_path / "out")))
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def write_table(file: Path, table: list[tuple[str, str]]) -> None:
@@ -229,9 +283,14 @@ def write_table(file: Path, table: list[tuple[str, str]]) -> None:
         with file.open("w", newline="", encoding="utf-8-sig") as opened:
             csv.writer(opened).writerows([("file", "caption"), *table])
     elif file.suffix == ".jsonl":
-        file.write_text("\n".join(json.dumps({"file": name, "caption": text}) for name, text in table))
+        file.write_text(
+            "\n".join(json.dumps({"file": name, "caption": text}) for name, text in table)
+        )
     else:
-        pq.write_table(pa.table({"file": [name for name, _ in table], "caption": [text for _, text in table]}), file)
+        pq.write_table(
+            pa.table({"file": [name for name, _ in table], "caption": [text for _, text in table]}),
+            file,
+        )
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -240,33 +299,46 @@ def test_rows_of_one_file_are_its_captions(scenes: Path, tmp_path: Path, ending:
     table = [(name, f'caption {n}, "quoted"\nof two lines') for n in range(3) for name in names]
     write_table(file := tmp_path / f"captions.{ending}", table)
     made = {}
-    for count in (5, 4):  # the order of rows, and other rows, do not matter to a picture
+    for count in (5, 4):  # the order of rows, and other rows, do not matter to an image
         kept = [row for row in table if row[0] in names[:count]]
         write_table(file, kept)
         images, output = str(scenes / "train2017"), str(tmp_path / str(count))
         manifest = ingest(IngestConfig(annotations=str(file), images=images, output=output))
         made[count] = {row["file_name"]: {**row, "split": ""} for row in rows(manifest)}
-        assert manifest.counts == {"train": count - 1, "val": 1}, "of few pictures one is for validation"
+        assert manifest.counts == {"train": count - 1, "val": 1}, (
+            "of few images one is for validation"
+        )
         assert min(row["image_id"] for row in made[count].values()) > 0
-    assert made[5][names[0]]["captions"] == [f'caption {n}, "quoted" of two lines' for n in range(3)]
+    assert made[5][names[0]]["captions"] == [
+        f'caption {n}, "quoted" of two lines' for n in range(3)
+    ]
     assert all(made[4][name] == made[5][name] for name in names[:4])
 
 
-def test_a_file_under_two_names_is_not_learned_and_judged_on(scenes: Path, tmp_path: Path) -> None:
+def test_a_file_under_two_names_is_not_learned_and_evaluated_on(
+    scenes: Path, tmp_path: Path
+) -> None:
     names = [f"{number}.jpg" for number in range(61)]
     for name in names:
-        shutil.copy(scenes / "train2017" / f"00000000000{2 if name == '60.jpg' else 1}.jpg", tmp_path / name)
+        shutil.copy(
+            scenes / "train2017" / f"00000000000{2 if name == '60.jpg' else 1}.jpg", tmp_path / name
+        )
     write_table(file := tmp_path / "captions.csv", [(name, "a scene") for name in names])
     for _ in range(2):  # also from the journal of one that was there
-        manifest = ingest(IngestConfig(annotations=str(file), images=str(tmp_path), output=str(tmp_path / "out")))
-        assert manifest.quarantined["double"] > 0 and sum(manifest.counts.values()) < 61
+        manifest = ingest(
+            IngestConfig(annotations=str(file), images=str(tmp_path), output=str(tmp_path / "out"))
+        )
+        assert manifest.quarantined["duplicate_of_train"] > 0 and sum(manifest.counts.values()) < 61
         require_apart(read_manifest(manifest.uri), read_manifest(manifest.uri), "val")
 
 
 def test_official_splits_are_whole_whatever_is_in_them_twice(scenes: Path, tmp_path: Path) -> None:
     """Scores on them are compared with published ones."""
     shutil.copytree(scenes, tmp_path / "coco")
-    shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "coco" / "val2017" / "000000000001.jpg")
+    shutil.copy(
+        scenes / "train2017" / "000000000001.jpg",
+        tmp_path / "coco" / "val2017" / "000000000001.jpg",
+    )
     manifest = ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "out")))
     assert manifest.counts == {"train": 64, "val": 12} and manifest.quarantined == {}
 
@@ -291,25 +363,49 @@ def test_a_table_of_another_form_is_refused_in_one_line(
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=said) as refused:
-        ingest(IngestConfig(annotations=str(tmp_path / name), images=str(tmp_path), output=str(tmp_path / "out")))
+        ingest(
+            IngestConfig(
+                annotations=str(tmp_path / name), images=str(tmp_path), output=str(tmp_path / "out")
+            )
+        )
     assert "\n" not in str(refused.value) and name in str(refused.value)
 
 
-# ---- captions that are not what they should be -----------------------------------------------------------------
+# ---- captions that are not what they should be ---------------------------------------------------
 
 
-def test_what_is_wrong_with_captions_is_counted_and_quarantined(scenes: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_with_captions_is_counted_and_quarantined(
+    scenes: Path, tmp_path: Path
+) -> None:
     shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "a.jpg")
-    images = [(1, "a.jpg"), (1, "a.jpg"), (2, "a.jpg"), (3, "a.jpg"), (4, "a\x00.jpg"), (5, "a.jpg")]
-    texts = [(1, "a\x00 b\ud800\tc"), (1, " \n\x07"), (1, "x" * (LONGEST_CAPTION + 1)), (1, "plain"), (3, "\u200e\x1f")]
-    texts += [(4, "named"), (9, "no picture"), (9, "no picture"), (5, "ok " * 333)]
+    images = [
+        (1, "a.jpg"),
+        (1, "a.jpg"),
+        (2, "a.jpg"),
+        (3, "a.jpg"),
+        (4, "a\x00.jpg"),
+        (5, "a.jpg"),
+    ]
+    texts = [
+        (1, "a\x00 b\ud800\tc"),
+        (1, " \n\x07"),
+        (1, "x" * (LONGEST_CAPTION + 1)),
+        (1, "plain"),
+        (3, "\u200e\x1f"),
+    ]
+    texts += [(4, "named"), (9, "no image"), (9, "no image"), (5, "ok " * 333)]
     document = {
         "images": [{"id": number, "file_name": name} for number, name in images],
-        "annotations": [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)],
+        "annotations": [
+            {"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)
+        ],
     }
     (tmp_path / "captions.json").write_text(json.dumps(document))
     config = IngestConfig(
-        annotations=str(tmp_path / "captions.json"), images=str(tmp_path), output=str(tmp_path / "out"), split="train"
+        annotations=str(tmp_path / "captions.json"),
+        images=str(tmp_path),
+        output=str(tmp_path / "out"),
+        split="train",
     )
     manifest = ingest(config)
     found = {row["image_id"]: row["captions"] for row in rows(manifest)}
@@ -320,7 +416,7 @@ def test_what_is_wrong_with_captions_is_counted_and_quarantined(scenes: Path, tm
         "caption_too_long": 1,
         "no_captions": 1,
         "bad_name": 1,
-        "caption_without_picture": 1,
+        "caption_without_image": 1,
     }
     assert manifest.cleaned_captions == 1 and len(quarantine(manifest)) == 6
     assert read_manifest(manifest.uri).cleaned_captions == 1
@@ -330,8 +426,15 @@ def test_what_is_wrong_with_captions_is_counted_and_quarantined(scenes: Path, tm
 def test_a_long_document_is_read_a_piece_at_a_time(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    document = {"info": {"n": 1.5}, "images": [{"id": 12, "file_name": "é,]}.jpg"}, {"id": 3, "file_name": '"'}]}
-    document |= {"x": [], "annotations": [{"id": n, "image_id": 12, "caption": f"{n} \\ ü"} for n in (2, 1)], "y": 1234}
+    document = {
+        "info": {"n": 1.5},
+        "images": [{"id": 12, "file_name": "é,]}.jpg"}, {"id": 3, "file_name": '"'}],
+    }
+    document |= {
+        "x": [],
+        "annotations": [{"id": n, "image_id": 12, "caption": f"{n} \\ ü"} for n in (2, 1)],
+        "y": 1234,
+    }
     (tmp_path / "c.json").write_text(json.dumps(document, ensure_ascii=False, indent=1))
     monkeypatch.setattr(json_stream, "CHUNK", chunk)
     images, captions = read_captions(str(tmp_path / "c.json"))
@@ -339,7 +442,17 @@ def test_a_long_document_is_read_a_piece_at_a_time(
 
 
 @pytest.mark.parametrize(
-    "text", ['{"images": [1, 2', '{"images" []}', '{"images": [}', '{"a": 1} x', '{"a": tru}', "\xff", "", '{"a": "x']
+    "text",
+    [
+        '{"images": [1, 2',
+        '{"images" []}',
+        '{"images": [}',
+        '{"a": 1} x',
+        '{"a": tru}',
+        "\xff",
+        "",
+        '{"a": "x',
+    ],
 )
 def test_a_damaged_document_is_not_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "c.json").write_bytes(text.encode("latin-1"))

@@ -1,4 +1,5 @@
-"""Fetching archives from a server on loopback that breaks off in the middle, or sends something else."""
+"""Fetching archives from a server on loopback that breaks off in the middle, or sends something
+else."""
 
 import contextlib
 import hashlib
@@ -31,7 +32,7 @@ class Server:
         self.breaks: list[int] = []
         """Bytes after which each of the next answers breaks off."""
         self.ranges = True
-        self.asked: list[tuple[str, int]] = []
+        self.stop_request: list[tuple[str, int]] = []
         """Each file that was asked for, and from where on."""
         self.sent = 0
         self.address = ""
@@ -50,11 +51,17 @@ def server() -> Iterator[Server]:
                 self.send_error(404)
                 return
             content = state.files[name]
-            asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) if state.ranges else None
+            asked = (
+                re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                if state.ranges
+                else None
+            )
             start = int(asked[1]) if asked else 0
             self.send_response(206 if asked else 200)
             if asked:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                )
             self.send_header("Content-Length", str(len(content) - start))
             self.send_header("ETag", hashlib.md5(content).hexdigest())
             self.end_headers()
@@ -98,7 +105,9 @@ def archive(folder: Path, size: int = 3_000_000) -> bytes:
     return file.read_bytes()
 
 
-def test_cocos_archives_are_fetched_and_ingested(server: Server, scenes: Path, tmp_path: Path) -> None:
+def test_cocos_archives_are_fetched_and_ingested(
+    server: Server, scenes: Path, tmp_path: Path
+) -> None:
     for place in ARCHIVES["coco2017"]:
         name = place.rpartition("/")[2]
         folder = "annotations" if name.startswith("annotations") else name.removesuffix(".zip")
@@ -113,14 +122,26 @@ def test_cocos_archives_are_fetched_and_ingested(server: Server, scenes: Path, t
     assert sorted(file.name for file in (tmp_path / "coco").glob("[!.]*")) == sorted(
         place.rpartition("/")[2] for place in ARCHIVES["coco2017"]
     )
-    assert ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "data"))).counts["train"] == 64
+    assert (
+        ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "data"))).counts[
+            "train"
+        ]
+        == 64
+    )
     asked = len(server.asked)
-    assert download(config) == fetched and len(server.asked) == asked, "what is there is not fetched again"
+    assert download(config) == fetched and len(server.asked) == asked, (
+        "what is there is not fetched again"
+    )
 
 
 @pytest.mark.usefixtures("java")
-def test_the_models_of_spice_are_fetched_only_when_asked_for(server: Server, scenes: Path, tmp_path: Path) -> None:
-    results, annotations = tmp_path / "results.json", scenes / "annotations" / "captions_val2017.json"
+def test_the_models_of_spice_are_fetched_only_when_asked_for(
+    server: Server, scenes: Path, tmp_path: Path
+) -> None:
+    results, annotations = (
+        tmp_path / "results.json",
+        scenes / "annotations" / "captions_val2017.json",
+    )
     results.write_text(json.dumps([{"image_id": n, "caption": "a circle"} for n in range(1, 13)]))
     output = tmp_path / "spice"
     config = EvaluateConfig(results=str(results), annotations=str(annotations), spice=str(output))
@@ -133,21 +154,31 @@ def test_the_models_of_spice_are_fetched_only_when_asked_for(server: Server, sce
     server.files[place] = (tmp_path / "made.zip").read_bytes()
     download(DownloadConfig(dataset="spice", output=str(output), base=server.address))
     assert all((output / name).read_bytes() == b"no Java" for name in MODELS)
-    with pytest.raises(WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFoundError"):
-        spice_scores({1: "a circle"}, {1: ["a circle"]}, str(output))  # everything but these models is there
+    with pytest.raises(
+        WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFoundError"
+    ):
+        spice_scores(
+            {1: "a circle"}, {1: ["a circle"]}, str(output)
+        )  # everything but these models is there
 
 
 def test_what_breaks_off_is_resumed_to_the_byte(server: Server, tmp_path: Path) -> None:
     server.files["a.zip"] = archive(tmp_path)
     server.breaks = [1_200_000, 7, 900_000]
-    fetch(f"{server.address}/a.zip", str(tmp_path / "a.zip"), hashlib.md5(server.files["a.zip"]).hexdigest())
+    fetch(
+        f"{server.address}/a.zip",
+        str(tmp_path / "a.zip"),
+        hashlib.md5(server.files["a.zip"]).hexdigest(),
+    )
     assert (tmp_path / "a.zip").read_bytes() == server.files["a.zip"]
     assert [start for _, start in server.asked][:2] == [0, 1_200_000] and len(server.asked) == 4
     assert server.sent == len(server.files["a.zip"])
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_another_process_goes_on_with_the_part(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_goes_on_with_the_part(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
     server.files["a.zip"] = archive(tmp_path)
     url, target = f"{server.address}/a.zip", tmp_path / "a.zip"
@@ -196,7 +227,10 @@ def test_the_output_may_be_a_bucket(server: Server, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_fetched_is_said_in_one_line(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"annotations_trainval2017\.zip: the server answers 404 Not Found; is --base"):
+    with pytest.raises(
+        UserError,
+        match=r"annotations_trainval2017\.zip: the server answers 404 Not Found; is --base",
+    ):
         download(DownloadConfig(dataset="coco2017", output=str(tmp_path), base=server.address))
     with pytest.raises(UserError, match="is not an http"):
         DownloadConfig(dataset="coco2017", output=str(tmp_path), base="ftp://x")

@@ -1,4 +1,4 @@
-"""Ingest killed and started again, on records that lie, and on more pictures than memory holds."""
+"""Ingest killed and started again, on records that lie, and on more images than memory holds."""
 
 import os
 import signal
@@ -19,15 +19,20 @@ from tests.model_lib.ingest.test_ingest import captions_file, listed, lone
 
 
 def many(folder: Path, count: int, side: int = 640) -> Path:
-    """Make `count` pictures of noise, every 50th broken, that are many names of a few files; return their captions."""
+    """Make `count` images of noise, every 50th broken, that are many names of a few files; return
+    their captions."""
     rng = np.random.default_rng(5)
     (folder / "files").mkdir(parents=True)
     for n in range(10):
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(folder / "files" / f"{n}.jpg", quality=60)
-    (folder / "files" / "broken.jpg").write_bytes(b"no picture")
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(
+            folder / "files" / f"{n}.jpg", quality=60
+        )
+    (folder / "files" / "broken.jpg").write_bytes(b"no image")
     names = [f"{n:06d}.jpg" for n in range(count)]
     for n, name in enumerate(names):
-        (folder / name).symlink_to(folder / "files" / ("broken.jpg" if n % 50 == 49 else f"{n % 10}.jpg"))
+        (folder / name).symlink_to(
+            folder / "files" / ("broken.jpg" if n % 50 == 49 else f"{n % 10}.jpg")
+        )
     return captions_file(folder, *listed(names))
 
 
@@ -37,11 +42,15 @@ COMMAND = [sys.executable, "-m", "model_lib", "ingest", "--shard_mb", "2"]
 def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Path) -> None:
     file = many(tmp_path / "in", 400)
     command = [*COMMAND, "--annotations", str(file), "--images", str(file.parent), "--output"]
-    subprocess.run([*command, str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True)
+    subprocess.run(
+        [*command, str(tmp_path / "whole"), "--workers", "1"], check=True, capture_output=True
+    )
     output, rng = tmp_path / "killed", np.random.default_rng(11)
     kills, before = 0, {}
     while True:
-        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         wanted = len(before) + int(rng.integers(1, 4))
         records = lambda: list(output.glob(".journal/*/*.json"))  # noqa: E731
         while process.poll() is None and (kills == 5 or len(records()) < wanted):
@@ -52,10 +61,15 @@ def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Pat
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        now = {r.name.removesuffix(".json"): (output / r.name.removesuffix(".json")).stat() for r in records()}
+        now = {
+            r.name.removesuffix(".json"): (output / r.name.removesuffix(".json")).stat()
+            for r in records()
+        }
         for name, stat in before.items():
             there = (output / name).stat()
-            assert (there.st_ino, there.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), f"{name} was written again"
+            assert (there.st_ino, there.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), (
+                f"{name} was written again"
+            )
         if done is not None:
             assert done == 0
             break
@@ -67,7 +81,7 @@ def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Pat
     one, other = (read_manifest(str(tmp_path / name)) for name in ("whole", "killed"))
     assert one.fingerprint == other.fingerprint and one.quarantined == other.quarantined == {
         "unreadable": 8,
-        "double": 46,
+        "duplicate_of_train": 46,
     }
 
 
@@ -100,8 +114,8 @@ def test_records_of_other_input_or_of_damaged_shards_are_not_taken(tmp_path: Pat
     assert sorted(output.glob("train-*.parquet"))[0].stat().st_mtime_ns != first
 
 
-def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
-    """Pictures of 30 MB in all against 150: what grows is the list of names and captions alone."""
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    """Images of 30 MB in all against 150: what grows is the list of names and captions alone."""
     peaks = []
     for count in (1000, 5000):
         file = many(tmp_path / str(count), count, side=192)
@@ -109,12 +123,18 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
             "import sys, pathlib\n"
             "from model_lib.ingest.config import IngestConfig\n"
             "from model_lib.ingest.ingesting import ingest\n"
-            "ingest(IngestConfig(annotations=sys.argv[1], images=sys.argv[2], output=sys.argv[3], workers=2))\n"
+            "ingest(IngestConfig(annotations=sys.argv[1], images=sys.argv[2], output=sys.argv[3], "
+            "workers=2))\n"
             "status = pathlib.Path('/proc/self/status').read_text()\n"
             "print(int(status.partition('VmHWM:')[2].split()[0]) / 1024)"
         )
         arguments = [str(file), str(file.parent), str(tmp_path / f"out{count}")]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True
+        )
         peaks.append(float(done.stdout))
-    sizes = [sum(f.stat().st_size for f in (tmp_path / f"out{count}").iterdir()) / 2**20 for count in (1000, 5000)]
+    sizes = [
+        sum(f.stat().st_size for f in (tmp_path / f"out{count}").iterdir()) / 2**20
+        for count in (1000, 5000)
+    ]
     assert sizes[1] - sizes[0] > 100 and peaks[1] - peaks[0] < 30, (sizes, peaks)

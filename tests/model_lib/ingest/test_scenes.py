@@ -1,4 +1,5 @@
-"""Generated scenes: reproducible, with combinations held out, and learnable: a tiny model really looks at them."""
+"""Generated scenes: reproducible, with combinations held out, and learnable: a tiny model really
+looks at them."""
 
 import json
 from pathlib import Path
@@ -23,7 +24,9 @@ def captions(folder: Path, split: str) -> dict[int, list[str]]:
     return found
 
 
-def test_held_out_combinations_are_in_every_validation_picture_and_no_training_picture(scenes: Path) -> None:
+def test_held_out_combinations_are_in_every_validation_image_and_no_training_image(
+    scenes: Path,
+) -> None:
     held_out = [f"{size} {colour} {shape}" for size, colour, shape in HELD_OUT]
     assert len(held_out) == 16
 
@@ -34,14 +37,17 @@ def test_held_out_combinations_are_in_every_validation_picture_and_no_training_p
     assert not any(shown(texts) for texts in captions(scenes, "train").values())
 
 
-def test_each_picture_has_five_different_captions(scenes: Path) -> None:
+def test_each_image_has_five_different_captions(scenes: Path) -> None:
     assert all(len(set(texts)) == 5 for texts in captions(scenes, "train").values())
 
 
 def test_the_same_seed_draws_the_same_set_and_another_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_scenes(ScenesConfig(output=str(tmp_path / name), train=5, val=2, seed=seed))
-    files = [{f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*.*")} for n in "abc"]
+    files = [
+        {f.relative_to(tmp_path / n): f.read_bytes() for f in (tmp_path / n).rglob("*.*")}
+        for n in "abc"
+    ]
     assert files[0] == files[1] != files[2]
     assert Image.open(tmp_path / "a" / "train2017" / "000000000001.jpg").size == (128, 128)
 
@@ -54,20 +60,28 @@ def test_a_smaller_set_leaves_nothing_of_a_larger_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
-    """The demo's own data, and its model trained on two captions a picture, which takes half as long as on five."""
+    """The demo's own data, and its model trained on two captions per image, which takes half as
+    long as on five."""
     folder = tmp_path_factory.mktemp("demo")
     make_scenes(ScenesConfig(output=str(folder / "scenes")))
     ingest(IngestConfig(dataset=str(folder / "scenes"), output=str(folder / "data")))
-    options = {"preset": "tiny", "epochs": 5, "captions_per_picture": 2}
-    return folder / "data", train(TrainConfig(data=str(folder / "data"), output=str(folder / "out"), **options))
+    options = {"preset": "tiny", "epochs": 5, "captions_per_image": 2}
+    return folder / "data", train(
+        TrainConfig(data=str(folder / "data"), output=str(folder / "out"), **options)
+    )
 
 
 @pytest.mark.soak
-def test_a_tiny_model_learns_to_look_at_unseen_combinations(demo: tuple[Path, Trained], tmp_path: Path) -> None:
-    """Its true CIDEr is at least three times that of shuffled pictures."""
+def test_a_tiny_model_learns_to_look_at_unseen_combinations(
+    demo: tuple[Path, Trained], tmp_path: Path
+) -> None:
+    """Its true CIDEr is at least three times that of shuffled images."""
     data, trained = demo
-    judged = evaluate(EvaluateConfig(model=trained.model, data=str(data), output=str(tmp_path)))
-    assert judged.scores["CIDEr"] >= 3 * judged.shuffled_cider, (judged.scores, judged.shuffled_cider)
+    evaluated = evaluate(EvaluateConfig(model=trained.model, data=str(data), output=str(tmp_path)))
+    assert evaluated.scores["CIDEr"] >= 3 * evaluated.shuffled_cider, (
+        evaluated.scores,
+        evaluated.shuffled_cider,
+    )
 
 
 @pytest.mark.soak
@@ -75,6 +89,6 @@ def test_self_critical_training_raises_the_cider_of_unseen_combinations(
     demo: tuple[Path, Trained], tmp_path: Path
 ) -> None:
     data, first = demo
-    stage = {"epochs": 1, "objective": "self-critical", "start": first.model}
+    stage = {"epochs": 1, "objective": "self-critical", "init_from": first.model}
     second = train(TrainConfig(data=str(data), output=str(tmp_path), preset="tiny", **stage))
     assert second.validation_cider > first.validation_cider

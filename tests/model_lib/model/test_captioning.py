@@ -1,4 +1,4 @@
-"""Calling the model with pictures in every form, and finding them under every name."""
+"""Calling the model with images in every form, and finding them under every name."""
 
 import functools
 import io
@@ -15,10 +15,10 @@ from PIL import Image, UnidentifiedImageError
 
 from model_lib import Caption, Captioner, UserError, generate_caption
 from model_lib.errors import WorkError
-from model_lib.model.captioning import caption_each, find_pictures, load_pixels
+from model_lib.io.images import ImageError
+from model_lib.model.captioning import caption_each, find_images, load_pixels
 from model_lib.model.config import DecodeConfig
 from model_lib.model.explain import render_explanation, word_attention
-from model_lib.pictures import PictureError
 
 
 @pytest.fixture()
@@ -42,20 +42,34 @@ def web(scenes: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_picture_in_every_form_gets_the_same_caption(model: Captioner, scenes: Path, web: str) -> None:
+def test_an_image_in_every_form_gets_the_same_caption(
+    model: Captioner, scenes: Path, web: str
+) -> None:
     file = scenes / "val2017" / "000000000001.jpg"
-    fsspec.filesystem("memory").pipe_file("/pictures/a.jpg", file.read_bytes())
+    fsspec.filesystem("memory").pipe_file("/images/a.jpg", file.read_bytes())
     image = Image.open(file).convert("RGB")
     array = np.asarray(image)
-    forms = [file, str(file), file.as_uri(), "memory://pictures/a.jpg", f"{web}/val2017/000000000001.jpg"]
-    forms += [file.read_bytes(), image, array, array.transpose(2, 0, 1), torch.from_numpy(array.copy())]
+    forms = [
+        file,
+        str(file),
+        file.as_uri(),
+        "memory://images/a.jpg",
+        f"{web}/val2017/000000000001.jpg",
+    ]
+    forms += [
+        file.read_bytes(),
+        image,
+        array,
+        array.transpose(2, 0, 1),
+        torch.from_numpy(array.copy()),
+    ]
     captions = model.caption(forms, max_new_tokens=8)
     assert len({(caption.text, tuple(caption.tokens)) for caption in captions}) == 1
     assert isinstance(captions[0], Caption) and captions[0].score < 0
     assert generate_caption(model, image, max_new_tokens=8) == captions[0].text
 
 
-def test_grey_arrays_are_grey_pictures(model: Captioner) -> None:
+def test_grey_arrays_are_grey_images(model: Captioner) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
     assert model.caption([grey]) == model.caption([np.stack([grey] * 3, -1)])
 
@@ -65,8 +79,10 @@ def test_an_image_of_pillow_is_seen_as_its_file_is(odd_images: Path) -> None:
     for file in sorted(odd_images.iterdir()):
         try:
             by_path = load_pixels(file, 32)
-        except PictureError as error:
-            with pytest.raises((PictureError, UnidentifiedImageError, Image.DecompressionBombError)) as refused:
+        except ImageError as error:
+            with pytest.raises(
+                (ImageError, UnidentifiedImageError, Image.DecompressionBombError)
+            ) as refused:
                 load_pixels(Image.open(file), 32)
             assert getattr(refused.value, "reason", error.reason) == error.reason, file
         else:
@@ -79,27 +95,29 @@ def test_an_image_of_pillow_is_seen_as_its_file_is(odd_images: Path) -> None:
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     scenes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model_lib.pictures.MAX_PIXELS", 100)
+    monkeypatch.setattr("model_lib.io.images.MAX_PIXELS", 100)
     with Image.open(scenes / "val2017" / "000000000001.jpg") as image:
-        with pytest.raises(PictureError, match="too_large"):
+        with pytest.raises(ImageError, match="too_large"):
             load_pixels(image, 32)
         assert image.tile, "which is empty once it is decoded"
 
 
-def test_one_path_is_one_picture_and_what_is_none_is_said(model: Captioner, scenes: Path) -> None:
+def test_one_path_is_one_image_and_what_is_none_is_said(model: Captioner, scenes: Path) -> None:
     file = scenes / "val2017" / "000000000001.jpg"
     assert model.caption(str(file)) == model.caption(file) == model.caption([file])
-    with pytest.raises(UserError, match="picture given as NoneType: expected a path"):
+    with pytest.raises(UserError, match="image given as NoneType: expected a path"):
         model.caption([None])
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)])
-def test_an_array_that_is_no_picture_is_refused(model: Captioner, array: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)]
+)
+def test_an_array_that_is_no_image_is_refused(model: Captioner, array: np.ndarray) -> None:
     with pytest.raises(UserError, match="expected uint8"):
         model.caption([array])
 
 
-def test_several_captions_of_a_picture_lie_side_by_side(model: Captioner, scenes: Path) -> None:
+def test_several_captions_of_an_image_lie_side_by_side(model: Captioner, scenes: Path) -> None:
     files = sorted((scenes / "val2017").iterdir())[:3]
     options = {"top_p": 0.9, "temperature": 1.2, "max_new_tokens": 6, "seed": 5}
     captions = model.caption(files, num_captions=2, **options)
@@ -121,34 +139,54 @@ def test_captions_come_as_they_are_ready(model: Captioner, scenes: Path) -> None
     assert isinstance(next(ready), list) and len(taken) <= 6
 
 
-def test_names_stand_for_pictures(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_stand_for_images(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a.jpg", "b.PNG", "notes.txt", "sub/c.webp", "odd[1].jpg"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
     monkeypatch.chdir(tmp_path)
-    assert list(find_pictures(["set"], [])) == ["set/a.jpg", "set/b.PNG", "set/odd[1].jpg", "set/sub/c.webp"]
-    assert next(find_pictures([str(tmp_path / "set" / "*.jpg")], [])) == str(tmp_path / "set" / "a.jpg")
-    assert list(find_pictures(["set/*/*"], [])) == ["set/sub/c.webp"]
-    assert list(find_pictures(["gone.jpg", "set/odd[1].jpg"], [])) == ["gone.jpg", "set/odd[1].jpg"]
+    assert list(find_images(["set"], [])) == [
+        "set/a.jpg",
+        "set/b.PNG",
+        "set/odd[1].jpg",
+        "set/sub/c.webp",
+    ]
+    assert next(find_images([str(tmp_path / "set" / "*.jpg")], [])) == str(
+        tmp_path / "set" / "a.jpg"
+    )
+    assert list(find_images(["set/*/*"], [])) == ["set/sub/c.webp"]
+    assert list(find_images(["gone.jpg", "set/odd[1].jpg"], [])) == ["gone.jpg", "set/odd[1].jpg"]
     listed = io.StringIO("x.jpg\n\ngs://b/y.jpg\n")
-    assert list(find_pictures(["http://a/b?c=*", "-", "z.jpg"], listed)) == [
+    assert list(find_images(["http://a/b?c=*", "-", "z.jpg"], listed)) == [
         "http://a/b?c=*",
         "x.jpg",
         "gs://b/y.jpg",
         "z.jpg",
     ]
     fsspec.filesystem("memory").pipe_file("/found/a.jpg", b"")
-    assert list(find_pictures(["memory://found"], [])) == ["memory:///found/a.jpg"]
+    assert list(find_images(["memory://found"], [])) == ["memory:///found/a.jpg"]
     (tmp_path / "sub").mkdir()
-    found = [str(name) for name in find_pictures(["set/*.gif", "a.jpg", "sub", "nowhere://x", "b.jpg"], [])]
-    assert found[:3] == ["set/*.gif: matches nothing", "a.jpg", "sub: has no pictures in it"]
+    found = [
+        str(name) for name in find_images(["set/*.gif", "a.jpg", "sub", "nowhere://x", "b.jpg"], [])
+    ]
+    assert found[:3] == ["set/*.gif: matches nothing", "a.jpg", "sub: has no images in it"]
     assert found[3].startswith("nowhere://x: ") and found[4] == "b.jpg"
 
 
-def test_what_cannot_be_had_costs_the_others_nothing(model: Captioner, scenes: Path, web: str) -> None:
+def test_what_cannot_be_had_costs_the_others_nothing(
+    model: Captioner, scenes: Path, web: str
+) -> None:
     good = f"{web}/val2017/000000000001.jpg"
-    names = [good, f"{web}/gone.jpg", f"{web}/fails.jpg", "http://127.0.0.1:9/a.jpg", "nowhere://x", good]
-    results = list(caption_each(model, find_pictures(names, []), DecodeConfig(max_new_tokens=2)))
+    names = [
+        good,
+        f"{web}/gone.jpg",
+        f"{web}/fails.jpg",
+        "http://127.0.0.1:9/a.jpg",
+        "nowhere://x",
+        good,
+    ]
+    results = list(caption_each(model, find_images(names, []), DecodeConfig(max_new_tokens=2)))
     assert isinstance(results[0], list) and results[0] == results[5]
     kinds = [UserError, WorkError, WorkError, UserError]
     for name, result, kind in zip(names[1:5], results[1:5], kinds, strict=True):

@@ -1,4 +1,5 @@
-"""Decoding against transformers' `generate` on the same weights, and sampling against the exact probabilities."""
+"""Decoding against transformers' `generate` on the same weights, and sampling against the exact
+probabilities."""
 
 from typing import Any
 
@@ -8,10 +9,14 @@ import torch
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
 from model_lib.model.decoding import Decoded, _DecodingState, decode, draw
-from tests.model_lib.model.test_model import pixels, reference_decoder, small_model_with_equal_widths
+from tests.model_lib.model.test_model import (
+    pixels,
+    reference_decoder,
+    small_model_with_equal_widths,
+)
 from tests.small import small_model
 
-PICTURES = 4
+IMAGES = 4
 END = 1.5
 
 
@@ -19,8 +24,8 @@ def ending_model() -> tuple[Captioner, torch.Tensor]:
     """Return a model whose captions end by themselves now and then, and visual tokens for it."""
     model = small_model_with_equal_widths()
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(PICTURES, 5, 32, generator=generator)
-    tokens = torch.randint(1, 97, (PICTURES, 8, 10), generator=generator)
+    features = torch.randn(IMAGES, 5, 32, generator=generator)
+    tokens = torch.randint(1, 97, (IMAGES, 8, 10), generator=generator)
     with torch.no_grad():
         usual = model.hidden(tokens, model.cross_cache(features)).mean((0, 1, 2))
         model.head.weight.mul_(3)  # sharper than random weights are
@@ -37,12 +42,14 @@ def test_token_ids_are_those_of_transformers_generate(
     num_beams: int, max_new_tokens: int, length_penalty: float
 ) -> None:
     model, features = ending_model()
-    config = DecodeConfig(num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+    config = DecodeConfig(
+        num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty
+    )
     reference = reference_decoder(model)
     decoded = decode(model, features, config)
     expected = reference.generate(
-        torch.zeros(PICTURES, 1, dtype=torch.int64),
-        attention_mask=torch.ones(PICTURES, 1, dtype=torch.int64),
+        torch.zeros(IMAGES, 1, dtype=torch.int64),
+        attention_mask=torch.ones(IMAGES, 1, dtype=torch.int64),
         encoder_hidden_states=features,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
@@ -56,31 +63,45 @@ def test_token_ids_are_those_of_transformers_generate(
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_captions": 2}])
-def test_finished_pictures_leave_and_the_others_go_on_the_same(
+def test_finished_images_leave_and_the_others_go_on_the_same(
     options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = ending_model()
     features = torch.randn(16, 5, 32, generator=torch.Generator().manual_seed(2))
     sizes = []
     keep = _DecodingState.keep
-    monkeypatch.setattr(_DecodingState, "keep", lambda rows, places: sizes.append(len(places)) or keep(rows, places))
+    monkeypatch.setattr(
+        _DecodingState, "keep", lambda rows, places: sizes.append(len(places)) or keep(rows, places)
+    )
     config = DecodeConfig(max_new_tokens=20, **options)
     together = decode(model, features, config)
     assert sizes and sizes[0] <= 8 and sizes == sorted(sizes, reverse=True)
-    for picture, captions in enumerate(together):
-        (alone,) = decode(model, features[picture : picture + 1], config)
+    for image, captions in enumerate(together):
+        (alone,) = decode(model, features[image : image + 1], config)
         assert [one.tokens for one in captions] == [one.tokens for one in alone]
-        assert [one.score for one in captions] == pytest.approx([one.score for one in alone], rel=1e-4)
+        assert [one.score for one in captions] == pytest.approx(
+            [one.score for one in alone], rel=1e-4
+        )
 
 
-@pytest.mark.parametrize("options", [{"no_repeat_ngram_size": n} for n in (1, 2, 3)] + [{"min_new_tokens": 9}])
+@pytest.mark.parametrize(
+    "options", [{"no_repeat_ngram_size": n} for n in (1, 2, 3)] + [{"min_new_tokens": 9}]
+)
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_what_may_not_come_next_is_what_transformers_rules_out(num_beams: int, options: dict[str, int]) -> None:
+def test_what_may_not_come_next_is_what_transformers_rules_out(
+    num_beams: int, options: dict[str, int]
+) -> None:
     model, features = ending_model()
     config = {"num_beams": num_beams, "max_new_tokens": 14, **options}
-    start = torch.zeros(PICTURES, 1, dtype=torch.int64)
-    given = {"attention_mask": torch.ones_like(start), "encoder_hidden_states": features, "do_sample": False}
-    expected = reference_decoder(model).generate(start, eos_token_id=0, pad_token_id=96, **given, **config)[:, 1:]
+    start = torch.zeros(IMAGES, 1, dtype=torch.int64)
+    given = {
+        "attention_mask": torch.ones_like(start),
+        "encoder_hidden_states": features,
+        "do_sample": False,
+    }
+    expected = reference_decoder(model).generate(
+        start, eos_token_id=0, pad_token_id=96, **given, **config
+    )[:, 1:]
     free = decode(model, features, DecodeConfig(num_beams=num_beams, max_new_tokens=14))
     decoded = decode(model, features, DecodeConfig(**config))
     for (ours,), theirs in zip(decoded, expected.tolist(), strict=True):
@@ -94,7 +115,7 @@ def test_the_best_beams_are_those_of_transformers(length_penalty: float) -> None
     options = {"num_beams": 5, "max_new_tokens": 8, "length_penalty": length_penalty}
     reference = reference_decoder(model)
     decoded = decode(model, features, DecodeConfig(num_captions=3, **options))
-    start = torch.zeros(PICTURES, 1, dtype=torch.int64)
+    start = torch.zeros(IMAGES, 1, dtype=torch.int64)
     expected = reference.generate(
         start,
         attention_mask=torch.ones_like(start),
@@ -109,22 +130,28 @@ def test_the_best_beams_are_those_of_transformers(length_penalty: float) -> None
     assert flat == [[token for token in row if token != 96] for row in expected.tolist()]
 
 
-def test_several_samples_of_a_picture_differ_and_have_their_own_pasts(model: Captioner) -> None:
+def test_several_samples_of_an_image_differ_and_have_their_own_pasts(model: Captioner) -> None:
     features = model.encode(pixels(model, 2))
     config = DecodeConfig(temperature=1.0, num_captions=4, max_new_tokens=10, seed=3)
     decoded = decode(model, features, config)
     assert [len(rows) for rows in decoded] == [4, 4]
     assert len({tuple(row.tokens) for row in decoded[0]}) == 4
-    for picture, rows in enumerate(decoded):  # each score is that of its own tokens, fed again without a cache
-        visual = model.cross_cache(features[picture : picture + 1])
+    for image, rows in enumerate(
+        decoded
+    ):  # each score is that of its own tokens, fed again without a cache
+        visual = model.cross_cache(features[image : image + 1])
         for row in rows:
             with torch.no_grad():
-                logits = model.head(model.hidden(torch.tensor([[[0, *row.tokens[:-1]]]]), visual))[0, 0]
+                logits = model.head(model.hidden(torch.tensor([[[0, *row.tokens[:-1]]]]), visual))[
+                    0, 0
+                ]
             exact = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens).unsqueeze(1)).mean()
             assert row.score == pytest.approx(float(exact), abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 4, "length_penalty": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 4, "length_penalty": 0.5}]
+)
 def test_with_and_without_caches_the_same(options: dict[str, float]) -> None:
     """Greedy and beams again, the plain way: every prefix through the decoder whole."""
     model, features = ending_model()
@@ -139,7 +166,8 @@ def test_with_and_without_caches_the_same(options: dict[str, float]) -> None:
 
 
 class _Uncached:
-    """Computes the next token's logits from the whole history, without keys and values from before."""
+    """Computes the next token's logits from the whole history, without keys and values from
+    before."""
 
     def __init__(self, model: Captioner) -> None:
         self.model, self.calls = model, 0
@@ -155,7 +183,10 @@ class _Uncached:
 def test_some_captions_of_the_reference_end_by_themselves() -> None:
     """Otherwise the test above would say nothing about endings."""
     model, features = ending_model()
-    lengths = [len(row.tokens) for (row,) in decode(model, features, DecodeConfig(num_beams=5, max_new_tokens=20))]
+    lengths = [
+        len(row.tokens)
+        for (row,) in decode(model, features, DecodeConfig(num_beams=5, max_new_tokens=20))
+    ]
     assert min(lengths) < 20 and len(set(lengths)) > 1
 
 
@@ -163,17 +194,23 @@ def test_some_captions_of_the_reference_end_by_themselves() -> None:
 def test_batched_and_one_by_one_agree(num_beams: int) -> None:
     model, features = ending_model()
     config = DecodeConfig(num_beams=num_beams, max_new_tokens=12)
-    alone = [decode(model, features[n : n + 1], config)[0][0].tokens for n in range(PICTURES)]
+    alone = [decode(model, features[n : n + 1], config)[0][0].tokens for n in range(IMAGES)]
     assert [row.tokens for (row,) in decode(model, features, config)] == alone
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "length_penalty": 0.0}, {"top_p": 0.9}])
-def test_the_score_is_the_mean_log_probability_of_the_tokens(model: Captioner, options: dict) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 3, "length_penalty": 0.0}, {"top_p": 0.9}]
+)
+def test_the_score_is_the_mean_log_probability_of_the_tokens(
+    model: Captioner, options: dict
+) -> None:
     features = model.encode(pixels(model, 2))
-    for picture, (row,) in enumerate(decode(model, features, DecodeConfig(max_new_tokens=10, **options))):
+    for image, (row,) in enumerate(
+        decode(model, features, DecodeConfig(max_new_tokens=10, **options))
+    ):
         tokens = torch.tensor([[[0, *row.tokens[:-1]]]])
         with torch.no_grad():
-            hidden = model.hidden(tokens, model.cross_cache(features[picture : picture + 1]))
+            hidden = model.hidden(tokens, model.cross_cache(features[image : image + 1]))
             log_probs = model.head(hidden)[0, 0].log_softmax(-1)
         exact = log_probs.gather(1, torch.tensor(row.tokens).unsqueeze(1)).mean()
         assert row.score == pytest.approx(float(exact), abs=1e-4)
@@ -186,7 +223,8 @@ def draw_first_tokens(model: Captioner, count: int, **options: float) -> torch.T
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 1.0}, {"temperature": 0.5}, {"top_p": 0.7, "temperature": 1.5}, {"top_k": 5}]
+    "options",
+    [{"temperature": 1.0}, {"temperature": 0.5}, {"top_p": 0.7, "temperature": 1.5}, {"top_k": 5}],
 )
 def test_samples_follow_the_distribution(options: dict) -> None:
     model, count = small_model(), 20_000
@@ -200,7 +238,9 @@ def test_samples_follow_the_distribution(options: dict) -> None:
         enough = int((ordered.cumsum(0) < options["top_p"]).sum()) + 1
         probs[order[enough:]] = 0
     probs = probs / probs.sum()
-    drawn = torch.bincount(draw_first_tokens(model, count, seed=7, **options), minlength=len(probs)).float()
+    drawn = torch.bincount(
+        draw_first_tokens(model, count, seed=7, **options), minlength=len(probs)
+    ).float()
     assert (drawn[probs == 0] == 0).all()
     common = probs * count >= 5
     expected = torch.cat([probs[common], probs[~common].sum().reshape(1)]) * count
@@ -222,7 +262,9 @@ def test_a_nucleus_that_draws_miss_is_found_all_the_same(top_p: float) -> None:
 
 def test_weights_that_are_no_numbers_draw_tokens_of_the_vocabulary() -> None:
     for options in ({"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 3}):
-        drawn = draw(torch.full((4, 8), torch.nan), DecodeConfig(**options), torch.Generator().manual_seed(0))
+        drawn = draw(
+            torch.full((4, 8), torch.nan), DecodeConfig(**options), torch.Generator().manual_seed(0)
+        )
         assert ((drawn >= 0) & (drawn < 8)).all()
 
 

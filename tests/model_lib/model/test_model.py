@@ -1,4 +1,5 @@
-"""The captioner against transformers' own GPT-2 and CLIP, and the design's promises about what is trained."""
+"""The captioner against transformers' own GPT-2 and CLIP, and the design's promises about what is
+trained."""
 
 import re
 from pathlib import Path
@@ -22,9 +23,9 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from model_lib import Captioner, UserError
+from model_lib.io.images import to_pixels
 from model_lib.model.captioner import CaptionerConfig
 from model_lib.model.tokens import pack_captions
-from model_lib.pictures import to_pixels
 from model_lib.presets import PRESETS
 from model_lib.train.config import TrainConfig
 from model_lib.train.loss import caption_loss
@@ -38,11 +39,18 @@ TRAINED = re.compile(
 
 def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, model.image_size, model.image_size), generator=generator, dtype=torch.uint8)
+    return torch.randint(
+        0,
+        256,
+        (count, 3, model.image_size, model.image_size),
+        generator=generator,
+        dtype=torch.uint8,
+    )
 
 
 def reference_decoder(model: Captioner) -> GPT2LMHeadModel:
-    """Return transformers' GPT-2 with cross-attention and the model's weights; both without the visual norm."""
+    """Return transformers' GPT-2 with cross-attention and the model's weights; both without the
+    visual norm."""
     config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
     config.tie_word_embeddings = False
     with init.no_init_weights():
@@ -68,12 +76,17 @@ def test_trained_parameters_are_those_of_the_design() -> None:
         assert parameter.requires_grad == bool(TRAINED.fullmatch(name)), name
 
 
-def test_untrained_full_depth_decoder_is_gpt2_for_any_picture() -> None:
+def test_untrained_full_depth_decoder_is_gpt2_for_any_image() -> None:
     torch.manual_seed(0)
     config = GPT2Config(**{**PRESETS["clip-l-gpt2-medium"].decoder_shape, "n_embd": 128})
     gpt2 = GPT2LMHeadModel(config).eval()
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
     )
     model = Captioner(Captioner.config_class(vision_config=vision, decoder_config=config)).eval()
     assert len(model.decoder.h) == 24
@@ -96,18 +109,26 @@ LAYERS = [4, pytest.param(24, marks=pytest.mark.soak)]
 
 
 def wide_model(layers: int) -> Captioner:
-    """Return the full-size captioner, or so many layers of it, of random weights, its cross-attention switched on.
+    """Return the full-size captioner, or so many layers of it, of random weights, its
+    cross-attention switched on.
 
     They repeat a drawn million: to draw 810 million takes longer than the tests.
     """
     preset = PRESETS["clip-l-gpt2-medium"]
     drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02
-    vision, decoder = {**preset.vision_shape, "num_hidden_layers": layers}, {**preset.decoder_shape, "n_layer": layers}
+    vision, decoder = (
+        {**preset.vision_shape, "num_hidden_layers": layers},
+        {**preset.decoder_shape, "n_layer": layers},
+    )
     with init.no_init_weights():
         model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=decoder)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(drawn.repeat(parameter.numel() // len(drawn) + 1)[: parameter.numel()].view_as(parameter))
+            parameter.copy_(
+                drawn.repeat(parameter.numel() // len(drawn) + 1)[: parameter.numel()].view_as(
+                    parameter
+                )
+            )
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -115,11 +136,13 @@ def wide_model(layers: int) -> Captioner:
 
 
 def parity(model: Captioner, dtype: torch.dtype, rows: int) -> tuple[float, dict[str, float]]:
-    """Return the relative error of the logits, and of each trained weight's gradient, against transformers."""
+    """Return the relative error of the logits, and of each trained weight's gradient, against
+    transformers."""
     reference = reference_decoder(model).to(dtype)
     if dtype == torch.bfloat16:
-        # Ours is one kernel, rounded once. As transformers computes GPT-2's gelu_new, each of its steps is rounded,
-        # which alone is more than a hundredth off; its gelu_pytorch_tanh is the same function in the same one kernel.
+        # Ours is one kernel, rounded once. As transformers computes GPT-2's gelu_new, each of its
+        # steps is rounded, which alone is more than a hundredth off; its gelu_pytorch_tanh is the
+        # same function in the same one kernel.
         for block in reference.transformer.h:
             block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
     model.decoder.to(dtype)
@@ -129,16 +152,22 @@ def parity(model: Captioner, dtype: torch.dtype, rows: int) -> tuple[float, dict
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(2, 7, config.n_embd, generator=generator).to(dtype)
     tokens = torch.randint(0, config.vocab_size, (2, rows, 9), generator=generator)
-    weights = torch.randn(*tokens.shape, config.vocab_size, generator=generator)  # a loss that weighs every logit
+    weights = torch.randn(
+        *tokens.shape, config.vocab_size, generator=generator
+    )  # a loss that weighs every logit
     ours = model.head(model.hidden(tokens, model.cross_cache(features)))
     (ours.float() * weights).sum().backward()
-    theirs = torch.stack([reference(tokens[:, n], encoder_hidden_states=features).logits for n in range(rows)], 1)
+    theirs = torch.stack(
+        [reference(tokens[:, n], encoder_hidden_states=features).logits for n in range(rows)], 1
+    )
     (theirs.float() * weights).sum().backward()
     names = dict(reference.named_parameters())
     errors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "ln_visual" not in name:
-            other = names[name.replace("decoder.", "transformer.", 1).replace("head.", "lm_head.", 1)]
+            other = names[
+                name.replace("decoder.", "transformer.", 1).replace("head.", "lm_head.", 1)
+            ]
             errors[name] = relative(parameter.grad, other.grad)
     assert len(errors) > 10
     return relative(ours, theirs), errors
@@ -149,29 +178,40 @@ def test_decoder_logits_and_gradients_are_those_of_transformers() -> None:
     assert logits < 1e-5 and max(gradients.values()) < 1e-5, (logits, max(gradients.values()))
 
 
-# In bfloat16, slow on CPUs, one row a picture: with two, ours are summed in one product, and theirs from two passes.
+# In bfloat16, slow on CPUs, one row per image: with two, ours are summed in one product, and theirs
+# from two passes.
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize(
     ("dtype", "rows", "limit"),
     [(torch.float32, 2, 1e-5), pytest.param(torch.bfloat16, 1, 1e-2, marks=pytest.mark.soak)],
 )
-def test_full_size_decoder_is_transformers_own(layers: int, dtype: torch.dtype, rows: int, limit: float) -> None:
+def test_full_size_decoder_is_transformers_own(
+    layers: int, dtype: torch.dtype, rows: int, limit: float
+) -> None:
     logits, gradients = parity(wide_model(layers), dtype, rows)
     assert logits < limit and max(gradients.values()) < limit, (logits, max(gradients.values()))
 
 
 @pytest.mark.parametrize("layers", [None, *LAYERS])
-def test_pictures_are_encoded_as_clip_encodes_what_its_processor_makes(layers: int | None) -> None:
+def test_images_are_encoded_as_clip_encodes_what_its_processor_makes(layers: int | None) -> None:
     model = small_model() if layers is None else wide_model(layers)
     side = model.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
     with init.no_init_weights():
         reference = CLIPVisionModel(model.config.vision_config).eval()
     reference.load_state_dict(model.vision.state_dict())
-    images = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))]
+    images = [
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    ]
     with torch.no_grad():
-        theirs = reference(processor(images=images, return_tensors="pt")["pixel_values"]).last_hidden_state
-        ours = model.encode(torch.from_numpy(np.stack([to_pixels(image, side) for image in images])))
+        theirs = reference(
+            processor(images=images, return_tensors="pt")["pixel_values"]
+        ).last_hidden_state
+        ours = model.encode(
+            torch.from_numpy(np.stack([to_pixels(image, side) for image in images]))
+        )
     assert relative(ours, theirs) < 1e-6
 
 
@@ -187,30 +227,51 @@ def test_attention_says_where_each_token_looked(model: Captioner) -> None:
     features = model.encode(pixels(model, 2))
     tokens = torch.randint(0, 200, (2, 3, 5))
     maps = model.attention(features, tokens)
-    assert maps.shape == (2, 3, 5, features.shape[1]) and torch.allclose(maps.sum(-1), torch.ones(2, 3, 5))
+    assert maps.shape == (2, 3, 5, features.shape[1]) and torch.allclose(
+        maps.sum(-1), torch.ones(2, 3, 5)
+    )
     # By hand, for the first layer: what attends to a place gives that place's value its weight.
     block = model.decoder.h[0]
     seen = []
-    hook = block.crossattention.register_forward_hook(lambda m, inputs, output: seen.append((*inputs, output)))
+    hook = block.crossattention.register_forward_hook(
+        lambda m, inputs, output: seen.append((*inputs, output))
+    )
     with torch.no_grad():
         model.hidden(tokens, model.cross_cache(features))
         hook.remove()
         x, (key, value), output = seen[0]
         q = block.crossattention.q_attn(x).view(2, 15, 4, -1).transpose(1, 2)
         weights = (q @ key.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
-        expected = block.crossattention.c_proj((weights @ value).transpose(1, 2).reshape(2, 3, 5, -1))
+        expected = block.crossattention.c_proj(
+            (weights @ value).transpose(1, 2).reshape(2, 3, 5, -1)
+        )
         assert torch.allclose(expected, output, atol=1e-5)
         assert torch.allclose(
-            block.crossattention.weights(x, (key, value)), weights.mean(1).view(2, 3, 5, -1), atol=1e-6
+            block.crossattention.weights(x, (key, value)),
+            weights.mean(1).view(2, 3, 5, -1),
+            atol=1e-6,
         )
 
 
 def small_model_with_equal_widths() -> Captioner:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
     )
-    decoder = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=32, vocab_size=97, bos_token_id=0, eos_token_id=0)
+    decoder = GPT2Config(
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=32,
+        vocab_size=97,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = Captioner(Captioner.config_class(vision_config=vision, decoder_config=decoder)).eval()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
@@ -227,7 +288,7 @@ def test_a_training_step_moves_every_trained_weight_and_no_frozen_one(model: Cap
         assert torch.equal(parameter, before[name]) != bool(TRAINED.fullmatch(name)), name
 
 
-def test_rows_of_a_picture_do_not_see_each_other(model: Captioner) -> None:
+def test_rows_of_an_image_do_not_see_each_other(model: Captioner) -> None:
     tokens = torch.randint(0, 200, (2, 3, 8))
     with torch.no_grad():
         together = model(pixels(model, 2), tokens)
@@ -235,10 +296,12 @@ def test_rows_of_a_picture_do_not_see_each_other(model: Captioner) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_captions_depend_on_the_picture(model: Captioner) -> None:
+def test_captions_depend_on_the_image(model: Captioner) -> None:
     tokens = torch.randint(0, 200, (1, 1, 8))
     with torch.no_grad():
-        assert not torch.allclose(model(pixels(model, 1, seed=1), tokens), model(pixels(model, 1, seed=2), tokens))
+        assert not torch.allclose(
+            model(pixels(model, 1, seed=1), tokens), model(pixels(model, 1, seed=2), tokens)
+        )
 
 
 def test_saved_and_loaded_again_it_is_the_same(model: Captioner, tmp_path: Path) -> None:
@@ -248,8 +311,13 @@ def test_saved_and_loaded_again_it_is_the_same(model: Captioner, tmp_path: Path)
     tokens = torch.randint(0, 200, (1, 1, 8))
     with torch.no_grad():
         assert torch.equal(loaded(pixels(model, 1), tokens), model(pixels(model, 1), tokens))
-    assert loaded.tokenizer("a red circle")["input_ids"] == model.tokenizer("a red circle")["input_ids"]
-    trained = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (loaded, model)]
+    assert (
+        loaded.tokenizer("a red circle")["input_ids"]
+        == model.tokenizer("a red circle")["input_ids"]
+    )
+    trained = [
+        {name for name, p in m.named_parameters() if p.requires_grad} for m in (loaded, model)
+    ]
     assert trained[0] == trained[1]
 
 
@@ -266,7 +334,13 @@ def test_trained_weights_alone_load_over_their_frozen_parts(
     parts: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     clip, gpt2 = map(str, parts)
-    options = {"vision": clip, "decoder": gpt2, "precision": "float32", "batch_size": 32, "max_tokens": 8}
+    options = {
+        "vision": clip,
+        "decoder": gpt2,
+        "precision": "float32",
+        "batch_size": 32,
+        "max_tokens": 8,
+    }
     config = TrainConfig(data=str(data), output=str(tmp_path / "run"), epochs=1, **options)
     trained = Captioner.from_pretrained(train(config).model, device="cpu", precision="float32")
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -294,15 +368,20 @@ def test_parts_of_any_size_load_unchanged(parts: tuple[Path, Path]) -> None:
     assert model.tokenizer.eos_token_id == 50256
 
 
-def test_parts_load_from_a_uri(parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model_lib.storage import upload_folder
+def test_parts_load_from_a_uri(
+    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model_lib.io.storage import upload_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, folder in zip(("clip", "gpt2"), parts, strict=True):
         upload_folder(str(folder), f"memory://weights/{name}")
     remote = Captioner.from_parts("memory://weights/clip", "memory://weights/gpt2")
     local = Captioner.from_parts(*map(str, parts))
-    assert all(torch.equal(a, b) for a, b in zip(remote.vision.parameters(), local.vision.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(remote.vision.parameters(), local.vision.parameters(), strict=True)
+    )
 
 
 def test_a_pickle_is_never_loaded(parts: tuple[Path, Path]) -> None:

@@ -18,9 +18,18 @@ def wide() -> Captioner:
     """A shallow captioner whose matrices are large enough to be packed."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
     )
-    return Captioner(CaptionerConfig(vision_config=vision, decoder_config=GPT2Config(n_embd=512, n_layer=1, n_head=8)))
+    return Captioner(
+        CaptionerConfig(
+            vision_config=vision, decoder_config=GPT2Config(n_embd=512, n_layer=1, n_head=8)
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,7 +43,10 @@ def test_packed_it_computes_and_saves_the_same(dtype: torch.dtype, tmp_path: Pat
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     assert {"head", "decoder.h.0.attn.c_attn", "vision.encoder.layers.0.mlp.fc1"} <= set(packed)
 
-    pixels, tokens = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8), torch.randint(0, 50257, (2, 3, 7))
+    pixels, tokens = (
+        torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8),
+        torch.randint(0, 50257, (2, 3, 7)),
+    )
     with torch.inference_mode():
         ours, theirs = model(pixels, tokens).float(), plain(pixels, tokens).float()
     assert (ours - theirs).norm() / theirs.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -44,9 +56,13 @@ def test_packed_it_computes_and_saves_the_same(dtype: torch.dtype, tmp_path: Pat
         state = one.state_dict()
         assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
 
-    assert model.train() is model and not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert model.train() is model and not any(
+        isinstance(module, PackedLinear) for module in model.modules()
+    )
     assert [name for name, _ in model.named_parameters()] == listed
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    } == trained
     model(pixels, tokens).float().sum().backward()
 
 
@@ -58,4 +74,6 @@ def test_what_moves_converts_or_loads_weights_meets_plain_ones() -> None:
     model = wide().for_inference(CPU, torch.float32)
     model.load_state_dict(other.state_dict())
     assert torch.equal(model.head.weight, other.head.weight)
-    assert model.for_inference(CPU, torch.float32).to(torch.float64).head.weight.dtype == torch.float64
+    assert (
+        model.for_inference(CPU, torch.float32).to(torch.float64).head.weight.dtype == torch.float64
+    )

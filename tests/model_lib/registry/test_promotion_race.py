@@ -1,4 +1,5 @@
-"""Several registrations at the same time: real processes against a real MLflow server, and what killed ones leave."""
+"""Several registrations at the same time: real processes against a real MLflow server, and what
+killed ones leave."""
 
 import json
 from collections import Counter
@@ -11,23 +12,28 @@ import mlflow
 import pytest
 
 from model_lib.errors import WorkError
-from model_lib.evaluate.judgement import Decision
+from model_lib.evaluate.result import Decision
 from model_lib.registry import turns
 from model_lib.registry.registry import champion_version, settle
 from model_lib.registry.turns import draw, turn
 from model_lib.tracking.model_uris import MODEL
-from tests.model_lib.registry.test_promotion import judged
+from tests.model_lib.registry.test_promotion import evaluated
 from tests.services import mlflow_server
 
 AT_ONCE = 3
 
 
-def register_at_once(captioner: Callable, address: str, evaluations: list[list[str]]) -> list[dict[str, Any]]:
-    """Register each evaluation, judged against the champion's if one is named, all at the same time."""
+def register_at_once(
+    captioner: Callable, address: str, evaluations: list[list[str]]
+) -> list[dict[str, Any]]:
+    """Register each evaluation, evaluated against the champion's if one is named, all at the same
+    time."""
 
     def one(evaluation: str, *champion: str) -> dict[str, Any]:
         against = ("--champion_evaluation", *champion) if champion else ()
-        done = captioner("register", "--json", "--evaluations", evaluation, *against, MLFLOW_TRACKING_URI=address)
+        done = captioner(
+            "register", "--json", "--evaluations", evaluation, *against, MLFLOW_TRACKING_URI=address
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -36,7 +42,8 @@ def register_at_once(captioner: Callable, address: str, evaluations: list[list[s
 
 
 def one_champion(address: str, made: list[dict[str, Any]], against: str) -> str:
-    """Check that one of those that were registered is champion, everywhere, and the others say why not; return it."""
+    """Check that one of those that were registered is champion, everywhere, and the others say why
+    not; return it."""
     client = mlflow.MlflowClient(address)
     promoted = [one for one in made if one["promoted"]]
     assert len(promoted) == 1, made
@@ -44,12 +51,21 @@ def one_champion(address: str, made: list[dict[str, Any]], against: str) -> str:
     aliases = client.get_registered_model(MODEL).aliases
     assert str(aliases["champion"]) == champion
     tags = {one["version"]: client.get_model_version(MODEL, one["version"]).tags for one in made}
-    assert Counter(tag["decision"] for tag in tags.values()) == {"champion": 1, "challenger": len(made) - 1}
+    assert Counter(tag["decision"] for tag in tags.values()) == {
+        "champion": 1,
+        "challenger": len(made) - 1,
+    }
     assert tags[champion]["decision"] == "champion"
-    why = f"version {champion} became champion while this one was judged against {against}: judge them again"
+    why = (
+        f"version {champion} became champion while this one was evaluated against {against}: "
+        "evaluate them again"
+    )
     for one in made:
         if one is not promoted[0]:
-            assert one["reason"] == tags[one["version"]]["reason"] == why and one["champion_version"] == champion
+            assert (
+                one["reason"] == tags[one["version"]]["reason"] == why
+                and one["champion_version"] == champion
+            )
             assert int(one["version"]) > int(champion), "the first ticket decides first"
     assert str(aliases["challenger"]) == max((one["version"] for one in made), key=int)
     return champion
@@ -60,7 +76,7 @@ def test_of_candidates_registered_at_once_one_becomes_champion(
 ) -> None:
     evaluations = []
     for number in range(AT_ONCE):
-        one = judged(0.5 + number / 100, f"candidate-{number}", model=str(saved_model))
+        one = evaluated(0.5 + number / 100, f"candidate-{number}", model=str(saved_model))
         one.write(str(tmp_path / f"evaluation-{number}"), "")
         evaluations.append(str(tmp_path / f"evaluation-{number}"))
     with mlflow_server(tmp_path / "server") as address:
@@ -68,13 +84,18 @@ def test_of_candidates_registered_at_once_one_becomes_champion(
         champion = one_champion(address, first, "none")
         assert sorted(one["version"] for one in first) == ["1", "2", "3"]
 
-        judged(0.1, "old", model=f"models:/{MODEL}/{champion}").write(str(tmp_path / "old"), "")
+        evaluated(0.1, "old", model=f"models:/{MODEL}/{champion}").write(str(tmp_path / "old"), "")
         for number, folder in enumerate(evaluations):
-            judged(0.6 + number / 100, f"candidate-{number}", model=str(saved_model)).write(folder, "")
+            evaluated(0.6 + number / 100, f"candidate-{number}", model=str(saved_model)).write(
+                folder, ""
+            )
         pairs = [[one, str(tmp_path / "old")] for one in evaluations]
         second = register_at_once(captioner, address, pairs)
         newer = one_champion(address, second, f"version {champion}")
-        assert mlflow.MlflowClient(address).get_model_version(MODEL, newer).tags["replaced"] == champion
+        assert (
+            mlflow.MlflowClient(address).get_model_version(MODEL, newer).tags["replaced"]
+            == champion
+        )
 
 
 @pytest.fixture()
@@ -89,7 +110,9 @@ def test_what_a_killed_registration_left_is_passed_over(
     monkeypatch.setattr(turns, "SILENCE", 2.0)
     draw(client, MODEL, "file:///lost", {})
     crowned = draw(client, MODEL, "file:///crowned", {})
-    client.set_registered_model_alias(MODEL, "champion", crowned.version)  # killed between alias and tag
+    client.set_registered_model_alias(
+        MODEL, "champion", crowned.version
+    )  # killed between alias and tag
     mine = draw(client, MODEL, "file:///mine", {})
     with turn(client, mine):
         assert champion_version(client.tracking_uri) == str(crowned.version)
@@ -106,7 +129,9 @@ def test_a_number_whose_answer_was_lost_keeps_nobody_waiting(client: mlflow.Mlfl
     assert client.get_model_version(MODEL, "1").tags["decision"] == "abandoned"
 
 
-def test_one_that_was_passed_over_decides_nothing_and_one_that_fails_says_so(client: mlflow.MlflowClient) -> None:
+def test_one_that_was_passed_over_decides_nothing_and_one_that_fails_says_so(
+    client: mlflow.MlflowClient,
+) -> None:
     late = draw(client, MODEL, "file:///late", {})
     client.set_model_version_tag(MODEL, late.version, "decision", "abandoned")
     with pytest.raises(WorkError, match="version 1: was passed over"), turn(client, late):
@@ -115,13 +140,19 @@ def test_one_that_was_passed_over_decides_nothing_and_one_that_fails_says_so(cli
     with pytest.raises(OSError, match="disk"), turn(client, failing):
         raise OSError("disk")
     tags = client.get_model_version(MODEL, failing.version).tags
-    assert tags["decision"] == "abandoned" and tags["reason"] == "registering it ended early: OSError"
+    assert (
+        tags["decision"] == "abandoned" and tags["reason"] == "registering it ended early: OSError"
+    )
 
 
-def test_one_that_was_held_up_while_it_decided_is_no_champion_beside_another(client: mlflow.MlflowClient) -> None:
+def test_one_that_was_held_up_while_it_decided_is_no_champion_beside_another(
+    client: mlflow.MlflowClient,
+) -> None:
     late = draw(client, MODEL, "file:///late", {})
     with pytest.raises(WorkError, match="version 1: was passed over"), turn(client, late):
-        client.set_model_version_tag(MODEL, late.version, "decision", "abandoned")  # by one that lost patience
+        client.set_model_version_tag(
+            MODEL, late.version, "decision", "abandoned"
+        )  # by one that lost patience
         settle(client, str(late.version), Decision(True, "is better", []), None)
     assert champion_version(client.tracking_uri) is None
 

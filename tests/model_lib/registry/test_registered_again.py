@@ -1,4 +1,5 @@
-"""A registration that is started again, as Argo does with a pod that is lost: it finds the version it made."""
+"""A registration that is started again, as Argo does with a pod that is lost: it finds the version
+it made."""
 
 import os
 import signal
@@ -16,7 +17,7 @@ from model_lib.registry.registry import register
 from model_lib.registry.versions import rollback
 from model_lib.tracking.model_uris import MODEL
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
-from tests.model_lib.registry.test_promotion import judged
+from tests.model_lib.registry.test_promotion import evaluated
 
 KILLED = """
 import os, signal, sys
@@ -37,7 +38,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowTracking:
 
 @pytest.fixture()
 def evaluation(saved_model: Path, tmp_path: Path) -> str:
-    judged(0.5, "first", model=str(saved_model)).write(str(tmp_path / "first"), "")
+    evaluated(0.5, "first", model=str(saved_model)).write(str(tmp_path / "first"), "")
     return str(tmp_path / "first")
 
 
@@ -50,14 +51,15 @@ def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
     saved_model: Path, evaluation: str, tracking: MlflowTracking, tmp_path: Path
 ) -> None:
     def written(name: str, cider: float, model: object = saved_model) -> str:
-        judged(cider, name, model=str(model)).write(str(tmp_path / name), "")
+        evaluated(cider, name, model=str(model)).write(str(tmp_path / name), "")
         return str(tmp_path / name)
 
     first = RegisterConfig(evaluations=(evaluation,))
     won = register(first, tracking)
     assert register(first, tracking) == won and won.promoted
 
-    # A second run: Train and Evaluate come from KFP's cache, and the champion that is judged is the very model.
+    # A second run: Train and Evaluate come from KFP's cache, and the champion that is evaluated is
+    # the very model.
     champion = written("champion", 0.5, f"models:/{MODEL}/1")
     assert register(replace(first, champion_evaluation=champion), tracking) == won
     assert versions(tracking) == {"1": "champion"}
@@ -72,8 +74,15 @@ def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
     third = replace(second, evaluations=(written("third", 0.6),))
     assert not register(replace(third, min_gain=0.2), tracking).promoted
     assert register(third, tracking).promoted, "another policy is another question"
-    assert versions(tracking) == {"1": "champion", "2": "challenger", "3": "challenger", "4": "champion"}
-    with pytest.raises(UserError, match="there is a champion, version 4, to be judged on the same data first"):
+    assert versions(tracking) == {
+        "1": "champion",
+        "2": "challenger",
+        "3": "challenger",
+        "4": "champion",
+    }
+    with pytest.raises(
+        UserError, match="there is a champion, version 4, to be evaluated on the same data first"
+    ):
         register(first, tracking)  # it was champion once, and is not now
 
     rollback(tracking)
@@ -82,11 +91,17 @@ def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
 
 
 @pytest.mark.parametrize("moment", ["settle", "render_report"])
-def test_one_that_was_killed_goes_on_with_its_version(evaluation: str, tracking: MlflowTracking, moment: str) -> None:
+def test_one_that_was_killed_goes_on_with_its_version(
+    evaluation: str, tracking: MlflowTracking, moment: str
+) -> None:
     command = [sys.executable, "-c", KILLED, moment, evaluation]
     assert subprocess.run(command, env=dict(os.environ), timeout=120).returncode == -signal.SIGKILL
     assert set(versions(tracking).values()) == {"pending" if moment == "settle" else "champion"}
     registered = register(RegisterConfig(evaluations=(evaluation,)), tracking)
-    assert (registered.version, registered.promoted) == ("1", True) and versions(tracking) == {"1": "champion"}
-    assert mlflow.MlflowClient(tracking.uri).get_model_version_by_alias(MODEL, "champion").version == 1
+    assert (registered.version, registered.promoted) == ("1", True) and versions(tracking) == {
+        "1": "champion"
+    }
+    assert (
+        mlflow.MlflowClient(tracking.uri).get_model_version_by_alias(MODEL, "champion").version == 1
+    )
     assert Path(registered.page).exists()

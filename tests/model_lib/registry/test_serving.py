@@ -22,7 +22,7 @@ from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
-from tests.model_lib.registry.test_promotion import judged
+from tests.model_lib.registry.test_promotion import evaluated
 from tests.services import free_port, running
 
 PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
@@ -32,11 +32,15 @@ PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
 def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An embedded store in which the small captioner is champion; its tracking URI."""
     folder = tmp_path_factory.mktemp("registry")
-    judged(0.5, "small", model=str(saved_model), packages=PACKAGES).write(str(folder / "evaluation"), "")
+    evaluated(0.5, "small", model=str(saved_model), packages=PACKAGES).write(
+        str(folder / "evaluation"), ""
+    )
     uri = f"sqlite:///{folder}/mlflow.db"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("captioner", artifact_location=str(folder / "artifacts"))
-    register(RegisterConfig(evaluations=(str(folder / "evaluation"),)), MlflowTracking(uri, experiment))
+    register(
+        RegisterConfig(evaluations=(str(folder / "evaluation"),)), MlflowTracking(uri, experiment)
+    )
     mlflow.set_tracking_uri(None)  # registering names the store in the environment
     yield uri
 
@@ -45,21 +49,42 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
     mlflow.set_tracking_uri(registry)
     client = mlflow.MlflowClient(registry)
     version = client.get_model_version_by_alias("captioner", "champion")
-    files = Path(mlflow.artifacts.download_artifacts("models:/captioner@champion", dst_path=str(tmp_path)))
+    files = Path(
+        mlflow.artifacts.download_artifacts("models:/captioner@champion", dst_path=str(tmp_path))
+    )
     card = (files / "README.md").read_text()
     assert version.description == card and len(card) < 5000
-    for words in ("# small", "| CIDEr | 0.5000 | 0.4", "CIDEr's document frequencies come from these", "CC BY 4.0"):
+    for words in (
+        "# small",
+        "| CIDEr | 0.5000 | 0.4",
+        "CIDEr's document frequencies come from these",
+        "CC BY 4.0",
+    ):
         assert words in card, card
-    assert "data `f`" in card and "OpenAI's model card" in card and "modified MIT" in card and "torch 2.11.0" in card
+    assert (
+        "data `f`" in card
+        and "OpenAI's model card" in card
+        and "modified MIT" in card
+        and "torch 2.11.0" in card
+    )
     pinned = (files / "requirements.txt").read_text().split()
     assert {"torch==2.11.0", "transformers==5.17.0", f"mlflow=={mlflow.__version__}"} <= set(pinned)
-    assert all("==" in line for line in pinned) and any(line.startswith("aiohttp==") for line in pinned)
+    assert all("==" in line for line in pinned) and any(
+        line.startswith("aiohttp==") for line in pinned
+    )
     assert (files / "code" / "model_lib" / "pages" / "templates" / "card.md").is_file()
 
     model = yaml.safe_load((files / "MLmodel").read_text())
     assert json.loads(model["signature"]["inputs"]) == [{"type": "string", "required": True}]
-    params = {one["name"]: (one["type"], one["default"]) for one in json.loads(model["signature"]["params"])}
-    assert params["num_beams"] == ("long", 1) and params["top_p"] == ("double", None) and "num_captions" not in params
+    params = {
+        one["name"]: (one["type"], one["default"])
+        for one in json.loads(model["signature"]["params"])
+    }
+    assert (
+        params["num_beams"] == ("long", 1)
+        and params["top_p"] == ("double", None)
+        and "num_captions" not in params
+    )
     loaded = mlflow.pyfunc.load_model(str(files))
     (caption,) = loaded.predict(loaded.input_example)
     assert isinstance(caption, str)
@@ -69,24 +94,34 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
     assert client.get_run(version.run_id).outputs.model_outputs[0].model_id == logged.model_id
 
 
-def test_weights_that_were_not_judged_are_not_registered(registry: str, saved_model: Path, tmp_path: Path) -> None:
+def test_weights_that_were_not_evaluated_are_not_registered(
+    registry: str, saved_model: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(saved_model, tmp_path / "model")
     tracking = MlflowTracking(registry)
     client = mlflow.MlflowClient(registry)
-    judged(0.9, "better", model=str(model), weights=weights_digest(str(model))).write(str(tmp_path / "evaluation"), "")
+    evaluated(0.9, "better", model=str(model), weights=weights_digest(str(model))).write(
+        str(tmp_path / "evaluation"), ""
+    )
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1  # training went on
     (model / "model.safetensors").write_bytes(weights)
     before = client.search_logged_models([tracking.experiment_id])
-    with pytest.raises(UserError, match=r"/model: holds other weights than those that were judged; judge it again$"):
-        register(RegisterConfig(evaluations=(str(tmp_path / "evaluation"),), champion_evaluation="none"), tracking)
+    with pytest.raises(
+        UserError,
+        match=r"/model: holds other weights than those that were evaluated; evaluate it again$",
+    ):
+        register(
+            RegisterConfig(evaluations=(str(tmp_path / "evaluation"),), champion_evaluation="none"),
+            tracking,
+        )
     assert len(client.search_logged_models([tracking.experiment_id])) == len(before)
     assert len(client.search_model_versions("name = 'captioner'")) == 1
 
 
 @pytest.fixture(scope="module")
 def web(scenes: Path) -> Iterator[str]:
-    """The address of a web server with the validation pictures."""
+    """The address of a web server with the validation images."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -104,10 +139,30 @@ def web(scenes: Path) -> Iterator[str]:
 def served(registry: str, web: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the champion's `mlflow models serve`."""
     port = free_port()
-    environment = [f"CAPTIONER_ALLOW={tmp_path_factory.getbasetemp()}/, {web}/", f"MLFLOW_TRACKING_URI={registry}"]
+    environment = [
+        f"CAPTIONER_ALLOW={tmp_path_factory.getbasetemp()}/, {web}/",
+        f"MLFLOW_TRACKING_URI={registry}",
+    ]
     environment += [f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
-    command = ["env", *environment, sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
-    command += ["--model-uri", "models:/captioner@champion", "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        "env",
+        *environment,
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--env-manager",
+        "local",
+    ]
+    command += [
+        "--model-uri",
+        "models:/captioner@champion",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     log = tmp_path_factory.mktemp("served") / "serve.log"
     with running(command, f"http://127.0.0.1:{port}/ping", log):
         yield f"http://127.0.0.1:{port}/invocations"
@@ -115,7 +170,9 @@ def served(registry: str, web: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 def ask(address: str, document: Any) -> tuple[int, Any]:
     """Return status and body of the answer."""
-    request = urllib.request.Request(address, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        address, json.dumps(document).encode(), {"Content-Type": "application/json"}
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read())
@@ -123,12 +180,14 @@ def ask(address: str, document: Any) -> tuple[int, Any]:
         return error.code, json.loads(error.read())
 
 
-def test_a_path_an_address_and_base64_are_captioned(served: str, web: str, saved_model: Path, scenes: Path) -> None:
-    picture = scenes / "val2017" / "000000000001.jpg"
-    encoded = base64.b64encode(picture.read_bytes()).decode()
+def test_a_path_an_address_and_base64_are_captioned(
+    served: str, web: str, saved_model: Path, scenes: Path
+) -> None:
+    image = scenes / "val2017" / "000000000001.jpg"
+    encoded = base64.b64encode(image.read_bytes()).decode()
     model = Captioner.from_pretrained(str(saved_model))
-    expected = model.caption([str(picture)])[0].text
-    rows = [str(picture), f"{web}/{picture.name}", encoded, f"data:image/jpeg;base64,{encoded}"]
+    expected = model.caption([str(image)])[0].text
+    rows = [str(image), f"{web}/{image.name}", encoded, f"data:image/jpeg;base64,{encoded}"]
     for document in (
         {"inputs": rows},
         {"instances": rows},
@@ -136,65 +195,98 @@ def test_a_path_an_address_and_base64_are_captioned(served: str, web: str, saved
         {"dataframe_records": [{"image": row} for row in rows]},
     ):
         assert ask(served, document) == (200, {"predictions": [expected] * 4}), list(document)
-    beams = model.caption([str(picture)], num_beams=3, max_new_tokens=5)[0].text
+    beams = model.caption([str(image)], num_beams=3, max_new_tokens=5)[0].text
     asked = {"inputs": rows[:1], "params": {"num_beams": 3, "max_new_tokens": 5}}
     assert ask(served, asked) == (200, {"predictions": [beams]})
 
 
-def test_what_is_no_picture_is_refused_by_row(served: str, web: str, scenes: Path, tmp_path: Path) -> None:
-    picture = str(scenes / "val2017" / "000000000001.jpg")
-    (tmp_path / "text.jpg").write_text("no picture")
-    junk = base64.b64encode(b"no picture at all " * 1000).decode()
+def test_what_is_no_image_is_refused_by_row(
+    served: str, web: str, scenes: Path, tmp_path: Path
+) -> None:
+    image = str(scenes / "val2017" / "000000000001.jpg")
+    (tmp_path / "text.jpg").write_text("no image")
+    junk = base64.b64encode(b"no image at all " * 1000).decode()
     for bad, said in (
-        (str(tmp_path / "text.jpg"), ": unreadable: not a picture in a format known here"),
+        (str(tmp_path / "text.jpg"), ": unreadable: not an image in a format known here"),
         (str(tmp_path / "gone.jpg"), "gone.jpg: no such file"),
         (f"{web}/gone.jpg", "/gone.jpg: no such file"),
-        (junk, "row 2 of 3: base64, but not of a picture"),
-        (f"data:image/png;base64,{junk}", "row 2 of 3: base64, but not of a picture"),
-        (base64.b64encode(b"DDS " + bytes([124, *[0] * 400])).decode(), "row 2 of 3: base64, but not of a picture"),
+        (junk, "row 2 of 3: base64, but not of an image"),
+        (f"data:image/png;base64,{junk}", "row 2 of 3: base64, but not of an image"),
+        (
+            base64.b64encode(b"DDS " + bytes([124, *[0] * 400])).decode(),
+            "row 2 of 3: base64, but not of an image",
+        ),
         ("data:image/png;base64,???", "row 2 of 3: a data URI, but not of base64"),
-        ("", "row 2 of 3: is not the path, URI or base64 of a picture"),
-        (None, "row 2 of 3: is not the path, URI or base64 of a picture"),
+        ("", "row 2 of 3: is not the path, URI or base64 of an image"),
+        (None, "row 2 of 3: is not the path, URI or base64 of an image"),
         ("nowhere://x/y.jpg", "nowhere"),
-        ("/etc/passwd", "/etc/passwd: not allowed here, a path; send base64, or set CAPTIONER_ALLOW on the server"),
+        (
+            "/etc/passwd",
+            (
+                "/etc/passwd: not allowed here, a path; send base64, or set CAPTIONER_ALLOW on the "
+                "server"
+            ),
+        ),
         ("http://169.254.169.254/a.jpg", "not allowed here, http://"),
-        (base64.b64encode(Path(picture).read_bytes()[:-300]).decode(), "row 2 of 3: truncated"),
+        (base64.b64encode(Path(image).read_bytes()[:-300]).decode(), "row 2 of 3: truncated"),
     ):
-        status, body = ask(served, {"dataframe_split": {"columns": ["image"], "data": [[picture], [bad], [picture]]}})
+        status, body = ask(
+            served, {"dataframe_split": {"columns": ["image"], "data": [[image], [bad], [image]]}}
+        )
         assert (status, body["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), body
         assert body["message"].startswith("row 2 of 3: ") and said in body["message"], body
-        assert "\n" not in body["message"] and len(body["message"]) < 400 and "Traceback" not in str(body)
-    status, body = ask(served, {"inputs": [*["gone.jpg"] * 7, picture]})
-    assert status == 400 and body["message"].startswith("row 1 of 8: ") and body["message"].endswith("; 2 more rows")
+        assert (
+            "\n" not in body["message"]
+            and len(body["message"]) < 400
+            and "Traceback" not in str(body)
+        )
+    status, body = ask(served, {"inputs": [*["gone.jpg"] * 7, image]})
+    assert (
+        status == 400
+        and body["message"].startswith("row 1 of 8: ")
+        and body["message"].endswith("; 2 more rows")
+    )
 
 
 def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> None:
-    picture = str(scenes / "val2017" / "000000000001.jpg")
+    image = str(scenes / "val2017" / "000000000001.jpg")
     for document in (
         {"inputs": []},
         {"dataframe_split": {"columns": [], "data": [[]]}},
         {"inputs": [1, 2]},
-        {"pictures": [picture]},
-        {"inputs": [picture], "params": {"top_p": 7.0}},
-        {"inputs": [picture], "params": {"num_beams": "many"}},
-        [picture],
+        {"images": [image]},
+        {"inputs": [image], "params": {"top_p": 7.0}},
+        {"inputs": [image], "params": {"num_beams": "many"}},
+        [image],
     ):
         status, body = ask(served, document)
         assert status == 400 and "Traceback" not in str(body), (document, body)
-    assert ask(served, {"dataframe_split": {"columns": ["image"], "data": []}}) == (200, {"predictions": []})
+    assert ask(served, {"dataframe_split": {"columns": ["image"], "data": []}}) == (
+        200,
+        {"predictions": []},
+    )
     # MLflow leaves out columns beyond the signature's.
-    one, two = ({"columns": columns, "data": [[picture, "x"][: len(columns)]]} for columns in (["a"], ["a", "b"]))
+    one, two = (
+        {"columns": columns, "data": [[image, "x"][: len(columns)]]}
+        for columns in (["a"], ["a", "b"])
+    )
     assert ask(served, {"dataframe_split": one}) == ask(served, {"dataframe_split": two})
 
 
 def test_a_request_has_an_upper_bound(served: str, scenes: Path) -> None:
-    picture = str(scenes / "val2017" / "000000000001.jpg")
+    image = str(scenes / "val2017" / "000000000001.jpg")
     for rows, params, said in (
         (1, {"num_beams": 17}, "num_beams: 17 is more than the 16 that a request may have here"),
-        (1, {"max_new_tokens": 201}, "max_new_tokens: 201 is more than the 200 that a request may have here"),
+        (
+            1,
+            {"max_new_tokens": 201},
+            "max_new_tokens: 201 is more than the 200 that a request may have here",
+        ),
         (257, {}, "257 rows: are more than the 256 that a request may have here; send several"),
     ):
-        status, body = ask(served, {"inputs": [picture] * rows, "params": params})
+        status, body = ask(served, {"inputs": [image] * rows, "params": params})
         assert (status, body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": said})
-    status, body = ask(served, {"inputs": [picture], "params": {"num_beams": 16, "max_new_tokens": 3}})
+    status, body = ask(
+        served, {"inputs": [image], "params": {"num_beams": 16, "max_new_tokens": 3}}
+    )
     assert status == 200 and len(body["predictions"]) == 1

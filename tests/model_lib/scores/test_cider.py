@@ -15,7 +15,9 @@ REFERENCES = {
 }
 
 
-def official(captions: dict[int, str], references: dict[int, list[str]]) -> tuple[float, list[float]]:
+def official(
+    captions: dict[int, str], references: dict[int, list[str]]
+) -> tuple[float, list[float]]:
     """Return the official CIDEr of captions that are split already."""
     from pycocoevalcap.cider.cider import Cider
 
@@ -34,13 +36,19 @@ def test_scores_are_the_official_toolkits_on_coco(coco_eval: Path) -> None:
     scorer = CiderD([text.split() for text in references[key]] for key in captions)
     for key, one in zip(captions, each, strict=True):
         vectors = [scorer.vector(text.split()) for text in references[key]]
-        assert scorer.score(scorer.vector(captions[key].split()), vectors) == pytest.approx(one, abs=1e-9)
+        assert scorer.score(scorer.vector(captions[key].split()), vectors) == pytest.approx(
+            one, abs=1e-9
+        )
 
 
-@pytest.mark.parametrize("caption", ["", "a", "a a a a a a", "a red circle on a white background", "unheard of words"])
+@pytest.mark.parametrize(
+    "caption", ["", "a", "a a a a a a", "a red circle on a white background", "unheard of words"]
+)
 def test_odd_captions_score_as_officially(caption: str) -> None:
     captions = {1: caption, 2: "two blue squares", 3: caption}
-    assert corpus_cider(captions, REFERENCES) == pytest.approx(official(captions, REFERENCES)[0], abs=1e-9)
+    assert corpus_cider(captions, REFERENCES) == pytest.approx(
+        official(captions, REFERENCES)[0], abs=1e-9
+    )
 
 
 def test_with_the_end_as_a_word_a_truncated_sentence_scores_less() -> None:
@@ -48,17 +56,36 @@ def test_with_the_end_as_a_word_a_truncated_sentence_scores_less() -> None:
     scorer = CiderD(references)
 
     def score(text: str) -> float:
-        return scorer.score(scorer.vector(text.split()), [scorer.vector(one) for one in references[0]])
+        return scorer.score(
+            scorer.vector(text.split()), [scorer.vector(one) for one in references[0]]
+        )
 
-    # Without it "a red circle on a", which shares every n-gram with the whole sentence, would be nearly as good.
+    # Without it "a red circle on a", which shares every n-gram with the whole sentence, would be
+    # nearly as good.
     assert score("a red circle on a") < 0.8 * score(f"a red circle on a white background {END}")
-    assert score("a red circle on a white background") < score(f"a red circle on a white background {END}")
+    assert score("a red circle on a white background") < score(
+        f"a red circle on a white background {END}"
+    )
     assert score(f"one red circle {END}") > score("one red circle")
 
 
 def test_captions_of_any_script_have_words() -> None:
-    assert words("Mädchen im Café, 2-mal. Кошка сидит!") == ["mädchen", "im", "café", "2-mal", "кошка", "сидит"]
-    assert words("A dog's well-known ball_game --- isn't") == ["a", "dog's", "well-known", "ball", "game", "isn't"]
+    assert words("Mädchen im Café, 2-mal. Кошка сидит!") == [
+        "mädchen",
+        "im",
+        "café",
+        "2-mal",
+        "кошка",
+        "сидит",
+    ]
+    assert words("A dog's well-known ball_game --- isn't") == [
+        "a",
+        "dog's",
+        "well-known",
+        "ball",
+        "game",
+        "isn't",
+    ]
     assert words("कुत्ता सोता है, பூனை") == ["कुत्ता", "सोता", "है", "பூனை"]
     assert words("cafe\u0301 一只猫。ネコ 2匹") == ["café", *"一只猫ネコ", "2", "匹"]
     said = {1: "кошка сидит на столе", 2: "собака бежит по траве"}

@@ -15,7 +15,11 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.scores.clipscore import ClipScorer
 
 CAPTIONS = ["a red circle", "two blue squares on a white background", "a red circle"]
-REFERENCES = [["a red ring", "a circle"], ["blue squares"], ["nothing of the kind " * 30, "a circle"]]
+REFERENCES = [
+    ["a red ring", "a circle"],
+    ["blue squares"],
+    ["nothing of the kind " * 30, "a circle"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +31,24 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     start, end = len(words) - 2, len(words) - 1
-    tokenizer = CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    tokenizer = CLIPTokenizerFast(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**shape, "vocab_size": len(words), "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = {
+        **shape,
+        "vocab_size": len(words),
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
     vision = {**shape, "image_size": 32, "patch_size": 8}
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
     with torch.no_grad():
@@ -43,7 +60,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name in ("1.png", "2.png", "3.png"):
         Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(folder / name)
     return sorted(folder.iterdir())
@@ -52,13 +69,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @torch.inference_mode()
 def by_hand(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
     model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
 
     def unit(vectors: torch.Tensor) -> torch.Tensor:
         return vectors / vectors.norm()
 
     def text(words: str) -> torch.Tensor:
-        tokens = tokenizer(f"A photo depicts {words}", truncation=True, max_length=77, return_tensors="pt")
+        tokens = tokenizer(
+            f"A photo depicts {words}", truncation=True, max_length=77, return_tensors="pt"
+        )
         return unit(model.text_projection(model.text_model(**tokens).pooler_output)[0])
 
     own, with_references = [], []
@@ -73,24 +94,38 @@ def by_hand(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
 
 
 def test_scores_are_those_of_the_definition(clip: Path, files: list[Path]) -> None:
-    pictures = [[files[0].read_bytes(), files[1].read_bytes()], [files[2].read_bytes()]]
-    found = ClipScorer(str(clip), "cpu").score(CAPTIONS, REFERENCES, pictures)
+    images = [[files[0].read_bytes(), files[1].read_bytes()], [files[2].read_bytes()]]
+    found = ClipScorer(str(clip), "cpu").score(CAPTIONS, REFERENCES, images)
     own, with_references = by_hand(clip, files)
     assert found["CLIPScore"] == pytest.approx(own, abs=1e-5)
     assert found["RefCLIPScore"] == pytest.approx(with_references, abs=1e-5)
     assert max(own) > 0.1  # random weights, but not nothing
 
 
-def test_a_results_file_and_its_pictures_are_enough(clip: Path, files: list[Path], tmp_path: Path) -> None:
+def test_a_results_file_and_its_images_are_enough(
+    clip: Path, files: list[Path], tmp_path: Path
+) -> None:
     images = [{"id": n, "file_name": file.name} for n, file in enumerate(files)]
-    notes = [{"image_id": n, "caption": text} for n, texts in enumerate(REFERENCES) for text in texts]
-    document = {"images": images, "annotations": [{"id": n, **note} for n, note in enumerate(notes)]}
+    notes = [
+        {"image_id": n, "caption": text} for n, texts in enumerate(REFERENCES) for text in texts
+    ]
+    document = {
+        "images": images,
+        "annotations": [{"id": n, **note} for n, note in enumerate(notes)],
+    }
     (tmp_path / "annotations.json").write_text(json.dumps(document))
-    (tmp_path / "results.json").write_text(json.dumps([{"image_id": n, "caption": t} for n, t in enumerate(CAPTIONS)]))
-    given = {"results": str(tmp_path / "results.json"), "annotations": str(tmp_path / "annotations.json")}
+    (tmp_path / "results.json").write_text(
+        json.dumps([{"image_id": n, "caption": t} for n, t in enumerate(CAPTIONS)])
+    )
+    given = {
+        "results": str(tmp_path / "results.json"),
+        "annotations": str(tmp_path / "annotations.json"),
+    }
     config = EvaluateConfig(**given, images=str(files[0].parent), clip=str(clip), device="cpu")
     evaluation = evaluate(config)
-    assert evaluation.scores["CLIPScore"] == pytest.approx(np.mean(by_hand(clip, files)[0]), abs=1e-5)
+    assert evaluation.scores["CLIPScore"] == pytest.approx(
+        np.mean(by_hand(clip, files)[0]), abs=1e-5
+    )
     low, high = evaluation.intervals["RefCLIPScore"]
     assert low <= evaluation.scores["RefCLIPScore"] <= high
     assert evaluation.clip == str(clip)
@@ -106,5 +141,5 @@ def test_half_a_clip_is_refused(parts: tuple[Path, Path]) -> None:
         ClipScorer(str(parts[0]))
     with pytest.raises(UserError, match="gpt2"):
         ClipScorer(str(parts[1]))
-    with pytest.raises(UserError, match="sees pictures"):
+    with pytest.raises(UserError, match="sees images"):
         EvaluateConfig(results="r.json", annotations="a.json", clip="openai/clip-vit-base-patch32")

@@ -7,14 +7,16 @@ from scipy import stats
 from model_lib.scores.significance import bleu, compare, intervals, meteor
 
 
-def scores(mean: float, pictures: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).gamma(1.0, mean, (pictures, 1))
+def scores(mean: float, images: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).gamma(1.0, mean, (images, 1))
 
 
 def test_intervals_of_a_mean_are_those_of_scipy() -> None:
     values = scores(1.0, 400, 0)
     low, high = intervals({"CIDEr": values})["CIDEr"]
-    theirs = stats.bootstrap((values[:, 0],), np.mean, method="percentile", rng=np.random.default_rng(1))
+    theirs = stats.bootstrap(
+        (values[:, 0],), np.mean, method="percentile", rng=np.random.default_rng(1)
+    )
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
 
 
@@ -23,9 +25,13 @@ def test_intervals_of_bleu_are_those_of_its_definition() -> None:
     rng = np.random.default_rng(2)
     length = rng.integers(5, 15, 80)
     ngrams = np.maximum(length[:, None] - np.arange(4), 0)
-    counts = np.column_stack([length, length + 1, ngrams, rng.binomial(ngrams, [0.7, 0.5, 0.3, 0.2])]).astype(float)
+    counts = np.column_stack(
+        [length, length + 1, ngrams, rng.binomial(ngrams, [0.7, 0.5, 0.3, 0.2])]
+    ).astype(float)
     drawn = [bleu(counts[rng.integers(0, 80, 80)].sum(0))[3] for _ in range(4000)]
-    assert intervals({"Bleu": counts})["Bleu_4"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.01)
+    assert intervals({"Bleu": counts})["Bleu_4"] == pytest.approx(
+        np.quantile(drawn, [0.025, 0.975]), abs=0.01
+    )
 
 
 def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:
@@ -36,7 +42,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:
     assert 88 <= held <= 99
 
 
-def test_what_makes_a_picture_hard_cancels_out() -> None:
+def test_what_makes_an_image_hard_cancels_out() -> None:
     hard = scores(1.0, 300, 3)
     better = compare({"CIDEr": hard + 0.02}, {"CIDEr": hard})["CIDEr"]
     assert better.real and better.gain == pytest.approx(0.02) and better.p < 0.01
@@ -50,7 +56,9 @@ def test_equal_and_unrelated_models_do_not_differ() -> None:
     assert not same.real and same.gain == 0 and same.p == 1
     rng = np.random.default_rng(5)
     real = sum(
-        compare({"CIDEr": rng.gamma(1, 1, (100, 1))}, {"CIDEr": rng.gamma(1, 1, (100, 1))})["CIDEr"].real
+        compare({"CIDEr": rng.gamma(1, 1, (100, 1))}, {"CIDEr": rng.gamma(1, 1, (100, 1))})[
+            "CIDEr"
+        ].real
         for _ in range(60)
     )
     assert real <= 9  # about 3 of 60 by chance

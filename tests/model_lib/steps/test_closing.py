@@ -1,4 +1,5 @@
-"""A pipeline run ends in MLflow and tells a webhook, each once, whoever ends it: its last step, or the exit handler."""
+"""A pipeline run ends in MLflow and tells a webhook, each once, whoever ends it: its last step, or
+the exit handler."""
 
 from collections.abc import Iterator
 
@@ -32,7 +33,9 @@ def outcome(server: str, tracking: MlflowTracking) -> str:
 
 
 @pytest.mark.parametrize(
-    ("last", "state", "status"), [(True, "SUCCEEDED", "FINISHED"), (False, "FAILED", "FAILED")], ids=["last", "failed"]
+    ("last", "state", "status"),
+    [(True, "SUCCEEDED", "FINISHED"), (False, "FAILED", "FAILED")],
+    ids=["last", "failed"],
 )
 def test_the_last_step_ends_a_run_and_the_exit_handler_what_did_not_get_there(
     server: str,
@@ -45,13 +48,18 @@ def test_the_last_step_ends_a_run_and_the_exit_handler_what_did_not_get_there(
 ) -> None:
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID=f"kfp-3-{last}")
     tracking.open_pipeline("nightly")
-    finish_pipeline("nightly", tracking, last)  # a pod that is lost is made again, and does it again
+    finish_pipeline(
+        "nightly", tracking, last
+    )  # a pod that is lost is made again, and does it again
     finish_pipeline("nightly", tracking, last)
     assert outcome(server, tracking) == ("FINISHED" if last else "RUNNING") and len(told) == last
     close_pipeline("nightly", "RUNNING", tracking_from_environment)
     (post,) = told
     assert (post["state"], post["run"], outcome(server, tracking)) == (state, "nightly", status)
-    assert post["text"].startswith(f"captioner: nightly {state.lower()} (http") and post["mlflow"] in post["text"]
+    assert (
+        post["text"].startswith(f"captioner: nightly {state.lower()} (http")
+        and post["mlflow"] in post["text"]
+    )
     assert "s3cret" not in caplog.text
 
 
@@ -83,8 +91,11 @@ def test_a_webhook_that_was_away_at_the_last_step_hears_from_the_exit_handler(
         assert [post["state"] for post in told] == ["SUCCEEDED"]
 
 
-def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, environment: pytest.MonkeyPatch) -> None:
-    """After a Retry that failed again, or where Argo gave the workflow up, nothing else ends them."""
+def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    """After a Retry that failed again, or where Argo gave the workflow up, nothing else ends
+    them."""
     client = mlflow.MlflowClient(server)
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
     states = {
@@ -101,7 +112,11 @@ def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, env
             runs[state] = client.create_run(tracking.experiment_id, tags=tags).info.run_id
             if state != "elsewhere":  # another cluster's, in the same MLflow
                 kfp.runs[f"kfp-{state}"] = {"runtime_config": {}, "state": state}
-        tags = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-FAILED", "mlflow.parentRunId": runs["FAILED"]}
+        tags = {
+            "captioner.version": "1",
+            "kfp.pipeline_run_id": "kfp-FAILED",
+            "mlflow.parentRunId": runs["FAILED"],
+        }
         nested = client.create_run(tracking.experiment_id, tags=tags).info.run_id
         client.set_terminated(runs["FAILED"], "FAILED")  # by the exit handler, before the Retry
         host, port = kfp.host.removeprefix("http://").split(":")
@@ -113,7 +128,9 @@ def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(server: str, env
     assert run_state("kfp-RUNNING") is None, "a server that is away knows nothing"
 
 
-def test_a_run_that_never_began_has_failed(server: str, environment: pytest.MonkeyPatch, told: list[dict]) -> None:
+def test_a_run_that_never_began_has_failed(
+    server: str, environment: pytest.MonkeyPatch, told: list[dict]
+) -> None:
     step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
     close_pipeline("nightly", "RUNNING", tracking_from_environment)
     assert told[0]["text"] == "captioner: nightly failed"
@@ -137,12 +154,17 @@ def test_with_mlflow_away_the_webhook_is_told_what_is_known(
     environment.setenv("KFP_RUN_ID", "kfp-away")
     close_pipeline("nightly", "RUNNING", tracking_from_environment)
     close_pipeline("nightly", "COMPLETE", tracking_from_environment)
-    assert len(told) == 1 and told[0]["state"] == "UNKNOWN" and "MLflow does not say how" in told[0]["text"]
+    assert (
+        len(told) == 1
+        and told[0]["state"] == "UNKNOWN"
+        and "MLflow does not say how" in told[0]["text"]
+    )
     assert "MLflow's runs were not closed" in caplog.text and "s3cret" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:9/s3cret", "http://127.0.0.1:s3cret/", "s3cret://x", "http://[s3cret"]
+    "address",
+    ["http://127.0.0.1:9/s3cret", "http://127.0.0.1:s3cret/", "s3cret://x", "http://[s3cret"],
 )
 def test_a_webhook_that_is_away_or_none_is_tried_again_and_never_shown(
     address: str, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -1,4 +1,5 @@
-"""What a pipeline needs is checked at once, against a real MLflow server: all that is missing is named in one line."""
+"""What a pipeline needs is checked at once, against a real MLflow server: all that is missing is
+named in one line."""
 
 import os
 import time
@@ -98,13 +99,23 @@ def test_a_data_set_as_its_archives_is_there_and_without_one_of_them_is_not(arch
         preflight.preflight(Needs(dataset=str(archives), environment={}))
 
 
-def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CAPTIONER_RETRY_SECONDS", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in (
+        "CAPTIONER_RETRY_SECONDS",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    ):
         monkeypatch.setenv(name, "600")  # so that they are put back as they were
     do_not_wait_long()
-    assert os.environ["CAPTIONER_RETRY_SECONDS"] == os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+    assert (
+        os.environ["CAPTIONER_RETRY_SECONDS"] == os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+    )
     address = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(WorkError, match=f"MLflow at {address}: "):  # which may pass: the step is tried again
+    with pytest.raises(
+        WorkError, match=f"MLflow at {address}: "
+    ):  # which may pass: the step is tried again
         preflight.preflight(Needs(environment={"MLFLOW_TRACKING_URI": address}))
 
 
@@ -117,7 +128,9 @@ def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_hubs_absence_is_said_with_the_remedy() -> None:
-    with pytest.raises(WorkError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"):
+    with pytest.raises(
+        WorkError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"
+    ):
         preflight.preflight(Needs(weights=["openai/clip-vit-large-patch14"], environment={}))
 
 
@@ -126,8 +139,14 @@ def test_the_weights_that_candidates_start_from() -> None:
     assert training_sources([]) == ([], [])
     assert training_sources(candidate_configs([{"name": "a"}], preset="tiny", **common)) == ([], [])
     two = [{"name": "a"}, {"name": "b", "decoder": "gs://b/gpt2", "tokenizer": "gs://b/bpe"}]
-    weights, tokenizers = training_sources(candidate_configs(two, preset="clip-l-gpt2-medium", **common))
-    assert weights == ["gs://b/gpt2", "openai-community/gpt2-medium", "openai/clip-vit-large-patch14"]
+    weights, tokenizers = training_sources(
+        candidate_configs(two, preset="clip-l-gpt2-medium", **common)
+    )
+    assert weights == [
+        "gs://b/gpt2",
+        "openai-community/gpt2-medium",
+        "openai/clip-vit-large-patch14",
+    ]
     assert tokenizers == ["gs://b/bpe"]
 
 
@@ -150,9 +169,19 @@ def test_options_that_make_no_sense_are_told_before_any_work(
     options: dict, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "preflight", None)
-    for name in ("CAPTIONER_RETRY_SECONDS", "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+    for name in (
+        "CAPTIONER_RETRY_SECONDS",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
+    ):
         monkeypatch.setenv(name, "1")
-    given = {"run_name": "r", "secret_name": "s", "secret_keys": [], "candidates": [{"name": "a"}], "preset": "tiny"}
+    given = {
+        "run_name": "r",
+        "secret_name": "s",
+        "secret_keys": [],
+        "candidates": [{"name": "a"}],
+        "preset": "tiny",
+    }
     with pytest.raises(SystemExit, match="2"):
         component.python_func(**{**given, **options})
     assert said in capsys.readouterr().err

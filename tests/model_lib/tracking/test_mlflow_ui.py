@@ -7,7 +7,7 @@ import mlflow
 import pytest
 from playwright.sync_api import expect
 
-from model_lib.evaluate.judgement import Evaluation
+from model_lib.evaluate.result import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
@@ -23,23 +23,34 @@ CIDER = {"five-captions": 1.234, "one-caption": 0.987}
 
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowTracking]:
-    """A pipeline's run with two candidates, trained and judged."""
-    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as address, pytest.MonkeyPatch.context() as patch:
+    """A pipeline's run with two candidates, trained and evaluated."""
+    with (
+        mlflow_server(tmp_path_factory.mktemp("mlflow")) as address,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "MLFLOW_UI_URL"):
             patch.delenv(name, raising=False)
         tracking = MlflowTracking(address, pipeline_run_id="kfp-ui")
         kfp = {"kfp.pipeline_run_id": "kfp-ui", "kfp.pipeline_run_url": KFP_ADDRESS}
-        mlflow.MlflowClient(address).create_run(tracking.experiment_id, run_name="nightly", tags=kfp)
+        mlflow.MlflowClient(address).create_run(
+            tracking.experiment_id, run_name="nightly", tags=kfp
+        )
         tracking.open_pipeline("nightly")
         for name, captions in (("five-captions", 5), ("one-caption", 1)):
-            config = TrainConfig(data="data", output=name, name=name, captions_per_picture=captions)
-            with tracking.start(name, None, config.to_dict(), {"captioner.data_fingerprint": "d"}) as run:
+            config = TrainConfig(data="data", output=name, name=name, captions_per_image=captions)
+            with tracking.start(
+                name, None, config.to_dict(), {"captioner.data_fingerprint": "d"}
+            ) as run:
                 for at in range(10):
                     run.log({"train_loss": 5.0 / (at + captions)}, at)
-            judged = evaluation(name)
-            tracking.add(str(run.run_id), evaluation_metrics(judged), evaluation_tags(judged), {})
-        judged = evaluation("five-captions")
-        tracking.conclude(evaluation_metrics(judged), {"captioner.winner": "five-captions"}, "## Version 1")
+            evaluated = evaluation(name)
+            tracking.add(
+                str(run.run_id), evaluation_metrics(evaluated), evaluation_tags(evaluated), {}
+            )
+        evaluated = evaluation("five-captions")
+        tracking.conclude(
+            evaluation_metrics(evaluated), {"captioner.winner": "five-captions"}, "## Version 1"
+        )
         tracking.close_pipeline(succeeded=True)
         yield tracking
 
@@ -50,7 +61,7 @@ def evaluation(name: str) -> Evaluation:
         name=name,
         model=f"{name}/best",
         split="val",
-        pictures=200,
+        images=200,
         scores={"Bleu_4": score / 4, "CIDEr": score},
         intervals={"Bleu_4": (score / 5, score / 3), "CIDEr": (score - 0.111, score + 0.111)},
         shuffled_cider=0.3,
@@ -59,7 +70,7 @@ def evaluation(name: str) -> Evaluation:
         tokenizer="PTB",
         missing={},
         decoding={"num_beams": 5, "top_p": None},
-        pictures_per_second=33.0,
+        images_per_second=33.0,
         data_fingerprint="d",
     )
 
@@ -69,17 +80,22 @@ def runs(tracking: MlflowTracking) -> dict[str, str]:
     return {str(run.info.run_name): str(run.info.run_id) for run in found}
 
 
-def test_comparing_two_candidates_shows_what_differs_and_who_is_better(tracking: MlflowTracking) -> None:
+def test_comparing_two_candidates_shows_what_differs_and_who_is_better(
+    tracking: MlflowTracking,
+) -> None:
     known = runs(tracking)
     ids = json.dumps([known[name] for name in CIDER])
     with browser_page(height=2000) as page:
         page.set_default_timeout(60_000)
-        page.goto(f'{tracking.uri}/#/compare-runs?runs={ids}&experiments=["{tracking.experiment_id}"]')
+        page.goto(
+            f'{tracking.uri}/#/compare-runs?runs={ids}&experiments=["{tracking.experiment_id}"]'
+        )
         for part in ("Parameters", "Metrics"):
             page.get_by_role("switch", name=f"{part} - Show diff only").click()
         page.get_by_role("button", name="Visualizations").click()
         text = " ".join(page.locator("body").inner_text().split())
-        # Metrics are drawn only where the list is scrolled to, and names follow their values one movement late.
+        # Metrics are drawn only where the list is scrolled to, and names follow their values one
+        # movement late.
         for step in range(100):
             page.locator(".ReactVirtualized__Grid").evaluate_all(SCROLL, step * 45)
             if page.get_by_text("val_CIDEr_low").is_visible():
@@ -87,22 +103,29 @@ def test_comparing_two_candidates_shows_what_differs_and_who_is_better(tracking:
             page.wait_for_timeout(100)
         page.locator(".ReactVirtualized__Grid").evaluate_all(SCROLL, step * 45 + 1)
         for _ in range(100):
-            boxes = [page.get_by_text(text, exact=True).bounding_box() for text in ("val_CIDEr", "1.234", "0.987")]
+            boxes = [
+                page.get_by_text(text, exact=True).bounding_box()
+                for text in ("val_CIDEr", "1.234", "0.987")
+            ]
             heights = [box["y"] for box in boxes if box is not None]
             if len(heights) == 3 and max(heights) - min(heights) < 10:
                 break
             page.wait_for_timeout(100)
         metrics = " ".join(page.locator("body").inner_text().split())
     assert "Run Name: five-captions one-caption" in text
-    assert "captions_per_picture 5 1" in text and "learning_rate" not in text
+    assert "captions_per_image 5 1" in text and "learning_rate" not in text
     assert "val_CIDEr val_CIDEr_high val_CIDEr_low" in metrics, "one below the other"
     for end in ("1.345", "1.123", "1.098", "0.876"):
         assert end in metrics
     assert len(heights) == 3 and max(heights) - min(heights) < 10, "in one row"
-    assert "captioner.val.decoding num_beams 5" in text and "kfp.pipeline_run_id kfp-ui kfp-ui" in text
+    assert (
+        "captioner.val.decoding num_beams 5" in text and "kfp.pipeline_run_id kfp-ui kfp-ui" in text
+    )
 
 
-def test_the_table_shows_a_pipelines_run_with_its_candidates_under_it(tracking: MlflowTracking) -> None:
+def test_the_table_shows_a_pipelines_run_with_its_candidates_under_it(
+    tracking: MlflowTracking,
+) -> None:
     with browser_page() as page:
         page.set_default_timeout(60_000)
         page.goto(f"{tracking.uri}/#/experiments/{tracking.experiment_id}/runs")
@@ -114,10 +137,14 @@ def test_the_table_shows_a_pipelines_run_with_its_candidates_under_it(tracking: 
             expect(page.get_by_role("link", name=name)).to_be_visible()
 
 
-def test_a_pipelines_run_leads_to_kubeflow_and_says_what_came_of_it(tracking: MlflowTracking) -> None:
+def test_a_pipelines_run_leads_to_kubeflow_and_says_what_came_of_it(
+    tracking: MlflowTracking,
+) -> None:
     with browser_page() as page:
         page.set_default_timeout(60_000)
-        page.goto(f"{tracking.uri}/#/experiments/{tracking.experiment_id}/runs/{runs(tracking)['nightly']}")
+        page.goto(
+            f"{tracking.uri}/#/experiments/{tracking.experiment_id}/runs/{runs(tracking)['nightly']}"
+        )
         link = page.get_by_role("link", name="This run in Kubeflow Pipelines")
         expect(link).to_have_attribute("href", KFP_ADDRESS)
         expect(page.get_by_role("heading", name="Version 1")).to_be_visible()

@@ -1,4 +1,5 @@
-"""A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever happens."""
+"""A pipeline's runs in MLflow: one parent, a nested run for each candidate, closed whatever
+happens."""
 
 import os
 import signal
@@ -26,7 +27,8 @@ from tests.tracked import step
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server over SQLite, or over a new PostgreSQL if CAPTIONER_TEST_POSTGRES is set (docs/mlflow.md)."""
+    """A server over SQLite, or over a new PostgreSQL if CAPTIONER_TEST_POSTGRES is set
+    (docs/mlflow.md)."""
     with ExitStack() as stack:
         store = None
         if os.environ.get("CAPTIONER_TEST_POSTGRES"):
@@ -36,7 +38,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
 
 
-def test_candidates_are_nested_under_the_pipelines_run(server: str, environment: pytest.MonkeyPatch) -> None:
+def test_candidates_are_nested_under_the_pipelines_run(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-1")
     tracking.open_pipeline("train-captioner 1")
     tracking.open_pipeline("train-captioner 1")  # a retry
@@ -47,25 +51,40 @@ def test_candidates_are_nested_under_the_pipelines_run(server: str, environment:
     client = mlflow.MlflowClient(server)
     parent = tracking.parent()
     runs = {run.info.run_name: run for run in client.search_runs([tracking.experiment_id])}
-    assert set(runs) == {"train-captioner 1", "one", "two"} and runs["train-captioner 1"].info.run_id == parent
+    assert (
+        set(runs) == {"train-captioner 1", "one", "two"}
+        and runs["train-captioner 1"].info.run_id == parent
+    )
     assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("one", "two")} == {parent}
 
-    assert tracking.close_pipeline(succeeded=True) == f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
-    status = {run.info.run_name: run.info.status for run in client.search_runs([tracking.experiment_id])}
+    assert (
+        tracking.close_pipeline(succeeded=True)
+        == f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
+    )
+    status = {
+        run.info.run_name: run.info.status for run in client.search_runs([tracking.experiment_id])
+    }
     assert status == {"train-captioner 1": "FINISHED", "one": "FINISHED", "two": "FAILED"}
     assert left_open.run_id is not None
 
 
-def test_curves_are_read_as_the_last_try_logged_them(server: str, environment: pytest.MonkeyPatch) -> None:
+def test_curves_are_read_as_the_last_try_logged_them(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
     with tracking.start("curves", "key", params={}, tags={}) as run:
         run.log({"train_loss": 3.0, "gradient_norm": 1.0}, 10)
         run.log({"train_loss": 2.0, "val_loss": 2.5}, 20)
-    with tracking.start("curves", "key", params={}, tags={}) as run:  # resumed before the second point
+    with tracking.start(
+        "curves", "key", params={}, tags={}
+    ) as run:  # resumed before the second point
         time.sleep(0.01)
         run.log({"train_loss": 1.5}, 20)
     assert run.run_id is not None
-    assert tracking.curves(run.run_id) == {"train_loss": [(10, 3.0), (20, 1.5)], "val_loss": [(20, 2.5)]}
+    assert tracking.curves(run.run_id) == {
+        "train_loss": [(10, 3.0), (20, 1.5)],
+        "val_loss": [(20, 2.5)],
+    }
     assert tracking.curves("0" * 32) == {} and NO_TRACKING.curves(run.run_id) == {}
 
 
@@ -77,11 +96,15 @@ def test_without_a_server_there_are_no_curves(
     assert "cannot be read" in caplog.text
 
 
-def test_nested_runs_are_closed_however_many_pages_they_fill(server: str, environment: pytest.MonkeyPatch) -> None:
+def test_nested_runs_are_closed_however_many_pages_they_fill(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
     environment.setattr("model_lib.tracking.server.PAGE", 2)
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-many")
     tracking.open_pipeline("many")
-    runs = [str(tracking.start(f"candidate-{n}", None, params={}, tags={}).run_id) for n in range(7)]
+    runs = [
+        str(tracking.start(f"candidate-{n}", None, params={}, tags={}).run_id) for n in range(7)
+    ]
     client = mlflow.MlflowClient(server)
     client.set_terminated(runs[0])
     tracking.close_pipeline(succeeded=False)
@@ -91,9 +114,9 @@ def test_nested_runs_are_closed_however_many_pages_they_fill(server: str, enviro
 
 KILLED = """
 import os, signal, time
-import model_lib.tracking.sending
+import model_lib.tracking.mlflow_run
 from model_lib.tracking.server import tracking_from_environment
-model_lib.tracking.sending.INTERVAL = 0.05
+model_lib.tracking.mlflow_run.INTERVAL = 0.05
 with tracking_from_environment().start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
     run.log({"loss": 2.0}, 1)
     while run.unsent():
@@ -111,7 +134,9 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
         """Let a process start or go on with the candidate, and die; return its run."""
         done = subprocess.run([sys.executable, "-c", KILLED], env=dict(os.environ), timeout=120)
         assert done.returncode == -signal.SIGKILL
-        (run,) = client.search_runs([tracking.experiment_id], "tags.`captioner.run` = 'key-of-killed'")
+        (run,) = client.search_runs(
+            [tracking.experiment_id], "tags.`captioner.run` = 'key-of-killed'"
+        )
         assert run.info.status == "RUNNING", "nobody could end it"
         return str(run.info.run_id)
 
@@ -127,15 +152,26 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
     tracking.open_pipeline("second")
     assert killed() == run_id
     tracking.close_pipeline(succeeded=False)
-    assert client.get_run(run_id).info.status == "FAILED", "it is closed with the pipeline run that went on with it"
+    assert client.get_run(run_id).info.status == "FAILED", (
+        "it is closed with the pipeline run that went on with it"
+    )
     with tracking.start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
         assert client.get_run(run_id).info.status == "RUNNING"
         run.log({"loss": 1.0}, 2)
     found = client.get_run(run_id)
-    assert run.run_id == run_id and found.info.status == "FINISHED" and found.data.params == {"epochs": "3"}
+    assert (
+        run.run_id == run_id
+        and found.info.status == "FINISHED"
+        and found.data.params == {"epochs": "3"}
+    )
     assert found.data.tags["mlflow.parentRunId"] == tracking.parent() != first
     assert found.data.tags["kfp.pipeline_run_id"] == "kfp-second"
-    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [2.0, 2.0, 2.0, 1.0]
+    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [
+        2.0,
+        2.0,
+        2.0,
+        1.0,
+    ]
 
 
 def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
@@ -157,7 +193,9 @@ def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
         run.run_id,
         before.info.end_time,
     ) and after.data.tags == before.data.tags
-    with tracking.start("done", "key-of-done", {}, {}) as again:  # its checkpoints were lost: it trains again
+    with tracking.start(
+        "done", "key-of-done", {}, {}
+    ) as again:  # its checkpoints were lost: it trains again
         again.log({"loss": 2.0}, 1)
         assert client.get_run(run.run_id).info.status == "RUNNING"
     assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == tracking.parent() != parent
@@ -166,7 +204,8 @@ def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
 def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
     server: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """MLflow was away when the exit handler ran, or the workflow was deleted with its exit handler."""
+    """MLflow was away when the exit handler ran, or the workflow was deleted with its exit
+    handler."""
     client = mlflow.MlflowClient(server)
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
     month = 30 * 24 * 3600 * 1000
@@ -178,20 +217,28 @@ def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
     }
     now = int(time.time() * 1000)
     runs = {
-        name: client.create_run(tracking.experiment_id, start_time=now - age, run_name=name, tags=tags).info.run_id
+        name: client.create_run(
+            tracking.experiment_id, start_time=now - age, run_name=name, tags=tags
+        ).info.run_id
         for name, (tags, age) in begun.items()
     }
     nested = {
-        name: client.create_run(tracking.experiment_id, tags={"mlflow.parentRunId": runs[name]}).info.run_id
+        name: client.create_run(
+            tracking.experiment_id, tags={"mlflow.parentRunId": runs[name]}
+        ).info.run_id
         for name in runs
     }
-    alone = client.create_run(tracking.experiment_id, start_time=now - 2 * month, tags={"captioner.version": "1"})
+    alone = client.create_run(
+        tracking.experiment_id, start_time=now - 2 * month, tags={"captioner.version": "1"}
+    )
     step(environment, KFP_RUN_ID="kfp-next").open_pipeline("next")
 
     def status(run_id: str) -> str:
         return str(client.get_run(run_id).info.status)
 
-    assert {name: status(run) for name, run in runs.items() if status(nested[name]) == status(run)} == {
+    assert {
+        name: status(run) for name, run in runs.items() if status(nested[name]) == status(run)
+    } == {
         "dead": "FAILED",
         "alive": "RUNNING",
         "theirs": "RUNNING",
@@ -219,20 +266,29 @@ def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
     assert tracking.parent() == parent, "a nested run with the same tags is not the parent"
     link = f"[This run in Kubeflow Pipelines]({address})"
     assert client.get_run(parent).data.tags["mlflow.note.content"].strip() == link
-    tracking.conclude({"val_CIDEr": 1.5}, {"captioner.winner": "one", "captioner.nothing": ""}, "## Won")
+    tracking.conclude(
+        {"val_CIDEr": 1.5}, {"captioner.winner": "one", "captioner.nothing": ""}, "## Won"
+    )
     found = client.get_run(parent).data
-    assert found.tags["mlflow.note.content"] == f"{link}\n\n## Won" and found.metrics == {"val_CIDEr": 1.5}
+    assert found.tags["mlflow.note.content"] == f"{link}\n\n## Won" and found.metrics == {
+        "val_CIDEr": 1.5
+    }
     assert found.tags["captioner.winner"] == "one" and "captioner.nothing" not in found.tags
 
 
 def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
     server: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """Kubeflow Pipelines 2.17 with its MLflow plugin: parent and nested run are there before the step starts."""
+    """Kubeflow Pipelines 2.17 with its MLflow plugin: parent and nested run are there before the
+    step starts."""
     client = mlflow.MlflowClient(server)
     experiment = client.create_experiment("theirs")
-    parent = client.create_run(experiment, run_name="run of captioner", tags={"kfp.pipeline_run_id": "kfp-2"}).info
-    own = client.create_run(experiment, run_name="train", tags={"mlflow.parentRunId": parent.run_id}).info
+    parent = client.create_run(
+        experiment, run_name="run of captioner", tags={"kfp.pipeline_run_id": "kfp-2"}
+    ).info
+    own = client.create_run(
+        experiment, run_name="train", tags={"mlflow.parentRunId": parent.run_id}
+    ).info
     given = {"MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": own.run_id, "KFP_RUN_ID": "kfp-2"}
     tracking = step(environment, MLFLOW_TRACKING_URI=server, **given)
     tracking.open_pipeline("ours")
@@ -242,16 +298,30 @@ def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
     assert run.run_id == own.run_id
     found = client.get_run(own.run_id)
     assert found.info.run_name == "five-captions" and found.info.status == "FINISHED"
-    assert found.data.params == {"epochs": "3"} and found.data.tags["a"] == "b" and found.data.metrics == {"loss": 1.0}
+    assert (
+        found.data.params == {"epochs": "3"}
+        and found.data.tags["a"] == "b"
+        and found.data.metrics == {"loss": 1.0}
+    )
     assert len(client.search_runs([experiment])) == 2
 
 
-def test_links_lead_where_people_see_mlflow(server: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, MLFLOW_UI_URL="https://mlflow.example.com/")
-    assert tracking.run_url("r") == f"https://mlflow.example.com/#/experiments/{tracking.experiment_id}/runs/r"
+def test_links_lead_where_people_see_mlflow(
+    server: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tracking = step(
+        environment, MLFLOW_TRACKING_URI=server, MLFLOW_UI_URL="https://mlflow.example.com/"
+    )
+    assert (
+        tracking.run_url("r")
+        == f"https://mlflow.example.com/#/experiments/{tracking.experiment_id}/runs/r"
+    )
     environment.delenv("MLFLOW_UI_URL")
     environment.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
-    assert step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r") is None
+    assert (
+        step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r")
+        is None
+    )
 
 
 @pytest.mark.parametrize(("given", "place"), [("", "work"), ("sqlite:///mine/mlflow.db", "mine")])
@@ -261,7 +331,11 @@ def test_the_embedded_store_is_the_same_wherever_a_step_runs(
     environment.chdir(tmp_path)
     environment.setenv("MLFLOW_TRACKING_URI", given)
     tracking = require_mlflow(tracking_from_environment("work"))
-    assert tracking.uri == os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/{place}/mlflow.db"
+    assert (
+        tracking.uri
+        == os.environ["MLFLOW_TRACKING_URI"]
+        == f"sqlite:///{tmp_path}/{place}/mlflow.db"
+    )
     assert (tmp_path / place / "mlflow.db").exists()
 
 
@@ -272,7 +346,10 @@ def test_the_secrets_variables_give_way_to_the_servers() -> None:
         "MLFLOW_TRACKING_URI": "http://theirs",
     }
     adopt_secret(variables)
-    assert (variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_UI_URL"]) == ("http://theirs", "http://people")
+    assert (variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_UI_URL"]) == (
+        "http://theirs",
+        "http://people",
+    )
 
 
 def test_a_run_knows_its_code_and_its_machine(server: str, environment: pytest.MonkeyPatch) -> None:
@@ -280,12 +357,16 @@ def test_a_run_knows_its_code_and_its_machine(server: str, environment: pytest.M
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
     client, deadline = mlflow.MlflowClient(server), time.monotonic() + 120
     with tracking.start("alone", None, params={}, tags={"data": "d"}) as run:
-        while "system/cpu_utilization_percentage" not in client.get_run(str(run.run_id)).data.metrics:
+        while (
+            "system/cpu_utilization_percentage" not in client.get_run(str(run.run_id)).data.metrics
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.1)
     found = client.get_run(str(run.run_id))
     assert found.data.tags["captioner.version"] == __version__ and found.data.tags["data"] == "d"
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     if head.returncode == 0:
         commit = found.data.tags["mlflow.source.git.commit"]
         assert commit.removesuffix("-dirty") == head.stdout.strip()

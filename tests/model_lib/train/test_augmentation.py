@@ -1,4 +1,4 @@
-"""Views in training: what a caption says of the picture stays true of them."""
+"""Views in training: what a caption says of the image stays true of them."""
 
 import numpy as np
 from PIL import Image
@@ -7,7 +7,7 @@ from model_lib.train.augmentation import augmented
 
 
 def sides(image: Image.Image, captions: list[str]) -> set[str]:
-    """Return on which sides the red half of a picture was seen in forty views of it."""
+    """Return on which sides the red half of an image was seen in forty views of it."""
     seen = set()
     for seed in range(40):
         pixels = augmented(image, 32, captions, np.random.default_rng(seed))
@@ -16,15 +16,15 @@ def sides(image: Image.Image, captions: list[str]) -> set[str]:
     return seen
 
 
-def test_a_picture_is_mirrored_only_if_its_captions_stay_true() -> None:
+def test_an_image_is_mirrored_only_if_its_captions_stay_true() -> None:
     image = Image.new("RGB", (80, 60), "black")
     image.paste("red", (0, 0, 40, 60))
     assert sides(image, ["a red half", "a bright leftover"]) == {"left", "right"}
-    assert sides(image, ["a picture", "Red on the LEFT, black elsewhere"]) == {"left"}
+    assert sides(image, ["an image", "Red on the LEFT, black elsewhere"]) == {"left"}
     assert sides(image, ["the right-hand side is black"]) == {"left"}
 
 
-def test_views_keep_most_of_the_picture_and_its_colours() -> None:
+def test_views_keep_most_of_the_image_and_its_colours() -> None:
     image = Image.new("RGB", (60, 60), (10, 200, 30))
     image.paste("white", (20, 20, 40, 40))
     for seed in range(40):

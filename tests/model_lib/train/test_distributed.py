@@ -1,4 +1,5 @@
-"""Training in several processes: the same curves as in one, each picture once, and every end of a process heeded."""
+"""Training in several processes: the same curves as in one, each image once, and every end of a
+process heeded."""
 
 import os
 import signal
@@ -21,13 +22,29 @@ from tests.commands import run as run_command
 from tests.model_lib.train.test_survival import curves, newest_step, same_best
 from tests.model_lib.train.test_training import config
 
-OPTIONS = {"epochs": 3, "batch_size": 9, "validate_every": 5, "log_steps": 1, "ema": 0.9, "checkpoint_steps": 1}
-"""64 pictures make seven batches of nine and one of a single picture, in which a process has none."""
+OPTIONS = {
+    "epochs": 3,
+    "batch_size": 9,
+    "validate_every": 5,
+    "log_steps": 1,
+    "ema": 0.9,
+    "checkpoint_steps": 1,
+}
+"""64 images make seven batches of nine and one of a single image, in which a process has none."""
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    return ["-m", "model_lib", "train", f"--data={data}", f"--output={output}", "--preset=tiny", *options, *more]
+    return [
+        "-m",
+        "model_lib",
+        "train",
+        f"--data={data}",
+        f"--output={output}",
+        "--preset=tiny",
+        *options,
+        *more,
+    ]
 
 
 def start(arguments: list[str], output: Path) -> subprocess.Popen:
@@ -42,7 +59,9 @@ def trained_to(step: int, output: Path, run: subprocess.Popen) -> None:
     """Wait until there is a checkpoint of `step`."""
     deadline = time.monotonic() + 120
     while not list(output.glob(f"checkpoints/step-{step:08d}*/manifest.json")):
-        assert run.poll() is None and time.monotonic() < deadline, output.with_suffix(".log").read_text()
+        assert run.poll() is None and time.monotonic() < deadline, output.with_suffix(
+            ".log"
+        ).read_text()
         time.sleep(0.01)
 
 
@@ -52,8 +71,13 @@ def children(process: int) -> list[int]:
 
 
 def workers(run: subprocess.Popen) -> list[int]:
-    """Return the processes that train, in the order of their start: they are forked from a server's process."""
-    (server,) = (child for child in children(run.pid) if "forkserver" in Path(f"/proc/{child}/cmdline").read_text())
+    """Return the processes that train, in the order of their start: they are forked from a server's
+    process."""
+    (server,) = (
+        child
+        for child in children(run.pid)
+        if "forkserver" in Path(f"/proc/{child}/cmdline").read_text()
+    )
     return children(server)
 
 
@@ -68,7 +92,9 @@ def two(commands: None, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return output
 
 
-def test_two_processes_give_the_curves_and_weights_of_one(data: Path, two: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_curves_and_weights_of_one(
+    data: Path, two: Path, tmp_path: Path
+) -> None:
     environment = pytest.MonkeyPatch()
     with environment.context() as patched:
         patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/one.db")
@@ -78,24 +104,34 @@ def test_two_processes_give_the_curves_and_weights_of_one(data: Path, two: Path,
     ours, theirs = curves(two.with_suffix(".db")), curves(tmp_path / "one.db")
     assert set(ours) == set(theirs) and len(theirs["train_loss"]) == 24
     for name, points in theirs.items():
-        assert {step: len(values) for step, values in ours[name].items()} == dict.fromkeys(points, 1), name
-        one, other = ([value for step in sorted(points) for value in curve[step]] for curve in (points, ours[name]))
+        assert {step: len(values) for step, values in ours[name].items()} == dict.fromkeys(
+            points, 1
+        ), name
+        one, other = (
+            [value for step in sorted(points) for value in curve[step]]
+            for curve in (points, ours[name])
+        )
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6), name
-    weights = [load_file(folder / "best" / "model.safetensors") for folder in (two, tmp_path / "one")]
+    weights = [
+        load_file(folder / "best" / "model.safetensors") for folder in (two, tmp_path / "one")
+    ]
     for name, weight in weights[0].items():
         assert torch.allclose(weight, weights[1][name], atol=1e-3), name
 
 
 def test_progress_and_validations_are_shown_once(two: Path) -> None:
     said = two.with_suffix(".log").read_text()
-    assert said.count("train candidate: 24/24 steps") == 1 and said.count("validate candidate: 14/14") == 5, (
-        "7 of 12 a split"
-    )
+    assert (
+        said.count("train candidate: 24/24 steps") == 1
+        and said.count("validate candidate: 14/14") == 5
+    ), "7 of 12 a split"
     assert "Traceback" not in said and "Warning" not in said
 
 
 @pytest.mark.soak
-def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Path, two: Path, tmp_path: Path) -> None:
+def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(
+    data: Path, two: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     run = start(command(data, output, "--processes=2"), output)
     trained_to(3, output, run)
@@ -107,11 +143,16 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(data: Pa
     trained_to(newest_step(output) + 2, output, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
-    assert f"stopped by SIGTERM after step {newest_step(output)}" in output.with_suffix(".log").read_text()
+    assert (
+        f"stopped by SIGTERM after step {newest_step(output)}"
+        in output.with_suffix(".log").read_text()
+    )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = start([*launcher, *command(data, output)], output)
     assert run.wait(120) == 0, output.with_suffix(".log").read_text()
-    assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(output, two)
+    assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(
+        output, two
+    )
 
 
 @pytest.mark.soak
@@ -122,12 +163,14 @@ def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., Complet
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-@pytest.mark.parametrize("pictures", [1, 2, 7, 64])
-def test_each_picture_of_a_batch_is_learned_once(size: int, pictures: int) -> None:
-    batch = np.arange(pictures)
+@pytest.mark.parametrize("images", [1, 2, 7, 64])
+def test_each_image_of_a_batch_is_learned_once(size: int, images: int) -> None:
+    batch = np.arange(images)
     worlds = [World(torch.device("cpu"), rank, size) for rank in range(size)]
-    learned = [number for world in worlds if not world.idle(batch) for number in world.share(batch)]
+    learned = [
+        number for world in worlds if not world.has_no_rows(batch) for number in world.shard(batch)
+    ]
     assert sorted(learned) == batch.tolist()
-    assert all(len(world.share(batch)) for world in worlds), "each takes part in each step"
+    assert all(len(world.shard(batch)) for world in worlds), "each takes part in each step"
     measured = [number for world in worlds for number in shared(batch.tolist(), world)]
     assert sorted(measured) == batch.tolist()

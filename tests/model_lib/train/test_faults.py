@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_lib import UserError, storage
+from model_lib import UserError
 from model_lib.data.shards import Manifest, SplitReader, read_manifest, verify
 from model_lib.errors import WorkError
+from model_lib.io import storage
 from model_lib.model.captioner import Captioner as Model
 from model_lib.tracking.server import Run, Tracking
 from model_lib.train.checkpoint import Checkpoints, load
 from model_lib.train.learning import MOST_SKIPPED, Learner
-from model_lib.train.objectives import LearnCaptions, Learned
+from model_lib.train.objectives import CrossEntropyObjective, Targets
 from model_lib.train.training import train
 from tests.model_lib.train.test_survival import newest_step, same_best
-from tests.model_lib.train.test_training import config, judged, weights
+from tests.model_lib.train.test_training import config, evaluated, weights
 
 
 class Curve(Tracking, Run):
@@ -40,13 +41,19 @@ class Curve(Tracking, Run):
 
 def ruin(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let the losses of some steps be no number."""
-    learned = LearnCaptions.learned
+    learned = CrossEntropyObjective.learned
 
-    def ruined(objective: LearnCaptions, model: Model, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
+    def ruined(
+        objective: CrossEntropyObjective,
+        model: Model,
+        features: Tensor,
+        numbers: Sequence[int],
+        step: int,
+    ) -> Targets:
         rows = learned(objective, model, features, numbers, step).rows
-        return Learned(rows, torch.full(rows.tokens.shape, float("nan")) if step in steps else None)
+        return Targets(rows, torch.full(rows.tokens.shape, float("nan")) if step in steps else None)
 
-    monkeypatch.setattr("model_lib.train.objectives.LearnCaptions.learned", ruined)
+    monkeypatch.setattr("model_lib.train.objectives.CrossEntropyObjective.learned", ruined)
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_is_counted(
@@ -72,64 +79,88 @@ def test_a_run_that_no_longer_learns_stops_with_its_checkpoint_intact(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ruin(monkeypatch, *range(4, 999))
-    with pytest.raises(WorkError, match=r"gradients of the last \d+ steps up to \d+ are not finite; .* float32"):
+    with pytest.raises(
+        WorkError, match=r"gradients of the last \d+ steps up to \d+ are not finite; .* float32"
+    ):
         train(config(data, tmp_path, epochs=20, batch_size=16, log_steps=1, validate_every=4))
     tensors, position = load(Checkpoints(str(tmp_path)).newest() or "")
-    assert position.step + 4 >= MOST_SKIPPED and all(tensor.isfinite().all() for tensor in tensors.values())
+    assert position.step + 4 >= MOST_SKIPPED and all(
+        tensor.isfinite().all() for tensor in tensors.values()
+    )
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged(monkeypatch, (3.0, 0.1), (float("nan"), 0.0))
+    evaluated(monkeypatch, (3.0, 0.1), (float("nan"), 0.0))
     with pytest.raises(WorkError, match="validation loss is nan after step 4"):
         train(config(data, tmp_path, epochs=3))
     assert json.loads((tmp_path / "best" / "training.json").read_text())["validation_loss"] == 3.0
 
 
-def little_memory(monkeypatch: pytest.MonkeyPatch, pictures: int) -> list[int]:
-    """Let the device run out of memory with more than so many pictures; return the list of those that went through.
+def little_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> list[int]:
+    """Let the device run out of memory with more than so many images; return the list of those that
+    went through.
 
     A stand-in for an accelerator, which the test below uses where there is one.
     """
-    learned, went = LearnCaptions.learned, []
+    learned, went = CrossEntropyObjective.make_targets, []
 
-    def limited(objective: LearnCaptions, model: Model, features: Tensor, numbers: Sequence[int], step: int) -> Learned:
-        if len(numbers) > pictures:
+    def limited(
+        objective: CrossEntropyObjective,
+        model: Model,
+        features: Tensor,
+        numbers: Sequence[int],
+        step: int,
+    ) -> Targets:
+        if len(numbers) > images:
             raise torch.OutOfMemoryError("too many")
         went.append(len(numbers))
         return learned(objective, model, features, numbers, step)
 
-    monkeypatch.setattr("model_lib.train.objectives.LearnCaptions.learned", limited)
+    monkeypatch.setattr("model_lib.train.objectives.CrossEntropyObjective.learned", limited)
     return went
 
 
 def test_out_of_memory_the_batch_goes_through_in_parts(
-    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    data: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     went = little_memory(monkeypatch, 10)
     curve = Curve()
     train(config(data, tmp_path, epochs=3, log_steps=1), curve)
     assert went == [8] * 4 * 6
-    assert "out of memory in step 0 with 16 pictures at once; going on with 8, and 4 gradients added up" in caplog.text
+    assert (
+        "out of memory in step 0 with 16 images at once; going on with 8, and 4 gradients added up"
+        in caplog.text
+    )
     whole = Curve()
     train(config(data, tmp_path / "parts", epochs=3, log_steps=1, micro_batch_size=8), whole)
     assert curve.points["train_loss"] == whole.points["train_loss"]
 
 
-def test_without_memory_for_one_picture_it_says_what_helps(
+def test_without_memory_for_one_image_it_says_what_helps(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     little_memory(monkeypatch, 0)
-    with pytest.raises(WorkError, match=r"cpu: out of memory in step 0 with 1 pictures .* --recompute needs less"):
+    with pytest.raises(
+        WorkError, match=r"cpu: out of memory in step 0 with 1 images .* --recompute needs less"
+    ):
         train(config(data, tmp_path))
 
 
 @pytest.mark.gpu
-def test_a_gpu_with_little_memory_trains_in_parts(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_with_little_memory_trains_in_parts(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    torch.cuda.set_per_process_memory_fraction(120e6 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(
+        120e6 / torch.cuda.get_device_properties(0).total_memory
+    )
     try:
         train(config(data, tmp_path, device="cuda", batch_size=64, epochs=1))
     finally:
@@ -141,7 +172,10 @@ def test_a_gpu_with_little_memory_trains_in_parts(data: Path, tmp_path: Path, ca
 def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
     finished: Path, data: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"disk/run: needs 0\.\d+ GB more for 20 checkpoints, .* choose another folder"):
+    with pytest.raises(
+        UserError,
+        match=r"disk/run: needs 0\.\d+ GB more for 20 checkpoints, .* choose another folder",
+    ):
         train(config(data, small_disk / "run", epochs=3, checkpoints_kept=20))
     run, filler = small_disk / "run", small_disk / "filler"
     with monkeypatch.context() as patched:
@@ -156,7 +190,9 @@ def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
             return learn(learner, batch, pixels, step)
 
         patched.setattr("model_lib.train.learning.Learner.learn", fill)
-        with pytest.raises(WorkError, match="cannot be written: the disk is full; make room there and start again"):
+        with pytest.raises(
+            WorkError, match="cannot be written: the disk is full; make room there and start again"
+        ):
             train(config(data, run, epochs=3))
     assert newest_step(run) == 2
     filler.unlink()
@@ -165,12 +201,16 @@ def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
 
 
 def damaged(data: Path, folder: Path) -> tuple[Manifest, Path]:
-    """Return a copy of the data set of which a picture has another byte."""
+    """Return a copy of the data set of which an image has another byte."""
     shutil.copytree(data, folder)
     manifest = read_manifest(str(folder))
     file = Path(next(shard.uri for shard in manifest.shards if shard.split == "train"))
     columns = pq.ParquetFile(file).metadata.row_group(0)
-    image = next(columns.column(n) for n in range(columns.num_columns) if columns.column(n).path_in_schema == "image")
+    image = next(
+        columns.column(n)
+        for n in range(columns.num_columns)
+        if columns.column(n).path_in_schema == "image"
+    )
     content = bytearray(file.read_bytes())
     start = image.dictionary_page_offset or image.data_page_offset
     content[start + image.total_compressed_size // 2] ^= 1
@@ -180,7 +220,9 @@ def damaged(data: Path, folder: Path) -> tuple[Manifest, Path]:
 
 def test_a_damaged_shard_is_refused_before_anything_is_learned(data: Path, tmp_path: Path) -> None:
     manifest, file = damaged(data, tmp_path / "data")
-    with pytest.raises(UserError, match=rf"{file}: does not have the manifest's sha256: .*; ingest anew"):
+    with pytest.raises(
+        UserError, match=rf"{file}: does not have the manifest's sha256: .*; ingest anew"
+    ):
         train(config(tmp_path / "data", tmp_path / "out"))
     verify([shard for shard in manifest.shards if shard.uri != str(file)], "others")
 
@@ -196,7 +238,7 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("model_lib.retries.time.sleep", pauses.append)
+    monkeypatch.setattr("model_lib.io.retries.time.sleep", pauses.append)
     answers = iter([ConnectionResetError("reset"), TimeoutError("slow"), "content"])
 
     def ask() -> str:
@@ -205,16 +247,24 @@ def test_a_passing_failure_of_a_store_is_waited_out_and_a_lasting_one_told(
             raise answer
         return answer
 
-    assert storage.retrying("gs://bucket/file", ask) == "content"
+    assert storage.retry_remote("gs://bucket/file", ask) == "content"
     assert len(pauses) == 2 and 0.5 <= pauses[0] <= 1 <= pauses[1] <= 2
     assert "gs://bucket/file: fails (TimeoutError: slow); asking again" in caplog.text
-    for lasting in (FileNotFoundError("gone"), PermissionError("not yours"), OSError(28, "No space left on device")):
+    for lasting in (
+        FileNotFoundError("gone"),
+        PermissionError("not yours"),
+        OSError(28, "No space left on device"),
+    ):
         with pytest.raises(type(lasting)):
-            storage.retrying("gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error))
+            storage.retry_remote(
+                "gs://bucket/file", lambda error=lasting: (_ for _ in ()).throw(error)
+            )
     assert len(pauses) == 2
     monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "10m")
     with pytest.raises(UserError, match="CAPTIONER_RETRY_SECONDS=10m: is not a number of seconds"):
-        storage.retrying("gs://bucket/file", lambda: "content")
+        storage.retry_remote("gs://bucket/file", lambda: "content")
     monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
     with pytest.raises(ConnectionResetError):
-        storage.retrying("gs://bucket/file", lambda: (_ for _ in ()).throw(ConnectionResetError("for ever")))
+        storage.retry_remote(
+            "gs://bucket/file", lambda: (_ for _ in ()).throw(ConnectionResetError("for ever"))
+        )

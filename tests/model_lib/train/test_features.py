@@ -1,4 +1,5 @@
-"""The cache of the vision tower's results: the same numbers, computed once, refused where there is no room."""
+"""The cache of the vision tower's results: the same numbers, computed once, refused where there is
+no room."""
 
 import threading
 import time
@@ -24,17 +25,21 @@ def reader(data: Path) -> SplitReader:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_read_is_what_the_tower_says(data: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    model, pictures = small_model(), reader(data)
+def test_what_is_read_is_what_the_tower_says(
+    data: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model, images = small_model(), reader(data)
     model.freeze_into(dtype)
-    cache = FeatureCache(str(tmp_path), model, pictures, "fingerprint", batch_size=7)
+    cache = FeatureCache(str(tmp_path), model, images, "fingerprint", batch_size=7)
     numbers = np.array([5, 0, 63])
-    (batch,) = pictures.batches([numbers])
+    (batch,) = images.batches([numbers])
     with torch.no_grad():
         features = model.encode(torch.from_numpy(batch.pixels))
     got = cache.read(numbers)
     assert got.dtype == dtype and got.shape == (3, 17, 24)
-    torch.testing.assert_close(got, features, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(
+        got, features, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 def test_it_is_computed_once_for_a_tower_and_its_data(
@@ -42,7 +47,9 @@ def test_it_is_computed_once_for_a_tower_and_its_data(
 ) -> None:
     model, filled = small_model(), []
     fill = FeatureCache._fill
-    monkeypatch.setattr(FeatureCache, "_fill", lambda self, *rest: filled.append(self.file) or fill(self, *rest))
+    monkeypatch.setattr(
+        FeatureCache, "_fill", lambda self, *rest: filled.append(self.file) or fill(self, *rest)
+    )
     for _ in range(2):
         FeatureCache(str(tmp_path), model, reader(data), "fingerprint", batch_size=32)
     assert len(filled) == 1
@@ -72,10 +79,12 @@ def test_two_runs_that_begin_at_once_both_read_what_the_tower_says(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, numbers = small_model(), np.arange(64)
-    expected = FeatureCache(str(tmp_path / "alone"), model, reader(data), "fingerprint", batch_size=16).read(numbers)
+    expected = FeatureCache(
+        str(tmp_path / "alone"), model, reader(data), "fingerprint", batch_size=16
+    ).read(numbers)
 
-    def fill(pictures: SplitReader) -> FeatureCache:
-        return FeatureCache(str(tmp_path / "both"), model, pictures, "fingerprint", batch_size=16)
+    def fill(images: SplitReader) -> FeatureCache:
+        return FeatureCache(str(tmp_path / "both"), model, images, "fingerprint", batch_size=16)
 
     first, second = Pausing(data, after=1), Pausing(data, after=0)
     with ThreadPoolExecutor(2) as pool:
@@ -96,27 +105,51 @@ def test_its_need_is_said_and_refused_where_there_is_no_room(
 ) -> None:
     FeatureCache(str(tmp_path), small_model(), reader(data), "fingerprint", batch_size=32)
     assert "takes 0.0 GB" in caplog.text
-    pictures = reader(data)
-    pictures.rows = 10**12
-    with pytest.raises(UserError, match=r"needs 1632000\.00 GB more for the feature cache, and .* are free"):
-        FeatureCache(str(tmp_path), small_model(), pictures, "fingerprint", batch_size=32)
+    images = reader(data)
+    images.rows = 10**12
+    with pytest.raises(
+        UserError, match=r"needs 1632000\.00 GB more for the feature cache, and .* are free"
+    ):
+        FeatureCache(str(tmp_path), small_model(), images, "fingerprint", batch_size=32)
 
 
-def test_training_from_it_is_training_from_the_pictures(
+def test_training_from_it_is_training_from_the_images(
     data: Path, tmp_path: Path, parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"data": str(data), "vision": str(parts[0]), "decoder": str(parts[1]), "precision": "float32"}
-    common |= {"epochs": 1, "batch_size": 16, "augment": "no", "dropout": 0.0, "ema": 0.0, "max_tokens": 20}
+    common = {
+        "data": str(data),
+        "vision": str(parts[0]),
+        "decoder": str(parts[1]),
+        "precision": "float32",
+    }
+    common |= {
+        "epochs": 1,
+        "batch_size": 16,
+        "augment": "no",
+        "dropout": 0.0,
+        "ema": 0.0,
+        "max_tokens": 20,
+    }
     plain = train(TrainConfig(output=str(tmp_path / "plain"), **common))
     read, asked = FeatureCache.read, list[int]()
-    monkeypatch.setattr(FeatureCache, "read", lambda self, numbers: asked.append(len(numbers)) or read(self, numbers))
-    cached = train(TrainConfig(output=str(tmp_path / "cached"), feature_cache=str(tmp_path / "cache"), **common))
-    assert sum(asked) == 64, "each picture is read from it"
+    monkeypatch.setattr(
+        FeatureCache,
+        "read",
+        lambda self, numbers: asked.append(len(numbers)) or read(self, numbers),
+    )
+    cached = train(
+        TrainConfig(
+            output=str(tmp_path / "cached"), feature_cache=str(tmp_path / "cache"), **common
+        )
+    )
+    assert sum(asked) == 64, "each image is read from it"
     assert cached.validation_loss == pytest.approx(plain.validation_loss, rel=1e-5)
 
 
 def test_it_is_refused_where_views_change_or_the_tower_is_trained() -> None:
-    with pytest.raises(UserError, match="feature_cache: keeps one view of each picture; give --augment no too"):
+    with pytest.raises(
+        UserError, match="feature_cache: keeps one view of each image; give --augment no too"
+    ):
         TrainConfig(data="data", output="out", feature_cache="cache")
     with pytest.raises(UserError, match=r"feature_cache gs://bucket: is not a local folder"):
         TrainConfig(data="data", output="out", augment="no", feature_cache="gs://bucket")

@@ -1,4 +1,5 @@
-"""The training loss: side by side or one row a caption, sliced or whole, it and its gradients are the same."""
+"""The training loss: side by side or one row a caption, sliced or whole, it and its gradients are
+the same."""
 
 import pytest
 import torch
@@ -17,14 +18,17 @@ CAPTIONS = [
 ]
 
 
-def one_row_a_caption(model: Captioner, label_smoothing: float = 0.0, weights: list[float] | None = None) -> Tensor:
-    """Return the summed loss, each caption fed alone with its own pass of the picture, by torch's cross-entropy."""
+def one_row_a_caption(
+    model: Captioner, label_smoothing: float = 0.0, weights: list[float] | None = None
+) -> Tensor:
+    """Return the summed loss, each caption fed alone with its own pass of the image, by torch's
+    cross-entropy."""
     total = torch.zeros(())
     shares = iter(weights or [1.0] * 5)
-    for picture, texts in enumerate(CAPTIONS):
+    for image, texts in enumerate(CAPTIONS):
         for text in texts:
             ids = torch.tensor([0, *model.tokenizer(text)["input_ids"], 0])
-            logits = model(pixels(model, 2)[picture : picture + 1], ids[:-1].reshape(1, 1, -1))[0, 0]
+            logits = model(pixels(model, 2)[image : image + 1], ids[:-1].reshape(1, 1, -1))[0, 0]
             own = F.cross_entropy(logits, ids[1:], reduction="sum", label_smoothing=label_smoothing)
             total = total + next(shares) * own
     return total
@@ -40,7 +44,11 @@ def gradients(model: Captioner, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("slice_", [3, 1024])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loss_and_gradients_are_those_of_one_row_a_caption(
-    model: Captioner, smoothing: float, slice_: int, recompute: bool, monkeypatch: pytest.MonkeyPatch
+    model: Captioner,
+    smoothing: float,
+    slice_: int,
+    recompute: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loss_module, "SLICE", slice_)
     model.requires_grad_(True)
@@ -66,7 +74,9 @@ def test_weights_scale_each_captions_loss(model: Captioner) -> None:
     wanted = one_row_a_caption(model, weights=[0.5, -2.0, 1.0, 3.0, 0.0])
     assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
     ours, theirs = gradients(model, got), gradients(model, wanted)
-    assert all((ours[name] - theirs[name]).norm() < 1e-5 * theirs[name].norm() + 1e-5 for name in theirs)
+    assert all(
+        (ours[name] - theirs[name]).norm() < 1e-5 * theirs[name].norm() + 1e-5 for name in theirs
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -83,22 +93,28 @@ def test_low_precision_is_near(model: Captioner, dtype: torch.dtype) -> None:
     assert (gradients(model, low)["head.weight"] - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_the_picture_is_encoded_once_and_its_keys_computed_once_for_all_captions(
+def test_the_image_is_encoded_once_and_its_keys_computed_once_for_all_captions(
     model: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     attention = model.decoder.h[0].crossattention
     project = attention.keys_values
-    monkeypatch.setattr(attention, "keys_values", lambda visual: seen.append(visual.shape[0]) or project(visual))
+    monkeypatch.setattr(
+        attention, "keys_values", lambda visual: seen.append(visual.shape[0]) or project(visual)
+    )
     rows = pack_captions(torch.randint(0, 200, (2, 5, 6)).tolist(), 0)
     caption_loss(model, model.encode(pixels(model, 2)), rows)
     assert seen == [2] and rows.tokens.shape == (2, 32)  # 30 tokens, padded for the matrix units
 
 
 def test_long_captions_are_cut_and_short_ones_end(model: Captioner) -> None:
-    captions = encode_captions(model.tokenizer, [["a red circle on a white background", "a"]], 5, max_tokens=3)
+    captions = encode_captions(
+        model.tokenizer, [["a red circle on a white background", "a"]], 5, max_tokens=3
+    )
     rows = pack_captions(captions, 0)
     assert rows.caption[0].tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
-    assert rows.positions[0, :5].tolist() == [0, 1, 2, 0, 1] and rows.tokens[0, [0, 3]].tolist() == [0, 0]
+    assert rows.positions[0, :5].tolist() == [0, 1, 2, 0, 1] and rows.tokens[
+        0, [0, 3]
+    ].tolist() == [0, 0]
     assert 0 not in rows.targets[0, :3].tolist()
     assert rows.targets[0, 4:].tolist() == [0, IGNORED, IGNORED, IGNORED]

@@ -1,4 +1,5 @@
-"""Self-critical training: what it weighs. That it raises the CIDEr of unseen pictures is shown in test_scenes.py."""
+"""Self-critical training: what it weighs. That it raises the CIDEr of unseen images is shown in
+test_scenes.py."""
 
 import math
 from pathlib import Path
@@ -10,23 +11,36 @@ from model_lib import Captioner, UserError
 from model_lib.model.decoding import Decoded
 from model_lib.model.tokens import IGNORED
 from model_lib.train.config import TrainConfig
-from model_lib.train.objectives import SelfCritical
+from model_lib.train.objectives import SelfCriticalObjective
 from tests.model_lib.model.test_model import pixels
 
-CAPTIONS = [["a red circle on a white background", "one red circle"], ["two blue squares", "blue squares"]]
+CAPTIONS = [
+    ["a red circle on a white background", "one red circle"],
+    ["two blue squares", "blue squares"],
+]
 
 
 @pytest.fixture()
-def critic(tmp_path: Path) -> SelfCritical:
-    options = {"data": "data", "output": "out", "preset": "tiny", "start": "model", "max_tokens": 6}
-    return SelfCritical(CAPTIONS, TrainConfig(objective="self-critical", samples=4, **options))
+def critic(tmp_path: Path) -> SelfCriticalObjective:
+    options = {
+        "data": "data",
+        "output": "out",
+        "preset": "tiny",
+        "init_from": "model",
+        "max_tokens": 6,
+    }
+    return SelfCriticalObjective(
+        CAPTIONS, TrainConfig(objective="self-critical", num_samples=4, **options)
+    )
 
 
 def drawn(model: Captioner, text: str, ended: bool = True) -> Decoded:
     return Decoded([*model.tokenizer(text)["input_ids"], *([0] * ended)], -1.0)
 
 
-def test_what_people_say_is_rewarded_and_broken_off_it_is_not(critic: SelfCritical, model: Captioner) -> None:
+def test_what_people_say_is_rewarded_and_broken_off_it_is_not(
+    critic: SelfCriticalObjective, model: Captioner
+) -> None:
     whole, cut, other, endless = critic.rewards(
         model,
         0,
@@ -40,13 +54,18 @@ def test_what_people_say_is_rewarded_and_broken_off_it_is_not(critic: SelfCritic
     assert whole > endless > cut > other == 0
 
 
-def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(critic: SelfCritical, model: Captioner) -> None:
+def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(
+    critic: SelfCriticalObjective, model: Captioner
+) -> None:
     features = model.encode(pixels(model, 2))
-    learned = critic.learned(model, features, [1, 0], step=3)
-    again = critic.learned(model, features, [1, 0], step=3)
+    learned = critic.make_targets(model, features, [1, 0], step=3)
+    again = critic.make_targets(model, features, [1, 0], step=3)
     assert torch.equal(learned.rows.tokens, again.rows.tokens)
-    assert not torch.equal(learned.rows.tokens, critic.learned(model, features, [1, 0], step=4).rows.tokens[:, :24])
-    assert critic.amount([1, 0]) == 8 and learned.weights is not None
+    assert not torch.equal(
+        learned.rows.tokens,
+        critic.make_targets(model, features, [1, 0], step=4).rows.tokens[:, :24],
+    )
+    assert critic.normalizer([1, 0]) == 8 and learned.weights is not None
     for row, number in enumerate([1, 0]):
         texts = []
         for caption in range(4):
@@ -63,9 +82,18 @@ def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(critic: Sel
 def test_it_needs_a_trained_start() -> None:
     with pytest.raises(UserError, match="objective self-critical: needs a trained start"):
         TrainConfig(data="data", output="out", preset="tiny", objective="self-critical")
-    with pytest.raises(UserError, match="label_smoothing: self-critical training has no labels to smooth"):
+    with pytest.raises(
+        UserError, match="label_smoothing: self-critical training has no labels to smooth"
+    ):
         TrainConfig(
-            data="data", output="out", preset="tiny", objective="self-critical", start="best", label_smoothing=0.1
+            data="data",
+            output="out",
+            preset="tiny",
+            objective="self-critical",
+            init_from="best",
+            label_smoothing=0.1,
         )
-    stage = TrainConfig(data="data", output="out", preset="tiny", objective="self-critical", start="best")
+    stage = TrainConfig(
+        data="data", output="out", preset="tiny", objective="self-critical", init_from="best"
+    )
     assert math.isclose(stage.learning_rate, 1e-4)

@@ -1,4 +1,5 @@
-"""Several machines: a TrainJob is made, followed, told of if it fails, and removed whatever happens."""
+"""Several machines: a TrainJob is made, followed, told of if it fails, and removed whatever
+happens."""
 
 import json
 import os
@@ -42,7 +43,9 @@ MACHINES = Machines(
 
 
 def config(data: Path, output: Path, **options: object) -> TrainConfig:
-    return TrainConfig(**{"data": str(data), "output": str(output), "preset": "tiny", **OPTIONS, **options})
+    return TrainConfig(
+        **{"data": str(data), "output": str(output), "preset": "tiny", **OPTIONS, **options}
+    )
 
 
 @pytest.fixture()
@@ -51,7 +54,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeSer
     monkeypatch.setattr("model_lib.train.cluster.POLL", 0.2)
     variables = {"CAPTIONER_MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/run.db"}
     with KubeServer(tmp_path, variables=variables) as server:
-        environment = {"KUBECONFIG": str(server.kubeconfig), "KFP_POD_NAME": "step", "KFP_POD_UID": "1234"}
+        environment = {
+            "KUBECONFIG": str(server.kubeconfig),
+            "KFP_POD_NAME": "step",
+            "KFP_POD_UID": "1234",
+        }
         for name, value in {**environment, "KFP_RUN_ID": "kfp-run"}.items():
             monkeypatch.setenv(name, value)
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
@@ -73,9 +80,17 @@ def test_two_machines_train_what_one_does(
 
     (job,) = cluster.created
     trainer = job["spec"]["trainer"]
-    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (2, 1, MACHINES.image)
+    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (
+        2,
+        1,
+        MACHINES.image,
+    )
     assert {"name": "KFP_RUN_ID", "value": "kfp-run"} in trainer["env"]
-    secrets = {env["name"]: env["valueFrom"]["secretKeyRef"] for env in trainer["env"] if "valueFrom" in env}
+    secrets = {
+        env["name"]: env["valueFrom"]["secretKeyRef"]
+        for env in trainer["env"]
+        if "valueFrom" in env
+    }
     assert set(secrets) == {*(f"CAPTIONER_{key}" for key in MLFLOW), "HF_TOKEN"}
     assert secrets["HF_TOKEN"] == {"name": "captioner", "key": "HF_TOKEN", "optional": True}
     assert job["metadata"]["ownerReferences"][0]["uid"] == "1234"
@@ -146,7 +161,12 @@ def test_lines_are_shown_as_they_are(
     finished_already(tmp_path)
     train_one(data, tmp_path)
     said = capfdbinary.readouterr().err.decode()
-    assert said.count("10%\r20% of it\n") == said.count("not UTF-8: \ufffd\n") == said.count("after\n") == 1
+    assert (
+        said.count("10%\r20% of it\n")
+        == said.count("not UTF-8: \ufffd\n")
+        == said.count("after\n")
+        == 1
+    )
 
 
 def test_why_no_machine_is_made_is_told(
@@ -159,11 +179,17 @@ def test_why_no_machine_is_made_is_told(
     monkeypatch.setattr("model_lib.train.job_view.NO_PODS", 0.5)
     cluster.makes_pods = False
     name = job_name(config(data, tmp_path / "run"), "fingerprint")
-    cluster.events = [(f"{name}-node-0", "FailedCreate", "exceeded quota"), ("other", "FailedCreate", "of another")]
+    cluster.events = [
+        (f"{name}-node-0", "FailedCreate", "exceeded quota"),
+        ("other", "FailedCreate", "of another"),
+    ]
     threading.Timer(2, lambda: cluster.delete(name, "Background")).start()
     with pytest.raises(WorkError, match="it was deleted"):
         train_one(data, tmp_path)
-    assert caplog.text.count("has no machine: FailedCreate: exceeded quota") == 1 and "of another" not in caplog.text
+    assert (
+        caplog.text.count("has no machine: FailedCreate: exceeded quota") == 1
+        and "of another" not in caplog.text
+    )
 
 
 def waiting(server: KubeServer, step: threading.Thread, **machine: Any) -> None:
@@ -194,13 +220,18 @@ def test_what_a_machine_waits_for_is_told_and_ends_the_job_if_it_is_in_vain(
         except BaseException as error:
             failures.append(error)
 
-    monkeypatch.setattr("model_lib.train.trainjob.signal.signal", lambda *_: None)  # of the main thread only
+    monkeypatch.setattr(
+        "model_lib.train.trainjob.signal.signal", lambda *_: None
+    )  # of the main thread only
     step = threading.Thread(target=run)
     step.start()
     waiting(cluster, step, unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
     time.sleep(3)
     assert step.is_alive(), "a node may come"
-    pulls = [{"reason": "ErrImagePull", "message": "not found"}, {"reason": "ImagePullBackOff", "message": "Back-off"}]
+    pulls = [
+        {"reason": "ErrImagePull", "message": "not found"},
+        {"reason": "ImagePullBackOff", "message": "Back-off"},
+    ]
     waiting(cluster, step, unscheduled=None, waiting=pulls[0])
     while step.is_alive():
         time.sleep(0.3)
@@ -220,10 +251,14 @@ def test_a_job_is_made_when_the_machines_of_the_one_before_are_gone(
 ) -> None:
     """Each machine may still save its checkpoint in the same output."""
     cluster.program = (
-        "import signal, time; signal.signal(15, lambda *_: None); print('before', flush=True); time.sleep(3)"
+        "import signal, time; signal.signal(15, lambda *_: None); print('before', flush=True); "
+        "time.sleep(3)"
     )
     document = job_document(
-        job_name(config(data, tmp_path / "run"), "fingerprint"), config(data, tmp_path), MACHINES, "a"
+        job_name(config(data, tmp_path / "run"), "fingerprint"),
+        config(data, tmp_path),
+        MACHINES,
+        "a",
     )
     client = Cluster()
     client.objects.create_namespaced_custom_object(*client._arguments(), document)
@@ -234,7 +269,9 @@ def test_a_job_is_made_when_the_machines_of_the_one_before_are_gone(
     assert len(cluster.created) == 2 and not cluster.beside and not cluster.jobs
 
 
-def test_a_machine_is_stopped_in_its_first_moments(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
+def test_a_machine_is_stopped_in_its_first_moments(
+    cluster: KubeServer, data: Path, tmp_path: Path
+) -> None:
     """While it imports torch it has not asked for signals yet: as process 1 it would get none."""
     cluster.program = "import time; time.sleep(300)"  # as it imports
     client = Cluster()
@@ -276,7 +313,9 @@ def test_machines_of_another_job_of_the_same_name_are_not_its_own(
     train_one(data, tmp_path)
     said = capfd.readouterr().err
     assert (
-        "ours" in said and "theirs" not in said and (tmp_path / f"{name}-node-0-0-00000.log").read_text() == "theirs\n"
+        "ours" in said
+        and "theirs" not in said
+        and (tmp_path / f"{name}-node-0-0-00000.log").read_text() == "theirs\n"
     )
 
 
@@ -293,10 +332,18 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
     arguments = {name: value for name, value in options.items() if value is not None}
-    command = [sys.executable, "-c", code, json.dumps(asdict(replace(MACHINES, count=1))), json.dumps(arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        json.dumps(asdict(replace(MACHINES, count=1))),
+        json.dumps(arguments),
+    ]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
-        step = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True)
+        step = subprocess.Popen(
+            command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 120
         while not until():
             assert step.poll() is None and time.monotonic() < deadline
@@ -313,14 +360,18 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     cluster.steps = {"step": ("1234", "Failed"), "step-2": ("5678", "Running")}
     monkeypatch.setenv("KFP_POD_NAME", "step-2")
     monkeypatch.setenv("KFP_POD_UID", "5678")
-    last = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=200)
+    last = subprocess.run(
+        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=200
+    )
     assert last.returncode == 0, last.stderr
     assert "of an attempt before is removed" in last.stderr and len(cluster.created) == 3
     assert json.loads(last.stdout)["model"] == f"{tmp_path}/run/best" and not cluster.jobs
     assert len(curves(tmp_path / "run.db")["train_loss"]) == 24
 
 
-def test_a_job_that_another_step_is_at_is_left_to_it(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
+def test_a_job_that_another_step_is_at_is_left_to_it(
+    cluster: KubeServer, data: Path, tmp_path: Path
+) -> None:
     ours = config(data, tmp_path / "run")
     name = job_name(ours, "fingerprint")
     assert job_name(replace(ours, output=str(tmp_path / "another")), "fingerprint") != name
@@ -328,17 +379,26 @@ def test_a_job_that_another_step_is_at_is_left_to_it(cluster: KubeServer, data: 
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "theirs", "uid": "5678"}
     cluster.jobs[name] = {"metadata": {"name": name, "ownerReferences": [owner]}}
     cluster.machines[name] = []
-    with pytest.raises(WorkError, match=f"TrainJob {name}: the step in pod theirs is at it; wait for its end, or"):
+    with pytest.raises(
+        WorkError, match=f"TrainJob {name}: the step in pod theirs is at it; wait for its end, or"
+    ):
         train_on(MACHINES, ours, "fingerprint")
     assert set(cluster.jobs) == {name} and not cluster.created
 
 
-def test_preflight_rehearses_the_jobs_that_the_step_would_send(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
-    candidates = [config(data, tmp_path / "run"), config(data, tmp_path / "run", seed=1, processes=2)]
+def test_preflight_rehearses_the_jobs_that_the_step_would_send(
+    cluster: KubeServer, data: Path, tmp_path: Path
+) -> None:
+    candidates = [
+        config(data, tmp_path / "run"),
+        config(data, tmp_path / "run", seed=1, processes=2),
+    ]
     require_trainer(candidates, MACHINES)
     assert not cluster.jobs and len(cluster.rehearsed) == 2
     for rehearsed, candidate in zip(cluster.rehearsed, candidates, strict=True):
-        sent = job_document("captioner-preflight", candidate, MACHINES, "pipeline-runner", Cluster().owner())
+        sent = job_document(
+            "captioner-preflight", candidate, MACHINES, "pipeline-runner", Cluster().owner()
+        )
         assert rehearsed == sent and rehearsed["spec"]["runtimePatches"]
 
 
@@ -346,7 +406,9 @@ def test_what_kubeflow_trainers_webhook_refuses_is_told_by_preflight(
     cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model_lib.train.trainjob.MANAGER", "captioner")
-    with pytest.raises(UserError, match=r"must be a domain-prefixed path \(such as \"acme.io/foo\"\) \(403\)"):
+    with pytest.raises(
+        UserError, match=r"must be a domain-prefixed path \(such as \"acme.io/foo\"\) \(403\)"
+    ):
         require_trainer([config(data, tmp_path / "run")], MACHINES)
 
 
@@ -360,13 +422,20 @@ def test_without_kubeflow_trainer_or_a_cluster_it_is_said_at_once(
     with KubeServer(tmp_path, trainer=False) as server:
         monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
         for ask in (rehearse, lambda: train_one(data, tmp_path)):
-            with pytest.raises(UserError, match=r"train_nodes: this cluster has no Kubeflow Trainer, .*; install it"):
+            with pytest.raises(
+                UserError,
+                match=r"train_nodes: this cluster has no Kubeflow Trainer, .*; install it",
+            ):
                 ask()
         server.trainer = server.forbidden = True
-        with pytest.raises(UserError, match=r"is forbidden: .* \(403\); kubectl apply -f deploy/trainer\.yaml"):
+        with pytest.raises(
+            UserError, match=r"is forbidden: .* \(403\); kubectl apply -f deploy/trainer\.yaml"
+        ):
             rehearse()
         server.forbidden, server.webhook_away = False, True
-        with pytest.raises(WorkError, match=r"failed calling webhook .* \(500\); this may pass: start again$"):
+        with pytest.raises(
+            WorkError, match=r"failed calling webhook .* \(500\); this may pass: start again$"
+        ):
             rehearse()
         server.webhook_away = False
         rehearse()
@@ -376,6 +445,8 @@ def test_without_kubeflow_trainer_or_a_cluster_it_is_said_at_once(
         rehearse()
 
 
-def test_an_answer_that_refuses_is_one_line(cluster: KubeServer, data: Path, tmp_path: Path) -> None:
+def test_an_answer_that_refuses_is_one_line(
+    cluster: KubeServer, data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"Kubernetes refused: .*numNodes.* \(422\)"):
         train_on(replace(MACHINES, count="two"), config(data, tmp_path / "run"), "f")  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Folders of other stores: what is in them, and copies of their files here, for what can read local files alone."""
+"""Folders of other stores: what is in them, and copies of their files here, for what can read local
+files alone."""
 
 import contextlib
 import fcntl
@@ -16,12 +17,13 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line
+from model_lib.io import storage
 
 
-def find(uri: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return all files in and below the folder `uri`, by their paths on its file system, and what is known of each.
+def find_files(uri: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return all files in and below the folder `uri`, by their paths on its file system, and what
+    is known of each.
 
     Args:
         uri: path or URI.
@@ -33,20 +35,28 @@ def find(uri: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
     """
     fs, path = storage.filesystem(uri)
     try:
-        return storage.retrying(uri, lambda: _find(fs, path, depth))
+        return storage.retry_remote(uri, lambda: _find(fs, path, depth))
     except OSError as error:
         where = storage.encodable(str(error.filename or uri))
-        said = f"{where}: cannot be listed: {error.strerror or first_line(error)}; let it be read, and start again"
+        said = (
+            f"{where}: cannot be listed: {error.strerror or first_line(error)}; let it be read, "
+            "and start again"
+        )
         raise (UserError if isinstance(error, PermissionError) else WorkError)(said) from error
 
 
 def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dict[str, Any]]:
-    """Return all files below a folder, so many folders deep, or raise what one of the folders cannot be listed for.
+    """Return all files below a folder, so many folders deep, or raise what one of the folders
+    cannot be listed for.
 
-    A bucket's driver lists all at once. Others go from folder to folder in fsspec's way, which passes over those that
-    fail: their files would count as gone.
+    A bucket's driver lists all at once. Others go from folder to folder in fsspec's way, which
+    passes over those that fail: their files would count as gone.
     """
-    own = type(fs)._find is not AsyncFileSystem._find if fs.async_impl else type(fs).find is not AbstractFileSystem.find
+    own = (
+        type(fs)._find is not AsyncFileSystem._find
+        if fs.async_impl
+        else type(fs).find is not AbstractFileSystem.find
+    )
     if own:
         return dict(fs.find(path, maxdepth=depth, detail=True))
     found, folders, linked = {}, [(path, 1)], {os.path.realpath(path)}
@@ -56,11 +66,15 @@ def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dic
             infos = fs.ls(folder, detail=True)
         except FileNotFoundError:  # removed since the folder above was listed
             continue
-        for info in sorted(infos, key=lambda one: str(one["name"])):  # of two links to one folder always the same
+        for info in sorted(
+            infos, key=lambda one: str(one["name"])
+        ):  # of two links to one folder always the same
             if info.get("islink"):
                 info = _followed(info)
                 if info["type"] == "directory":
-                    if info["destination"] in linked or Path(folder).resolve().is_relative_to(info["destination"]):
+                    if info["destination"] in linked or Path(folder).resolve().is_relative_to(
+                        info["destination"]
+                    ):
                         continue  # a circle
                     linked.add(info["destination"])
             if info["type"] != "directory":
@@ -71,18 +85,26 @@ def _find(fs: AbstractFileSystem, path: str, depth: int | None) -> dict[str, dic
 
 
 def _followed(info: dict[str, Any]) -> dict[str, Any]:
-    """Return what is known of a link's target, by the link's name; of a broken link, what is known of itself."""
+    """Return what is known of a link's target, by the link's name; of a broken link, what is known
+    of itself."""
     try:
         target = os.stat(info["name"])
     except OSError:
         return info
     kind = "directory" if stat.S_ISDIR(target.st_mode) else "file"
     real = os.path.realpath(info["name"])
-    return {**info, "type": kind, "size": target.st_size, "mtime": target.st_mtime, "destination": real}
+    return {
+        **info,
+        "type": kind,
+        "size": target.st_size,
+        "mtime": target.st_mtime,
+        "destination": real,
+    }
 
 
 def _fetch(uri: str, names: Iterable[str], target: Path) -> None:
-    """Copy the files `names` of the remote folder `uri` into `target`; `UserError` if one would leave that."""
+    """Copy the files `names` of the remote folder `uri` into `target`; `UserError` if one would
+    leave that."""
     fs, path = storage.filesystem(uri)
     for name in names:
         below = PurePosixPath(name.removeprefix(path).lstrip("/"))
@@ -90,17 +112,18 @@ def _fetch(uri: str, names: Iterable[str], target: Path) -> None:
             raise UserError(f"{uri}: holds {name}, which leaves the folder; remove it there")
         local = target / below
         local.parent.mkdir(parents=True, exist_ok=True)
-        storage.retrying(uri, functools.partial(fs.get_file, name, str(local)))
+        storage.retry_remote(uri, functools.partial(fs.get_file, name, str(local)))
 
 
 @contextlib.contextmanager
-def fetched(uri: str) -> Iterator[Path]:
-    """Yield a local folder with the content of the folder `uri`; a copy of a remote one is gone after the body."""
+def local_copy(uri: str) -> Iterator[Path]:
+    """Yield a local folder with the content of the folder `uri`; a copy of a remote one is gone
+    after the body."""
     if storage.is_local(uri):
         yield Path(storage.filesystem(uri)[1])
         return
     with tempfile.TemporaryDirectory() as scratch:
-        _fetch(uri, find(uri), Path(scratch))
+        _fetch(uri, find_files(uri), Path(scratch))
         yield Path(scratch)
 
 
@@ -122,20 +145,22 @@ def local_file(uri: str) -> Iterator[Path]:
     os.close(handle)
     try:
         with storage.reading(uri):
-            storage.retrying(uri, lambda: fs.get_file(path, copy))
+            storage.retry_remote(uri, lambda: fs.get_file(path, copy))
         yield Path(copy)
     finally:
         os.unlink(copy)
 
 
-def local_folder(uri: str) -> str:
-    """Return a local folder with the content of the folder `uri`, fetched into the cache unless it is local.
+def cached_folder(uri: str) -> str:
+    """Return a local folder with the content of the folder `uri`, fetched into the cache unless it
+    is local.
 
-    It is kept by the names, sizes and versions of the remote files, so a changed remote folder is fetched anew.
+    It is kept by the names, sizes and versions of the remote files, so a changed remote folder is
+    fetched anew.
     """
     if storage.is_local(uri):
         return storage.filesystem(uri)[1]
-    files = sorted(find(uri).items())
+    files = sorted(find_files(uri).items())
     if not files:
         raise UserError(f"{uri}: no such folder, or nothing in it")
     listing = [[name, info.get("size"), storage.version(info)] for name, info in files]
@@ -143,7 +168,8 @@ def local_folder(uri: str) -> str:
 
 
 def cached(identity: list[Any], fetch: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache, `$XDG_CACHE_HOME/captioner`, filled by `fetch` unless it is there.
+    """Return a folder of the cache, `$XDG_CACHE_HOME/captioner`, filled by `fetch` unless it is
+    there.
 
     Processes that want the same folder wait for the one that fetches it.
 
@@ -158,7 +184,9 @@ def cached(identity: list[Any], fetch: Callable[[Path], None]) -> Path:
         return target
     cache.mkdir(parents=True, exist_ok=True)
     with Path(cache, f".lock-{key}").open("w") as lock:
-        with contextlib.suppress(OSError):  # a network's disk without locks: each fetches for itself
+        with contextlib.suppress(
+            OSError
+        ):  # a network's disk without locks: each fetches for itself
             fcntl.flock(lock, fcntl.LOCK_EX)
             for left in cache.glob(f".part-{key}-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""Where pictures and lists of them lie: a folder, an address, or a zip archive that is read without unpacking it."""
+"""Where images and lists of them lie: a folder, an address, or a zip archive that is read without
+unpacking it."""
 
 import contextlib
 import errno
@@ -12,32 +13,46 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
-from model_lib import storage
-from model_lib.copies import local_file
 from model_lib.errors import UserError, first_line
-from model_lib.pictures import PictureError, read_picture, require_readable
+from model_lib.io import storage
+from model_lib.io.images import ImageError, read_image, require_readable
+from model_lib.io.remote_cache import local_file
 
 BOMB_SIZE, BOMB_RATIO = 2**28, 100
-"""A list of pictures is refused that is larger than this when inflated, and so many times its size in the archive."""
+"""A list of images is refused that is larger than this when inflated, and so many times its size in
+the archive."""
 
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Raise as `BadZipFile` whatever Python's reader of zip archives raises on what is none, or damaged."""
+    """Raise as `BadZipFile` whatever Python's reader of zip archives raises on what is none, or
+    damaged."""
     try:
         yield
     except zipfile.BadZipFile:
         raise
-    except (zlib.error, lzma.LZMAError, struct.error, EOFError, RuntimeError, ValueError, OverflowError) as error:
-        raise zipfile.BadZipFile(first_line(error)) from error  # RuntimeError: encrypted, or packed in an unknown way
+    except (
+        zlib.error,
+        lzma.LZMAError,
+        struct.error,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        raise zipfile.BadZipFile(
+            first_line(error)
+        ) from error  # RuntimeError: encrypted, or packed in an unknown way
     except OSError as error:
-        if error.errno != errno.EINVAL and str(error) != "Invalid data stream":  # an offset before the start; bz2's
+        if (
+            error.errno != errno.EINVAL and str(error) != "Invalid data stream"
+        ):  # an offset before the start; bz2's
             raise
         raise zipfile.BadZipFile(first_line(error)) from error
 
 
 class Folder:
-    """Pictures of a folder, bucket or web server.
+    """Images of a folder, bucket or web server.
 
     Args:
         root: path or URI that names are appended to.
@@ -52,12 +67,14 @@ class Folder:
         return storage.join(self.root, quote(name) if on_the_web else name)
 
     def read(self, name: str) -> bytes:
-        """Return a picture's bytes; `UserError` if it is missing."""
-        return read_picture(self.uri(name) if self.local is None else str(self.local / name), retry_seconds=None)
+        """Return an image's bytes; `UserError` if it is missing."""
+        return read_image(
+            self.uri(name) if self.local is None else str(self.local / name), retry_seconds=None
+        )
 
 
 class Archive:
-    """Pictures of a zip archive, by their names in it, or in the folder that it is named after.
+    """Images of a zip archive, by their names in it, or in the folder that it is named after.
 
     Args:
         root: path or URI of the archive.
@@ -73,24 +90,27 @@ class Archive:
         return f"zip://{self._member(name)}::{self.root}"
 
     def read(self, name: str) -> bytes:
-        """Return a picture's bytes, checked against the archive's CRC; `UserError` if it is missing."""
+        """Return an image's bytes, checked against the archive's CRC; `UserError` if it is
+        missing."""
         try:
             info = self.zip.getinfo(self._member(name))
         except KeyError as error:
             raise UserError(f"{self.root}: has no {name}") from error
         require_readable(info.file_size)
-        content = storage.retrying(self.root, lambda: self._inflated(info))
-        if isinstance(content, PictureError):
+        content = storage.retry_remote(self.root, lambda: self._inflated(info))
+        if isinstance(content, ImageError):
             raise content
         return content
 
-    def _inflated(self, info: zipfile.ZipInfo) -> bytes | PictureError:
+    def _inflated(self, info: zipfile.ZipInfo) -> bytes | ImageError:
         """Return a member's bytes, or what is wrong with them; raise what its store does wrong."""
         try:
             with _damage(), self.zip.open(info) as file:
-                return file.read(info.file_size + 1)  # of a member that is larger than it says, no more is inflated
+                return file.read(
+                    info.file_size + 1
+                )  # of a member that is larger than it says, no more is inflated
         except zipfile.BadZipFile as error:
-            return PictureError("unreadable", f"damaged in the archive: {first_line(error)}")
+            return ImageError("unreadable", f"damaged in the archive: {first_line(error)}")
 
     def _member(self, name: str) -> str:
         inside = f"{self.top}/{name}"
@@ -107,7 +127,7 @@ def open_zip(uri: str) -> zipfile.ZipFile:
     fs, path = storage.filesystem(uri)
     if storage.is_local(uri):
         return _directory(uri, path)
-    return storage.retrying(uri, lambda: _directory(uri, fs.open(path, "rb")))
+    return storage.retry_remote(uri, lambda: _directory(uri, fs.open(path, "rb")))
 
 
 def _directory(uri: str, file: Path | str | IO[bytes]) -> zipfile.ZipFile:
@@ -116,15 +136,19 @@ def _directory(uri: str, file: Path | str | IO[bytes]) -> zipfile.ZipFile:
         with _damage():
             return zipfile.ZipFile(file)
     except (zipfile.BadZipFile, IsADirectoryError) as error:
-        raise UserError(f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew") from error
+        raise UserError(
+            f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew"
+        ) from error
 
 
-def pictures_at(uri: str) -> Place:
-    """Return the pictures at a folder, address or zip archive; `UserError` if it is not there."""
+def open_image_source(uri: str) -> Place:
+    """Return the images at a folder, address or zip archive; `UserError` if it is not there."""
     if uri.lower().endswith(".zip"):
         return Archive(uri)
-    if not uri.startswith(("http://", "https://")) and not storage.is_folder(uri):  # the web knows no folders
-        raise UserError(f"{uri}: no such folder of pictures")
+    if not uri.startswith(("http://", "https://")) and not storage.is_folder(
+        uri
+    ):  # the web knows no folders
+        raise UserError(f"{uri}: no such folder of images")
     return Folder(uri)
 
 
@@ -142,14 +166,17 @@ class _Member(io.RawIOBase):
             with _damage():
                 content = self.file.read(len(buffer))
         except zipfile.BadZipFile as error:
-            raise UserError(f"{self.uri}: is damaged in the archive ({first_line(error)}); fetch it anew") from error
+            raise UserError(
+                f"{self.uri}: is damaged in the archive ({first_line(error)}); fetch it anew"
+            ) from error
         buffer[: len(content)] = content
         return len(content)
 
 
 @contextlib.contextmanager
 def opened(uri: str) -> Iterator[IO[bytes]]:
-    """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to end."""
+    """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to
+    end."""
     if uri.startswith("zip://"):
         member, _, archive = uri.removeprefix("zip://").partition("::")
         with local_file(archive) as path, _directory(archive, path) as zipped:
@@ -157,12 +184,15 @@ def opened(uri: str) -> Iterator[IO[bytes]]:
                 info = zipped.getinfo(member)
                 if info.file_size > max(BOMB_SIZE, BOMB_RATIO * info.compress_size):
                     raise zipfile.BadZipFile(
-                        f"{info.compress_size:,} bytes that say they are {info.file_size:,}: a zip bomb"
+                        f"{info.compress_size:,} bytes that say they are {info.file_size:,}: a "
+                        "zip bomb"
                     )
                 with _damage():
                     file = zipped.open(info)
             except (KeyError, zipfile.BadZipFile) as error:
-                raise UserError(f"{archive}: {member} cannot be read ({first_line(error)})") from error
+                raise UserError(
+                    f"{archive}: {member} cannot be read ({first_line(error)})"
+                ) from error
             with file:
                 yield io.BufferedReader(_Member(file, uri))
     else:

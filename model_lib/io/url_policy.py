@@ -1,8 +1,10 @@
-"""What strangers may make us open: the rows of a request to the served model, and lists of pictures from elsewhere.
+"""What strangers may make us open: the rows of a request to the served model, and lists of images
+from elsewhere.
 
-A path or address that someone else chose is not opened because it can be: it could be a file of this machine, or a
-server that only this machine reaches (OWASP, "Server Side Request Forgery Prevention"). What an operator names in
-CAPTIONER_ALLOW, prefixes with commas between, is open all the same: "/data/pictures/, gs://ours/, http://10.0.0.7:80/".
+A path or address that someone else chose is not opened because it can be: it could be a file of
+this machine, or a server that only this machine reaches (OWASP, "Server Side Request Forgery
+Prevention"). What an operator names in CAPTIONER_ALLOW, prefixes with commas between, is open all
+the same: "/data/images/, gs://ours/, http://10.0.0.7:80/".
 """
 
 import ipaddress
@@ -17,7 +19,8 @@ from model_lib.errors import UserError
 
 VARIABLE = "CAPTIONER_ALLOW"
 REMOTE = ("https://", "gs://", "s3://")
-"""What a served model opens unless told otherwise; of web servers only those that the whole world reaches."""
+"""What a served model opens unless told otherwise; of web servers only those that the whole world
+reaches."""
 PORTS = {"http": 80, "https": 443}
 METADATA = [
     ipaddress.ip_network(network)
@@ -28,35 +31,45 @@ METADATA = [
     )
 ]
 """Where clouds keep a machine's credentials."""
-TRANSLATED = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")]
-"""IPv6 whose last 32 bits are an address of IPv4: what NAT64 translates (RFC 6052, RFC 8215), and its forerunner."""
+TRANSLATED = [
+    ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")
+]
+"""IPv6 whose last 32 bits are an address of IPv4: what NAT64 translates (RFC 6052, RFC 8215), and
+its forerunner."""
 SERVERS = ("uvicorn", "gunicorn", "mlserver")
 """What MLflow serves a model with: where one of them runs, rows come from strangers."""
 
 
-class NotAllowed(UserError):
+class UrlNotAllowed(UserError):
     """A path or address that is not opened for whoever named it."""
 
 
 def serving() -> bool:
     """Return whether this process answers strangers."""
-    return "__pyfunc_model_path__" in os.environ or any(name in sys.modules for name in SERVERS)  # MLflow's own sign
+    return "__pyfunc_model_path__" in os.environ or any(
+        name in sys.modules for name in SERVERS
+    )  # MLflow's own sign
 
 
 def require_allowed(uri: str) -> None:
-    """Raise `NotAllowed` unless a stranger may have `uri`, a path or an address, opened here."""
+    """Raise `UrlNotAllowed` unless a stranger may have `uri`, a path or an address, opened here."""
     if "::" in uri or not (uri.startswith(REMOTE) or _named(uri)):
         kind = f"{uri.partition('://')[0]}://" if "://" in uri else "a path"
-        raise NotAllowed(f"{uri}: not allowed here, {kind}; send base64, or set {VARIABLE} on the server")
+        raise UrlNotAllowed(
+            f"{uri}: not allowed here, {kind}; send base64, or set {VARIABLE} on the server"
+        )
 
 
 def require_listed(uri: str, source: str) -> None:
-    """Raise `NotAllowed` if a list from elsewhere names a picture that is not in its own store."""
+    """Raise `UrlNotAllowed` if a list from elsewhere names an image that is not in its own
+    store."""
     if "://" not in source or source.startswith("file://"):
         return
     scheme, _, rest = source.partition("://")
     if "::" in uri or not (_below(uri, f"{scheme}://{rest.partition('/')[0]}/") or _named(uri)):
-        raise NotAllowed(f"not allowed: {source} may name pictures of its own store only, and of {VARIABLE}")
+        raise UrlNotAllowed(
+            f"not allowed: {source} may name images of its own store only, and of {VARIABLE}"
+        )
 
 
 def _prefixes() -> list[str]:
@@ -70,7 +83,8 @@ def _named(uri: str) -> bool:
 
 
 def _below(uri: str, prefix: str) -> bool:
-    """Whether a path or address lies below another, once `..`, links and names of users are taken out of it."""
+    """Whether a path or address lies below another, once `..`, links and names of users are taken
+    out of it."""
     if "://" not in uri or uri.startswith("file://"):
         if "://" in prefix and not prefix.startswith("file://"):
             return False
@@ -85,7 +99,9 @@ def _below(uri: str, prefix: str) -> bool:
 
 def _named_server(host: str, port: int) -> bool:
     """Whether the operator allowed something on it."""
-    return any(store is not None and store[1:] == (host, port) for store in map(_store, _prefixes()))
+    return any(
+        store is not None and store[1:] == (host, port) for store in map(_store, _prefixes())
+    )
 
 
 def _store(uri: str) -> tuple[object, ...] | None:
@@ -100,7 +116,8 @@ def _store(uri: str) -> tuple[object, ...] | None:
 
 
 def _climbs(path: str) -> bool:
-    """Whether an address's path has a `..`, however often encoded: who opens it decodes it, and so may a server."""
+    """Whether an address's path has a `..`, however often encoded: who opens it decodes it, and so
+    may a server."""
     while (decoded := unquote(path)) != path:
         path = decoded
     return ".." in path.replace("\\", "/").split("/")
@@ -119,21 +136,26 @@ def _meant(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 def _require_reachable(host: str, address: str) -> None:
     found = _meant(address)
     if any(found in network for network in METADATA) or (serving() and not found.is_global):
-        raise NotAllowed(f"{host}: not allowed, it is {address}, an address inside; {VARIABLE} can name it")
+        raise UrlNotAllowed(
+            f"{host}: not allowed, it is {address}, an address inside; {VARIABLE} can name it"
+        )
 
 
 async def web_session(**options: Any) -> Any:
-    """Return aiohttp's session for fsspec, which looks at each address that it is about to connect to.
+    """Return aiohttp's session for fsspec, which looks at each address that it is about to connect
+    to.
 
-    Redirects and names that mean another address a moment later come by here as well. Nothing is fetched from where
-    clouds keep a machine's credentials; a served model connects to public addresses alone. An address that the operator
-    named is open, but no other on the same server.
+    Redirects and names that mean another address a moment later come by here as well. Nothing is
+    fetched from where clouds keep a machine's credentials; a served model connects to public
+    addresses alone. An address that the operator named is open, but no other on the same server.
     """
     import aiohttp
     from aiohttp.resolver import ThreadedResolver
 
     class Resolver(ThreadedResolver):
-        async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[Any]:
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        ) -> list[Any]:
             found = await super().resolve(host, port, family)
             if not _named_server(host, port):  # the connector has seen to those
                 for one in found:
@@ -146,9 +168,14 @@ async def web_session(**options: Any) -> Any:
             if not _named(str(req.url)):
                 try:
                     addresses = [str(ipaddress.ip_address(host))]
-                except ValueError:  # a name, for the resolver, which is not asked again for a connection that is kept
+                # a name, for the resolver, which is not asked again for a connection that is kept
+                except ValueError:
                     known = _named_server(host, port)
-                    found = await ThreadedResolver().resolve(host, port, socket.AF_UNSPEC) if known else []
+                    found = (
+                        await ThreadedResolver().resolve(host, port, socket.AF_UNSPEC)
+                        if known
+                        else []
+                    )
                     addresses = [one["host"] for one in found]
                 for address in addresses:
                     _require_reachable(host, address)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from model_lib.train.averaging import MovingAverage
+from model_lib.train.ema import EMA
 
 
 def test_the_average_follows_the_weights_by_its_decay() -> None:
     model = nn.Linear(1, 1, bias=False)
-    average = MovingAverage(model, decay=0.5)
+    average = EMA(model, decay=0.5)
     expected = float(model.weight)
     for update in range(1, 20):
         model.weight.data.fill_(update)
@@ -24,8 +24,8 @@ def test_the_average_follows_the_weights_by_its_decay() -> None:
 def test_frozen_weights_have_no_average_and_without_a_decay_nothing_has() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    assert list(MovingAverage(model, decay=0.9).state()) == ["weight"]
-    nothing = MovingAverage(model, decay=0.0)
+    assert list(EMA(model, decay=0.9).state()) == ["weight"]
+    nothing = EMA(model, decay=0.0)
     nothing.update()
     assert nothing.state() == {}
 
@@ -33,12 +33,12 @@ def test_frozen_weights_have_no_average_and_without_a_decay_nothing_has() -> Non
 def test_restored_it_goes_on_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 3)
-    whole, cut = MovingAverage(model, decay=0.9), MovingAverage(model, decay=0.9)
+    whole, cut = EMA(model, decay=0.9), EMA(model, decay=0.9)
     for _ in range(5):
         model.weight.data.add_(1)
         whole.update()
         cut.update()
-    again = MovingAverage(model, decay=0.9)
+    again = EMA(model, decay=0.9)
     again.restore({name: tensor.clone() for name, tensor in cut.state().items()}, cut.updates)
     model.weight.data.add_(1)
     whole.update()

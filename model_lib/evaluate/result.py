@@ -1,7 +1,9 @@
-"""What judging came to, and the folder that keeps it: a model's scores, and what it said of each picture.
+"""What evaluating came to, and the folder that keeps it: a model's scores, and what it said of each
+image.
 
-The folder holds `results.json` (COCO's results format), `pictures.parquet`, `report.html` and, written last,
-`scores.json`. From it candidates and champion are compared, without the models and without what made the scores.
+The folder holds `results.json` (COCO's results format), `predictions.parquet`, `report.html` and,
+written last, `scores.json`. From it candidates and champion are compared, without the models and
+without what made the scores.
 """
 
 import dataclasses
@@ -14,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib import storage
 from model_lib.errors import UserError
-from model_lib.records import as_record, believing, require_columns, require_values
+from model_lib.io import storage
+from model_lib.io.validation import input_errors, parse, require_columns, require_values
 from model_lib.scores.significance import Comparison, Statistics
 
-FEW_PICTURES = 100
+FEW_IMAGES = 100
 """On fewer, CIDEr means little: how rare a word is, is counted in their references."""
 MAIN = "CIDEr"
 COLUMNS = {
@@ -31,24 +33,25 @@ COLUMNS = {
     "words": "list of texts",
     "attention": "list of bytes",
 }
-"""Of pictures.parquet, besides a column for each score."""
+"""Of predictions.parquet, besides a column for each score."""
 COUNTS = "counts of "
 """Before the names of columns that hold a score's counts."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `scores.json` says: scores, and everything that must agree before two of them may be compared."""
+    """What `scores.json` says: scores, and everything that must agree before two of them may be
+    compared."""
 
     name: str
     model: str
     """Where the model lies, or the results file."""
     split: str
     """Of the data, or the annotations that the captions were scored against."""
-    pictures: int
+    images: int
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
-    """Each score's 95 % interval, by bootstrap over the pictures."""
+    """Each score's 95 % interval, by bootstrap over the images."""
     shuffled_cider: float
     """What a model that never looks would get."""
     frequencies: str
@@ -59,8 +62,8 @@ class Evaluation:
     missing: dict[str, str]
     """Scores that could not be computed, and why."""
     decoding: dict[str, Any]
-    pictures_per_second: float | None = None
-    """Of captioning decoded pictures, without scoring."""
+    images_per_second: float | None = None
+    """Of captioning decoded images, without scoring."""
     clip: str | None = None
     """The CLIP of CLIPScore."""
     data_fingerprint: str | None = None
@@ -68,17 +71,19 @@ class Evaluation:
     packages: dict[str, str] = field(default_factory=dict)
     """Versions of the packages with which the model captioned."""
     weights: str | None = None
-    """Digest of a model in a folder, where other weights may lie later: see `sources.weights_digest`."""
+    """Digest of a model in a folder, where other weights may lie later: see
+    `sources.weights_digest`."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def figures(self) -> dict[str, float]:
-        """Return all that is known as a number, by the name under which a tracking server shows it."""
+        """Return all that is known as a number, by the name under which a tracking server shows
+        it."""
         found = {**self.scores, f"{MAIN}_shuffled": self.shuffled_cider}
         found |= {f"diversity_{name}": value for name, value in self.diversity.items()}
-        if self.pictures_per_second is not None:
-            found["pictures_per_second"] = self.pictures_per_second
+        if self.images_per_second is not None:
+            found["images_per_second"] = self.images_per_second
         return found
 
     @classmethod
@@ -86,64 +91,69 @@ class Evaluation:
         """Read the scores in `folder`; `UserError` if there are none."""
         uri = storage.join(folder, "scores.json")
         document = storage.read_json(uri)
-        with believing(uri, "what this captioner evaluate writes; judge again"):
-            return as_record(cls, document)
+        with input_errors(uri, "what this captioner evaluate writes; evaluate again"):
+            return parse(cls, document)
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture for the report."""
+    """An image for the report."""
 
     thumbnail: bytes
-    """A small JPEG of the whole picture."""
+    """A small JPEG of the whole image."""
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """The caption's words, and where the model looked for each: uint8 [P, P] over the centre square."""
+    """The caption's words, and where the model looked for each: uint8 [P, P] over the centre
+    square."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What was said of each picture, in the order of the ids."""
+class Predictions:
+    """What was said of each image, in the order of the ids."""
 
     image_ids: list[int]
     file_names: list[str]
     captions: list[str]
     references: list[list[str]]
     statistics: Statistics
-    """For each score its counts, float64 [pictures, counts]."""
+    """For each score its counts, float64 [images, counts]."""
     views: Mapping[int, View] = field(default_factory=dict)
-    """Of some pictures, by id."""
+    """Of some images, by id."""
 
     def main(self) -> np.ndarray:
-        """Return each picture's CIDEr, float64 [pictures]."""
+        """Return each image's CIDEr, float64 [images]."""
         return self.statistics[MAIN][:, 0]
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """An evaluation with its pictures."""
+class EvaluationResult:
+    """An evaluation with its images."""
 
     evaluation: Evaluation
-    pictures: Pictures
+    predictions: Predictions
 
     @classmethod
     def read(cls, folder: str) -> Self:
         """Read what `write` wrote; `UserError` if there is none, or something else."""
-        evaluation, uri = Evaluation.read(folder), storage.join(folder, "pictures.parquet")
-        pictures = _read_pictures(uri)
-        if len(pictures.image_ids) != evaluation.pictures:
+        evaluation, uri = Evaluation.read(folder), storage.join(folder, "predictions.parquet")
+        predictions = _read_predictions(uri)
+        if len(predictions.image_ids) != evaluation.images:
             raise UserError(
-                f"{uri}: has {len(pictures.image_ids)} pictures, and scores.json beside it {evaluation.pictures}; "
-                "judge again"
+                f"{uri}: has {len(predictions.image_ids)} images, and scores.json beside it "
+                f"{evaluation.images}; "
+                "evaluate again"
             )
-        return cls(evaluation, pictures)
+        return cls(evaluation, predictions)
 
     def write(self, folder: str, report: str) -> None:
-        """Write the folder's files, `report` the HTML page; until all are there, the folder has no `scores.json`."""
-        storage.remove(storage.join(folder, "scores.json"))  # of an evaluation before, which is not of these pictures
-        rows = zip(self.pictures.image_ids, self.pictures.captions, strict=True)
+        """Write the folder's files, `report` the HTML page; until all are there, the folder has no
+        `scores.json`."""
+        storage.remove(
+            storage.join(folder, "scores.json")
+        )  # of an evaluation before, which is not of these images
+        rows = zip(self.predictions.image_ids, self.predictions.captions, strict=True)
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in rows]
         storage.write_json(storage.join(folder, "results.json"), results)
-        storage.write_bytes(storage.join(folder, "pictures.parquet"), _parquet(self.pictures))
+        storage.write_bytes(storage.join(folder, "predictions.parquet"), _parquet(self.predictions))
         storage.write_bytes(storage.join(folder, "report.html"), report.encode())
         storage.write_json(storage.join(folder, "scores.json"), self.evaluation.to_dict())
 
@@ -159,38 +169,43 @@ class Decision:
     """With the champion, score by score; none where there was no champion."""
 
 
-def _parquet(pictures: Pictures) -> bytes:
-    shown = [pictures.views.get(image_id) for image_id in pictures.image_ids]
+def _parquet(predictions: Predictions) -> bytes:
+    shown = [predictions.views.get(image_id) for image_id in predictions.image_ids]
     columns: dict[str, Any] = {
-        "image_id": pa.array(pictures.image_ids, pa.int64()),
-        "file_name": pa.array(pictures.file_names, pa.string()),
-        "caption": pa.array(pictures.captions, pa.string()),
-        "references": pa.array(pictures.references, pa.list_(pa.string())),
+        "image_id": pa.array(predictions.image_ids, pa.int64()),
+        "file_name": pa.array(predictions.file_names, pa.string()),
+        "caption": pa.array(predictions.captions, pa.string()),
+        "references": pa.array(predictions.references, pa.list_(pa.string())),
     }
-    for name, counts in pictures.statistics.items():
+    for name, counts in predictions.statistics.items():
         if counts.shape[1] == 1:
             columns[name] = pa.array(counts[:, 0], pa.float64())
         else:
             columns[COUNTS + name] = pa.array(counts.tolist(), pa.list_(pa.float64()))
     columns["thumbnail"] = pa.array([view and view.thumbnail for view in shown], pa.binary())
-    columns["words"] = pa.array([view and [word for word, _ in view.words] for view in shown], pa.list_(pa.string()))
+    columns["words"] = pa.array(
+        [view and [word for word, _ in view.words] for view in shown], pa.list_(pa.string())
+    )
     columns["attention"] = pa.array(
-        [view and [weights.tobytes() for _, weights in view.words] for view in shown], pa.list_(pa.binary())
+        [view and [weights.tobytes() for _, weights in view.words] for view in shown],
+        pa.list_(pa.binary()),
     )
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file, compression="zstd")
     return file.getvalue()
 
 
-def _read_pictures(uri: str) -> Pictures:
+def _read_predictions(uri: str) -> Predictions:
     content = storage.read_bytes(uri)
-    with believing(uri, "what captioner evaluate writes; judge again"):
+    with input_errors(uri, "what captioner evaluate writes; evaluate again"):
         table = pq.ParquetFile(io.BytesIO(content)).read()
         require_columns(table.schema, COLUMNS)
         require_values(table, ["image_id", "file_name", "caption", "references"])
         values = {name: table[name].to_pylist() for name in table.column_names}
         statistics = {
-            name.removeprefix(COUNTS): np.asarray(values[name], np.float64).reshape(table.num_rows, -1)
+            name.removeprefix(COUNTS): np.asarray(values[name], np.float64).reshape(
+                table.num_rows, -1
+            )
             for name in table.column_names
             if name not in COLUMNS
         }
@@ -199,13 +214,29 @@ def _read_pictures(uri: str) -> Pictures:
                 raise ValueError(f"column {name} holds something else than scores")
         if MAIN not in statistics or not table.num_rows:
             raise ValueError(f"has no {MAIN}")
-        shown = zip(values["image_id"], values["thumbnail"], values["words"], values["attention"], strict=True)
-        views = {row[0]: View(row[1], _words(row[2], row[3])) for row in shown if row[1] is not None}
-        return Pictures(
-            values["image_id"], values["file_name"], values["caption"], values["references"], statistics, views
+        shown = zip(
+            values["image_id"],
+            values["thumbnail"],
+            values["words"],
+            values["attention"],
+            strict=True,
+        )
+        views = {
+            row[0]: View(row[1], _words(row[2], row[3])) for row in shown if row[1] is not None
+        }
+        return Predictions(
+            values["image_id"],
+            values["file_name"],
+            values["caption"],
+            values["references"],
+            statistics,
+            views,
         )
 
 
 def _words(words: list[str], maps: list[bytes]) -> list[tuple[str, np.ndarray]]:
     flat = [np.frombuffer(weights, np.uint8) for weights in maps]
-    return [(word, one.reshape(round(len(one) ** 0.5), -1)) for word, one in zip(words, flat, strict=True)]
+    return [
+        (word, one.reshape(round(len(one) ** 0.5), -1))
+        for word, one in zip(words, flat, strict=True)
+    ]

@@ -1,4 +1,5 @@
-"""Work that goes on beside the main thread's: one piece at a time, and none of its failures lost."""
+"""Work that goes on beside the main thread's: one piece at a time, and none of its failures
+lost."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Pictures of every kind become upright RGB or one clear error, and the model sees what CLIP would see."""
+"""Images of every kind become upright RGB or one clear error, and the model sees what CLIP would
+see."""
 
 import io
 import struct
@@ -11,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from model_lib.ingest.reducing import reduced
+from model_lib.ingest.transcode import reduced
+from model_lib.io.images import ImageError, decode_image, to_pixels
 from model_lib.model.captioner import normalise
-from model_lib.pictures import PictureError, open_picture, to_pixels
 
 BROKEN = {
     "broken.png": "unreadable",
@@ -32,13 +33,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return out.getvalue()
 
 
-def test_every_odd_picture_opens_or_gives_its_reason(odd_images: Path) -> None:
+def test_every_odd_image_opens_or_gives_its_reason(odd_images: Path) -> None:
     reasons = {}
     for file in sorted(odd_images.iterdir()):
         try:
-            image = open_picture(file.read_bytes())
+            image = decode_image(file.read_bytes())
             assert image.mode == "RGB" and min(image.size) > 0
-        except PictureError as error:
+        except ImageError as error:
             reasons[file.name] = error.reason
     assert reasons == BROKEN
 
@@ -48,43 +49,53 @@ def test_exif_rotation_is_applied() -> None:
     image.paste("red", (0, 0, 10, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise to show
-    turned = open_picture(encoded(image, "JPEG", exif=exif))
+    turned = decode_image(encoded(image, "JPEG", exif=exif))
     assert turned.size == (20, 40)
     assert turned.getpixel((10, 3))[0] > 200 and turned.getpixel((10, 3))[1] < 60
 
 
 def test_transparency_lies_on_white() -> None:
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    assert open_picture(encoded(image)).getpixel((4, 4)) == (255, 255, 255)
+    assert decode_image(encoded(image)).getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    values = np.asarray(open_picture(encoded(Image.fromarray(ramp))))[..., 0].ravel()
+    values = np.asarray(decode_image(encoded(Image.fromarray(ramp))))[..., 0].ravel()
     assert np.abs(values.astype(int) - np.arange(256)).max() <= 1
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    assert open_picture(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((1, 1))[0] > 200
+    assert (
+        decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel(
+            (1, 1)
+        )[0]
+        > 200
+    )
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"no picture at all", "unreadable")])
-def test_what_is_no_picture_has_a_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(PictureError) as refused:
-        open_picture(content)
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "empty"), (b"no image at all", "unreadable")]
+)
+def test_what_is_no_image_has_a_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as refused:
+        decode_image(content)
     assert refused.value.reason == reason
 
 
 def test_pixels_are_what_clip_sees_bit_for_bit(coco: Path) -> None:
-    """Originals in RGB or grey; what differs on purpose in other modes has tests of its own above."""
+    """Originals in RGB or grey; what differs on purpose in other modes has tests of its own
+    above."""
     processor = CLIPImageProcessorPil()
     files = sorted(coco.glob("*2017/*.jpg"))
     assert len(files) == 85
     for file in files:
         for content in (file.read_bytes(), encoded(Image.open(file).convert("L"))):
-            expected = processor(images=Image.open(io.BytesIO(content)), return_tensors="pt")["pixel_values"][0]
-            pixels = torch.from_numpy(to_pixels(open_picture(content), 224))
+            expected = processor(images=Image.open(io.BytesIO(content)), return_tensors="pt")[
+                "pixel_values"
+            ][0]
+            pixels = torch.from_numpy(to_pixels(decode_image(content), 224))
             ours = normalise(pixels, processor.image_mean, processor.image_std)
             assert ours.dtype == expected.dtype and torch.equal(ours, expected), file
 
@@ -99,36 +110,38 @@ def test_a_long_strip_is_seen_by_its_middle_without_filling_the_memory() -> None
 
 def test_dark_sixteen_bits_stay_dark() -> None:
     image = Image.fromarray(np.full((4, 4), 200, np.uint16))
-    assert open_picture(encoded(image)).getpixel((1, 1)) == (1, 1, 1)
+    assert decode_image(encoded(image)).getpixel((1, 1)) == (1, 1, 1)
 
 
-def test_small_pictures_are_not_enlarged_for_storing() -> None:
+def test_small_images_are_not_enlarged_for_storing() -> None:
     for size, expected in (((100, 300), (100, 300)), ((600, 300), (512, 256))):
         content = io.BytesIO()
         Image.new("RGB", size).save(content, "PNG")
         stored = reduced(content.getvalue(), 256, 95)
-        assert open_picture(stored.content).size == (stored.width, stored.height) == expected
+        assert decode_image(stored.content).size == (stored.width, stored.height) == expected
 
 
 @pytest.mark.parametrize("kind", ["DDS", "EPS", "PCX", "ICO", "TGA", "SGI", "PDF", "XBM", "IM"])
 def test_formats_that_nobody_photographs_in_are_not_tried(kind: str) -> None:
     content = io.BytesIO()
     Image.new("1" if kind == "XBM" else "RGB", (8, 8)).save(content, kind)
-    with pytest.raises(PictureError, match="not a picture in a format known here"):
-        open_picture(content.getvalue())
+    with pytest.raises(ImageError, match="not an image in a format known here"):
+        decode_image(content.getvalue())
 
 
-def test_a_picture_of_more_pixels_than_half_a_gigabyte_holds_is_refused_by_its_header() -> None:
+def test_an_image_of_more_pixels_than_half_a_gigabyte_holds_is_refused_by_its_header() -> None:
     content = bytearray(encoded(Image.new("1", (8, 8))))
     content[16:24] = struct.pack(">II", 15_000, 10_000)  # fewer than Pillow itself calls a bomb
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    with pytest.raises(PictureError, match="too_large: 15000x10000 pixels"):
-        open_picture(bytes(content))
+    with pytest.raises(ImageError, match="too_large: 15000x10000 pixels"):
+        decode_image(bytes(content))
 
 
 def test_whatever_a_decoder_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow's reader of DDS raises NotImplementedError for a kind that it does not know."""
-    header = struct.pack("<4s7I44x2I4s20x5I", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 4, b"DX10", 0x1000, 0, 0, 0, 0)
-    monkeypatch.setattr("model_lib.pictures.FORMATS", ("DDS",))
-    with pytest.raises(PictureError, match="unreadable"):
-        open_picture(header + struct.pack("<5I", 9999, 3, 0, 1, 0))
+    header = struct.pack(
+        "<4s7I44x2I4s20x5I", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 4, b"DX10", 0x1000, 0, 0, 0, 0
+    )
+    monkeypatch.setattr("model_lib.io.images.FORMATS", ("DDS",))
+    with pytest.raises(ImageError, match="unreadable"):
+        decode_image(header + struct.pack("<5I", 9999, 3, 0, 1, 0))

@@ -1,4 +1,5 @@
-"""Files are written whole or not at all, locally and in a bucket; what a bucket refuses is not asked again."""
+"""Files are written whole or not at all, locally and in a bucket; what a bucket refuses is not
+asked again."""
 
 import errno
 import logging
@@ -13,10 +14,11 @@ from botocore.exceptions import ClientError
 from gcsfs.retry import HttpError
 from s3fs.errors import translate_boto_error
 
-from model_lib import UserError, storage
-from model_lib.copies import local_folder
+from model_lib import UserError
 from model_lib.errors import WorkError
-from model_lib.storage import may_pass
+from model_lib.io import storage
+from model_lib.io.remote_cache import cached_folder
+from model_lib.io.storage import is_transient
 from tests.services import refusing
 
 
@@ -24,18 +26,20 @@ from tests.services import refusing
 def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path, place: str) -> None:
     uri = place.format(tmp=tmp_path)
     storage.write_bytes(uri, b"old")
-    with pytest.raises(RuntimeError), storage.whole_file(uri) as part:
+    with pytest.raises(RuntimeError), storage.atomic_file(uri) as part:
         Path(part).write_bytes(b"half")
         raise RuntimeError
     assert storage.read_bytes(uri) == b"old"
     assert [file.name for file in tmp_path.iterdir()] in (["file"], [])
 
 
-def test_a_changed_remote_folder_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_remote_folder_is_fetched_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for content in (b"first", b"second!"):
         storage.write_bytes("memory://models/one/file", content)
-        assert Path(local_folder("memory://models/one"), "file").read_bytes() == content
+        assert Path(cached_folder("memory://models/one"), "file").read_bytes() == content
 
 
 @pytest.mark.parametrize("uri", ["nowhere://x/y", "gone", "{tmp}"])
@@ -57,13 +61,18 @@ def test_a_mistake_in_the_setup_of_a_bucket_is_told_at_once(
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(UserError, match=r": cannot be read: (Unable to locate|Parameter validation)"):
+    with pytest.raises(
+        UserError, match=r": cannot be read: (Unable to locate|Parameter validation)"
+    ):
         storage.read_bytes(f"{bucket}/x")
 
 
 def s3_error(status: int, code: str) -> Exception:
     """Return the error that s3fs makes of an answer."""
-    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    answer = {
+        "Error": {"Code": code, "Message": "no"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
     return translate_boto_error(ClientError(answer, "GetObject"))
 
 
@@ -90,10 +99,10 @@ def s3_error(status: int, code: str) -> Exception:
     ids=lambda value: str(value),
 )
 def test_only_what_may_pass_is_asked_again(error: Exception, passes: bool) -> None:
-    assert may_pass(error) == passes
+    assert is_transient(error) == passes
     failed = WorkError("x: cannot be read")
     failed.__cause__ = error
-    assert may_pass(failed) == passes
+    assert is_transient(failed) == passes
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
@@ -109,7 +118,9 @@ def test_a_bucket_that_refuses_a_request_is_believed_at_once(
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "x")
         fsspec.get_filesystem_class(scheme).clear_instance_cache()
-        with pytest.raises((UserError, WorkError), match=f"{scheme}://bucket/a.jpg: cannot be read: "):
+        with pytest.raises(
+            (UserError, WorkError), match=f"{scheme}://bucket/a.jpg: cannot be read: "
+        ):
             storage.read_bytes(f"{scheme}://bucket/a.jpg", 100)
     fsspec.get_filesystem_class(scheme).clear_instance_cache()
     assert "asking again" not in caplog.text and 1 <= len(asked) < 6

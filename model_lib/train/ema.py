@@ -1,4 +1,5 @@
-"""An exponential moving average of the trained weights: smoother, and most often better, than the last ones."""
+"""An exponential moving average of the trained weights: smoother, and most often better, than the
+last ones."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class MovingAverage:
+class EMA:
     """The average of a model's trained weights.
 
     In its first steps it follows faster, so that the weights it started from are soon forgotten.
@@ -19,7 +20,9 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
+        self.weights = (
+            {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
+        )
         self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
 
     @torch.no_grad()

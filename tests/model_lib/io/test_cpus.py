@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model_lib.cores import cores
+from model_lib.io.cpus import cpu_count
 
 QUOTA, PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
 
@@ -29,15 +29,15 @@ def test_a_containers_limit_counts(
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr("model_lib.cores.LIMITS", tmp_path)
+    monkeypatch.setattr("model_lib.io.cpus.LIMITS", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
-    assert cores() == expected
+    assert cpu_count() == expected
 
 
 def test_so_does_what_a_process_may_run_on() -> None:
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        assert cores() == 1
+        assert cpu_count() == 1
     finally:
         os.sched_setaffinity(0, allowed)

@@ -18,12 +18,17 @@ _ANSWER = TypeVar("_ANSWER")
 
 
 def retry(
-    what: str, action: Callable[[], _ANSWER], passing: Callable[[Exception], bool], seconds: float | None = None
+    what: str,
+    action: Callable[[], _ANSWER],
+    passing: Callable[[Exception], bool],
+    seconds: float | None = None,
 ) -> _ANSWER:
-    """Return what `action` returns, tried again after growing pauses while it fails in a way that may pass.
+    """Return what `action` returns, tried again after growing pauses while it fails in a way that
+    may pass.
 
-    Drivers try again for some seconds by themselves; this outlasts a server that answers 429 or 503 for minutes. What
-    fails otherwise is raised at once, and so is what still fails after `RETRY_SECONDS`.
+    Drivers try again for some seconds by themselves; this outlasts a server that answers 429 or 503
+    for minutes. What fails otherwise is raised at once, and so is what still fails after
+    `RETRY_SECONDS`.
 
     Args:
         what: name of what is asked, for the log.
@@ -36,13 +41,17 @@ def retry(
         try:
             seconds = float(given)
         except ValueError:
-            raise UserError(f"CAPTIONER_RETRY_SECONDS={given}: is not a number of seconds") from None
+            raise UserError(
+                f"CAPTIONER_RETRY_SECONDS={given}: is not a number of seconds"
+            ) from None
     started = time.monotonic()
     for attempt in itertools.count():
         try:
             return action()
         except Exception as error:
-            pause = min(LONGEST_PAUSE, 2.0**attempt) * random.uniform(0.5, 1)  # apart from others that failed with us
+            pause = min(LONGEST_PAUSE, 2.0**attempt) * random.uniform(
+                0.5, 1
+            )  # apart from others that failed with us
             if not passing(error) or time.monotonic() - started + pause > seconds:
                 raise
             reason = f"{type(error).__name__}: {printable(first_line(error))}"
@@ -52,6 +61,7 @@ def retry(
     raise AssertionError("unreachable")
 
 
-def status_may_pass(status: int) -> bool:
-    """Return whether an HTTP status is worth another try: a timeout, too many requests, a fault of the server's."""
+def is_transient_status(status: int) -> bool:
+    """Return whether an HTTP status is worth another try: a timeout, too many requests, a fault of
+    the server's."""
     return status in (408, 429) or status >= 500

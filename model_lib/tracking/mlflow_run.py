@@ -1,8 +1,9 @@
-"""A run on an MLflow server that may be away: training waits for it at the start and at the end, never in between.
+"""A run on an MLflow server that may be away: training waits for it at the start and at the end,
+never in between.
 
-Points of curves wait in memory and go to the server on a thread, in order, again until they have arrived. A checkpoint
-keeps those that may not have: a resumed run sends them again, with their times, by which MLflow knows a point that it
-has. So none is lost by an outage, a kill, or both.
+Points of curves wait in memory and go to the server on a thread, in order, again until they have
+arrived. A checkpoint keeps those that may not have: a resumed run sends them again, with their
+times, by which MLflow knows a point that it has. So none is lost by an outage, a kill, or both.
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
 from model_lib.errors import WorkError, first_line, printable
-from model_lib.retries import retry, status_may_pass
+from model_lib.io.retries import is_transient_status, retry
 from model_lib.tracking.runs import Point, Run
 
 log = logging.getLogger(__name__)
@@ -25,13 +26,15 @@ INTERVAL, LONGEST_PAUSE = 5.0, 60.0
 AT_ONCE = 500
 """Points; a server takes at most 1,000 a call."""
 AT_START = 10.0
-"""Seconds for which a server that fails at the start is asked again: a wrong address is told at once."""
+"""Seconds for which a server that fails at the start is asked again: a wrong address is told at
+once."""
 FAIL_FAST = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 @contextmanager
 def failing_fast() -> Iterator[None]:
-    """Let MLflow's client, which asks again for minutes, fail within seconds in the body, unless the user set it.
+    """Let MLflow's client, which asks again for minutes, fail within seconds in the body, unless
+    the user set it.
 
     It takes that from the environment alone.
     """
@@ -45,28 +48,32 @@ def failing_fast() -> Iterator[None]:
 
 
 def answered(uri: str, action: Callable[[], _Answer]) -> _Answer:
-    """Return what `action` has from the server at `uri`; what that fails with is raised within seconds."""
+    """Return what `action` has from the server at `uri`; what that fails with is raised within
+    seconds."""
     with failing_fast():
         return retry(printable(f"MLflow at {uri}"), action, _passing, AT_START)
 
 
 def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
-    """Return what `action` has from the server at `uri`; `WorkError` within seconds if it does not answer."""
+    """Return what `action` has from the server at `uri`; `WorkError` within seconds if it does not
+    answer."""
     try:
         return answered(uri, action)
     except Exception as error:
         raise WorkError(
-            f"MLflow at {uri}: fails ({reason(error)}); see to the server or to MLFLOW_TRACKING_URI and start again: "
+            f"MLflow at {uri}: fails ({reason(error)}); see to the server or to "
+            "MLFLOW_TRACKING_URI and start again: "
             "nothing was done"
         ) from error
 
 
 def _passing(error: Exception) -> bool:
-    """Whether a server's failure may pass: it does not answer, has too much to do, or an error of its own."""
+    """Whether a server's failure may pass: it does not answer, has too much to do, or an error of
+    its own."""
     from mlflow.exceptions import MlflowException
 
     status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
-    return status_may_pass(status)
+    return is_transient_status(status)
 
 
 def reason(error: Exception) -> str:
@@ -82,15 +89,23 @@ class MlflowRun(Run):
         client: of the server.
         run_id: of the run, which is there.
         params, tags: what it gets when it begins.
-        finished: whether it has finished before; then it stays as it is, unless something more is logged.
+        finished: whether it has finished before; then it stays as it is, unless something more is
+            logged.
     """
 
     def __init__(
-        self, client: Any, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str], finished: bool = False
+        self,
+        client: Any,
+        run_id: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        finished: bool = False,
     ) -> None:
         self.client, self.run_id = client, run_id
         self.params, self.tags, self.finished = params, tags, finished
-        self.waiting: list[Point] = []  # appended to by training and emptied by the thread, each in one operation
+        self.waiting: list[
+            Point
+        ] = []  # appended to by training and emptied by the thread, each in one operation
         self.clock = 0
         self.ending = threading.Event()
         self.sender: threading.Thread | None = None
@@ -114,8 +129,12 @@ class MlflowRun(Run):
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # else it warns that there is no GPU
-        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
+        logging.getLogger("mlflow.system_metrics").setLevel(
+            logging.ERROR
+        )  # else it warns that there is no GPU
+        self.monitor = SystemMetricsMonitor(
+            self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri
+        )
         self.monitor.start()
 
     def _open(self) -> None:
@@ -140,7 +159,9 @@ class MlflowRun(Run):
 
     def resume(self, points: Sequence[Point]) -> None:
         if not self.finished:  # else all had arrived
-            self.waiting += [(name, value, measured, step) for name, value, measured, step in points]
+            self.waiting += [
+                (name, value, measured, step) for name, value, measured, step in points
+            ]
             self.clock = max((point[2] for point in points), default=0)
 
     def _keep_sending(self) -> None:
@@ -151,12 +172,17 @@ class MlflowRun(Run):
             except Exception as error:
                 if not outage:
                     where, why = printable(self.client.tracking_uri), reason(error)
-                    log.warning("MLflow at %s: fails (%s); training goes on, and its points are kept", where, why)
+                    log.warning(
+                        "MLflow at %s: fails (%s); training goes on, and its points are kept",
+                        where,
+                        why,
+                    )
                 outage, pause = True, min(2 * pause, LONGEST_PAUSE)
             else:
                 if outage:
                     log.warning(
-                        "MLflow at %s: answers again; all points have arrived", printable(self.client.tracking_uri)
+                        "MLflow at %s: answers again; all points have arrived",
+                        printable(self.client.tracking_uri),
                     )
                 outage, pause = False, INTERVAL
 
@@ -191,9 +217,15 @@ class MlflowRun(Run):
                     end()
             except Exception as error:
                 if kind is not None:  # the body's reason is the one to raise
-                    log.warning("MLflow at %s: the run was not ended there (%s)", printable(uri), reason(error))
+                    log.warning(
+                        "MLflow at %s: the run was not ended there (%s)",
+                        printable(uri),
+                        reason(error),
+                    )
                     return
                 raise WorkError(
-                    f"MLflow at {uri}: fails ({reason(error)}); the training is done and its model is safe, but "
-                    f"{len(self.waiting)} points of run {self.run_id} were not sent; the same command sends them"
+                    f"MLflow at {uri}: fails ({reason(error)}); the training is done and its "
+                    "model is safe, but "
+                    f"{len(self.waiting)} points of run {self.run_id} were not sent; the same "
+                    "command sends them"
                 ) from error

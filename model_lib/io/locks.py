@@ -1,7 +1,9 @@
-"""An output folder for one run alone: others are kept out, and what a kill left half-written is gone.
+"""An output folder for one run alone: others are kept out, and what a kill left half-written is
+gone.
 
-A local folder is locked by the system, which takes the lock away when its process ends, however that ends. Other stores
-know no locks: there a file says who is at work, and changes every few seconds for as long as they are.
+A local folder is locked by the system, which takes the lock away when its process ends, however
+that ends. Other stores know no locks: there a file says who is at work, and changes every few
+seconds for as long as they are.
 """
 
 import contextlib
@@ -17,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model_lib import storage
 from model_lib.errors import UserError, WorkError, first_line, printable
+from model_lib.io import storage
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -26,15 +28,17 @@ LOCK = ".lock"
 BEAT = 5.0
 """Seconds between two signs of life in a bucket."""
 SILENCE = 30.0
-"""Seconds without one after which a run counts as dead. Whoever waits counts them: machines' clocks differ."""
+"""Seconds without one after which a run counts as dead. Whoever waits counts them: machines' clocks
+differ."""
 SETTLE = 1.0
-"""Seconds to wait after writing the file: of two runs that begin together, the first to write then sees the other's."""
+"""Seconds to wait after writing the file: of two runs that begin together, the first to write then
+sees the other's."""
 GRACE = 10.0
 """Seconds in which a run that lost its folder may end in good order."""
 
 
 @contextlib.contextmanager
-def held(folder: str) -> Iterator[None]:
+def output_lock(folder: str) -> Iterator[None]:
     """Make an output folder ready and keep other runs out of it.
 
     Raises:
@@ -53,7 +57,8 @@ def held(folder: str) -> Iterator[None]:
 
 
 def _remove_parts(folder: Path) -> None:
-    """Remove what kills left half-written, but not in folders below that are other runs' outputs."""
+    """Remove what kills left half-written, but not in folders below that are other runs'
+    outputs."""
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not Path(place, name, LOCK).exists()]
         for name in files:
@@ -71,7 +76,9 @@ def _locked(folder: str) -> Iterator[None]:
         os.makedirs(path := storage.filesystem(folder)[1], exist_ok=True)
         lock = Path(path, LOCK).open("a+")  # noqa: SIM115 (what goes wrong in the body is another thing)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written to: {error.strerror or error}; choose another output") from error
+        raise UserError(
+            f"{folder}: cannot be written to: {error.strerror or error}; choose another output"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +86,11 @@ def _locked(folder: str) -> Iterator[None]:
             lock.seek(0)
             raise _at_work(folder, lock.read().strip() or "another process") from None
         except OSError as error:  # a network's disk without locks
-            log.warning("%s: cannot be locked (%s): let no other run write there meanwhile", folder, error.strerror)
+            log.warning(
+                "%s: cannot be locked (%s): let no other run write there meanwhile",
+                folder,
+                error.strerror,
+            )
         with contextlib.suppress(OSError):  # a full disk: who holds the lock is only said
             lock.truncate(0)
             lock.write(f"{_me()}\n")
@@ -100,7 +111,12 @@ class _Lease:
 
     def __init__(self, folder: str) -> None:
         self.folder, self.uri = folder, storage.join(folder, LOCK)
-        self.said = {"who": _me(), "host": socket.gethostname(), "pid": os.getpid(), "run": uuid.uuid4().hex}
+        self.said = {
+            "who": _me(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "run": uuid.uuid4().hex,
+        }
         self.beats = 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._live, name=f"lease of {folder}", daemon=True)
@@ -128,7 +144,10 @@ class _Lease:
     def _wait_for_silence(self, there: dict[str, Any]) -> None:
         """Return once the run that left the file gives no sign of life; `WorkError` if it does."""
         log.warning(
-            "%s: %s was at work there; looking for %.0f s whether it is", self.folder, printable(there["who"]), SILENCE
+            "%s: %s was at work there; looking for %.0f s whether it is",
+            self.folder,
+            printable(there["who"]),
+            SILENCE,
         )
         until = time.monotonic() + SILENCE
         while time.monotonic() < until:
@@ -156,17 +175,25 @@ class _Lease:
         storage.write_json(self.uri, {**self.said, "beats": self.beats})
 
     def _live(self) -> None:
-        """Give signs of life; end the run if another took the folder over, for which this one was dead."""
+        """Give signs of life; end the run if another took the folder over, for which this one was
+        dead."""
         while not self.ended.wait(BEAT):
             try:
                 if self._mine():
                     self._beat()
                     continue
-            except Exception as error:  # a store that fails: others see the silence, and this run sees them later
+            except (
+                Exception
+            ) as error:  # a store that fails: others see the silence, and this run sees them later
                 log.info("%s: no sign of life: %s", self.uri, first_line(error))
                 continue
-            log.error("%s: another run took it over while this one gave no sign of life; ending", self.folder)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from what it waits for
+            log.error(
+                "%s: another run took it over while this one gave no sign of life; ending",
+                self.folder,
+            )
+            signal.pthread_kill(
+                threading.main_thread().ident or 0, signal.SIGINT
+            )  # wakes it from what it waits for
             if not self.ended.wait(GRACE):  # or it ignores that: a shell's background job does
                 os._exit(130)
             return

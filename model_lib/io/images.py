@@ -1,0 +1,220 @@
+"""Images as they come: bytes of any kind to an upright RGB image, and on to the model's pixels.
+
+What cannot be shown is a `ImageError` with a reason from a short list, so that every broken image
+can be counted and reported while the others go on.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from model_lib.io import storage
+
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".avif",
+    ".jfif",
+}
+"""Endings of the files that count as images when a folder is searched."""
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "JPEG2000",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "HEIF",
+    "AVIF",
+    "PPM",
+)
+"""Pillow's names of the formats that are read, whatever a file's ending says."""
+MAX_PIXELS = 128 * 1024 * 1024
+"""Images with more pixels are refused: decoding one would need more than half a gigabyte."""
+LARGEST_FILE = 256 * 2**20
+"""Bytes of a file from which it is not read, nor inflated from an archive."""
+
+
+class ImageError(Exception):
+    """An image that cannot be used: `reason` is a word that is counted, and `detail` says more.
+
+    The reasons are unreadable, truncated, too_large and empty; not_storable where it cannot be
+    kept; and changed where it is another than was listed.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def read_image(uri: str, retry_seconds: float | None = 0.0) -> bytes:
+    """Return the bytes of an image's file.
+
+    Args:
+        uri: path, URI or address.
+        retry_seconds: seconds for which a store that fails is asked again; None: as long as a
+            stage's own files.
+
+    Raises:
+        UserError: it is missing, or no file.
+        WorkError: its store or server failed.
+        ImageError: it is too large to be an image, which is not read to its end.
+    """
+    content = storage.read_bytes(uri, LARGEST_FILE, retry_seconds)
+    require_readable(len(content))
+    return content
+
+
+def require_readable(size: int) -> None:
+    """Raise `ImageError` if a file of `size` bytes is too large to be read as an image."""
+    if size > LARGEST_FILE:
+        raise ImageError("too_large", f"a file of more than {LARGEST_FILE:,} bytes")
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Decode an image to upright RGB.
+
+    The first frame of an animation is taken, EXIF rotation applied, transparency laid on white,
+    CMYK and palettes converted, and 16-bit values scaled rather than clipped.
+
+    Args:
+        content: the file's bytes, in any format that Pillow reads.
+
+    Raises:
+        ImageError: the bytes are no whole image, or one of more than `MAX_PIXELS`.
+    """
+    if not content:
+        raise ImageError("empty", "the file has no bytes")
+    with _damage():
+        image = Image.open(io.BytesIO(content), formats=_formats())
+        _require_few_pixels(image)
+        return _upright_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a Pillow image as `decode_image` returns its file; the image itself stays as it is.
+
+    Raises:
+        ImageError: its file is damaged, or it has more than `MAX_PIXELS`.
+    """
+    with _damage():
+        _require_few_pixels(image)
+        return _upright_rgb(image.copy())
+
+
+def _require_few_pixels(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            "too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}"
+        )
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Raise what Pillow says of a damaged or hostile file as a `ImageError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # a bomb is refused by its size; other warnings are no news
+            yield
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("unreadable", "not an image in a format known here") from error
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise all kinds on damaged files
+        reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise ImageError(reason, str(error) or type(error).__name__) from error
+
+
+def _formats() -> list[str]:
+    """Return the formats that are read, as far as they are installed: Pillow alone would try every
+    one it knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        # Integers wider than a byte are 16-bit grey; a format without a fixed range is scaled by
+        # its own maximum.
+        brightest = max(
+            float(values.max(initial=0)), 65535.0 if image.mode.startswith("I") else 1.0
+        )
+        image = Image.fromarray((values * (255 / brightest)).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+
+
+def reduced_size(width: int, height: int, shortest_side: int) -> tuple[int, int]:
+    """Return width and height of an image whose shorter side has `shortest_side` pixels."""
+    if width <= height:
+        return shortest_side, int(shortest_side * height / width)
+    return int(shortest_side * width / height), shortest_side
+
+
+def to_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Return CLIP's view of an RGB image: shorter side resized (bicubic), centre cropped.
+
+    Args:
+        image: RGB, any size.
+        size: side of the square in pixels.
+
+    Returns:
+        uint8 [3, size, size]; `Captioner.encode` normalises it.
+    """
+    shorter, longer = sorted(image.size)
+    if (
+        longer > 32 * shorter
+    ):  # resized whole, a strip would fill the memory only to be cut down to its middle
+        cut = (longer - 4 * shorter) // 2
+        box = (
+            (0, cut, shorter, longer - cut)
+            if image.height == longer
+            else (cut, 0, longer - cut, shorter)
+        )
+        image = image.crop(box)
+    width, height = reduced_size(*image.size, size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def is_image(content: bytes) -> bool:
+    """Whether bytes begin as images in the formats that are read do; the rest may be damaged all
+    the same."""
+    try:
+        Image.open(io.BytesIO(content), formats=_formats())
+    except (Image.DecompressionBombError, MemoryError):
+        return True  # which is for `decode_image` to refuse
+    except Exception:  # see there
+        return False
+    return True

@@ -1,0 +1,37 @@
+"""Evaluating in a pipeline: a candidate, or the champion on the same data, in a folder keyed by
+data and options."""
+
+from typing import Any
+
+from model_lib.data.shards import read_manifest
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
+from model_lib.evaluate.result import Evaluation
+from model_lib.io import storage
+from model_lib.registry.config import NO_CHAMPION
+from model_lib.registry.registry import champion_version
+from model_lib.tracking.model_uris import version_uri
+from model_lib.tracking.server import NO_TRACKING, Tracking, require_mlflow
+
+
+def evaluate_model(
+    model: str, data: str, root: str, tracking: Tracking, **options: Any
+) -> tuple[Evaluation, str]:
+    """Evaluate a model; return the evaluation and its folder under `root`, keyed by data and
+    options."""
+    config = EvaluateConfig.from_options(model=model, data=data, output=root, **options)
+    folder = storage.join(root, f"evaluation-{config.key(read_manifest(data).fingerprint)}")
+    return evaluate(
+        EvaluateConfig.from_options(model=model, data=data, output=folder, **options), tracking
+    ), folder
+
+
+def evaluate_champion(data: str, root: str, tracking: Tracking, **options: Any) -> str:
+    """Evaluate the present champion on `data`; return its evaluation's folder, or none if there is
+    no champion yet."""
+    version = champion_version(require_mlflow(tracking).uri)
+    if version is None:
+        return NO_CHAMPION
+    return evaluate_model(
+        version_uri(version), data, storage.join(root, "champions"), NO_TRACKING, **options
+    )[1]
