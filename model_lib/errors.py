@@ -49,6 +49,6 @@ def exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, UserError) else 1
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an exception says, in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,15 +1,14 @@
 """Captioning a plan's shards: images are read and decoded ahead, and each shard's file is whole or
 not there."""
 
-import itertools
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +22,17 @@ from model_lib.batch.listing import ListedImage
 from model_lib.batch.planning import Plan, folder_of, load_plan
 from model_lib.batch.rows import ABOUT, FIELDS, SEVERAL
 from model_lib.errors import UserError, WorkError
-from model_lib.io import storage, url_policy
+from model_lib.io import storage
 from model_lib.io.background import Background
 from model_lib.io.cpus import cpu_count
 from model_lib.io.images import ImageError, decode_image, read_image, require_readable, to_pixels
+from model_lib.io.prefetch import PREFETCH, prefetch_map
+from model_lib.io.url_policy import UrlNotAllowed, require_allowed, store_of
 from model_lib.progress import Progress
 
 if TYPE_CHECKING:
     from model_lib.model.captioner import Captioner
 
-PREFETCH = 4
-"""Batches that are read and decoded before the model asks for them."""
 RETRY_SECONDS = 60.0
 """Seconds for which an image is asked for again while its store fails."""
 
@@ -70,32 +69,24 @@ def _captioned(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield each shard's rows, in order."""
     config = made.config
-    pool = ThreadPoolExecutor(config.workers or 2 * cpu_count())
-    try:
-        images = (image for index in indices for image in made.images(index))
-        loading = (pool.submit(_load, image, model.image_size, config.images) for image in images)
-        ahead = deque(itertools.islice(loading, PREFETCH * config.batch_size))
+    images = (image for index in indices for image in made.images(index))
+    load = partial(_load, size=model.image_size, source=config.images)
+    workers, depth = config.workers or 2 * cpu_count(), PREFETCH * config.batch_size
+    with closing(prefetch_map(load, images, workers, depth)) as loaded:
         for index in indices:
             rows: list[dict[str, Any]] = []
-            while len(rows) < made.shards[index].images:
-                count = min(config.batch_size, made.shards[index].images - len(rows))
-                batch = [ahead.popleft() for _ in range(count)]
-                ahead.extend(itertools.islice(loading, count))
+            while left := made.shards[index].images - len(rows):
+                batch = list(islice(loaded, min(config.batch_size, left)))
                 rows += _caption_batch(batch, model, config)
-                progress.advance(count)
+                progress.advance(len(batch))
             yield index, rows
-    finally:
-        pool.shutdown(
-            wait=False, cancel_futures=True
-        )  # who stops does not wait for what was to be read
 
 
 def _caption_batch(
-    batch: list[Future], model: "Captioner", config: BatchConfig
+    loaded: list[tuple[dict[str, Any], np.ndarray | None]], model: "Captioner", config: BatchConfig
 ) -> list[dict[str, Any]]:
     from model_lib.model.captioning import caption_pixels
 
-    loaded = [future.result() for future in batch]
     good = [pixels for _, pixels in loaded if pixels is not None]
     captioned = iter(caption_pixels(model, np.stack(good), config) if good else [])
     rows = []
@@ -117,9 +108,9 @@ def _load(listed: ListedImage, size: int, source: str) -> tuple[dict[str, Any], 
     row: dict[str, Any] = {"uri": listed.uri, "status": "error"}
     try:
         if listed.is_from_list:
-            url_policy.require_listed(listed.uri, source)
+            _require_listed(listed.uri, source)
         require_readable(listed.bytes)
-        content = read_image(listed.uri, RETRY_SECONDS)
+        content = read_image(listed.uri, RETRY_SECONDS, redirects=not listed.is_from_list)
         row["bytes"] = len(content)
         if _changed(listed, content):
             raise ImageError("changed", "is another file than was listed; the next run captions it")
@@ -131,6 +122,12 @@ def _load(listed: ListedImage, size: int, source: str) -> tuple[dict[str, Any], 
     except (UserError, WorkError) as error:
         row["error"] = f"{_reason(error)}: {error}"
     return row, None
+
+
+def _require_listed(uri: str, source: str) -> None:
+    """Raise `UrlNotAllowed` if a list in a store names an image that is elsewhere."""
+    if not storage.is_local(source):
+        require_allowed(uri, store_of(source))
 
 
 def _changed(image: ListedImage, content: bytes) -> bool:
@@ -147,7 +144,7 @@ def _changed(image: ListedImage, content: bytes) -> bool:
 
 def _reason(error: UserError | WorkError) -> str:
     cause = error.__cause__
-    if isinstance(error, url_policy.UrlNotAllowed):
+    if isinstance(error, UrlNotAllowed):
         return "not_allowed"
     if (
         isinstance(cause, PermissionError)

@@ -15,7 +15,6 @@ from model_lib.batch.config import BatchConfig
 from model_lib.errors import UserError, first_line
 from model_lib.io import storage
 from model_lib.io.images import EXTENSIONS
-from model_lib.io.remote_cache import find_files
 
 LISTS = {".parquet", ".csv", ".txt"}
 """Endings of files that list images."""
@@ -70,7 +69,7 @@ def _below(config: BatchConfig) -> Iterable[ListedImage]:
     fs, path = storage.filesystem(config.images)
     if not storage.is_folder(config.images):
         raise UserError(f"{config.images}: no such folder of images")
-    files = find_files(config.images, None if config.recursive else 1)
+    files = storage.find_files(config.images, None if config.recursive else 1)
     output_fs, output = storage.filesystem(config.output)
     is_inside = output_fs == fs and output.startswith(f"{path.rstrip('/')}/")
     for name, info in files.items():

@@ -16,7 +16,13 @@ from model_lib.batch.listing import ListedImage, list_images
 from model_lib.batch.rows import read_shard
 from model_lib.errors import UserError
 from model_lib.io import storage
-from model_lib.io.validation import input_errors, parse, require_columns, require_file_name
+from model_lib.io.errors import input_errors
+from model_lib.io.validation import (
+    read_record,
+    require_columns,
+    require_file_name,
+    require_values,
+)
 from model_lib.model.sources import lasting_source, source_digest
 
 ANOTHER_TIME = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
@@ -36,13 +42,13 @@ class Shard:
 class Plan:
     """What is to be captioned, by what, in which shards."""
 
-    folder: str
-    """Where everything of this model and its options lies."""
     configuration: dict[str, Any]
     """The `BatchConfig`, its model named so that it means the same later."""
     listing: str
     """Name of the file that holds the shards' images."""
     shards: list[Shard]
+    folder: str = ""
+    """Where everything of this model and its options lies; not in the file."""
 
     @property
     def config(self) -> BatchConfig:
@@ -51,24 +57,19 @@ class Plan:
     def images(self, index: int) -> list[ListedImage]:
         """Return the images of a shard."""
         uri = self.reference
-        fs, path = storage.filesystem(uri)
-
-        def read() -> list[dict[str, Any]]:
-            with fs.open(path, "rb") as file:
-                parquet = pq.ParquetFile(file)
-                require_columns(
-                    parquet.schema_arrow,
-                    {"uri": "text", "bytes": "whole number", "version": "text"},
-                )
-                return list(parquet.read_row_group(index).to_pylist())
-
-        with input_errors(uri, "the listing of a plan that captioner batch wrote"):
-            images = [parse(ListedImage, row) for row in storage.retry_remote(uri, read)]
-            if len(images) != self.shards[index].images:
-                raise ValueError(
-                    f"row group {index} has {len(images)} images, not {self.shards[index].images}"
-                )
-        return images
+        columns = {"uri": "text", "bytes": "int", "version": "text"}
+        with (
+            storage.open_file(uri) as file,
+            input_errors(uri, "the listing of a plan that captioner batch wrote"),
+        ):
+            parquet = pq.ParquetFile(file)
+            require_columns(parquet.schema_arrow, columns)
+            table = parquet.read_row_group(index, columns=list(columns))
+            require_values(table, list(columns))
+            if table.num_rows != self.shards[index].images:
+                rows = f"{table.num_rows} images, not {self.shards[index].images}"
+                raise ValueError(f"row group {index} has {rows}")
+            return [ListedImage(**row) for row in table.to_pylist()]
 
     @property
     def reference(self) -> str:
@@ -87,17 +88,16 @@ class Plan:
 
 def read_plan(folder: str) -> Plan:
     """Read the plan in `folder`; `UserError` if there is none."""
-    uri = storage.join(folder, "plan.json")
-    document = storage.read_json(uri)
-    with input_errors(uri, "a plan that captioner batch wrote"):
-        made = parse(Plan, {**document, "folder": folder})
+    uri, what = storage.join(folder, "plan.json"), "a plan that captioner batch wrote"
+    made = replace(read_record(uri, Plan, what), folder=folder)
+    with input_errors(uri, what):
         for name in (made.listing, *(shard.file for shard in made.shards)):
             require_file_name(name)
         try:
             made.config  # noqa: B018  refuses options that this version does not have
         except UserError as error:
             raise ValueError(str(error)) from error
-        return made
+    return made
 
 
 def load_plan(reference: str) -> Plan:
@@ -155,7 +155,7 @@ def plan(config: BatchConfig, folder: str) -> Plan:
                     pa.Table.from_pylist([asdict(image) for image in group], schema), len(group)
                 )
     shards = [Shard(f"part-{_digest(group)}.parquet", len(group)) for group in groups]
-    made = Plan(folder, config.to_dict(), listing, shards)
+    made = Plan(config.to_dict(), listing, shards, folder)
     document = {name: value for name, value in asdict(made).items() if name != "folder"}
     storage.write_json(storage.join(folder, "plan.json"), document)
     remove_stale_files(made)

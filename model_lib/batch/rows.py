@@ -1,10 +1,9 @@
 """The rows of captions as Parquet holds them, one for each image that was listed."""
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from model_lib.io import storage
-from model_lib.io.validation import input_errors, require_columns
+from model_lib.io.errors import input_errors
+from model_lib.io.validation import read_parquet
 
 FIELDS = [
     ("uri", pa.string()),
@@ -24,28 +23,15 @@ ABOUT = b"captioner"
 """Key of a Parquet file's metadata: what made it, as JSON."""
 
 
+TYPES = {"uri": "text", "status": "text", "caption": "text", "score": "float", "error": "text"}
+"""Columns that are read again."""
+
+
 def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Return the rows of a shard's file."""
-    fs, path = storage.filesystem(uri)
-
-    def read() -> pa.Table:
-        with fs.open(path, "rb") as file:
-            # Not pq.read_table: on an open file it leaves threads that abort the process at its
-            # exit (pyarrow 25).
-            return pq.ParquetFile(file).read(columns=columns)
-
-    with input_errors(uri, "captions that captioner batch wrote"):
-        table = storage.retry_remote(uri, read)
-        wanted = {
-            "uri": "text",
-            "status": "text",
-            "caption": "text",
-            "score": "number",
-            "error": "text",
-        }
-        require_columns(
-            table.schema,
-            {name: kind for name, kind in wanted.items() if not columns or name in columns},
-        )
+    """Return some columns of a shard's file, or all."""
+    what = "captions that captioner batch wrote"
+    types = {name: TYPES[name] for name in columns or TYPES}
+    table = read_parquet(uri, types, what, others=columns is None)
+    with input_errors(uri, what):
         table.validate(full=True)
     return table

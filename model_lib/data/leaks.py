@@ -6,15 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from model_lib.data.shards import Manifest, read_manifest
+from model_lib.data.shards import SHARD, Manifest, read_manifest
 from model_lib.errors import UserError
-from model_lib.io import storage
-from model_lib.io.validation import input_errors, require_columns
+from model_lib.io.validation import read_parquet
 
 log = logging.getLogger(__name__)
-COLUMNS = {"image_id": "whole number", "file_name": "text", "sha256": "text"}
+COLUMNS = {"image_id": "int", "file_name": "text", "sha256": "text"}
 COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})\.\w+")
 """How COCO names its files, and all who cut it up: by their id in twelve digits."""
 NAMED = 3
@@ -73,15 +70,7 @@ def _images(manifest: Manifest, split: str, by_id: bool) -> Iterator[tuple[str, 
     """Yield each image's name and what it is known by."""
     for shard in manifest.shards:
         if shard.split == split:
-            for row in storage.retry_remote(shard.uri, lambda uri=shard.uri: _read(uri)):  # type: ignore[misc]
+            for row in read_parquet(shard.uri, COLUMNS, SHARD).to_pylist():
                 coco = COCO_NAME.fullmatch(PurePosixPath(row["file_name"]).name)
                 is_cocos = by_id and coco is not None and int(coco[1]) == row["image_id"]
                 yield row["file_name"], [row["sha256"], *([row["image_id"]] if is_cocos else [])]
-
-
-def _read(uri: str) -> list[dict]:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file, input_errors(uri, "a shard that captioner ingest wrote"):
-        parquet = pq.ParquetFile(file)
-        require_columns(parquet.schema_arrow, COLUMNS)
-        return parquet.read(columns=list(COLUMNS)).to_pylist()

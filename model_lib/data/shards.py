@@ -6,24 +6,26 @@ any step by leaving out an order's start.
 """
 
 import hashlib
-from collections import OrderedDict, deque
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from model_lib.errors import UserError, WorkError, first_line
+from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
+from model_lib.io.errors import input_errors
 from model_lib.io.images import ImageError, decode_image, to_pixels
+from model_lib.io.prefetch import PREFETCH, prefetch_map
 from model_lib.io.validation import (
-    input_errors,
-    parse,
+    read_record,
     require_columns,
     require_file_name,
     require_values,
@@ -34,17 +36,20 @@ FORMAT_VERSION = 1
 WINDOW = 4096
 """Rows held in memory and shuffled together: about 100 MB of images at 256 pixels."""
 COLUMNS = {
-    "image_id": "whole number",
+    "image_id": "int",
     "file_name": "text",
     "image": "bytes",
-    "captions": "list of texts",
+    "captions": "list of text",
 }
 """Columns that are read; others may be there."""
-Item = TypeVar("Item")
-PREFETCH = 4
-"""Batches that are read and decoded before they are asked for."""
 CHUNK = 8 * 2**20
 """Bytes of a shard that are read and hashed at once."""
+SHARD = "a shard that captioner ingest wrote; ingest anew"
+
+View = Callable[[Image.Image, int], np.ndarray]
+"""From an RGB image and its number to pixels, uint8 [3, size, size]."""
+BatchOrder = Sequence[np.ndarray]
+"""For each batch the numbers of its images."""
 
 
 @dataclass(frozen=True)
@@ -98,27 +103,21 @@ class Manifest:
 
 
 def read_manifest(uri: str) -> Manifest:
-    """Read the manifest at `uri` (the file, or the folder it lies in); its shards' URIs are made
-    absolute.
+    """Read the manifest at `uri`, the file or its folder; its shards' URIs are made absolute.
 
     Raises:
         UserError: there is no manifest, or one of another format version.
     """
-    file = (
-        uri
-        if uri.endswith(".json") or not storage.is_folder(uri)
-        else storage.join(uri, "manifest.json")
-    )
+    is_file = uri.endswith(".json") or not storage.is_folder(uri)
+    file = uri if is_file else storage.join(uri, "manifest.json")
     if not storage.exists(file):
         raise UserError(f"{file}: no such data set; make one with captioner ingest")
-    document = storage.read_json(file)
-    with input_errors(file, "a manifest that captioner ingest wrote"):
-        if document["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{file}: format version {document['format_version']} is not {FORMAT_VERSION}; "
-                "ingest anew"
-            )
-        manifest = parse(Manifest, document)
+    what = "a manifest that captioner ingest wrote"
+    manifest = read_record(file, Manifest, what)
+    if manifest.format_version != FORMAT_VERSION:
+        version = manifest.format_version
+        raise UserError(f"{file}: format version {version} is not {FORMAT_VERSION}; ingest anew")
+    with input_errors(file, what):
         for shard in manifest.shards:
             require_file_name(shard.uri.removeprefix(f"{manifest.uri.rstrip('/')}/"))
     return manifest.located(file.rpartition("/")[0] or ".")
@@ -129,17 +128,14 @@ class Batch:
     """Some images with their captions."""
 
     numbers: list[int]
-    """Places of the images in the split."""
+    """Of the images in the split."""
     image_ids: list[int]
     file_names: list[str]
     pixels: np.ndarray
     """RGB, uint8 [B, 3, size, size]."""
     captions: list[list[str]]
-    jpegs: list[bytes]
-
-
-BatchOrder = Sequence[np.ndarray]
-"""For each batch the numbers of its images."""
+    files: list[bytes]
+    """The images as they are stored."""
 
 
 class SplitReader:
@@ -158,8 +154,8 @@ class SplitReader:
     ) -> None:
         manifest.require_split(split)
         self.size, self.workers = size, workers or cpu_count()
-        self.files = [_ShardReader(shard) for shard in manifest.shards if shard.split == split]
-        self.groups = [(file, group) for file in self.files for group in range(len(file.rows))]
+        files = [_ShardReader(shard) for shard in manifest.shards if shard.split == split]
+        self.groups = [(file, group) for file in files for group in range(len(file.rows))]
         counts = [file.rows[group] for file, group in self.groups]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         """Number of the first image of each row group, and their count."""
@@ -168,14 +164,12 @@ class SplitReader:
 
     def captions(self) -> list[list[str]]:
         """Return each image's captions, without reading images."""
-        columns = (
-            file.read(group, ["captions"])["captions"].to_pylist() for file, group in self.groups
-        )
-        return [captions for column in columns for captions in column][: self.rows]
+        tables = (file.read(group, ["captions"]) for file, group in self.groups)
+        return [texts for table in tables for texts in table["captions"].to_pylist()][: self.rows]
 
     def in_order(self, batch_size: int) -> BatchOrder:
         """Return the order of the shards."""
-        return _cut(np.arange(self.rows), batch_size)
+        return _split(np.arange(self.rows), batch_size)
 
     def shuffled(
         self, batch_size: int, seed: int, epoch: int, lengths: np.ndarray, sort_batches: int = 8
@@ -198,9 +192,9 @@ class SplitReader:
         order = np.concatenate([rng.permutation(window) for window in self._windows(rng)])
         order = order[order < self.rows]
         batches: list[np.ndarray] = []
-        for some in _cut(order, sort_batches * batch_size):
-            near = _cut(some[np.argsort(lengths[some], kind="stable")], batch_size)
-            batches += [near[place] for place in rng.permutation(len(near))]
+        for window in _split(order, sort_batches * batch_size):
+            near = _split(window[np.argsort(lengths[window], kind="stable")], batch_size)
+            batches += [near[index] for index in rng.permutation(len(near))]
         return batches
 
     def _windows(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -213,81 +207,78 @@ class SplitReader:
         if window:
             yield np.concatenate(window)
 
-    def batches(
-        self, order: BatchOrder, view: Callable[[Image.Image, int], np.ndarray] | None = None
-    ) -> Iterator[Batch]:
-        """Yield the batches of an order, read and decoded ahead by threads.
+    def batches(self, order: BatchOrder) -> Generator[Batch]:
+        """Yield the batches of an order, with CLIP's view of each image."""
+        rows_of = self._row_reader(list(COLUMNS))
+
+        def load(numbers: np.ndarray) -> Batch:
+            rows = rows_of(numbers)
+            files = [row["image"] for row in rows]
+            return Batch(
+                numbers=numbers.tolist(),
+                image_ids=[row["image_id"] for row in rows],
+                file_names=[row["file_name"] for row in rows],
+                pixels=self._pixels(files, numbers, None),
+                captions=[row["captions"] for row in rows],
+                files=files,
+            )
+
+        yield from prefetch_map(load, order, self.workers, max(PREFETCH, self.workers))
+
+    def pixels(self, order: BatchOrder, view: View | None = None) -> Generator[np.ndarray]:
+        """Yield the pixels of each batch of an order, uint8 [B, 3, size, size].
 
         Args:
             order: whose images, and in which order.
-            view: takes an image and its number to pixels, uint8 [3, size, size]; by default CLIP's
-                view of it.
+            view: of each image; by default CLIP's.
         """
-        shown = view or (lambda image, number: to_pixels(image, self.size))
+        rows_of = self._row_reader(["image"])
 
-        def decoded(content: bytes, number: int) -> np.ndarray:
+        def load(numbers: np.ndarray) -> np.ndarray:
+            return self._pixels([row["image"] for row in rows_of(numbers)], numbers, view)
+
+        yield from prefetch_map(load, order, self.workers, max(PREFETCH, self.workers))
+
+    def _pixels(self, files: list[bytes], numbers: np.ndarray, view: View | None) -> np.ndarray:
+        show = view or (lambda image, number: to_pixels(image, self.size))
+        images = []
+        for content, number in zip(files, numbers.tolist(), strict=True):
             try:
-                return shown(
-                    decode_image(content), number
-                )  # ingest may have kept the original, of any kind
+                images.append(show(decode_image(content), number))
             except ImageError as error:
-                file, _ = self.groups[int(np.searchsorted(self.starts, number, "right")) - 1]
-                raise UserError(
-                    f"{file.uri}: image {number} of its split is {error}; ingest anew"
-                ) from error
+                uri = self.groups[int(np.searchsorted(self.starts, number, "right")) - 1][0].uri
+                message = f"{uri}: image {number} of its split is {error}; ingest anew"
+                raise UserError(message) from error
+        return np.stack(images)
 
-        tables: OrderedDict[int, Any] = (
-            OrderedDict()
-        )  # row groups in use; an order stays within a few windows
+    def _row_reader(self, columns: list[str]) -> Callable[[np.ndarray], list[dict[str, Any]]]:
+        """Return a function, for several threads, from numbers of images to their rows."""
+        tables: OrderedDict[int, pa.Table] = OrderedDict()
+        # An order stays within a few windows.
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
+        lock = threading.Lock()
 
-        def row(number: int, place: int) -> dict[str, Any]:
-            inside = int(number - self.starts[place])
-            return {name: tables[place][name][inside].as_py() for name in COLUMNS}
+        def read(numbers: np.ndarray) -> list[dict[str, Any]]:
+            groups = (np.searchsorted(self.starts, numbers, "right") - 1).tolist()
+            with lock:
+                for index in dict.fromkeys(groups):
+                    if index not in tables:
+                        file, group = self.groups[index]
+                        tables[index] = file.read(group, columns)
+                    tables.move_to_end(index)
+                used = {index: tables[index] for index in groups}
+                while len(tables) > max(kept, len(used)):
+                    tables.popitem(last=False)
+            places = zip(groups, (numbers - self.starts[groups]).tolist(), strict=True)
+            return [
+                {name: used[group][name][row].as_py() for name in columns} for group, row in places
+            ]
 
-        def load(places: list[int]) -> None:
-            for place in dict.fromkeys(places):
-                if place not in tables:
-                    file, group = self.groups[place]
-                    tables[place] = file.read(group, list(COLUMNS))
-                tables.move_to_end(place)
-            while len(tables) > max(kept, len(set(places))):
-                tables.popitem(last=False)
-
-        def read() -> Iterator[Batch]:
-            with ThreadPoolExecutor(self.workers) as pool:
-                for numbers in order:
-                    places = (np.searchsorted(self.starts, numbers, "right") - 1).tolist()
-                    load(places)
-                    rows = [row(*pair) for pair in zip(numbers.tolist(), places, strict=True)]
-                    pixels = list(
-                        pool.map(decoded, (one["image"] for one in rows), numbers.tolist())
-                    )
-                    yield Batch(
-                        numbers=numbers.tolist(),
-                        image_ids=[one["image_id"] for one in rows],
-                        file_names=[one["file_name"] for one in rows],
-                        pixels=np.stack(pixels),
-                        captions=[one["captions"] for one in rows],
-                        jpegs=[one["image"] for one in rows],
-                    )
-
-        return prefetch(read(), PREFETCH)
+        return read
 
 
-def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+def _split(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def prefetch(source: Iterator[Item], depth: int) -> Generator[Item, None, None]:
-    """Yield what `source` yields, computed by a thread up to `depth` items before it is asked
-    for."""
-    end: Any = object()
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(next, source, end) for _ in range(depth))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(pool.submit(next, source, end))
-            yield item
 
 
 class _ShardReader:
@@ -295,20 +286,15 @@ class _ShardReader:
 
     def __init__(self, shard: Shard) -> None:
         self.uri = shard.uri
-        fs, path = storage.filesystem(shard.uri)
-        _require_whole(shard)
-        self.file = self._reading(
-            lambda: pq.ParquetFile(
-                fs.open(
-                    path, "rb", cache_type="none"
-                ),  # Parquet's reader knows what it needs, and asks for it at once
-                pre_buffer=True,
-                page_checksum_verification=True,
+        _require_size(shard)
+        with input_errors(self.uri, SHARD):
+            # Parquet's reader knows which bytes it needs, and asks for them at once.
+            self.file = pq.ParquetFile(
+                storage.open_file(shard.uri), pre_buffer=True, page_checksum_verification=True
             )
-        )
-        metadata = self.file.metadata
-        self.rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        with input_errors(self.uri, "a shard that captioner ingest wrote"):
+            metadata = self.file.metadata
+            groups = range(metadata.num_row_groups)
+            self.rows = [metadata.row_group(group).num_rows for group in groups]
             require_columns(self.file.schema_arrow, COLUMNS)
             if (self.rows and min(self.rows) < 1) or sum(self.rows) != shard.rows:
                 raise ValueError(f"has {sum(self.rows)} rows, not the manifest's {shard.rows}")
@@ -317,59 +303,24 @@ class _ShardReader:
         """Return some columns of a row group.
 
         Raises:
-            UserError: the shard is gone, or its content is damaged.
-            WorkError: its store failed, and went on to for as long as it was asked again.
+            UserError: its content is damaged.
+            WorkError: its store failed.
         """
-        table = self._reading(lambda: self.file.read_row_group(group, columns=columns))
-        with input_errors(self.uri, "a shard that captioner ingest wrote"):
+        with input_errors(self.uri, SHARD):
+            table = self.file.read_row_group(group, columns=columns)
             require_values(table, columns)
             if table.num_rows != self.rows[group]:
-                raise ValueError(
-                    f"row group {group} has {table.num_rows} rows, not {self.rows[group]}"
-                )
+                rows = f"{table.num_rows} rows, not {self.rows[group]}"
+                raise ValueError(f"row group {group} has {rows}")
         return table
 
-    def _reading(self, read: Callable[[], Any]) -> Any:
-        def attempt() -> Any:
-            try:
-                return read()
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"{self.uri}: the manifest names this shard, but it is not there; ingest anew"
-                ) from error
-            except (
-                pa.ArrowException,
-                UnicodeDecodeError,
-                OSError,
-            ) as error:  # a column's name may be no UTF-8
-                # Parquet's reader says in an OSError what is wrong with a page or its header; one
-                # of this machine's files has a number then, and a store that fails may pass.
-                said = (
-                    error.errno is None and storage.is_local(self.uri)
-                    if isinstance(error, OSError)
-                    else True
-                )
-                if said or "checksum" in str(error) or "deserialize" in str(error):
-                    raise UserError(
-                        f"{self.uri}: is damaged: {first_line(error)}; ingest anew"
-                    ) from error
-                raise
 
-        try:
-            return storage.retry_remote(self.uri, attempt)
-        except OSError as error:
-            raise WorkError(
-                f"{self.uri}: cannot be read: {type(error).__name__}: {first_line(error)}"
-            ) from error
-
-
-def _require_whole(shard: Shard) -> None:
-    fs, path = storage.filesystem(shard.uri)
+def _require_size(shard: Shard) -> None:
     if not storage.exists(shard.uri):
         raise UserError(
             f"{shard.uri}: the manifest names this shard, but it is not there; ingest anew"
         )
-    size = storage.retry_remote(shard.uri, lambda: fs.size(path))
+    size = storage.file_size(shard.uri)
     if size != shard.bytes:
         raise UserError(
             f"{shard.uri}: has {size} bytes, not the manifest's {shard.bytes}; ingest anew"
@@ -377,7 +328,7 @@ def _require_whole(shard: Shard) -> None:
 
 
 def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = True) -> None:
-    """Read shards whole and compare them with the manifest, a progress line now and then.
+    """Read shards whole and compare them with the manifest, with a progress line now and then.
 
     Args:
         shards: to be read.
@@ -389,26 +340,16 @@ def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = T
         UserError: a shard is gone, or is not the one that ingest wrote.
     """
 
-    def digest(shard: Shard) -> str:
-        fs, path = storage.filesystem(shard.uri)
-        with fs.open(path, "rb", block_size=CHUNK, cache_type="readahead") as content:
-            found = hashlib.sha256()
-            while chunk := content.read(CHUNK):
-                found.update(chunk)
-        return found.hexdigest()
-
     def check(shard: Shard) -> None:
-        _require_whole(shard)
-        if storage.retry_remote(shard.uri, lambda: digest(shard)) != shard.sha256:
-            raise UserError(
-                f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; "
-                "ingest anew"
-            )
+        _require_size(shard)
+        with storage.open_file(shard.uri, CHUNK) as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != shard.sha256:  # type: ignore[arg-type]
+                raise UserError(
+                    f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; "
+                    "ingest anew"
+                )
 
     threads = ThreadPoolExecutor(workers or cpu_count())
-    with (
-        threads,
-        Progress(f"check data for {name}", len(shards), "shards", shown=shown) as progress,
-    ):
+    with threads, Progress(f"check data for {name}", len(shards), "shards", shown=shown) as bar:
         for _ in threads.map(check, shards):
-            progress.advance()
+            bar.advance()

@@ -20,7 +20,6 @@ from model_lib.ingest.image_source import open_image_source
 from model_lib.io import storage
 from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
-from model_lib.io.validation import LARGEST
 from model_lib.model.config import DecodeConfig
 from model_lib.pages.page import thumbnail
 from model_lib.progress import Progress
@@ -188,11 +187,7 @@ def read_results(uri: str) -> dict[int, str]:
     try:
         for row in document:
             image_id, caption = row["image_id"], row["caption"]
-            if (
-                type(image_id) is not int
-                or abs(image_id) >= LARGEST
-                or not isinstance(caption, str)
-            ):
+            if type(image_id) is not int or abs(image_id) >= 2**63 or not isinstance(caption, str):
                 raise TypeError(f"image_id {image_id!r:.60} with caption {caption!r:.60}")
             if image_id in captions:
                 raise UserError(f"{uri}: image_id {image_id} occurs twice")
@@ -244,7 +239,7 @@ def _evaluate_model(config: EvaluateConfig) -> EvaluationResult:
         training = SplitReader(manifest, "train", size=model.image_size).captions()
         learned = [text for texts in training for text in texts]
     files = (
-        list(batch.jpegs) for batch in reader.batches([np.array(order)[part] for part in plan])
+        list(batch.files) for batch in reader.batches([np.array(order)[part] for part in plan])
     )
     name = model.training_record.get("name", "model")
     ended = [bool(caption.tokens) and caption.tokens[-1] == end for caption in captions]
@@ -331,5 +326,5 @@ def _views(
             (word, (255 * weights / max(float(weights.max()), 1e-9)).round().astype(np.uint8))
             for word, weights in looked
         ]
-        views[batch.image_ids[0]] = View(thumbnail(decode_image(batch.jpegs[0])), words)
+        views[batch.image_ids[0]] = View(thumbnail(decode_image(batch.files[0])), words)
     return views

@@ -18,19 +18,20 @@ import pyarrow.parquet as pq
 
 from model_lib.errors import UserError
 from model_lib.io import storage
-from model_lib.io.validation import input_errors, parse, require_columns, require_values
+from model_lib.io.errors import input_errors
+from model_lib.io.validation import read_parquet, read_record, require_values
 from model_lib.scores.significance import Comparison, Statistics
 
 FEW_IMAGES = 100
 """On fewer, CIDEr means little: how rare a word is, is counted in their references."""
 MAIN = "CIDEr"
 COLUMNS = {
-    "image_id": "whole number",
+    "image_id": "int",
     "file_name": "text",
     "caption": "text",
-    "references": "list of texts",
+    "references": "list of text",
     "thumbnail": "bytes",
-    "words": "list of texts",
+    "words": "list of text",
     "attention": "list of bytes",
 }
 """Of predictions.parquet, besides a column for each score."""
@@ -89,10 +90,8 @@ class Evaluation:
     @classmethod
     def read(cls, folder: str) -> Self:
         """Read the scores in `folder`; `UserError` if there are none."""
-        uri = storage.join(folder, "scores.json")
-        document = storage.read_json(uri)
-        with input_errors(uri, "what this captioner evaluate writes; evaluate again"):
-            return parse(cls, document)
+        what = "what this captioner evaluate writes; evaluate again"
+        return read_record(storage.join(folder, "scores.json"), cls, what)
 
 
 @dataclass(frozen=True)
@@ -196,10 +195,9 @@ def _parquet(predictions: Predictions) -> bytes:
 
 
 def _read_predictions(uri: str) -> Predictions:
-    content = storage.read_bytes(uri)
-    with input_errors(uri, "what captioner evaluate writes; evaluate again"):
-        table = pq.ParquetFile(io.BytesIO(content)).read()
-        require_columns(table.schema, COLUMNS)
+    what = "what captioner evaluate writes; evaluate again"
+    table = read_parquet(uri, COLUMNS, what, others=True)
+    with input_errors(uri, what):
         require_values(table, ["image_id", "file_name", "caption", "references"])
         values = {name: table[name].to_pylist() for name in table.column_names}
         statistics = {

@@ -22,8 +22,9 @@ from model_lib.errors import UserError, WorkError, first_line
 from model_lib.ingest.config import DownloadConfig
 from model_lib.ingest.image_source import open_zip
 from model_lib.io import storage
+from model_lib.io.errors import is_transient
 from model_lib.io.locks import output_lock
-from model_lib.io.retries import is_transient_status, retry
+from model_lib.io.retries import retry
 from model_lib.progress import Progress
 from model_lib.scores.spice import MODELS
 
@@ -97,10 +98,8 @@ def fetch(url: str, target: str, md5: str | None) -> Fetched:
     """Fetch one zip archive to `target`, unless it is there in the server's size; `md5` is checked
     if it is given."""
     server = _retrying(url, lambda: _head(url))
-    if storage.exists(target):
-        fs, path = storage.filesystem(target)
-        if storage.retry_remote(target, lambda: fs.size(path)) == server.size:
-            return Fetched(target, server.size, _files(target))
+    if storage.exists(target) and storage.file_size(target) == server.size:
+        return Fetched(target, server.size, _files(target))
     with (
         _sink(target, server) as sink,
         Progress(f"download {target}", server.size // MEGABYTE, "MB") as progress,
@@ -142,7 +141,7 @@ def _retrying(url: str, action: Callable[[], _ANSWER]) -> _ANSWER:
     """Return what `action` asks the server, tried again for some minutes; `WorkError` if it fails
     for longer."""
     try:
-        return retry(url, action, _passing)
+        return retry(url, action)
     except (
         urllib.error.URLError,
         ConnectionError,
@@ -152,21 +151,12 @@ def _retrying(url: str, action: Callable[[], _ANSWER]) -> _ANSWER:
         raise WorkError(f"{url}: fails: {first_line(error)}; start again to go on") from error
 
 
-def _passing(error: Exception) -> bool:
-    """Whether a server's failure may pass."""
-    if isinstance(error, urllib.error.HTTPError):
-        return is_transient_status(error.code)
-    return isinstance(
-        error, (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException)
-    )
-
-
 def _open(url: str, **options: Any) -> Any:
     """Ask a server; `UserError` for what will not pass."""
     try:
         return urllib.request.urlopen(urllib.request.Request(url, **options), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if _passing(error):
+        if is_transient(error):
             raise
         raise UserError(
             f"{url}: the server answers {error.code} {error.reason}; is --base right?"

@@ -18,6 +18,8 @@ from model_lib.io import storage
 from model_lib.io.images import ImageError, read_image, require_readable
 from model_lib.io.remote_cache import local_file
 
+CHUNK = 2**16
+"""Bytes of an archive in a bucket that are read at once at least."""
 BOMB_SIZE, BOMB_RATIO = 2**28, 100
 """A list of images is refused that is larger than this when inflated, and so many times its size in
 the archive."""
@@ -97,20 +99,12 @@ class Archive:
         except KeyError as error:
             raise UserError(f"{self.root}: has no {name}") from error
         require_readable(info.file_size)
-        content = storage.retry_remote(self.root, lambda: self._inflated(info))
-        if isinstance(content, ImageError):
-            raise content
-        return content
-
-    def _inflated(self, info: zipfile.ZipInfo) -> bytes | ImageError:
-        """Return a member's bytes, or what is wrong with them; raise what its store does wrong."""
         try:
             with _damage(), self.zip.open(info) as file:
-                return file.read(
-                    info.file_size + 1
-                )  # of a member that is larger than it says, no more is inflated
+                return file.read(info.file_size + 1)  # a member may be larger than it says
         except zipfile.BadZipFile as error:
-            return ImageError("unreadable", f"damaged in the archive: {first_line(error)}")
+            detail = f"damaged in the archive: {first_line(error)}"
+            raise ImageError("unreadable", detail) from error
 
     def _member(self, name: str) -> str:
         inside = f"{self.top}/{name}"
@@ -122,15 +116,10 @@ Place = Folder | Archive
 
 def open_zip(uri: str) -> zipfile.ZipFile:
     """Open a zip archive for several threads; `UserError` if it is missing or damaged."""
-    if not storage.exists(uri):
-        raise UserError(f"{uri}: no such file")
-    fs, path = storage.filesystem(uri)
-    if storage.is_local(uri):
-        return _directory(uri, path)
-    return storage.retry_remote(uri, lambda: _directory(uri, fs.open(path, "rb")))
+    return _directory(uri, storage.open_file(uri, CHUNK))
 
 
-def _directory(uri: str, file: Path | str | IO[bytes]) -> zipfile.ZipFile:
+def _directory(uri: str, file: Path | IO[bytes]) -> zipfile.ZipFile:
     """Read the directory of the archive at `uri`, from this file; `UserError` if it is damaged."""
     try:
         with _damage():

@@ -10,7 +10,6 @@ killed in between.
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import logging
 import re
@@ -25,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib.data.shards import FORMAT_VERSION, Manifest, Shard
+from model_lib.data.shards import FORMAT_VERSION, SHARD, Manifest, Shard
 from model_lib.errors import UserError, WorkError
 from model_lib.ingest.annotations import Entry, Listing, Rejected, read_listing
 from model_lib.ingest.config import IngestConfig
@@ -33,8 +32,10 @@ from model_lib.ingest.journal import Finished, Journal, sha256_of, shard_name
 from model_lib.ingest.transcode import original, reduced
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
+from model_lib.io.errors import is_transient
 from model_lib.io.images import ImageError
 from model_lib.io.locks import output_lock
+from model_lib.io.validation import read_parquet
 from model_lib.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _store(entry: Entry, config: IngestConfig) -> Result:
     except ImageError as error:
         return Rejected(entry.file_name, error.reason, error.detail)
     except WorkError as error:
-        if storage.is_transient(error):
+        if is_transient(error):
             raise
         return Rejected(entry.file_name, "forbidden", str(error))
     row = {
@@ -246,18 +247,9 @@ def _kept_apart(result: Result, learned: set[str]) -> Result:
 
 def _learned_before(output: str, finished: list[Finished]) -> set[str]:
     """Return the SHA-256 of each image's file in shards that are there."""
-    found: set[str] = set()
-    for one in finished:
-        uri = storage.join(output, one.shard.uri)
-        found |= storage.retry_remote(uri, functools.partial(_sha256_column, uri))
-    return found
-
-
-def _sha256_column(uri: str) -> set[str]:
-    fs, path = storage.filesystem(uri)
-    # Read ahead, as drivers do by default, images would come along.
-    with fs.open(path, "rb", **({} if storage.is_local(uri) else {"cache_type": "none"})) as file:
-        return set(pq.read_table(file, columns=["sha256"])["sha256"].to_pylist())
+    uris = [storage.join(output, shard.shard.uri) for shard in finished]
+    tables = (read_parquet(uri, {"sha256": "text"}, SHARD) for uri in uris)
+    return {digest for table in tables for digest in table["sha256"].to_pylist()}
 
 
 def ingest(config: IngestConfig) -> Manifest:

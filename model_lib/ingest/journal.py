@@ -15,7 +15,7 @@ from model_lib.data.shards import Shard
 from model_lib.errors import UserError
 from model_lib.ingest.annotations import Rejected
 from model_lib.io import storage
-from model_lib.io.validation import input_errors, parse
+from model_lib.io.validation import read_record
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,7 @@ class Journal:
     def _record(self, uri: str) -> Finished | None:
         """Return a record, or nothing if it is not one: what it says was finished is made again."""
         try:
-            document = storage.read_json(uri)
-            with input_errors(uri, "a record of this ingest"):
-                return parse(Finished, document)
+            return read_record(uri, Finished, "a record of this ingest")
         except UserError as error:
             log.warning("%s; making that shard again", error)
             return None
@@ -90,10 +88,9 @@ class Journal:
         uri = storage.join(self.output, shard.uri)
         if not storage.exists(uri):
             return False
-        fs, path = storage.filesystem(uri)
         if storage.is_local(uri):
-            return sha256_of(Path(path)) == shard.sha256
-        return bool(storage.retry_remote(uri, lambda: fs.size(path)) == shard.bytes)
+            return sha256_of(Path(storage.filesystem(uri)[1])) == shard.sha256
+        return storage.file_size(uri) == shard.bytes
 
     def close(self) -> None:
         """Remove all records: the manifest says it all."""

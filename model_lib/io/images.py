@@ -62,20 +62,20 @@ class ImageError(Exception):
         self.detail = detail
 
 
-def read_image(uri: str, retry_seconds: float | None = 0.0) -> bytes:
+def read_image(uri: str, retry_seconds: float | None = 0.0, redirects: bool = True) -> bytes:
     """Return the bytes of an image's file.
 
     Args:
         uri: path, URI or address.
-        retry_seconds: seconds for which a store that fails is asked again; None: as long as a
-            stage's own files.
+        retry_seconds: time for which a failing store is retried; None: as for a stage's own files.
+        redirects: whether a web server may send us to another address.
 
     Raises:
         UserError: it is missing, or no file.
         WorkError: its store or server failed.
         ImageError: it is too large to be an image, which is not read to its end.
     """
-    content = storage.read_bytes(uri, LARGEST_FILE, retry_seconds)
+    content = storage.read_bytes(uri, LARGEST_FILE, retry_seconds, redirects)
     require_readable(len(content))
     return content
 

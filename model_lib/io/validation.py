@@ -1,180 +1,131 @@
-"""What is read back from a file, checked before it is believed: JSON as a dataclass, Parquet with
-the columns it needs.
+"""What is read back from a file, checked: JSON as a dataclass, Parquet with the columns it needs.
 
-Files come from buckets that others write to, from other versions and from disks that fail. What
-they say decides which files are read and written next, so that a name in them is a name and no way
-out of its folder.
+Files come from buckets that others write to, from other versions and from disks that fail.
 """
 
-import contextlib
-import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from model_lib.errors import UserError, first_line
 from model_lib.io import storage
+from model_lib.io.errors import input_errors
 
 T = TypeVar("T")
-LARGEST = 2**63
-"""Whole numbers below this, and from minus this, are those that Parquet and other programs can
-hold."""
-Check = Callable[[pa.DataType], bool]
 
 
-def parse(kind: type[T], document: Any) -> T:
-    """Make a dataclass of a JSON object; `TypeError` names what is missing, unknown or of another
-    type."""
-    made: T = _value(kind, document, "")
-    return made
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
-def _value(kind: Any, value: Any, place: str) -> Any:
-    origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return (
-            None
-            if value is None
-            else _value(next(one for one in inner if one is not type(None)), value, place)
-        )
-    if is_dataclass(kind):
-        return _record(kind, _of(dict, value, place), place)
-    if origin is list:
-        return [
-            _value(inner[0], one, f"{place}[{n}]") for n, one in enumerate(_of(list, value, place))
-        ]
-    if origin is tuple:
-        if len(_of(list, value, place)) != len(inner):
-            raise TypeError(f"{place} has {len(value)} values and not {len(inner)}")
-        return tuple(_value(one, given, place) for one, given in zip(inner, value, strict=True))
-    if origin is dict:
-        return {
-            key: _value(inner[1], one, f"{place}.{key:.40}")
-            for key, one in _of(dict, value, place).items()
-        }
-    if kind is float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not -1e300 < value < 1e300
-        ):  # nor a NaN
-            raise TypeError(f"{place} is {value!r:.60}, not a number")
-        return float(value)
-    if kind is int and (
-        not isinstance(value, int) or isinstance(value, bool) or not -LARGEST <= value < LARGEST
-    ):
-        raise TypeError(f"{place} is {value!r:.60}, not a whole number of 64 bits")
-    if kind is str:
-        _of(str, value, place).encode()  # lone surrogates can be in no file's name and on no page
+def parse(kind: type[T], document: bytes | dict[str, Any]) -> T:
+    """Return a JSON document as a dataclass, without conversions between types.
+
+    Raises:
+        ValueError: it is not JSON, or a field is missing or of another type.
+    """
+    from pydantic import ValidationError
+
+    content = document if isinstance(document, bytes) else json.dumps(document)
+    try:
+        value: T = _adapter(kind).validate_json(content, strict=True)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
     return value
 
 
-def _of(kind: type, value: Any, place: str) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{place or 'the document'} is {type(value).__name__}, not {kind.__name__}")
-    return value
+def read_record(uri: str, kind: type[T], what: str) -> T:
+    """Return the JSON file at `uri` as a dataclass.
 
+    Args:
+        uri: path or URI.
+        kind: the dataclass.
+        what: what the file should be, and the remedy if it is not: "a plan; plan again".
 
-def _record(kind: Any, document: dict[str, Any], place: str) -> Any:
-    kinds = get_type_hints(kind)
-    known = {field.name: kinds[field.name] for field in fields(kind)}
-    for name in document:
-        if name not in known:
-            raise TypeError(f"{place}.{name:.40} is unknown here".lstrip("."))
-    return kind(
-        **{
-            name: _value(known[name], value, f"{place}.{name}".lstrip("."))
-            for name, value in document.items()
-        }
-    )
+    Raises:
+        UserError: it is missing, or something else.
+        WorkError: its store failed.
+    """
+    content = storage.read_bytes(uri)
+    with input_errors(uri, what):
+        return parse(kind, content)
 
 
 def require_file_name(name: str) -> str:
-    """Return the name of a file in the folder of the file that names it; `ValueError` if it is a
-    way out of there."""
+    """Return a file's name; `ValueError` if it is a path, which could lead out of the folder."""
     if not name or name in (".", "..") or any(character in name for character in "/\\:\0"):
         raise ValueError(f"{name!r:.60} is not the name of a file beside it")
     return name
 
 
-@contextlib.contextmanager
-def input_errors(uri: str, what: str) -> Iterator[None]:
-    """Raise a `UserError` that `uri` is not `what`, "something; remedy", when its content lets the
-    body fail."""
-    form, *remedy = what.split("; ")
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"{uri}: no such file") from error
-    except (
-        pa.ArrowException,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        raise UserError(
-            "; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])
-        ) from error
-    except (
-        OSError
-    ) as error:  # Parquet's reader says so what is wrong with a page, and gives it no number
-        if error.errno is not None or not storage.is_local(uri):
-            raise
-        raise UserError(
-            "; ".join([f"{uri}: is not {form} ({first_line(error)})", *remedy])
-        ) from error
-
-
-def _texts(kind: pa.DataType) -> bool:
+def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _lists(inner: Check) -> Check:
-    return lambda kind: (
-        (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and inner(kind.value_type)
-    )
-
-
-def _bytes(kind: pa.DataType) -> bool:
+def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-KINDS: Mapping[str, Check] = {
-    "whole number": pa.types.is_integer,
-    "number": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
-    "text": _texts,
-    "bytes": _bytes,
-    "list of texts": _lists(_texts),
-    "list of bytes": _lists(_bytes),
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+TYPES: Mapping[str, Callable[[pa.DataType], bool]] = {
+    "int": pa.types.is_integer,
+    "float": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
+    "text": _is_text,
+    "bytes": _is_bytes,
+    "list of text": lambda kind: _is_list(kind) and _is_text(kind.value_type),
+    "list of bytes": lambda kind: _is_list(kind) and _is_bytes(kind.value_type),
 }
 
 
-def require_columns(schema: pa.Schema, wanted: Mapping[str, str]) -> None:
-    """Raise `TypeError` unless there is each column once, of its kind, one of `KINDS`; others may
-    be there too."""
-    for name, kind in wanted.items():
+def require_columns(schema: pa.Schema, columns: Mapping[str, str]) -> None:
+    """Raise `TypeError` unless there is each column once, of its type, one of `TYPES`."""
+    for name, kind in columns.items():
         if schema.names.count(name) != 1:
             raise TypeError(f"has {schema.names.count(name) or 'no'} columns {name}")
-        if not KINDS[kind](schema.field(name).type):
+        if not TYPES[kind](schema.field(name).type):
             raise TypeError(f"column {name} is {schema.field(name).type}, not {kind}")
 
 
-def require_values(table: pa.Table, names: list[str]) -> None:
+def require_values(table: pa.Table, columns: list[str]) -> None:
     """Raise `TypeError` if a value is missing in one of the columns, or in a list of it.
 
-    A text that is no UTF-8 raises Arrow's error: readers of Parquet take texts as they are, and
-    Python fails later.
+    Text that is no UTF-8 raises Arrow's error: its readers take text as it is.
     """
-    for name in names:
+    for name in columns:
         column = table[name]
         column.validate(full=True)
-        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        if column.null_count or (lists and pc.list_flatten(column).null_count):
+        if column.null_count or (_is_list(column.type) and pc.list_flatten(column).null_count):
             raise TypeError(f"a value of column {name} is missing")
+
+
+def read_parquet(uri: str, columns: Mapping[str, str], what: str, others: bool = False) -> pa.Table:
+    """Return columns of the Parquet file at `uri`, each of its type, one of `TYPES`.
+
+    Args:
+        uri: path or URI.
+        columns: by name, with their types.
+        what: what the file should be, and the remedy if it is not: "captions; caption again".
+        others: whether the file's other columns are read too.
+
+    Raises:
+        UserError: it is missing, or is not `what`.
+        WorkError: its store failed.
+    """
+    with storage.open_file(uri) as file, input_errors(uri, what):
+        # Not pq.read_table: on an open file it leaves threads that abort the process at its exit
+        # (pyarrow 25).
+        parquet = pq.ParquetFile(file)
+        require_columns(parquet.schema_arrow, columns)
+        return parquet.read(columns=None if others else list(columns))

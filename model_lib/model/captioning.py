@@ -1,9 +1,8 @@
 """Calling the model: images of any kind in, `Caption`s out."""
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
@@ -15,9 +14,8 @@ from PIL import Image
 
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.io import storage
-from model_lib.io.cpus import cpu_count
 from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image, read_image, to_pixels
-from model_lib.io.remote_cache import find_files
+from model_lib.io.prefetch import prefetch_map
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
@@ -58,13 +56,14 @@ def caption_pixels(
     ]
 
 
-def load_pixels(image: Any, size: int) -> np.ndarray:
+def load_pixels(image: Any, size: int, redirects: bool = True) -> np.ndarray:
     """Return the pixels, uint8 [3, size, size], of an image.
 
     Args:
         image: a path, URI, http(s) address, bytes, PIL image, or an array or tensor: uint8,
             [height, width] grey, [height, width, 3] or [3, height, width] RGB.
         size: side of the square in pixels.
+        redirects: whether a web server may send us to another address.
 
     Raises:
         UserError: the file is missing, or an array has another type or shape.
@@ -80,8 +79,9 @@ def load_pixels(image: Any, size: int) -> np.ndarray:
             f"image given as {type(image).__name__}: expected a path, URI, bytes, PIL image or "
             "array"
         )
-    content = image if isinstance(image, bytes) else read_image(os.fspath(image))
-    return to_pixels(decode_image(content), size)
+    if not isinstance(image, bytes):
+        image = read_image(os.fspath(image), redirects=redirects)
+    return to_pixels(decode_image(image), size)
 
 
 def _from_array(values: np.ndarray) -> Image.Image:
@@ -99,7 +99,11 @@ def _from_array(values: np.ndarray) -> Image.Image:
 
 
 def caption_each(
-    model: Captioner, images: Iterable[Any], config: DecodeConfig, batch_size: int = 16
+    model: Captioner,
+    images: Iterable[Any],
+    config: DecodeConfig,
+    batch_size: int = 16,
+    redirects: bool = True,
 ) -> Iterator[list[Caption] | Problem]:
     """Yield for each image, in order, its captions or the error that it raised; the others get
     theirs.
@@ -114,27 +118,16 @@ def caption_each(
         if isinstance(image, Problem):
             return image
         try:
-            return load_pixels(image, model.image_size)
+            return load_pixels(image, model.image_size, redirects)
         except (UserError, WorkError, ImageError) as error:
             return error
 
-    source = iter(images)
-    pool = ThreadPoolExecutor(cpu_count())
-    try:
-        ahead: deque[Future] = deque(
-            pool.submit(attempt, image) for image in islice(source, 2 * batch_size)
-        )
-        while ahead:
-            loaded = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
-            ahead.extend(pool.submit(attempt, image) for image in islice(source, batch_size))
-            good = [pixels for pixels in loaded if isinstance(pixels, np.ndarray)]
+    with closing(prefetch_map(attempt, images, depth=2 * batch_size)) as loaded:
+        while batch := list(islice(loaded, batch_size)):
+            good = [pixels for pixels in batch if isinstance(pixels, np.ndarray)]
             captions = iter(caption_pixels(model, np.stack(good), config) if good else [])
-            for result in loaded:
+            for result in batch:
                 yield next(captions) if isinstance(result, np.ndarray) else result
-    finally:
-        pool.shutdown(
-            wait=False, cancel_futures=True
-        )  # who stops does not wait for what was to be read
 
 
 def find_images(names: Iterable[str], listed: Iterable[str]) -> Iterator[str | Problem]:
@@ -170,7 +163,7 @@ def _below(name: str) -> list[str]:
     is_pattern = any(sign in name for sign in "*?") and not fs.exists(path)
     if not is_pattern and not fs.isdir(path):
         return [name]
-    found = sorted(fs.glob(path) if is_pattern else find_files(name))
+    found = sorted(fs.glob(path) if is_pattern else storage.find_files(name))
     images = [
         file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS
     ]

@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from model_lib.errors import UserError, first_line
 from model_lib.io import storage
-from model_lib.io.validation import input_errors, parse, require_file_name
+from model_lib.io.errors import input_errors
+from model_lib.io.validation import read_record, require_file_name
 from model_lib.model.sources import folder_or_hub_name
 
 FROM_A_LIBRARY = (
@@ -73,8 +74,10 @@ def require_safetensors(folder: str) -> None:
     """
     for index in Path(folder).glob("*.index.json"):
         if index.name.endswith(".safetensors.index.json"):
-            with input_errors(str(index), "an index of safetensors files"):
-                for name in parse(_Index, storage.read_json(str(index))).weight_map.values():
+            what = "an index of safetensors files"
+            names = read_record(str(index), _Index, what).weight_map.values()
+            with input_errors(str(index), what):
+                for name in names:
                     if not require_file_name(name).endswith(".safetensors"):
                         raise ValueError(f"{name!r:.60} is another kind of file")
 

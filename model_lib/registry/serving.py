@@ -63,7 +63,7 @@ class CaptionerModel(PythonModel):
             config = DecodeConfig.from_options(**(params or {}))
             _require_modest(len(model_input), config)
             rows = [_allowed(_image(row)) for row in model_input.iloc[:, 0]]
-            results = list(caption_each(self.model, rows, config))
+            results = list(caption_each(self.model, rows, config, redirects=False))
         except UserError as error:
             raise Refused(str(error)) from error
         captions, problems = [], []
@@ -89,10 +89,10 @@ class CaptionerModel(PythonModel):
 
 def _require_modest(rows: int, config: Any) -> None:
     """Raise `UserError` if a stranger asks for more than a server does at once."""
-    from model_lib.io.url_policy import serving
+    from model_lib.io.url_policy import is_serving
     from model_lib.options import require
 
-    if serving():
+    if is_serving():
         many = (
             f"{rows} rows: are more than the {MOST_ROWS} that a request may have here; send several"
         )
@@ -130,9 +130,9 @@ def _image(row: Any) -> Any:
 
 def _allowed(row: Any) -> Any:
     """Return a row unchanged, or why a server does not open it for whoever asks."""
-    from model_lib.io.url_policy import UrlNotAllowed, require_allowed, serving
+    from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
 
-    if isinstance(row, str) and serving():
+    if isinstance(row, str) and is_serving():
         try:
             require_allowed(row)
         except UrlNotAllowed as error:

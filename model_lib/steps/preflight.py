@@ -17,7 +17,7 @@ from model_lib.errors import UserError, WorkError, first_line
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.annotations import coco_2017
 from model_lib.io import storage
-from model_lib.io.retries import is_transient_status
+from model_lib.io.errors import is_transient
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
 from model_lib.train.config import TrainConfig
@@ -170,7 +170,7 @@ def _tracking(uri: str | None) -> None:
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:
-        kind = WorkError if is_transient_status(error.get_http_status_code()) else UserError
+        kind = WorkError if is_transient(error) else UserError
         raise kind(f"MLflow at {uri}: {first_line(error)}") from error
 
 

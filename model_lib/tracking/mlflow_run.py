@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
 from model_lib.errors import WorkError, first_line, printable
-from model_lib.io.retries import is_transient_status, retry
+from model_lib.io.retries import retry
 from model_lib.tracking.runs import Point, Run
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def answered(uri: str, action: Callable[[], _Answer]) -> _Answer:
     """Return what `action` has from the server at `uri`; what that fails with is raised within
     seconds."""
     with failing_fast():
-        return retry(printable(f"MLflow at {uri}"), action, _passing, AT_START)
+        return retry(printable(f"MLflow at {uri}"), action, AT_START)
 
 
 def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
@@ -65,15 +65,6 @@ def asked(uri: str, action: Callable[[], _Answer]) -> _Answer:
             "MLFLOW_TRACKING_URI and start again: "
             "nothing was done"
         ) from error
-
-
-def _passing(error: Exception) -> bool:
-    """Whether a server's failure may pass: it does not answer, has too much to do, or an error of
-    its own."""
-    from mlflow.exceptions import MlflowException
-
-    status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
-    return is_transient_status(status)
 
 
 def reason(error: Exception) -> str:
@@ -212,7 +203,7 @@ class MlflowRun(Run):
                 self.monitor.finish()
             try:
                 if kind is None:
-                    retry(printable(f"MLflow at {uri}"), end, _passing)
+                    retry(printable(f"MLflow at {uri}"), end)
                 else:
                     end()
             except Exception as error:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.io import storage
+from model_lib.io.errors import disk_is_full
 from model_lib.io.remote_cache import local_copy
 from model_lib.io.validation import parse
 from model_lib.train.config import TrainConfig
@@ -218,7 +219,7 @@ def _write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, A
 def load(uri: str) -> tuple[dict[str, Tensor], Position]:
     """Return the tensors of a whole checkpoint, and the run's position."""
     with restoring(uri), local_copy(uri) as folder:
-        position = parse(Position, json.loads((folder / "state.json").read_text()))
+        position = parse(Position, (folder / "state.json").read_bytes())
         if min(position.step, position.validated, position.stale) < 0:
             raise ValueError("its steps are negative")
         return load_file(folder / "state.safetensors"), position
@@ -262,7 +263,7 @@ def require_room(config: TrainConfig, model: nn.Module) -> None:
 
 def unwritten(uri: str, error: Exception) -> WorkError:
     """Return what to tell the user when `uri` could not be written."""
-    full = storage.disk_is_full(error)
+    full = disk_is_full(error)
     remedy = "make room there" if full else "see to its store"
     return WorkError(
         f"{uri}: cannot be written: {'the disk is full' if full else first_line(error)}; {remedy} "

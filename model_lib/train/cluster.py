@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.io.retries import is_transient_status, retry
+from model_lib.io.errors import is_transient
+from model_lib.io.retries import retry
 from model_lib.train.job_view import NODE, JobView
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def kubernetes_errors() -> Iterator[None]:
     except ApiException as error:
         with suppress(ValueError, TypeError):
             error.reason = json.loads(error.body)["message"]
-        kind = WorkError if _passing(error) else UserError
+        kind = WorkError if is_transient(error) else UserError
         raise kind(f"Kubernetes refused: {error.reason} ({error.status})") from error
     except HTTPError as error:
         raise WorkError(f"Kubernetes does not answer: {first_line(error)}") from error
@@ -83,9 +84,7 @@ class Cluster:
 
         try:
             return retry(
-                "Kubernetes",
-                lambda: action(*arguments, _request_timeout=TIMEOUT, **options),
-                _passing,
+                "Kubernetes", lambda: action(*arguments, _request_timeout=TIMEOUT, **options)
             )
         except ApiException as error:
             if error.status != absent:
@@ -315,15 +314,3 @@ class Cluster:
             return str(answer.data.decode(errors="replace")).rstrip().split("\n")
         except (ApiException, HTTPError):
             return []
-
-
-def _passing(error: Exception) -> bool:
-    """Return whether Kubernetes may answer the next time."""
-    from kubernetes.client import ApiException
-    from urllib3.exceptions import HTTPError
-
-    if isinstance(error, ApiException):
-        return not error.status or is_transient_status(
-            error.status
-        )  # 0: no answer, for its certificate for one
-    return isinstance(error, HTTPError)

@@ -81,9 +81,6 @@ class TrainConfig(StageConfig):
     time."""
     compile: bool = option(False, shapes=False)
     """Compile the decoder's layers with torch.compile."""
-    feature_cache: str | None = option(None, shapes=False)
-    """Local folder to keep the vision tower's results in, for several epochs without
-    augmentation."""
     precision: Precision = "auto"
     """auto: the preset's; for full-size models bfloat16 where the device has it, else float16 on a
     GPU, or float32."""
@@ -159,19 +156,6 @@ class TrainConfig(StageConfig):
             require(getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not less than 1")
         if self.augment == "auto":
             object.__setattr__(self, "augment", "yes" if preset.augment else "no")
-        if self.feature_cache is not None:
-            require(
-                "://" not in self.feature_cache,
-                f"feature_cache {self.feature_cache}: is not a local folder",
-            )
-            require(
-                preset.vision is not None,
-                f"feature_cache: preset {self.preset} trains its vision tower",
-            )
-            require(
-                self.augment == "no",
-                "feature_cache: keeps one view of each image; give --augment no too",
-            )
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,9 @@ class _Loss(nn.Module):
         )
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, H, W], or of themselves, on
-        the model's device."""
+        """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, H, W], on the model's
+        device."""
         pixels = pixels.to(self.model.device, non_blocking=True)
-        if pixels.dtype != torch.uint8:
-            return pixels
         if self.model.config.train_everything:
             with autocast(self.dtype, self.model.device):
                 return self.model.encode(pixels)
@@ -142,7 +140,7 @@ class Learner:
 
         Args:
             batch: numbers of all its images, int [N].
-            pixels: of this process's share, uint8 [B, 3, H, W], or their visual tokens [B, S, E].
+            pixels: of this process's share, uint8 [B, 3, H, W].
             step: from 0.
 
         Raises:

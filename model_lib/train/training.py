@@ -27,11 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from model_lib.data.shards import (
-    PREFETCH,
     BatchOrder,
     Manifest,
     SplitReader,
-    prefetch,
     read_manifest,
     verify,
 )
@@ -39,8 +37,8 @@ from model_lib.errors import UserError, WorkError
 from model_lib.exits import StopRequest, catch_signals
 from model_lib.io import storage
 from model_lib.io.background import Background
+from model_lib.io.errors import input_errors
 from model_lib.io.locks import output_lock
-from model_lib.io.validation import input_errors
 from model_lib.model.captioner import Captioner
 from model_lib.model.sources import lasting_source
 from model_lib.model.tokens import encode_captions
@@ -53,7 +51,6 @@ from model_lib.train.build import build_model, identity
 from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import World, join_world, shared, started_by_launcher
-from model_lib.train.features import FeatureCache
 from model_lib.train.learning import Learner, require_compiler
 from model_lib.train.objectives import CrossEntropyObjective, Objective, SelfCriticalObjective
 from model_lib.train.validation import ValidationScore, Validator
@@ -148,7 +145,6 @@ class Trainer:
         self.origin = config.key(manifest.fingerprint, str(checkpoint.FORMAT_VERSION), *start)
         self.learner = Learner(model, objective, config, world, self.steps)
         self.validator = Validator(config, manifest, model.image_size, world)
-        self.cache: FeatureCache | None = None
         self.checkpoints = Checkpoints(config.output, config.checkpoints_kept)
         self.saving = Background()
         self.step, self.validated, self.stale = 0, 0, 0
@@ -183,8 +179,6 @@ class Trainer:
             log.warning(
                 "reward: %s", ", ".join(f"{name} {value}" for name, value in self.reward.items())
             )
-        if self.config.feature_cache is not None and not self.finished:
-            self.cache = self._cached_features(self.config.feature_cache)
         self.world.run_on_main(lambda: checkpoint.require_room(self.config, self.model))
         key = self.world.run_on_main(self._key)
         run = self.tracking.start(
@@ -215,18 +209,6 @@ class Trainer:
             "captioner.data_counts": counts,
         }
 
-    def _cached_features(self, folder: str) -> FeatureCache:
-        """Return the feature cache, which one process of each machine fills."""
-
-        def cache() -> FeatureCache:
-            fingerprint = self.manifest.fingerprint
-            return FeatureCache(
-                folder, self.model, self.train_data, fingerprint, self.config.batch_size
-            )
-
-        self.world.run_on_all(lambda: cache() if self.world.local_rank == 0 else None)
-        return cache()
-
     # ---- learning --------------------------------------------------------------------------------
 
     def _epoch(self, run: Run, progress: Progress) -> None:
@@ -239,10 +221,8 @@ class Trainer:
         )
         rest = order[skip:]
         self.logged_at, self.images = time.monotonic(), 0
-        with closing(
-            prefetch(self._images([self.world.shard(batch) for batch in rest], epoch), PREFETCH)
-        ) as shares:
-            for batch, pixels in zip(rest, shares, strict=True):
+        with closing(self._pixels([self.world.shard(batch) for batch in rest], epoch)) as shards:
+            for batch, pixels in zip(rest, shards, strict=True):
                 self.saving.check()
                 measured = self.learner.learn(batch, pixels, self.step)
                 self.step += 1
@@ -262,23 +242,17 @@ class Trainer:
                 if self._due:
                     return
 
-    def _images(self, order: BatchOrder, epoch: int) -> Generator[Tensor]:
-        """Yield the pixels of each batch's images, or their features from the cache."""
-
-        def pinned(values: Tensor) -> Tensor:
-            return values.pin_memory() if self.world.device.type == "cuda" else values
-
-        if self.cache is not None:
-            for numbers in order:
-                yield pinned(self.cache.read(numbers))
-            return
+    def _pixels(self, order: BatchOrder, epoch: int) -> Generator[Tensor]:
+        """Yield the pixels of each batch's images, uint8 [B, 3, size, size]."""
 
         def view(image: Image.Image, number: int) -> np.ndarray:
             rng = np.random.default_rng([self.config.seed, epoch, number])
             return augmented(image, self.model.image_size, self.texts[number], rng)
 
-        for batch in self.train_data.batches(order, view if self.config.augment == "yes" else None):
-            yield pinned(torch.from_numpy(batch.pixels))
+        augment = self.config.augment == "yes"
+        with closing(self.train_data.pixels(order, view if augment else None)) as batches:
+            for pixels in map(torch.from_numpy, batches):
+                yield pixels.pin_memory() if self.world.device.type == "cuda" else pixels
 
     def _log(self, run: Run, progress: Progress, measured: dict[str, Tensor | float]) -> None:
         parts = torch.tensor(
