@@ -58,7 +58,7 @@ def bucket(folder: Path) -> Iterator[str | None]:
         yield None
         return
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read when gcsfs is imported
-    from tests.services import gcs_emulator
+    from tests.helpers.services import gcs_emulator
 
     with (
         tempfile.TemporaryDirectory() as scratch,

@@ -41,8 +41,8 @@ if (
 
 import pytest
 
-from tests.commands import prepare
-from tests.commands import run as run_command
+from tests.helpers.commands import prepare
+from tests.helpers.commands import run as run_command
 
 if TYPE_CHECKING:
     from model_lib.model.captioner import Captioner
@@ -82,7 +82,7 @@ def environment_as_it_was() -> Iterator[None]:
 @pytest.fixture()
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of a pipeline's step, without what a step may be told."""
-    from tests.tracked import NAMES
+    from tests.helpers.tracked import NAMES
 
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
@@ -179,7 +179,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture()
 def model() -> "Captioner":
-    from tests.small import small_model
+    from tests.helpers.small import small_model
 
     return small_model()
 
@@ -187,7 +187,7 @@ def model() -> "Captioner":
 @pytest.fixture()
 def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
     """A whole CLIP (text tower too) and a GPT-2 of another width, saved as their hubs do."""
-    from tests.small import save_parts
+    from tests.helpers.small import save_parts
 
     return save_parts(tmp_path, gpt2_tokenizer)
 
@@ -195,7 +195,7 @@ def parts(tmp_path: Path, gpt2_tokenizer: Path) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small captioner in a folder."""
-    from tests.small import small_model
+    from tests.helpers.small import small_model
 
     folder = tmp_path_factory.mktemp("model")
     small_model().save_pretrained(folder)

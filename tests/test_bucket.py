@@ -20,7 +20,7 @@ from model_lib.io.storage import version
 from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner
 from model_lib.train.training import train
-from tests.services import STORES, Faults, faulty_bucket, store
+from tests.helpers.services import STORES, Faults, faulty_bucket, store
 
 Run = Callable[..., CompletedProcess]
 BUCKET = "gs://images"

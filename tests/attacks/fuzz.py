@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["model_lib"]):
 
     from model_lib.errors import UserError
     from tests.attacks import samples
-    from tests.attacks.readers import READERS
+    from tests.helpers.readers import READERS
 
 STRANGE: list[Any] = [
     None,

@@ -20,8 +20,8 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.image_source import Archive, open_zip
 from model_lib.ingest.ingesting import ingest
 from model_lib.io.images import ImageError
-from tests.attacks import samples
-from tests.attacks.lies import fingerprint, refused
+from tests.helpers import samples
+from tests.helpers.lies import fingerprint, refused
 
 MEGABYTE = 2**20
 

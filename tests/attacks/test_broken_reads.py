@@ -15,7 +15,7 @@ from model_lib.batch.config import BatchConfig
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.image_source import open_image_source, opened
 from model_lib.ingest.ingesting import ingest
-from tests.services import Faults, faulty_bucket
+from tests.helpers.services import Faults, faulty_bucket
 
 
 @pytest.fixture(autouse=True)

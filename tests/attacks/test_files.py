@@ -24,8 +24,8 @@ from model_lib.evaluate import evaluation, result
 from model_lib.ingest.annotations import read_captions, read_listing
 from model_lib.ingest.config import IngestConfig
 from model_lib.io import storage
-from tests.attacks import samples
-from tests.attacks.lies import broken, refused, write
+from tests.helpers import samples
+from tests.helpers.lies import broken, refused, write
 
 Run = Callable[..., CompletedProcess]
 

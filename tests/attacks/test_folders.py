@@ -29,8 +29,8 @@ from model_lib.train import checkpoint
 from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
-from tests.attacks import samples
-from tests.attacks.lies import broken, fingerprint, refused, write
+from tests.helpers import samples
+from tests.helpers.lies import broken, fingerprint, refused, write
 
 Run = Callable[..., CompletedProcess]
 

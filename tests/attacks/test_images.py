@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.attacks.mutations import corpus, encoded, image
+from tests.helpers.mutations import corpus, encoded, image
 
 SEED = 20_261_123
 LIMIT = 600

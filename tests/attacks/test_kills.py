@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib.registry.registry import MODEL
-from tests.attacks.killed import killed
+from tests.helpers.killed import killed
 from tests.model_lib.train.test_survival import RECIPE, curves, same_best
 
 KILLS = 50

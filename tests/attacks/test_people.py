@@ -22,7 +22,7 @@ from model_lib.model.tokens import train_tokenizer
 from model_lib.tracking.server import MlflowTracking, embedded_uri, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
-from tests.small import small_model
+from tests.helpers.small import small_model
 
 STRANGE = "-a b::c [d]*{e} ü図é #?%20 'q\" =f|g;$h~ \u202ertl\nnext"
 """A folder's name that is legal, and that every quick shell script falls over."""

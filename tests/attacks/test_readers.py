@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from model_lib.errors import UserError
-from tests.attacks import samples
-from tests.attacks.readers import READERS
+from tests.helpers import samples
+from tests.helpers.readers import READERS
 
 SEED = 20_261_125
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib.errors import UserError, printable
-from tests.services import Faults, faulty_proxy, mlflow_server, refusing
+from tests.helpers.services import Faults, faulty_proxy, mlflow_server, refusing
 
 SECRET = "s3cr3t-9f27c1d4"
 NAMES = [

@@ -18,8 +18,8 @@ from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
+from tests.helpers.services import Faults, faulty_bucket
 from tests.model_lib.train.test_survival import stop_at
-from tests.services import Faults, faulty_bucket
 
 AGE = 5.0
 """Seconds that a listing is behind."""

@@ -25,7 +25,7 @@ from model_lib.io import images, storage
 from model_lib.io.images import ImageError, read_image
 from model_lib.io.remote_cache import cached_folder, local_copy
 from model_lib.train.checkpoint import Checkpoints
-from tests.services import Faults, faulty_proxy
+from tests.helpers.services import Faults, faulty_proxy
 
 
 class Website(BaseHTTPRequestHandler):

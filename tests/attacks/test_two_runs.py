@@ -30,7 +30,7 @@ from model_lib.io import locks, storage
 from model_lib.io.locks import output_lock
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
-from tests.services import gcs_emulator
+from tests.helpers.services import gcs_emulator
 
 HOLDS = """
 import sys, time

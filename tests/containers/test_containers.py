@@ -27,7 +27,7 @@ from model_lib import __version__
 from model_lib.errors import UserError
 from pipelines import caption_bucket, train_captioner
 from pipelines.local import RUN_LABEL, run_locally
-from tests.services import free_port, gcs_emulator, mlflow_server, running, webhook
+from tests.helpers.services import free_port, gcs_emulator, mlflow_server, running, webhook
 
 pytestmark = pytest.mark.containers
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.pipelines.in_s3 import WORKFLOW, cloud
+from tests.helpers.in_s3 import WORKFLOW, cloud
 
 pytestmark = pytest.mark.containers
 STEPS = {

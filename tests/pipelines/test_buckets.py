@@ -18,8 +18,8 @@ from components.train.component import train
 from model_lib.data.shards import read_manifest
 from model_lib.steps.artifacts import set_metadata
 from model_lib.steps.candidates import configure_candidates
-from tests.pipelines.in_s3 import WORKFLOW, cloud
-from tests.pipelines.kfp_server import take_output
+from tests.helpers.in_s3 import WORKFLOW, cloud
+from tests.helpers.kfp_server import take_output
 
 KINDS = {"model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
 

@@ -24,7 +24,7 @@ from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import caption_bucket, train_captioner
 from pipelines.compile import CompileConfig, compile_all
-from tests.pipelines.kfp_server import parse_strictly
+from tests.helpers.kfp_server import parse_strictly
 
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"

@@ -17,8 +17,8 @@ from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.run import RunConfig, _dataset, _validation_images
 from tests.conftest import zipped
+from tests.helpers.kfp_server import take_output
 from tests.model_lib.registry.test_promotion import evaluated
-from tests.pipelines.kfp_server import take_output
 
 Run = Callable[..., CompletedProcess]
 CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])

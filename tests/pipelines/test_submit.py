@@ -15,7 +15,7 @@ import pytest
 
 from pipelines import following, submit
 from pipelines.submit import COMPILED
-from tests.pipelines.kfp_server import KfpServer
+from tests.helpers.kfp_server import KfpServer
 
 Run = Callable[..., CompletedProcess]
 BUCKET: dict[str, Any] = {

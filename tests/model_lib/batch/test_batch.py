@@ -21,9 +21,9 @@ from model_lib.batch.planning import Plan, folder_of, plan, resolved
 from model_lib.batch.rows import ABOUT
 from model_lib.errors import WorkError
 from model_lib.io import storage
-from tests.attacks.killed import killed
-from tests.services import Faults, faulty_bucket
-from tests.small import small_model
+from tests.helpers.killed import killed
+from tests.helpers.services import Faults, faulty_bucket
+from tests.helpers.small import small_model
 
 
 def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
@@ -155,8 +155,8 @@ def test_an_image_that_goes_while_it_is_read_has_its_row_too(
 ) -> None:
     original = captions_module.read_image
 
-    def reading(uri: str, *retry_seconds: float) -> bytes:
-        content = original(uri, *retry_seconds)
+    def reading(uri: str, *options: float, **named: bool) -> bytes:
+        content = original(uri, *options, **named)
         if uri.endswith("3.jpg"):
             Path(uri).unlink()
         return content
@@ -237,7 +237,7 @@ def test_an_image_whose_store_failed_is_tried_again(
 def test_images_whose_store_failed_for_all_are_tried_again(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(uri: str, *_: object) -> bytes:
+    def failing(uri: str, *_: object, **__: object) -> bytes:
         raise WorkError(f"{uri}: cannot be read: ConnectionResetError")
 
     options = config(images, tmp_path / "out", saved_model)
@@ -313,7 +313,7 @@ def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
     asked: list[str] = []
     go_on = threading.Event()
 
-    def slow(uri: str, *_: object) -> bytes:
+    def slow(uri: str, *_: object, **__: object) -> bytes:
         asked.append(uri)
         if len(asked) == 1:
             raise KeyboardInterrupt

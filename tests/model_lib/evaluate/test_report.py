@@ -18,7 +18,7 @@ from model_lib.pages.page import thumbnail
 from model_lib.registry.config import Policy
 from model_lib.registry.promotion import decide
 from model_lib.scores.significance import corpus_scores, intervals
-from tests.browser import browser_page
+from tests.helpers.browser import browser_page
 
 CURVES = {
     "run of new": {

@@ -17,9 +17,9 @@ from s3fs.errors import translate_boto_error
 from model_lib import UserError
 from model_lib.errors import WorkError
 from model_lib.io import storage
+from model_lib.io.errors import is_transient
 from model_lib.io.remote_cache import cached_folder
-from model_lib.io.storage import is_transient
-from tests.services import refusing
+from tests.helpers.services import refusing
 
 
 @pytest.mark.parametrize("place", ["{tmp}/file", "memory://store/file"])
@@ -123,4 +123,4 @@ def test_a_bucket_that_refuses_a_request_is_believed_at_once(
         ):
             storage.read_bytes(f"{scheme}://bucket/a.jpg", 100)
     fsspec.get_filesystem_class(scheme).clear_instance_cache()
-    assert "asking again" not in caplog.text and 1 <= len(asked) < 6
+    assert "next attempt" not in caplog.text and 1 <= len(asked) < 6

@@ -9,12 +9,12 @@ import torch
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
 from model_lib.model.decoding import Decoded, _DecodingState, decode, draw
+from tests.helpers.small import small_model
 from tests.model_lib.model.test_model import (
     pixels,
     reference_decoder,
     small_model_with_equal_widths,
 )
-from tests.small import small_model
 
 IMAGES = 4
 END = 1.5

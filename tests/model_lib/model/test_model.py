@@ -30,7 +30,7 @@ from model_lib.presets import PRESETS
 from model_lib.train.config import TrainConfig
 from model_lib.train.loss import caption_loss
 from model_lib.train.training import train
-from tests.small import small_model
+from tests.helpers.small import small_model
 
 TRAINED = re.compile(
     r"decoder\.h\.\d+\.(crossattention|ln_cross_attn|ln_visual|ln_2|mlp)\..+|decoder\.ln_f\..+|head\..+"

@@ -17,8 +17,8 @@ from model_lib.registry import turns
 from model_lib.registry.registry import champion_version, settle
 from model_lib.registry.turns import draw, turn
 from model_lib.tracking.model_uris import MODEL
+from tests.helpers.services import mlflow_server
 from tests.model_lib.registry.test_promotion import evaluated
-from tests.services import mlflow_server
 
 AT_ONCE = 3
 

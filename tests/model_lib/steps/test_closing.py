@@ -9,9 +9,9 @@ import pytest
 from model_lib.steps.closing import close_pipeline, finish_pipeline
 from model_lib.steps.kfp_runs import run_state
 from model_lib.tracking.server import NO_TRACKING, MlflowTracking, tracking_from_environment
-from tests.pipelines.kfp_server import KfpServer
-from tests.services import free_port, mlflow_server, webhook
-from tests.tracked import step
+from tests.helpers.kfp_server import KfpServer
+from tests.helpers.services import free_port, mlflow_server, webhook
+from tests.helpers.tracked import step
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from model_lib.steps.candidates import candidate_configs
 from model_lib.steps.preflight import Needs, training_sources
 from model_lib.tracking.server import do_not_wait_long
 from model_lib.train.trainjob import Machines
-from tests.services import free_port, mlflow_server
+from tests.helpers.services import free_port, mlflow_server
 
 SEVERAL = Machines(
     count=2,

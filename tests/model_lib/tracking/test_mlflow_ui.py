@@ -11,8 +11,8 @@ from model_lib.evaluate.result import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
-from tests.browser import browser_page
-from tests.services import mlflow_server
+from tests.helpers.browser import browser_page
+from tests.helpers.services import mlflow_server
 
 KFP_ADDRESS = "https://kfp.example.com/#/runs/details/kfp-ui"
 SCROLL = """(grids, top) => {

@@ -21,8 +21,8 @@ from model_lib.tracking.server import (
     require_mlflow,
     tracking_from_environment,
 )
-from tests.services import free_port, mlflow_server, postgres_programs, postgres_server
-from tests.tracked import step
+from tests.helpers.services import free_port, mlflow_server, postgres_programs, postgres_server
+from tests.helpers.tracked import step
 
 
 @pytest.fixture(scope="module")

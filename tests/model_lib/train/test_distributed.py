@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from model_lib.tracking.server import MlflowTracking, tracking_from_environment
 from model_lib.train.distributed import World, shared
 from model_lib.train.training import train
-from tests.commands import run as run_command
+from tests.helpers.commands import run as run_command
 from tests.model_lib.train.test_survival import curves, newest_step, same_best
 from tests.model_lib.train.test_training import config
 

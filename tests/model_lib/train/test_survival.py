@@ -23,7 +23,7 @@ from model_lib.train.config import TrainConfig
 from model_lib.train.learning import Learner, make_optimizer
 from model_lib.train.training import train
 from model_lib.train.validation import Validator
-from tests.attacks.killed import killed
+from tests.helpers.killed import killed
 from tests.model_lib.train.test_training import config, evaluated, kept
 
 RECIPE = {"dropout": 0.3, "ema": 0.9, "augment": "yes", "label_smoothing": 0.1}

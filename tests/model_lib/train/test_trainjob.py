@@ -22,8 +22,8 @@ from model_lib.train.cluster import Cluster
 from model_lib.train.config import TrainConfig
 from model_lib.train.trainjob import Machines, job_document, job_name, require_trainer, train_on
 from pipelines.placement import GPU_NODES, GPU_TOLERATIONS, MLFLOW, variables
-from tests.kube_rules import POD
-from tests.kube_server import KubeServer, Machine
+from tests.helpers.kube_rules import POD
+from tests.helpers.kube_server import KubeServer, Machine
 from tests.model_lib.train.test_distributed import OPTIONS
 from tests.model_lib.train.test_survival import curves
 

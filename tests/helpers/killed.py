@@ -1,4 +1,4 @@
-"""Runs tests.killing, and returns where its kills fell."""
+"""Runs tests.helpers.killing, and returns where its kills fell."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ def killed(stage: str, options: dict, folder: str, seed: int, kills: int) -> lis
     command = [
         sys.executable,
         "-m",
-        "tests.killing",
+        "tests.helpers.killing",
         stage,
         json.dumps(options),
         folder,

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from model_lib.data.shards import FORMAT_VERSION
 from model_lib.evaluate.result import Predictions, View, _parquet
-from tests.attacks.mutations import encoded, image
+from tests.helpers.mutations import encoded, image
 
 ROWS = 6
 JPEG = encoded(image(np.random.default_rng(0), 32, 24), "jpg")

@@ -15,8 +15,8 @@ from kfp import components
 
 from pipelines.local import run_locally
 from pipelines.submit import COMPILED
-from tests.pipelines.kfp_server import take_output
-from tests.services import mlflow_server, store, webhook
+from tests.helpers.kfp_server import take_output
+from tests.helpers.services import mlflow_server, store, webhook
 
 WORKFLOW = "nightly-x7k2p-1-3056141721"
 

@@ -1,6 +1,6 @@
 """Kills a stage again and again at random moments, and lets it start again until it ends by itself.
 
-    python -m tests.killing STAGE OPTIONS FOLDER SEED KILLS
+    python -m tests.helpers.killing STAGE OPTIONS FOLDER SEED KILLS
 
 runs the stage with its options (JSON) once undisturbed, its output in FOLDER/whole, then in
 FOLDER/killed-0, -1, … each killed a few times and then left to its end, until there were so many

@@ -23,7 +23,7 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.journal import Journal
 from model_lib.io.images import ImageError, decode_image, to_pixels
 from model_lib.train import checkpoint
-from tests.attacks import samples
+from tests.helpers import samples
 
 
 def manifest(file: Path) -> None:

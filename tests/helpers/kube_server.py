@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.kube_rules import (
+from tests.helpers.kube_rules import (
     API,
     EVENTS,
     JOBS,
