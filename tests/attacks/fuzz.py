@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["model_lib"]):
     import pyarrow.parquet as pq
 
     from model_lib.errors import UserError
-    from tests.attacks import samples
+    from tests.helpers import samples
     from tests.helpers.readers import READERS
 
 STRANGE: list[Any] = [
