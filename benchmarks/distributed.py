@@ -38,10 +38,10 @@ from model_lib.io.background import Background
 from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.presets import PRESETS
 from model_lib.train.checkpoint import Checkpoints, Position, snapshot
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, resolve
 from model_lib.train.distributed import World, join_world
-from model_lib.train.learning import Learner
-from model_lib.train.objectives import CrossEntropyObjective
+from model_lib.train.loss import CrossEntropyObjective
+from model_lib.train.step import StepState, TrainStep
 
 
 class Sharded(World):
@@ -52,7 +52,7 @@ class Sharded(World):
         return fully_shard(module, ignored_params=frozen, reshard_after_forward=False)
 
 
-def learner_of(options: argparse.Namespace, world: World) -> Learner:
+def make_train_step(options: argparse.Namespace, world: World) -> TrainStep:
     torch.manual_seed(0)
     config = CaptionerConfig.of(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
@@ -62,15 +62,14 @@ def learner_of(options: argparse.Namespace, world: World) -> Learner:
     training = TrainConfig(
         data="-", output="-", preset=options.preset, ema=0.0, dropout=0.0, clip_norm=1e9
     )
-    return Learner(model, objective, training, world, steps=10_000)
+    return TrainStep(model, objective, resolve(training), world, steps=10_000)
 
 
-def batch_of(options: argparse.Namespace, learner: Learner) -> tuple[np.ndarray, torch.Tensor]:
+def make_batch(options: argparse.Namespace, step: TrainStep) -> tuple[np.ndarray, torch.Tensor]:
     """Return the whole batch's numbers and this process's pixels."""
-    batch, size = np.arange(options.images), learner.model.image_size
-    return batch, torch.randint(
-        0, 256, (len(learner.world.shard(batch)), 3, size, size), dtype=torch.uint8
-    )
+    batch, size = np.arange(options.images), step.model.image_size
+    images = len(step.world.shard(batch))
+    return batch, torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
 
 
 def wait_for(device: torch.device) -> None:
@@ -87,19 +86,17 @@ def timed_steps(options: argparse.Namespace, kind: str) -> dict[str, float]:
         seconds: list[float] = []
 
         def run() -> None:
-            learner = learner_of(options, world)
+            train_step = make_train_step(options, world)
             if kind == "FSDP2":  # the weights are other tensors now, each a share of the whole
-                learner.trained = [p for p in learner.model.parameters() if p.requires_grad]
-                optimizer = learner.optimizer = torch.optim.AdamW(
-                    learner.trained, lr=1e-4, fused=True
-                )
-                learner._step_if_finite = lambda norm: (
-                    optimizer.step()
-                )  # its test is not made for shares
-            batch, pixels = batch_of(options, learner)
+                trained = [p for p in train_step.model.parameters() if p.requires_grad]
+                optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+                train_step.trained, train_step.optimizer = trained, optimizer
+                # The test for finite gradients is not made for shares.
+                train_step._step_if_finite = lambda norm: optimizer.step()
+            batch, pixels = make_batch(options, train_step)
             for step in range(options.rounds + 1):
                 began = time.perf_counter()
-                learner.learn(batch, pixels, step)
+                train_step.run(batch, pixels, step)
                 wait_for(world.device)
                 seconds.append(time.perf_counter() - began)
 
@@ -112,20 +109,20 @@ def saving(options: argparse.Namespace) -> tuple[float, float, float]:
     checkpoint's GB."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     with join_world(options.device) as world, tempfile.TemporaryDirectory() as folder:
-        learner = learner_of(options, world)
-        batch, pixels = batch_of(options, learner)
+        train_step = make_train_step(options, world)
+        batch, pixels = make_batch(options, train_step)
         checkpoints, seconds = Checkpoints(folder), {}
-        nowhere = Position(0, 0, 0, None, "", {}, [], {})
+        nowhere = Position(0, 0, 0, None, "", StepState(0, {}, 0, 0), {})
 
         def steps(count: int) -> float:
             began = time.perf_counter()
             for step in range(count):
-                learner.learn(batch, pixels, step)
+                train_step.run(batch, pixels, step)
             wait_for(world.device)
             return time.perf_counter() - began
 
         def tensors() -> dict[str, torch.Tensor]:
-            return snapshot(learner.model, learner.optimizer, {})
+            return snapshot(train_step.model, train_step.optimizer, {})
 
         steps(1)
         size = sum(tensor.nbytes for tensor in tensors().values()) / 1e9
@@ -166,58 +163,46 @@ def main() -> None:
         torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {os.cpu_count()} cores"
     )
     kinds = ["one process", "DDP", "FSDP2"]
-    found = {
+    figures = {
         kind: launch(options, 1 if kind == "one process" else options.processes, kind)
         for kind in kinds
     }
 
     print(f"\n{name}, torch {torch.__version__}; {options.images} images a step\n")
     print(f"{'':<14}{'seconds a step':>16}{'images/s':>12}{'GB a process':>14}")
-    for kind, figures in found.items():
-        speed = options.images / figures["seconds"]
-        print(f"{kind:<14}{figures['seconds']:>16.2f}{speed:>12.2f}{figures['gb']:>14.1f}")
+    speeds = {kind: options.images / figure["seconds"] for kind, figure in figures.items()}
+    for kind, figure in figures.items():
+        seconds, gigabytes = figure["seconds"], figure["gb"]
+        print(f"{kind:<14}{seconds:>16.2f}{speeds[kind]:>12.2f}{gigabytes:>14.1f}")
     results: list[dict[str, Any]] = []
     for baseline in ("one process", "FSDP2"):
-        ours, theirs = (options.images / found[kind]["seconds"] for kind in ("DDP", baseline))
+        ours, theirs = speeds["DDP"], speeds[baseline]
         row = {
             "case": f"DDP, {options.processes} processes",
             "baseline": baseline,
             "unit": "images/s",
-        }
-        row |= {
             "ours": round(ours, 2),
             "theirs": round(theirs, 2),
             "ratio": round(ours / theirs, 2),
+            "peak_memory_gb": figures["DDP"]["gb"],
+            "their_memory_gb": figures[baseline]["gb"],
         }
-        results.append(
-            {**row, "peak_memory_gb": found["DDP"]["gb"], "their_memory_gb": found[baseline]["gb"]}
-        )
+        results.append(row)
     thread, at_once, size = saving(options)
-    print(
-        f"\na checkpoint of {size:.1f} GB: {thread:.1f} s lost with a thread, {at_once:.1f} s "
-        "without"
-    )
+    lost = f"{thread:.1f} s lost with a thread, {at_once:.1f} s without"
+    print(f"\na checkpoint of {size:.1f} GB: {lost}")
     row = {
         "case": f"checkpoint of {size:.1f} GB",
         "baseline": "written before the next step",
         "unit": "seconds lost",
-    }
-    row |= {
         "ours": round(thread, 2),
         "theirs": round(at_once, 2),
         "ratio": round(at_once / max(thread, 1e-3), 2),
+        "peak_memory_gb": None,
     }
-    results.append({**row, "peak_memory_gb": None})
-    print(
-        json.dumps(
-            {
-                "benchmark": "distributed",
-                "device": name,
-                "torch": torch.__version__,
-                "results": results,
-            }
-        )
-    )
+    results.append(row)
+    document = {"benchmark": "distributed", "device": name, "torch": torch.__version__}
+    print(json.dumps({**document, "results": results}))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ from model_lib.model.precision import autocast, autocast_dtype
 from model_lib.model.tokens import IGNORED, pack_captions, train_tokenizer
 from model_lib.presets import PRESETS
 from model_lib.tracking.server import Run, Tracking
-from model_lib.train.config import TrainConfig, Trained
+from model_lib.train.config import TrainConfig, Trained, resolve
 from model_lib.train.loss import caption_loss
 from model_lib.train.training import train
 
@@ -173,9 +173,7 @@ class Rates(Tracking, Run):
     def __init__(self) -> None:
         self.rates: list[float] = []
 
-    def start(
-        self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
-    ) -> Run:
+    def start(self, *_: Any, **__: Any) -> Run:
         return self
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -211,8 +209,9 @@ def train_from_parquet(preset: str, images: int, **options: Any) -> float:
         trained: list[Trained] = []
         memory = peak_gb(lambda: trained.append(train(run, rates)), device)
     rate, loss = harmonic_mean(rates.rates), trained[0].validation_loss
+    batch_size = resolve(run).batch_size
     print(
-        f"\nfrom Parquet, {run.batch_size} images a step: {rate:.1f} images/s, an epoch of COCO in "
+        f"\nfrom Parquet, {batch_size} images a step: {rate:.1f} images/s, an epoch of COCO in "
         f"{COCO_IMAGES / rate / 60:,.1f} minutes, {memory} GB at most; validation loss {loss:.2f}"
     )
     return rate

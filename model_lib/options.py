@@ -1,12 +1,11 @@
-"""What every stage's configuration shares: options with bounds, made from loose values, and their
-key."""
+"""What every stage's configuration shares: options with bounds, parsed from JSON, and their key."""
 
 import dataclasses
 import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self
 
 from model_lib.errors import UserError
 
@@ -22,40 +21,17 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _as_kind(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as the option's type: JSON and pipelines know no difference between 5 and
-    5.0."""
-    kinds = get_args(kind) or (kind,)
-    if get_origin(kind) is Literal:
-        require(value in kinds, f"{name}: {value!r} is not one of {', '.join(map(str, kinds))}")
-        return value
-    kinds = tuple(get_origin(k) or k for k in kinds) if get_origin(kind) is not tuple else (tuple,)
-    if isinstance(value, list) and tuple in kinds:
-        return tuple(value)
-    if isinstance(value, float) and value.is_integer() and int in kinds:
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
-        require(abs(value) <= LARGEST, f"{name}: {value!r:.60} is not a number to work with")
-        return float(value)
-    wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
-    require(type(value) in kinds, f"{name}: {value!r} is not {wanted}")
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What all configurations share: numbers are checked by `minimum`, and each can be made from
-    loose options."""
+    """Base of all configurations: checks each number against its `minimum`."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), field.metadata.get("minimum")
-            require(
-                value != "" and not (isinstance(value, tuple) and "" in value),
-                f"{field.name}: is empty",
-            )
+            empty = value == "" or (isinstance(value, tuple) and "" in value)
+            require(not empty, f"{field.name}: is empty")
             if isinstance(value, float):
-                require(math.isfinite(value), f"{field.name}: {value} is not a number to work with")
+                require(math.isfinite(value), f"{field.name}: {value} is not a finite number")
             if minimum is not None and value is not None:
                 require(value >= minimum, f"{field.name}: {value} is not at least {minimum}")
             if isinstance(value, int):
@@ -63,53 +39,57 @@ class StageConfig:
 
     @classmethod
     def from_options(cls, **options: Any) -> Self:
-        """Make a configuration from a mapping, a pipeline's candidate for example; `UserError` on
-        unknown names."""
-        kinds = get_type_hints(cls)
-        for name, value in options.items():
-            require(
-                name in kinds,
-                f"{cls.__name__}: unknown option {name!r}; one of {', '.join(sorted(kinds))}",
-            )
-            options[name] = _as_kind(name, value, kinds[name])
+        """Return the configuration of a JSON object, for example a pipeline's candidate.
+
+        Raises:
+            UserError: a name is unknown, or a value has another type. Whole floats are integers,
+                since Kubeflow Pipelines sends every number as a float.
+        """
+        from model_lib.io.validation import parse  # needs pyarrow, which the command line does not
+
+        names = sorted(field.name for field in dataclasses.fields(cls))
+        for name in options:
+            known = ", ".join(names)
+            require(name in names, f"{cls.__name__}: unknown option {name!r}; one of {known}")
         try:
-            return cls(**options)
-        except TypeError as error:
+            return parse(cls, {name: _whole(value) for name, value in options.items()})
+        except ValueError as error:
             raise UserError(f"{cls.__name__}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def key(self, *more: str) -> str:
-        """Return 16 hex digits that change when the options which shape the result, or `more`,
-        change."""
+        """Return 16 hex digits of the options that shape the result, and of `more`."""
         shaping = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.metadata.get("shapes", True)
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.metadata.get("shapes", True)
         }
-        return hashlib.sha256(json.dumps([shaping, *more], sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
+        document = json.dumps([shaping, *more], sort_keys=True)
+        return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+def _whole(value: Any) -> Any:
+    whole = isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST
+    return int(value) if whole else value
 
 
 def option(
     default: Any = dataclasses.MISSING, *, minimum: float | None = None, shapes: bool = True
 ) -> Any:
-    """Declare a field with a lower bound; `shapes=False` for one that changes where or how fast,
-    not what."""
+    """Declare a field with a lower bound; `shapes=False` if it does not change the result."""
     return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
 
 
 def as_arguments(config: StageConfig) -> list[str]:
-    """Return the command line that makes this configuration, without the options that have their
-    defaults."""
+    """Return the command line of a configuration, without options that have their default."""
     arguments = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None or value == field.default:
             continue
-        if isinstance(value, bool):
+        if isinstance(field.default, bool):
             arguments.append(f"--{field.name}" if value else f"--no-{field.name}")
         else:
             arguments.append(f"--{field.name}={value}")

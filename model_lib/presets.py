@@ -12,16 +12,15 @@ class Preset:
     decoder: str | None
     """Hub name of GPT-2; None for a model that is trained whole from scratch."""
     vision_shape: dict
-    """Configuration of the vision tower, to count parameters without weights and to start from
-    scratch."""
+    """Options of `CLIPVisionConfig`, for a model from scratch and to count parameters."""
     decoder_shape: dict
-    """Configuration of GPT-2, likewise."""
+    """Options of `GPT2Config`, likewise."""
     epochs: int
     batch_size: int
     """Images a step."""
     learning_rate: float
     precision: str
-    """Of training; "auto" unless another was measured faster."""
+    """Of training."""
     label_smoothing: float
     dropout: float
     """Of the cross-attention and feed-forward blocks' results."""
@@ -83,7 +82,7 @@ PRESETS = {
         dropout=0.0,
         ema=0.0,
         augment=False,
-        # in the scenes length tells of content, and batches alike teach less: docs/benchmarks.md
+        # In the scenes, length tells of content, and batches alike teach less: docs/benchmarks.md.
         sort_batches=1,
     ),
 }

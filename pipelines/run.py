@@ -54,8 +54,8 @@ class RunConfig(StageConfig):
     candidates: str | None = None
     """JSON list of candidates, each a name and the training options in which it differs; by default
     the pipeline's."""
-    epochs: int = option(0, minimum=0)
-    """Passes over the training images; 0: the preset's."""
+    epochs: int | None = option(None, minimum=1)
+    """Passes over the training images; by default the preset's."""
     images: str | None = None
     """Images that the champion captions at the end; by default the data set's validation images."""
     scenes: int = option(ScenesConfig.train, minimum=1)
@@ -98,7 +98,7 @@ def _run(config: RunConfig, candidates: list[dict[str, Any]], work: Path) -> dic
             for name, value in _common(config).items()
             if name != "epochs"
         },
-        "train_epochs": config.epochs,
+        "train_epochs": config.epochs or 0,
         "eval_num_beams": config.num_beams,
         "caption_images": storage.absolute(config.images)
         if config.images

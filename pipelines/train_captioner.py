@@ -61,7 +61,7 @@ the champion.
 | `train_preset` | model size: `clip-l-gpt2-medium`, or `tiny` (from scratch) |
 | `train_vision`, `train_decoder`, `train_tokenizer` | other weights than the preset's |
 | `train_epochs`, `train_batch_size`, `train_learning_rate` | 0: the preset's |
-| `train_precision` | `auto`, `bfloat16`, `float16` or `float32` |
+| `train_precision` | `auto`, `bfloat16`, `float16` or `float32`; empty: the preset's |
 | `train_nodes` | machines that train one candidate together; several need Kubeflow Trainer |
 | `train_cache_key` | any text; another one runs again what KFP's cache would skip |
 | `eval_num_beams`, `eval_limit` | beams in decoding; first so many images only (0: all) |
@@ -88,10 +88,10 @@ def define(parallel: int) -> Any:
         train_vision: str = "",
         train_decoder: str = "",
         train_tokenizer: str = "",
-        train_epochs: int = TrainConfig.epochs,
-        train_batch_size: int = TrainConfig.batch_size,
-        train_learning_rate: float = TrainConfig.learning_rate,
-        train_precision: str = TrainConfig.precision,
+        train_epochs: int = 0,
+        train_batch_size: int = 0,
+        train_learning_rate: float = 0.0,
+        train_precision: str = "",
         train_nodes: int = 1,
         train_cache_key: str = "",
         eval_num_beams: int = EvaluateConfig.num_beams,

@@ -18,7 +18,7 @@ from torch import Tensor
 from model_lib import UserError
 from model_lib.io.storage import version
 from model_lib.train.config import TrainConfig
-from model_lib.train.learning import Learner
+from model_lib.train.step import TrainStep
 from model_lib.train.training import train
 from tests.helpers.services import STORES, Faults, faulty_bucket, store
 
@@ -148,13 +148,13 @@ def faults(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
     """Do something before each step of training."""
-    learn = Learner.learn
+    learn = TrainStep.run
 
-    def acting(learner: Learner, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+    def acting(learner: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
         act(step)
         return learn(learner, batch, pixels, step)
 
-    monkeypatch.setattr("model_lib.train.learning.Learner.learn", acting)
+    monkeypatch.setattr("model_lib.train.step.TrainStep.run", acting)
 
 
 def test_training_outlasts_a_bucket_that_fails(

@@ -1,5 +1,4 @@
-"""Work that goes on beside the main thread's: one piece at a time, and none of its failures
-lost."""
+"""One thread for work that goes on beside the main thread's."""
 
 import logging
 from collections.abc import Callable
@@ -12,18 +11,17 @@ log = logging.getLogger(__name__)
 
 
 class Background:
-    """Runs one piece of work at a time on a thread; what it raises is raised by the next call here.
+    """Runs one piece of work at a time on a thread; the next call raises its failure.
 
     As a context it ends when all work is done, also if the body raises.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "save")
+        self._thread = ThreadPoolExecutor(1, "background")
         self._work: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether work is still going on."""
         return self._work is not None and not self._work.done()
 
     def start(self, work: Callable[[], None]) -> None:
@@ -32,12 +30,12 @@ class Background:
         self._work = self._thread.submit(work)
 
     def check(self) -> None:
-        """Raise what the work raised, if it has ended; do not wait for it."""
+        """Raise the failure of work that has ended."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Return when all work is done."""
+        """Wait for the work; raise its failure."""
         work, self._work = self._work, None
         if work is not None:
             work.result()
@@ -51,6 +49,6 @@ class Background:
         except Exception as error:
             if kind is None:
                 raise
-            log.warning("%s", first_line(error))  # the body's reason is the one to raise
+            log.warning("%s", first_line(error))  # the body's own error is raised
         finally:
             self._thread.shutdown()

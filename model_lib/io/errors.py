@@ -19,6 +19,7 @@ FINAL = (
     NotADirectoryError,
     PermissionError,
 )
+FULL = "the disk is full; make room there and start again"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL)
 """What a full or read-only disk of this machine says, and a call that no store would take."""
 ONE_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
@@ -112,11 +113,12 @@ def store_errors(uri: str, doing: str = "read") -> Iterator[None]:
         raise UserError(f"{name}: cannot be {doing}: {error.strerror or error}") from error
     except OSError as error:
         if disk_is_full(error):
-            remedy = "the disk is full; make room there and start again"
-            raise WorkError(f"{name}: cannot be {doing}: {remedy}") from error
+            raise WorkError(f"{name}: cannot be {doing}: {FULL}") from error
         kind = UserError if error.errno in ONE_FILE else WorkError
         raise kind(f"{name}: cannot be {doing}: {_reason(error)}") from error
     except Exception as error:
+        if disk_is_full(error):  # safetensors has an exception of its own
+            raise WorkError(f"{name}: cannot be {doing}: {FULL}") from error
         if type(error).__name__ in NOT_CONFIGURED:
             raise UserError(f"{name}: cannot be {doing}: {first_line(error)}") from error
         if is_transient(error) or http_status(error) is not None:

@@ -9,7 +9,7 @@ from model_lib.data.shards import read_manifest
 from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.model.sources import lasting_source
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, resolve
 
 
 def require_same_data(data: str, fingerprint: str) -> None:
@@ -24,7 +24,11 @@ def require_same_data(data: str, fingerprint: str) -> None:
 
 
 def candidate_configs(candidates: Any, **common: Any) -> list[TrainConfig]:
-    """Return each candidate's configuration, its place left open; empty strings stand for None.
+    """Return each candidate's configuration, with placeholders for data and output.
+
+    Args:
+        candidates: each one's own options, over the common ones.
+        common: options from the pipeline's form; 0 and "" stand for None, the preset's value.
 
     Raises:
         UserError: an option is unknown or out of range, or two candidates have one name.
@@ -37,6 +41,7 @@ def candidate_configs(candidates: Any, **common: Any) -> list[TrainConfig]:
         raise UserError(
             'candidates: expected a JSON list of objects, [{"name": "a", "learning_rate": 1e-3}]'
         )
+    form = {name: value for name, value in common.items() if value}
     configs = []
     for candidate in candidates:
         for fixed in ("data", "output"):
@@ -44,12 +49,8 @@ def candidate_configs(candidates: Any, **common: Any) -> list[TrainConfig]:
                 raise UserError(
                     f"candidate {candidate}: {fixed} is set by the pipeline; leave it out"
                 )
-        options = {
-            name: value
-            for name, value in {**common, **candidate}.items()
-            if value not in ("", None)
-        }
-        configs.append(TrainConfig.from_options(**options, data="-", output="-"))
+        options = form | candidate | {"data": "-", "output": "-"}
+        configs.append(TrainConfig.from_options(**options))
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise UserError(f"candidates: each needs a name of its own, not {', '.join(names)}")
@@ -77,7 +78,7 @@ def configure_candidates(
         cache_key: any text; another one lets Kubeflow Pipelines, which looks at the document, run
             the steps again.
         candidates: each one's own options, over the common ones.
-        common: options of all candidates; empty strings stand for None.
+        common: see `candidate_configs`.
 
     Raises:
         UserError: an option is unknown or out of range.
@@ -86,6 +87,7 @@ def configure_candidates(
     for config in candidate_configs(candidates, **common):
         if config.init_from is not None:
             config = replace(config, init_from=lasting_source(config.init_from))
+        config = resolve(config)
         output = storage.join(root, f"{config.name}-{config.key(fingerprint)}")
         options = replace(config, data=data, output=output).to_dict()
         given = {name: value for name, value in options.items() if value is not None}

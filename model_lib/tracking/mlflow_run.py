@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeVar
 
@@ -144,16 +144,6 @@ class MlflowRun(Run):
         # A clock that is set back would let older points pass for newer ones.
         self.clock = max(self.clock, int(time.time() * 1000))
         self.waiting += [(name, float(value), self.clock, step) for name, value in metrics.items()]
-
-    def unsent(self) -> list[Point]:
-        return list(self.waiting)
-
-    def resume(self, points: Sequence[Point]) -> None:
-        if not self.finished:  # else all had arrived
-            self.waiting += [
-                (name, value, measured, step) for name, value, measured, step in points
-            ]
-            self.clock = max((point[2] for point in points), default=0)
 
     def _keep_sending(self) -> None:
         pause, outage = INTERVAL, False

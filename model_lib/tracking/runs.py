@@ -1,7 +1,7 @@
 """Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at
 all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 Point = tuple[str, float, int, int]
@@ -26,14 +26,6 @@ class Run:
         """Add a point to each metric's curve, without waiting for it to arrive; all have when the
         run is closed."""
 
-    def unsent(self) -> list[Point]:
-        """Return the points that may not have arrived yet, for a checkpoint to keep."""
-        return []
-
-    def resume(self, points: Sequence[Point]) -> None:
-        """Add points that a checkpoint kept, before the run is entered; those that arrived
-        meanwhile do not matter."""
-
     def __enter__(self) -> Self:
         return self
 
@@ -53,7 +45,13 @@ class Tracking:
         were read."""
 
     def start(
-        self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        name: str,
+        key: str | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        folder: str | None = None,
+        step: int = 0,
     ) -> Run:
         """Start the run `name`, or go on with the one that was started with the same `key`, if
         there is a key.

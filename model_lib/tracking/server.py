@@ -105,7 +105,13 @@ class MlflowTracking(Tracking):
         asked(self.uri, lambda: self.client.get_experiment(self.experiment_id))
 
     def start(
-        self, name: str, key: str | None, params: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        name: str,
+        key: str | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        folder: str | None = None,
+        step: int = 0,
     ) -> Run:
         return asked(self.uri, lambda: self._start(name, key, params, tags))
 

@@ -9,19 +9,24 @@ from model_lib.errors import UserError
 from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.model.tokens import train_tokenizer
 from model_lib.presets import PRESETS
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import ResolvedConfig
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> Captioner:
-    """Return the captioner to train: a trained one, the preset's parts, or one from scratch with
-    its own tokenizer.
+def build_model(config: ResolvedConfig, manifest: Manifest) -> Captioner:
+    """Return the captioner to train: a trained one, one of pretrained parts, or one from scratch
+    with its own tokenizer.
 
     Raises:
         UserError: weights cannot be used, or the decoder has too few positions for
             `config.max_tokens`.
     """
     torch.manual_seed(config.seed)
-    model = _build(config, manifest)
+    if config.init_from is not None:
+        model = _trained(config.init_from, config.preset)
+    elif config.vision is not None and config.decoder is not None:
+        model = Captioner.from_parts(config.vision, config.decoder, config.tokenizer)
+    else:
+        model = _from_scratch(config.preset, manifest)
     positions = model.config.decoder_config.n_positions
     if config.max_tokens >= positions:
         raise UserError(
@@ -30,36 +35,27 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Captioner:
     return model
 
 
-def _build(config: TrainConfig, manifest: Manifest) -> Captioner:
-    preset = PRESETS[config.preset]
-    if config.init_from is not None:
-        model = Captioner.from_pretrained(
-            config.init_from, device="cpu", dtype=torch.float32
-        ).train()
-        if model.config.train_everything != (preset.vision is None):
-            kind = (
-                "from scratch, as by preset tiny"
-                if model.config.train_everything
-                else "over frozen parts"
-            )
-            raise UserError(
-                f"{config.init_from}: was trained {kind}, which preset {config.preset} does not do"
-            )
-        return model
-    if preset.vision is not None and preset.decoder is not None:
-        return Captioner.from_parts(
-            config.vision or preset.vision, config.decoder or preset.decoder, config.tokenizer
-        )
+def _trained(source: str, preset: str) -> Captioner:
+    model = Captioner.from_pretrained(source, device="cpu", dtype=torch.float32).train()
+    from_scratch = model.config.train_everything
+    if from_scratch != (PRESETS[preset].vision is None):
+        kind = "from scratch, as by preset tiny" if from_scratch else "over frozen parts"
+        raise UserError(f"{source}: was trained {kind}, which preset {preset} does not do")
+    return model
+
+
+def _from_scratch(preset: str, manifest: Manifest) -> Captioner:
+    shapes = PRESETS[preset]
     captions = SplitReader(manifest, "train", size=1).captions()
     tokenizer = train_tokenizer(
-        (text for texts in captions for text in texts), preset.decoder_shape["vocab_size"]
+        (text for texts in captions for text in texts), shapes.decoder_shape["vocab_size"]
     )
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = Captioner(CaptionerConfig.of(preset, vocab_size=len(tokenizer), **ends))
+    model = Captioner(CaptionerConfig.of(shapes, vocab_size=len(tokenizer), **ends))
     model.tokenizer = tokenizer
     return model
 
 
 def identity(model: Captioner) -> str:
-    """Return what tells a captioner from others, whatever its folder is called."""
+    """Return a hash that tells captioners apart, whatever their folders are called."""
     return hashlib.sha256(model.head.weight.detach().float().cpu().numpy().tobytes()).hexdigest()

@@ -1,14 +1,14 @@
 """The configuration of training, and its result."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from model_lib.options import Precision, StageConfig, option, require
 from model_lib.presets import PRESETS
 
 SELF_CRITICAL_SLOWDOWN = 20
-"""By how much the second stage's learning rate is lower, unless one is given."""
+"""Factor by which self-critical training's default learning rate is lower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,13 @@ class TrainConfig(StageConfig):
     """Hub name, folder or URI of another GPT-2 than the preset's."""
     tokenizer: str | None = None
     """Hub name, folder or URI of the tokenizer; by default the decoder's own."""
-    epochs: int = option(0, minimum=0)
-    """Passes over the training images; 0: the preset's."""
-    batch_size: int = option(0, minimum=0)
-    """Images a step, each with its captions; 0: the preset's."""
-    learning_rate: float = option(0.0, minimum=0)
-    """Peak of the schedule; 0: the preset's."""
+    epochs: int | None = option(None, minimum=1)
+    """Passes over the training images; by default the preset's."""
+    batch_size: int | None = option(None, minimum=1)
+    """Images a step, each with its captions; by default the preset's."""
+    learning_rate: float | None = None
+    """Peak of the schedule; by default the preset's, in self-critical training a twentieth of
+    it."""
     warmup: float = option(0.05, minimum=0)
     """Share of the steps over which the learning rate rises, before it falls as a cosine."""
     weight_decay: float = option(0.01, minimum=0)
@@ -49,23 +50,24 @@ class TrainConfig(StageConfig):
     label_smoothing: float | None = option(None, minimum=0)
     """Share of the target spread over the vocabulary; by default the preset's."""
     dropout: float | None = option(None, minimum=0)
-    """Dropout of the cross-attention and feed-forward blocks' results; by default the preset's."""
+    """Dropout of the cross-attention and feed-forward blocks' results; by default the preset's, in
+    self-critical training 0."""
     ema: float | None = option(None, minimum=0)
     """Decay of the moving average of the weights that is evaluated and kept; 0: none; by default
     the preset's."""
-    augment: Literal["auto", "yes", "no"] = "auto"
-    """Learn random crops, mirrored if no caption says left or right; auto: the preset's."""
-    sort_batches: int = option(0, minimum=0)
-    """Batches' worth of images sorted by the length of their captions, to save padding; 1: none; 0:
-    the preset's."""
+    augment: bool | None = None
+    """Learn random crops, mirrored if no caption says left or right; by default the preset's."""
+    sort_batches: int | None = option(None, minimum=1)
+    """Batches' worth of images sorted by the length of their captions, to save padding; 1: none; by
+    default the preset's."""
     objective: Literal["cross-entropy", "self-critical"] = "cross-entropy"
     """Learn the captions, or, as a second stage, raise the CIDEr-D of captions that the model
     draws."""
     init_from: str | None = None
     """A trained captioner to go on from: a folder, hub name, URI or models:/captioner@champion."""
     num_samples: int = option(5, minimum=2)
-    """Captions drawn for an image in self-critical training; the others' mean is each one's
-    baseline."""
+    """Captions drawn for an image in self-critical training; each one's baseline is the others'
+    mean reward."""
     validate_every: int = option(0, minimum=0)
     """Steps between two validations; 0: one at each epoch's end."""
     validation_images: int = option(1000, minimum=0)
@@ -81,9 +83,9 @@ class TrainConfig(StageConfig):
     time."""
     compile: bool = option(False, shapes=False)
     """Compile the decoder's layers with torch.compile."""
-    precision: Precision = "auto"
-    """auto: the preset's; for full-size models bfloat16 where the device has it, else float16 on a
-    GPU, or float32."""
+    precision: Precision | None = None
+    """By default the preset's; auto: bfloat16 where the device has it, else float16 on a GPU, or
+    float32."""
     seed: int = option(0, minimum=0)
     """Seed of the new weights, the order of the images, their views and drawn captions."""
     device: str = option("auto", shapes=False)
@@ -111,17 +113,19 @@ class TrainConfig(StageConfig):
             re.fullmatch(r"\w[\w.-]*", self.name) is not None,
             f"name {self.name!r}: use letters, digits, . - _ only",
         )
-        require(self.warmup < 1, f"warmup: {self.warmup} is not less than 1, a share of the steps")
-        preset = PRESETS[self.preset]
-        if preset.vision is None:
-            require(
-                self.vision is None and self.decoder is None and self.tokenizer is None,
-                f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
-                "tokenizer",
-            )
+        rate = self.learning_rate
+        require(rate is None or rate > 0, f"learning_rate: {rate} is not above 0")
+        for name in ("warmup", "label_smoothing", "dropout", "ema"):
+            value = getattr(self, name)
+            require(value is None or value < 1, f"{name}: {value} is not less than 1")
+        no_parts = self.vision is None and self.decoder is None and self.tokenizer is None
         require(
-            self.init_from is None
-            or (self.vision is None and self.decoder is None and self.tokenizer is None),
+            no_parts or PRESETS[self.preset].vision is not None,
+            f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
+            "tokenizer",
+        )
+        require(
+            no_parts or self.init_from is None,
             "init_from: a trained captioner has its own vision, decoder and tokenizer; give "
             "either it or them",
         )
@@ -135,32 +139,41 @@ class TrainConfig(StageConfig):
                 not self.label_smoothing,
                 "label_smoothing: self-critical training has no labels to smooth",
             )
-            for name, value in (
-                (
-                    "learning_rate",
-                    self.learning_rate or preset.learning_rate / SELF_CRITICAL_SLOWDOWN,
-                ),
-                ("label_smoothing", 0.0),
-                (
-                    "dropout",
-                    self.dropout or 0.0,
-                ),  # else another model would learn than the one that drew
-            ):
-                object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "learning_rate", "precision", "sort_batches"):
-            if getattr(self, name) in (0, "auto"):
-                object.__setattr__(self, name, getattr(preset, name))
-        for name in ("label_smoothing", "dropout", "ema"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(preset, name))
-            require(getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not less than 1")
-        if self.augment == "auto":
-            object.__setattr__(self, "augment", "yes" if preset.augment else "no")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig):
+    """A configuration with the preset's values in place of None."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    label_smoothing: float
+    dropout: float
+    ema: float
+    augment: bool
+    sort_batches: int
+    precision: Precision
+
+
+def resolve(config: TrainConfig) -> ResolvedConfig:
+    """Return the configuration with the preset's values in place of None."""
+    preset = PRESETS[config.preset]
+    defaults: dict[str, Any] = dict(vars(preset))
+    if config.init_from is not None:  # it has its own
+        defaults |= {"vision": None, "decoder": None}
+    if config.objective == "self-critical":
+        # With dropout, the model that learns would not be the one that drew.
+        rate = preset.learning_rate / SELF_CRITICAL_SLOWDOWN
+        defaults |= {"learning_rate": rate, "label_smoothing": 0.0, "dropout": 0.0}
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    names = {field.name for field in fields(ResolvedConfig)}
+    return ResolvedConfig(**{name: defaults[name] for name in names & defaults.keys()} | given)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished run leaves behind."""
+    """The result of a finished run."""
 
     model: str
     """Folder or URI of the best model, self-contained."""

@@ -1,8 +1,7 @@
-"""The processes that train one model together: which of them this one is, what it takes on, and how
-they agree.
+"""The processes that train one model together.
 
-torchrun and Kubeflow Trainer start the processes and tell each its place in the environment. One
-process alone is a world of size 1, in which nothing here costs anything.
+torchrun and Kubeflow Trainer start them and put each one's rank into its environment. A single
+process is a world of size 1, in which nothing here costs anything.
 """
 
 import os
@@ -24,14 +23,14 @@ from model_lib.errors import UserError, exit_code
 from model_lib.model.precision import choose_device
 
 TIMEOUT = timedelta(hours=6)
-"""How long a process waits for the others, while one fills a cache for example; one that died is
-noticed at once."""
+"""How long a process waits for the others, for example while one fills a cache. A death is noticed
+at once."""
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training run, and this one's place among them.
+    """The processes of a training run, and this one's rank among them.
 
     Args:
         device: on which this process computes.
@@ -55,17 +54,20 @@ class World:
         return self.size == 1
 
     def shard(self, batch: np.ndarray) -> np.ndarray:
-        """Return this process's images of a batch, in turn with the others; its first if there is
-        none left over.
+        """Return this process's images of a batch; the batch's first image if it `has_no_rows`.
 
-        See `has_no_rows`: every process has to take part in every step.
+        Every process has to take part in every step.
         """
-        mine = batch[self.rank :: self.size]
-        return mine if len(mine) else batch[:1]
+        rows = batch[self.rank :: self.size]
+        return rows if len(rows) else batch[:1]
 
     def has_no_rows(self, batch: np.ndarray) -> bool:
         """Return whether a batch is too small to have an image for this process."""
         return len(batch) <= self.rank
+
+    def share(self, items: Sequence[_Value]) -> Sequence[_Value]:
+        """Return every `size`th item, from `rank` on; there may be none."""
+        return items[self.rank :: self.size]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the processes of a tensor on the device."""
@@ -90,16 +92,15 @@ class World:
         return values
 
     def run_on_main(self, work: Callable[[], _Value]) -> _Value:
-        """Run `work` in the first process and return its result in all; if it fails, that one
-        raises and others end."""
+        """Run `work` in the first process and return its result in all; see `run_on_all`."""
         results = self.gather(self.run_on_all(lambda: work() if self.is_main else None))
         return results[0]  # type: ignore[return-value]
 
     def run_on_all(self, work: Callable[[], _Value]) -> _Value:
-        """Return what `work` returns in this process; if it fails in some, the first of them raises
-        and all others end.
+        """Run `work` in each process; if it fails in some, the first of them raises and all others
+        exit.
 
-        So nobody waits for a process that failed, and one reason is told instead of many.
+        So no process waits for one that failed, and only one error is printed.
         """
         if self.single_process:
             return work()
@@ -113,38 +114,26 @@ class World:
         if failed and failure is not None and failed[0] == self.rank:
             raise failure
         if failed:
-            time.sleep(1)  # the launcher ends all when one has ended: the first is to tell why
+            time.sleep(1)  # the launcher ends all when one has ended; the first prints its error
             raise SystemExit(codes[failed[0]])
         return result  # type: ignore[return-value]
 
-    def once(self, error: Exception) -> BaseException:
-        """Return what to raise for an error that all processes have: the first tells it, the others
-        end."""
-        if self.is_main:
-            return error
-        time.sleep(1)
-        return SystemExit(exit_code(error))
-
     def parallel(self, module: nn.Module) -> nn.Module:
-        """Return the module with its gradients averaged over the processes, while the backward pass
-        goes on."""
+        """Return the module in DistributedDataParallel, which averages the gradients."""
         if self.single_process:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():  # of an option's new name, which torch 2.11 does not know
+        with warnings.catch_warnings():  # about an option's new name, unknown to torch 2.11
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
                 module, devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def no_sync(self, module: nn.Module, last: bool) -> AbstractContextManager:
-        """Return the context of a backward pass: only a step's last one brings the processes
-        together."""
-        return (
-            module.no_sync()
-            if isinstance(module, DistributedDataParallel) and not last
-            else nullcontext()
-        )
+        """Return the context of a backward pass: only a step's last one averages gradients."""
+        if isinstance(module, DistributedDataParallel) and not last:
+            return module.no_sync()
+        return nullcontext()
 
 
 def started_by_launcher() -> bool:
@@ -154,39 +143,37 @@ def started_by_launcher() -> bool:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Yield this process's place among those that its launcher started, or a world of its own.
+    """Yield this process's world: those that its launcher started, or itself alone.
 
     Args:
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        UserError: the device is not there, or not made for several processes.
+        UserError: the device is not available, or not made for several processes.
     """
-    rank, size, local = (
-        int(os.environ.get(name, number)) for name, number in _SINGLE_PROCESS.items()
-    )
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if not started_by_launcher() or size == 1:
         yield World(choose_device(device))
         return
-    unknown = World(torch.device("cpu"), rank, size, local)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    world = World(torch.device("cpu"), rank, size, local_rank)
     try:
-        place = _own_device(device, local)
+        world = replace(world, device=_own_device(device, local_rank))
     except UserError as error:
-        raise unknown.once(error) from None
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=TIMEOUT
-    )
+        if world.is_main:
+            raise
+        time.sleep(1)  # the main process prints it
+        raise SystemExit(exit_code(error)) from None
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield replace(unknown, device=place)
+        yield world
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        time.sleep(1)  # another process is gone: the launcher is to see first how that one ended
+        time.sleep(1)  # another process is gone: the launcher must see first how that one ended
         raise SystemExit(1) from None
     dist.destroy_process_group()  # not after a failure: it would wait for those that are gone
-
-
-_SINGLE_PROCESS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def _own_device(device: str, local_rank: int) -> torch.device:
@@ -203,8 +190,3 @@ def _own_device(device: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device(kind, local_rank)
-
-
-def shared(items: Sequence[_Value], world: World) -> Sequence[_Value]:
-    """Return this process's part of some items, in turn with the others."""
-    return items[world.rank :: world.size]

@@ -1,5 +1,4 @@
-"""An exponential moving average of the trained weights: smoother, and most often better, than the
-last ones."""
+"""An exponential moving average (EMA) of the trained weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +8,9 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """The average of a model's trained weights.
+    """average = d * average + (1 - d) * weights, with d = min(decay, n / (10 + n)) in update n.
 
-    In its first steps it follows faster, so that the weights it started from are soon forgotten.
+    The smaller d of the first updates lets it forget the initial weights soon.
 
     Args:
         model: the model; its present weights are the first average.
@@ -20,9 +19,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.weights = (
-            {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
-        )
+        self.weights = {n: p for n, p in model.named_parameters() if decay and p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
 
     @torch.no_grad()
@@ -36,7 +33,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model hold the average, and its own weights again afterwards."""
+        """Swap the average into the model, and the model's own weights back afterwards."""
         self._swap()
         try:
             yield
@@ -48,13 +45,9 @@ class EMA:
         for name, weight in self.weights.items():
             weight.data, self.averages[name] = self.averages[name], weight.data
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the average by the weights' names."""
-        return dict(self.averages)
-
     @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from what `state` returned after `updates` updates."""
+    def restore(self, averages: Mapping[str, Tensor], updates: int) -> None:
+        """Go on from `averages` after `updates` updates."""
         self.updates = updates
         for name, average in self.averages.items():
-            average.copy_(state[name])
+            average.copy_(averages[name])

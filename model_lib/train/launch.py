@@ -1,8 +1,7 @@
-"""Training on all GPUs of one or several machines: a process for each, started and watched by
-torchrun's own launcher.
+"""Training on all GPUs of one or several machines: a process for each, by torchrun's launcher.
 
-torchrun itself would end with 1 whatever its processes ended with, and hide their lines in a box of
-its own.
+torchrun itself would exit with 1 for every exit code of its processes, and print their errors in a
+box of its own.
 """
 
 import logging
@@ -20,24 +19,22 @@ from model_lib.tracking.server import NO_TRACKING, Tracking
 from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import started_by_launcher
 
-MEETING = 3600
+JOIN_TIMEOUT = 3600
 """Seconds for which machines wait for each other: their nodes may start one after the other."""
 
 
 def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
     """Train one candidate with all GPUs of this machine, or with `config.processes` processes.
 
-    Where Kubeflow Trainer says so in the environment, other machines do the same at the same time,
-    and all train together. A process that torchrun started is one of its processes already, and
-    starts no others.
+    Where Kubeflow Trainer has set the environment, several machines run this at the same time and
+    train together. A process that torchrun started starts no others.
 
     Raises:
         UserError: see `train`.
         WorkError: a process was killed.
-        SystemExit: the processes failed, each telling why; with the exit code of the one that did
-            first.
+        SystemExit: the processes failed and printed why; with the exit code of the first failure.
     """
-    count, machines = processes(config), int(os.environ.get("PET_NNODES", 1))
+    count, machines = process_count(config), int(os.environ.get("PET_NNODES", 1))
     if count * machines == 1 or started_by_launcher():
         from model_lib.train.training import train
 
@@ -48,38 +45,32 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for chatty in (
-        "torch.distributed",
-        "torch.multiprocessing",
-    ):  # the processes say themselves what is wrong
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    for name in ("torch.distributed", "torch.multiprocessing"):  # the processes print their errors
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // count)))
-    multiprocessing.set_forkserver_preload(
-        ["model_lib.train.training"]
-    )  # imported once, and not once a process
+    multiprocessing.set_forkserver_preload(["model_lib.train.training"])  # imported only once
     launch = LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,
         nproc_per_node=count,
-        run_id="captioner",  # by which the machines know each other
+        run_id="captioner",  # the same on all machines
         max_restarts=0,  # what failed would fail again; a lost machine is the pipeline's to retry
         monitor_interval=0.2,
         start_method="forkserver",
-        **_meeting(machines),
+        **_rendezvous(machines),
     )
     try:
-        results: dict[int, Trained] = elastic_launch(launch, _work)(config, tracking)
+        results: dict[int, Trained] = elastic_launch(launch, _train_process)(config, tracking)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        if killed := [code for code in codes if code < 0]:  # which could not tell why
-            name = signal.Signals(-killed[0]).name
-            raise WorkError(
-                f"{config.name}: one of {count} processes was ended by {name}, as happens where "
-                "memory runs out; start "
-                "again: it goes on from its last checkpoint"
-            ) from None
-        raise SystemExit(
-            2 if 2 in codes else next((code for code in codes if code > 1), 1)
+        killed = [code for code in codes if code < 0]
+        if not killed:
+            code = 2 if 2 in codes else next((code for code in codes if code > 1), 1)
+            raise SystemExit(code) from None
+        raise WorkError(
+            f"{config.name}: one of {count} processes was ended by "
+            f"{signal.Signals(-killed[0]).name}, as happens where memory runs out; start again: it "
+            "goes on from its last checkpoint"
         ) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
@@ -90,25 +81,23 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
     return next(iter(results.values()))
 
 
-def _meeting(machines: int) -> dict[str, Any]:
-    """Return the launcher's options that say where the processes find each other: at the first
-    machine."""
+def _rendezvous(machines: int) -> dict[str, Any]:
+    """Return the launcher's options for where the processes meet: at the first machine."""
     if machines == 1:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    first = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
-    configs = {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": MEETING}
-    return {"rdzv_backend": "static", "rdzv_endpoint": first, "rdzv_configs": configs}
+    endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+    configs = {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": JOIN_TIMEOUT}
+    return {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": configs}
 
 
-def processes(config: TrainConfig) -> int:
-    """Return how many processes train on this machine."""
+def process_count(config: TrainConfig) -> int:
+    """Return the number of processes that train on this machine."""
     if config.processes:
         return config.processes
     return max(1, torch.cuda.device_count()) if config.device in ("auto", "cuda") else 1
 
 
-def _work(config: TrainConfig, tracking: Tracking) -> Trained:
-    """Be one of the processes."""
+def _train_process(config: TrainConfig, tracking: Tracking) -> Trained:
     from model_lib.train.training import train
 
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)

@@ -1,12 +1,13 @@
-"""The training loss: next-token cross-entropy over all captions of a batch, without the logits ever
-lying in memory.
+"""The training loss: next-token cross-entropy over all captions of a batch.
 
-Logits of a batch at full size would take gigabytes: tokens × 50,257 floats. The head's product, the
-softmax and both gradients are therefore computed a slice of tokens at a time, in the forward pass,
-and only the gradients are kept.
+Logits of a batch would take gigabytes: tokens × 50,257 floats. The head's product, the softmax and
+both gradients are therefore computed a slice of tokens at a time, in the forward pass, and only the
+gradients are kept.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,62 @@ from torch import Tensor
 
 from model_lib.model.captioner import Captioner
 from model_lib.model.decoder import PackedLayout
-from model_lib.model.tokens import PackedCaptions
+from model_lib.model.tokens import PackedCaptions, pack_captions
 
 SLICE = 1024
 """Tokens whose logits exist at the same time."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The captions to learn for some images: `caption_loss` of `rows`, with `weights`."""
+
+    rows: PackedCaptions
+    weights: Tensor | None
+    """Of each token, float32 [B, T]; None: all 1."""
+    reward: float = 0.0
+    """Sum of the drawn captions' rewards."""
+
+
+class Objective(Protocol):
+    """What is learned from images, which are known by their numbers in the training split."""
+
+    def make_targets(
+        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+    ) -> Targets:
+        """Return the targets of B images with visual tokens `features` [B, S, E], on their device.
+
+        Args:
+            model: the captioner.
+            features: visual tokens.
+            numbers: of the B images.
+            step: of training.
+        """
+
+    def normalizer(self, numbers: Sequence[int]) -> int:
+        """Return the divisor of a batch's summed loss."""
+
+
+class CrossEntropyObjective:
+    """Makes each image's own captions likelier.
+
+    Args:
+        ids: the captions of each training image, as `encode_captions` returns them.
+        end: the end-of-text token.
+    """
+
+    def __init__(self, ids: Sequence[Sequence[Sequence[int]]], end: int) -> None:
+        self.ids, self.end = ids, end
+
+    def normalizer(self, numbers: Sequence[int]) -> int:
+        """Return the number of tokens of the images' captions."""
+        return sum(len(caption) for number in numbers for caption in self.ids[number])
+
+    def make_targets(
+        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+    ) -> Targets:
+        rows = pack_captions([self.ids[number] for number in numbers], self.end)
+        return Targets(rows.to(features.device), None)
 
 
 def caption_loss(
@@ -44,21 +97,16 @@ def caption_loss(
         Sum in nats, float32 scalar.
     """
     layout = PackedLayout(rows.positions, rows.mask())
-    hidden = model.hidden(
-        rows.tokens.unsqueeze(1), model.cross_cache(features), layout=layout
-    ).squeeze(1)
+    cache = model.cross_cache(features)
+    hidden = model.hidden(rows.tokens.unsqueeze(1), cache, layout=layout).squeeze(1)
     if weights is None:
         weights = torch.ones_like(rows.targets, dtype=torch.float32)
-    dtype = (
-        torch.get_autocast_dtype(hidden.device.type)
-        if torch.is_autocast_enabled(hidden.device.type)
-        else None
-    )
-    chosen = (
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    states, targets, shares = (
         tensor.flatten(0, 1).index_select(0, rows.places)
         for tensor in (hidden, rows.targets, weights)
     )
-    states, targets, shares = chosen
     return ChunkedCrossEntropy.apply(
         states, model.head.weight, targets, shares, label_smoothing, dtype
     )

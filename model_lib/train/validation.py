@@ -1,24 +1,22 @@
-"""How good a model is in the middle of its training: loss and CIDEr on the first images of both
-splits."""
+"""Validation during training: loss and CIDEr on the first images of both splits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from model_lib.data.shards import BatchOrder, Manifest, SplitReader
 from model_lib.errors import WorkError
-from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
 from model_lib.model.precision import autocast
 from model_lib.model.tokens import decode_tokens, encode_captions, pack_captions
 from model_lib.progress import Progress
 from model_lib.scores.cider import corpus_cider
-from model_lib.train.config import TrainConfig
-from model_lib.train.distributed import World, shared
+from model_lib.train.config import ResolvedConfig
+from model_lib.train.distributed import World
 from model_lib.train.loss import caption_loss
+from model_lib.train.step import TrainStep
 
 
 @dataclass(frozen=True, order=True)
@@ -39,104 +37,87 @@ class Validator:
         world: the processes that share the images.
     """
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, size: int, world: World) -> None:
+    def __init__(self, config: ResolvedConfig, manifest: Manifest, size: int, world: World) -> None:
         self.config, self.world = config, world
-        known = manifest.counts["val"]
-        limit = min(config.validation_images or known, known)
-        self.slices = {
+        rows = manifest.counts["val"]
+        limit = min(config.validation_images or rows, rows)
+        self.readers = {
             split: SplitReader(manifest, split, size=size, workers=config.workers, limit=limit)
             for split in ("val", "train")
         }
 
-    def measure(
-        self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
-    ) -> dict[str, float]:
-        """Return loss and CIDEr on both slices, the same in each process: far apart, much was
-        learned by heart.
+    def measure(self, step: TrainStep, on_batch: Callable[[], None]) -> dict[str, float]:
+        """Return loss and CIDEr on both splits, the same in each process.
 
         Args:
-            model: the captioner.
-            encode: from pixels on the CPU, uint8 [B, 3, size, size], to visual tokens [B, S, E] on
-                the model's device.
-            dtype: in which the model computes.
-            at_once: images that go through the model together.
+            step: whose model is measured.
+            on_batch: called before each batch.
 
         Raises:
-            WorkError: the device has too little memory for so many.
+            WorkError: the device has too little memory.
         """
+        size = step.micro_batch_size or -(-self.config.batch_size // self.world.size)
+        orders = {
+            split: self.world.share(reader.in_order(size)) for split, reader in self.readers.items()
+        }
+        images = sum(len(numbers) for order in orders.values() for numbers in order)
+        name = f"validate {self.config.name}"
+        step.model.eval()
         try:
-            return self._measure(model, encode, dtype, at_once)
+            with Progress(name, images, "images", shown=self.world.is_main) as progress:
+                val_loss, val_cider = self._measure("val", orders["val"], step, on_batch, progress)
+                loss, cider = self._measure("train", orders["train"], step, on_batch, progress)
         except torch.OutOfMemoryError:
             raise WorkError(
-                f"{self.config.name}: out of memory in the validation with {at_once} images at "
-                "once; give a smaller "
-                "--micro_batch_size and start again: it goes on from its last checkpoint"
+                f"{self.config.name}: out of memory in the validation with {size} images at once; "
+                "give a smaller --micro_batch_size and start again: it goes on from its last "
+                "checkpoint"
             ) from None
-
-    def _measure(
-        self, model: Captioner, encode: Callable[[Tensor], Tensor], dtype: torch.dtype, at_once: int
-    ) -> dict[str, float]:
-        orders = {
-            split: shared(reader.in_order(at_once), self.world)
-            for split, reader in self.slices.items()
+        return {
+            "val_loss": val_loss,
+            "val_slice_CIDEr": val_cider,
+            "train_slice_loss": loss,
+            "train_slice_CIDEr": cider,
         }
-        scores: dict[str, float] = {}
-        model.eval()
-        images = sum(len(numbers) for order in orders.values() for numbers in order)
-        with Progress(
-            f"validate {self.config.name}", images, "images", shown=self.world.is_main
-        ) as progress:
-            for split, reader in self.slices.items():
-                loss, cider = self._measure_on(
-                    reader, orders[split], model, encode, dtype, progress
-                )
-                scores |= {
-                    f"{split}_slice_CIDEr": cider,
-                    "val_loss" if split == "val" else "train_slice_loss": loss,
-                }
-        return scores
 
     @torch.no_grad()
-    def _measure_on(
+    def _measure(
         self,
-        reader: SplitReader,
+        split: str,
         order: BatchOrder,
-        model: Captioner,
-        encode: Callable[[Tensor], Tensor],
-        dtype: torch.dtype,
+        step: TrainStep,
+        on_batch: Callable[[], None],
         progress: Progress,
     ) -> tuple[float, float]:
         """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
-        config, losses, count = self.config, 0.0, 0
-        captions: dict[int, str] = {}
-        references: dict[int, list[str]] = {}
-        decoding = DecodeConfig(max_new_tokens=config.max_tokens)
-        for batch in reader.batches(order):
-            features = encode(torch.from_numpy(batch.pixels))
+        config, tokenizer = self.config, step.model.tokenizer
+        total, count = 0.0, 0
+        captions: dict[int, tuple[str, list[str]]] = {}
+        for batch in self.readers[split].batches(order):
+            on_batch()
+            features = step.loss.encode(torch.from_numpy(batch.pixels))
             ids = encode_captions(
-                model.tokenizer, batch.captions, config.captions_per_image, config.max_tokens
+                tokenizer, batch.captions, config.captions_per_image, config.max_tokens
             )
-            rows = pack_captions(ids, model.tokenizer.eos_token_id)
-            with autocast(dtype, features.device):
-                losses += float(caption_loss(model, features, rows.to(features.device)))
-                decoded = decode(model, features, decoding)
-            count += rows.count
-            for number, (one,), texts in zip(batch.numbers, decoded, batch.captions, strict=True):
-                captions[number], references[number] = (
-                    decode_tokens(model.tokenizer, one.tokens),
-                    texts,
+            rows = pack_captions(ids, tokenizer.eos_token_id)
+            with autocast(step.dtype, features.device):
+                total += float(caption_loss(step.model, features, rows.to(features.device)))
+                decoded = decode(
+                    step.model, features, DecodeConfig(max_new_tokens=config.max_tokens)
                 )
+            count += rows.count
+            for number, (caption,), texts in zip(
+                batch.numbers, decoded, batch.captions, strict=True
+            ):
+                captions[number] = decode_tokens(tokenizer, caption.tokens), texts
             progress.advance(len(batch.numbers))
+        totals, counts, shares = zip(*self.world.gather((total, count, captions)), strict=True)
+        merged = sorted((number, *pair) for share in shares for number, pair in share.items())
 
-        def merge() -> tuple[float, float]:
-            for _, _, others, of_others in parts:
-                captions.update(others)
-                references.update(of_others)
-            total = sum(part[0] for part in parts) / sum(part[1] for part in parts)
-            in_order = sorted(captions)
-            return total, corpus_cider(
-                {n: captions[n] for n in in_order}, {n: references[n] for n in in_order}
+        def cider() -> float:
+            return corpus_cider(
+                {number: text for number, text, _ in merged},
+                {number: references for number, _, references in merged},
             )
 
-        parts = self.world.gather((losses, count, captions, references))
-        return self.world.run_on_main(merge)
+        return sum(totals) / sum(counts), self.world.run_on_main(cider)

@@ -27,9 +27,9 @@ from model_lib.registry.turns import draw, turn
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig
-from model_lib.train.learning import Learner
+from model_lib.train.step import TrainStep
 from model_lib.train.training import train
-from tests.model_lib.train.test_survival import same_best, stop_at
+from tests.helpers.training import interrupt_at, same_best
 
 FULL = "cannot be written: the disk is full; make room there and start again"
 
@@ -93,19 +93,16 @@ def test_no_room_for_the_best_model_is_one_line_and_the_run_goes_on(
     data: Path, finished: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(data=str(data), output=str(small_disk / "run"), preset="tiny", epochs=3)
-    learn = Learner.learn
+    run = TrainStep.run
 
-    def filling(learner: Learner, numbers: np.ndarray, pixels: Tensor, step: int) -> dict:
+    def filling(train_step: TrainStep, numbers: np.ndarray, pixels: Tensor, step: int) -> dict:
         if step == 1:
             fill(small_disk, 300_000)
-        return learn(learner, numbers, pixels, step)
+        return run(train_step, numbers, pixels, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr("model_lib.train.learning.Learner.learn", filling)
-        with pytest.raises(
-            WorkError,
-            match=r"run/best: cannot be written: the disk is full; make room there and start",
-        ):
+        patched.setattr("model_lib.train.step.TrainStep.run", filling)
+        with pytest.raises(WorkError, match=rf"run/best/[a-z.]+: {FULL}"):
             train(config)
     assert not list((small_disk / "run").rglob(".part-*"))
     (small_disk / "filler").unlink()
@@ -176,7 +173,7 @@ def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_orde
     tracking = MlflowTracking(f"sqlite:///{tmp_path}/mlflow.db")
     options = {"data": str(data), "output": str(tmp_path / "run"), "preset": "tiny", "epochs": 3}
     with monkeypatch.context() as patched:
-        stop_at(3, patched)
+        interrupt_at(3, patched)
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(**options, log_steps=1, checkpoint_steps=1), tracking)
     for number, folder in enumerate(

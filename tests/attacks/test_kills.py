@@ -14,7 +14,7 @@ import pytest
 
 from model_lib.registry.registry import MODEL
 from tests.helpers.killed import killed
-from tests.model_lib.train.test_survival import RECIPE, curves, same_best
+from tests.helpers.training import RECIPE, curves, same_best
 
 KILLS = 50
 pytestmark = pytest.mark.soak

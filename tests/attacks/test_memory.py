@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib.data.shards import read_manifest
-from tests.model_lib.train.test_survival import same_best
+from tests.helpers.training import same_best
 
 GROUPS = Path("/sys/fs/cgroup")
 ADDRESSES = 'ulimit -v "$0" && exec "$@"'

@@ -26,7 +26,7 @@ from model_lib.tracking.mlflow_run import FAIL_FAST
 from model_lib.tracking.model_uris import download_model
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
-from model_lib.train.learning import Learner
+from model_lib.train.step import TrainStep
 from model_lib.train.training import train
 from tests.helpers.services import Faults, faulty_proxy, free_port, mlflow_server
 from tests.model_lib.registry.test_promotion import evaluated
@@ -76,14 +76,14 @@ def before_step(
     monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], None]]
 ) -> list[int]:
     """Do things before some steps; return the list of the steps that are learned."""
-    learn, learned = Learner.learn, list[int]()
+    learn, learned = TrainStep.run, list[int]()
 
-    def acting(learner: Learner, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+    def acting(learner: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
         actions.get(step, lambda: None)()
         learned.append(step)
         return learn(learner, batch, pixels, step)
 
-    monkeypatch.setattr("model_lib.train.learning.Learner.learn", acting)
+    monkeypatch.setattr("model_lib.train.step.TrainStep.run", acting)
     return learned
 
 

@@ -19,7 +19,7 @@ from model_lib.io import storage
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 from tests.helpers.services import Faults, faulty_bucket
-from tests.model_lib.train.test_survival import stop_at
+from tests.helpers.training import interrupt_at
 
 AGE = 5.0
 """Seconds that a listing is behind."""
@@ -90,7 +90,7 @@ def test_a_model_is_trained_and_evaluated_though_listings_are_old(
         data="gs://b/data", output="gs://b/run", preset="tiny", epochs=3, checkpoint_steps=1
     )
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_at(4, patched)
+        interrupt_at(4, patched)
         train(config)
     trained = train(config)
     evaluated = evaluate(

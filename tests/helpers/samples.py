@@ -88,11 +88,11 @@ STATE = {
     "step": 3,
     "validated": 2,
     "stale": 0,
-    "best": [0.5, -1.0],
+    "best": {"cider": 0.5, "negative_loss": -1.0},
     "origin": "0",
-    "unsent": [["loss", 1.0, 5, 3]],
+    "state": {"ema_updates": 0, "scaler": {}, "skipped": 0, "skipped_in_a_row": 0},
+    "configuration": {},
 }
-STATE |= {"learner": {}, "configuration": {}}
 OPTIONS = {
     "TrainConfig": {"data": "d", "output": "o", "epochs": 2, "learning_rate": 0.1},
     "BatchConfig": {"images": "i", "output": "o", "model": "m", "include": ["*.jpg"]},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from model_lib import UserError
 from model_lib.cli import COMMANDS, config_class
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.config import IngestConfig
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, resolve
 
 BASE = {"data": "d", "output": "o", "preset": "tiny"}
 
@@ -27,16 +28,25 @@ def test_numbers_from_json_become_the_options_kind() -> None:
     ("options", "said"),
     [
         ({"epoch": 3}, "unknown option 'epoch'"),
-        ({"epochs": "many"}, "epochs: 'many' is not int"),
-        ({"epochs": 2.5}, "epochs: 2.5 is not int"),
-        ({"epochs": -1}, "epochs: -1 is not at least 0"),
-        ({"epochs": True}, "epochs: True is not int"),
+        ({"epochs": "many"}, "epochs: Input should be a valid integer"),
+        ({"epochs": 2.5}, "epochs: Input should be a valid integer"),
+        ({"epochs": 0}, "epochs: 0 is not at least 1"),
+        ({"epochs": True}, "epochs: Input should be a valid integer"),
+        ({"batch_size": 0}, "batch_size: 0 is not at least 1"),
+        ({"learning_rate": 0}, "learning_rate: 0.0 is not above 0"),
         ({"learning_rate": float("nan")}, "learning_rate: nan"),
-        ({"precision": "int4"}, "precision: 'int4' is not one of"),
+        ({"precision": "int4"}, "precision: Input should be 'auto', 'bfloat16', 'float16' or"),
         ({"preset": "huge"}, "preset 'huge': unknown; one of clip-l-gpt2-medium, tiny"),
         ({"vision": "x"}, "preset tiny: is trained from scratch"),
-        ({"warmup": 1.0}, "warmup"),
-        ({"name": None}, "name: None is not str"),
+        ({"warmup": 1.0}, "warmup: 1.0 is not less than 1"),
+        ({"dropout": 1}, "dropout: 1.0 is not less than 1"),
+        ({"init_from": "a", "vision": "b", "preset": "clip-l-gpt2-medium"}, "has its own vision"),
+        ({"objective": "self-critical"}, "self-critical: needs a trained captioner"),
+        (
+            {"objective": "self-critical", "init_from": "best", "label_smoothing": 0.1},
+            "label_smoothing: self-critical training has no labels to smooth",
+        ),
+        ({"name": None}, "name: Input should be a valid string"),
         ({"name": "../x"}, "name '../x'"),
         ({"output": ""}, "output: is empty"),
         ({"seed": 2**63}, "seed: 9223372036854775808 is not at most"),
@@ -53,14 +63,20 @@ def test_a_missing_option_is_named() -> None:
         TrainConfig.from_options(output="o")
 
 
-def test_zero_means_the_presets_own() -> None:
-    config = TrainConfig(data="d", output="o")
-    assert (config.epochs, config.batch_size, config.learning_rate, config.precision) == (
-        5,
-        64,
-        1e-4,
-        "auto",
-    )
+def test_none_means_the_presets_value() -> None:
+    config = resolve(TrainConfig(data="d", output="o", dropout=0.0))
+    assert (config.epochs, config.batch_size, config.learning_rate) == (5, 64, 1e-4)
+    assert (config.precision, config.augment, config.dropout) == ("auto", True, 0.0)
+    assert config.vision == "openai/clip-vit-large-patch14"
+    assert resolve(config) == config
+
+
+def test_the_second_stage_has_defaults_of_its_own() -> None:
+    stage = {"objective": "self-critical", "init_from": "best"}
+    config = resolve(TrainConfig(data="d", output="o", **stage))
+    assert config.learning_rate == pytest.approx(1e-4 / 20)
+    assert (config.dropout, config.label_smoothing, config.vision) == (0.0, 0.0, None)
+    assert resolve(TrainConfig(data="d", output="o", **stage, dropout=0.2)).dropout == 0.2
 
 
 def test_the_key_changes_with_what_shapes_the_result_only() -> None:
@@ -68,6 +84,8 @@ def test_the_key_changes_with_what_shapes_the_result_only() -> None:
     assert key == TrainConfig(
         **{**BASE, "output": "x", "name": "n"}, workers=3, checkpoint_minutes=1
     ).key("fingerprint")
+    whole = resolve(TrainConfig(**BASE, epochs=6))
+    assert whole.key() == resolve(TrainConfig(**BASE)).key() != replace(whole, epochs=7).key()
     assert key != TrainConfig(**BASE, seed=1).key("fingerprint")
     assert key != TrainConfig(**BASE).key("other")
 

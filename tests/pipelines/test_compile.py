@@ -271,7 +271,10 @@ def test_parameters_have_the_names_and_defaults_of_the_stages_options(
     if given.is_optional:
         default = stage.__dataclass_fields__[option].default
         value = json_format.MessageToDict(given.default_value)
-        assert value == (default if isinstance(default, int | float | str) else ""), parameter
+        if isinstance(default, int | float | str):
+            assert value == default, parameter
+        else:
+            assert not value, parameter
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -153,7 +153,7 @@ def test_the_weights_that_candidates_start_from() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"precision": "fp16"}, "precision: 'fp16' is not one of"),
+        ({"precision": "fp16"}, "precision: Input should be 'auto', 'bfloat16'"),
         ({"learning_rate": -1.0}, "learning_rate: -1.0"),
         ({"min_gain": -1.0}, "min_gain: -1.0 is not at least 0"),
         ({"metric": "Cider"}, "metric 'Cider': unknown; one of CIDEr"),

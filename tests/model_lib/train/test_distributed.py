@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from model_lib.tracking.server import MlflowTracking, tracking_from_environment
-from model_lib.train.distributed import World, shared
+from model_lib.train.distributed import World
 from model_lib.train.training import train
 from tests.helpers.commands import run as run_command
-from tests.model_lib.train.test_survival import curves, newest_step, same_best
-from tests.model_lib.train.test_training import config
+from tests.helpers.training import curves, newest_step, same_best
+from tests.helpers.training import train_config as config
 
 OPTIONS = {
     "epochs": 3,
@@ -172,5 +172,5 @@ def test_each_image_of_a_batch_is_learned_once(size: int, images: int) -> None:
     ]
     assert sorted(learned) == batch.tolist()
     assert all(len(world.shard(batch)) for world in worlds), "each takes part in each step"
-    measured = [number for world in worlds for number in shared(batch.tolist(), world)]
+    measured = [number for world in worlds for number in world.share(batch.tolist())]
     assert sorted(measured) == batch.tolist()

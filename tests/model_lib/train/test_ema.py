@@ -24,10 +24,10 @@ def test_the_average_follows_the_weights_by_its_decay() -> None:
 def test_frozen_weights_have_no_average_and_without_a_decay_nothing_has() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    assert list(EMA(model, decay=0.9).state()) == ["weight"]
+    assert list(EMA(model, decay=0.9).averages) == ["weight"]
     nothing = EMA(model, decay=0.0)
     nothing.update()
-    assert nothing.state() == {}
+    assert nothing.averages == {}
 
 
 def test_restored_it_goes_on_the_same() -> None:
@@ -39,8 +39,8 @@ def test_restored_it_goes_on_the_same() -> None:
         whole.update()
         cut.update()
     again = EMA(model, decay=0.9)
-    again.restore({name: tensor.clone() for name, tensor in cut.state().items()}, cut.updates)
+    again.restore({name: tensor.clone() for name, tensor in cut.averages.items()}, cut.updates)
     model.weight.data.add_(1)
     whole.update()
     again.update()
-    assert all(torch.equal(whole.state()[name], value) for name, value in again.state().items())
+    assert all(torch.equal(whole.averages[name], value) for name, value in again.averages.items())

@@ -1,4 +1,4 @@
-"""What goes wrong while a model is trained: gradients, memory, disks, shards, stores."""
+"""Faults while a model is trained: gradients, memory, disks, shards."""
 
 import json
 import shutil
@@ -9,38 +9,30 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from model_lib import UserError
 from model_lib.data.shards import Manifest, SplitReader, read_manifest, verify
 from model_lib.errors import WorkError
 from model_lib.model.captioner import Captioner as Model
-from model_lib.tracking.server import Run, Tracking
 from model_lib.train.checkpoint import Checkpoints, load
-from model_lib.train.learning import MOST_SKIPPED, Learner
-from model_lib.train.objectives import CrossEntropyObjective, Targets
+from model_lib.train.loss import CrossEntropyObjective, Targets
+from model_lib.train.step import MAX_SKIPPED, TrainStep
 from model_lib.train.training import train
-from tests.model_lib.train.test_survival import newest_step, same_best
-from tests.model_lib.train.test_training import config, evaluated, weights
-
-
-class Curve(Tracking, Run):
-    """Keeps what training logs."""
-
-    def __init__(self) -> None:
-        self.points: dict[str, list[float]] = {}
-
-    def start(self, *_: object, **__: object) -> Run:
-        return self
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append(value)
+from tests.helpers.training import (
+    Curve,
+    best_weights,
+    newest_step,
+    same_best,
+    set_validation_scores,
+)
+from tests.helpers.training import train_config as config
 
 
 def ruin(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let the losses of some steps be no number."""
-    learned = CrossEntropyObjective.learned
+    make_targets = CrossEntropyObjective.make_targets
 
     def ruined(
         objective: CrossEntropyObjective,
@@ -49,29 +41,30 @@ def ruin(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         numbers: Sequence[int],
         step: int,
     ) -> Targets:
-        rows = learned(objective, model, features, numbers, step).rows
+        rows = make_targets(objective, model, features, numbers, step).rows
         return Targets(rows, torch.full(rows.tokens.shape, float("nan")) if step in steps else None)
 
-    monkeypatch.setattr("model_lib.train.objectives.CrossEntropyObjective.learned", ruined)
+    monkeypatch.setattr("model_lib.train.loss.CrossEntropyObjective.make_targets", ruined)
 
 
 def test_a_step_without_finite_gradients_changes_nothing_and_is_counted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ruin(monkeypatch, 2)
-    seen, learn = [], Learner.learn
+    weights: list[Tensor] = []
+    run = TrainStep.run
 
-    def keep(learner: Learner, *batch: object) -> dict:
-        measured = learn(learner, *batch)
-        seen.append(learner.model.head.weight.detach().clone())
+    def keep(train_step: TrainStep, *batch: object) -> dict:
+        measured = run(train_step, *batch)
+        weights.append(train_step.model.head.weight.detach().clone())
         return measured
 
-    monkeypatch.setattr("model_lib.train.learning.Learner.learn", keep)
+    monkeypatch.setattr("model_lib.train.step.TrainStep.run", keep)
     curve = Curve()
     train(config(data, tmp_path, log_steps=1), curve)
     assert curve.points["skipped_steps"] == [0, 0, 1, 1]
-    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
-    assert all(weight.isfinite().all() for weight in weights(tmp_path).values())
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+    assert all(weight.isfinite().all() for weight in best_weights(tmp_path).values())
 
 
 def test_a_run_that_no_longer_learns_stops_with_its_checkpoint_intact(
@@ -79,11 +72,11 @@ def test_a_run_that_no_longer_learns_stops_with_its_checkpoint_intact(
 ) -> None:
     ruin(monkeypatch, *range(4, 999))
     with pytest.raises(
-        WorkError, match=r"gradients of the last \d+ steps up to \d+ are not finite; .* float32"
+        WorkError, match=r"gradients of the last \d+ steps are not finite; .* float32"
     ):
         train(config(data, tmp_path, epochs=20, batch_size=16, log_steps=1, validate_every=4))
     tensors, position = load(Checkpoints(str(tmp_path)).newest() or "")
-    assert position.step + 4 >= MOST_SKIPPED and all(
+    assert position.step + 4 >= MAX_SKIPPED and all(
         tensor.isfinite().all() for tensor in tensors.values()
     )
 
@@ -91,7 +84,7 @@ def test_a_run_that_no_longer_learns_stops_with_its_checkpoint_intact(
 def test_a_validation_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated(monkeypatch, (3.0, 0.1), (float("nan"), 0.0))
+    set_validation_scores(monkeypatch, (3.0, 0.1), (float("nan"), 0.0))
     with pytest.raises(WorkError, match="validation loss is nan after step 4"):
         train(config(data, tmp_path, epochs=3))
     assert json.loads((tmp_path / "best" / "training.json").read_text())["validation_loss"] == 3.0
@@ -103,7 +96,8 @@ def little_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> list[int]:
 
     A stand-in for an accelerator, which the test below uses where there is one.
     """
-    learned, went = CrossEntropyObjective.make_targets, []
+    make_targets = CrossEntropyObjective.make_targets
+    sizes: list[int] = []
 
     def limited(
         objective: CrossEntropyObjective,
@@ -114,11 +108,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch, images: int) -> list[int]:
     ) -> Targets:
         if len(numbers) > images:
             raise torch.OutOfMemoryError("too many")
-        went.append(len(numbers))
-        return learned(objective, model, features, numbers, step)
+        sizes.append(len(numbers))
+        return make_targets(objective, model, features, numbers, step)
 
-    monkeypatch.setattr("model_lib.train.objectives.CrossEntropyObjective.learned", limited)
-    return went
+    monkeypatch.setattr("model_lib.train.loss.CrossEntropyObjective.make_targets", limited)
+    return sizes
 
 
 def test_out_of_memory_the_batch_goes_through_in_parts(
@@ -128,10 +122,10 @@ def test_out_of_memory_the_batch_goes_through_in_parts(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    went = little_memory(monkeypatch, 10)
+    sizes = little_memory(monkeypatch, 10)
     curve = Curve()
     train(config(data, tmp_path, epochs=3, log_steps=1), curve)
-    assert went == [8] * 4 * 6
+    assert sizes == [8] * 4 * 6
     assert (
         "out of memory in step 0 with 16 images at once; going on with 8, and 4 gradients added up"
         in caplog.text
@@ -178,17 +172,17 @@ def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
         train(config(data, small_disk / "run", epochs=3, checkpoints_kept=20))
     run, filler = small_disk / "run", small_disk / "filler"
     with monkeypatch.context() as patched:
-        learn = Learner.learn
+        take_step = TrainStep.run
 
-        def fill(learner: Learner, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+        def fill(train_step: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
             if step == 3:
                 with filler.open("wb") as file:
                     file.truncate(0)
                     free = shutil.disk_usage(small_disk).free
                     file.write(bytes(max(0, free - 1_000_000)))
-            return learn(learner, batch, pixels, step)
+            return take_step(train_step, batch, pixels, step)
 
-        patched.setattr("model_lib.train.learning.Learner.learn", fill)
+        patched.setattr("model_lib.train.step.TrainStep.run", fill)
         with pytest.raises(
             WorkError, match="cannot be written: the disk is full; make room there and start again"
         ):
@@ -197,6 +191,17 @@ def test_a_full_disk_stops_the_run_and_spares_the_checkpoint(
     filler.unlink()
     train(config(data, run, epochs=3))
     assert same_best(run, finished)
+
+
+def test_a_full_temporary_folder_is_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Model, "save_pretrained", save)
+    with pytest.raises(WorkError, match="cannot be written: the disk is full; make room there"):
+        train(config(data, tmp_path, epochs=1))
 
 
 def damaged(data: Path, folder: Path) -> tuple[Manifest, Path]:

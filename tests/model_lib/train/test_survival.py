@@ -1,4 +1,4 @@
-"""That a training run always reaches its end, and always the same one: killed, stopped, resumed."""
+"""A training run that is killed, stopped or resumed reaches the same end."""
 
 import os
 import shutil
@@ -6,68 +6,40 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from model_lib import UserError
 from model_lib.data.shards import read_manifest
-from model_lib.tracking.server import MlflowTracking, Run, Tracking
+from model_lib.errors import WorkError
+from model_lib.tracking.server import MlflowTracking
 from model_lib.train.build import build_model
-from model_lib.train.checkpoint import Checkpoints, Position, load, snapshot
-from model_lib.train.config import TrainConfig
-from model_lib.train.learning import Learner, make_optimizer
+from model_lib.train.checkpoint import Checkpoints, Position, snapshot
+from model_lib.train.config import TrainConfig, resolve
+from model_lib.train.step import StepState, TrainStep, make_optimizer
 from model_lib.train.training import train
 from model_lib.train.validation import Validator
 from tests.helpers.killed import killed
-from tests.model_lib.train.test_training import config, evaluated, kept
+from tests.helpers.training import (
+    RECIPE,
+    Curve,
+    best_step,
+    curves,
+    interrupt_at,
+    newest_step,
+    same_best,
+    set_validation_scores,
+)
+from tests.helpers.training import train_config as config
 
-RECIPE = {"dropout": 0.3, "ema": 0.9, "augment": "yes", "label_smoothing": 0.1}
-"""All that is random or goes on from step to step."""
-
-
-def same_best(ours: Path, theirs: Path) -> bool:
-    return (ours / "best" / "model.safetensors").read_bytes() == (
-        theirs / "best" / "model.safetensors"
-    ).read_bytes()
-
-
-def newest_step(folder: Path) -> int:
-    newest = Checkpoints(str(folder)).newest()
-    assert newest is not None
-    return load(newest)[1].step
-
-
-def stop_at(step: int, patched: pytest.MonkeyPatch) -> None:
-    """Let training be interrupted before it takes a step."""
-    learn = Learner.learn
-
-    def stop(learner: Learner, batch: np.ndarray, pixels: Tensor, number: int) -> dict:
-        if number == step:
-            raise KeyboardInterrupt
-        return learn(learner, batch, pixels, number)
-
-    patched.setattr("model_lib.train.learning.Learner.learn", stop)
-
+NOWHERE = Position(0, 0, 0, None, "", StepState(0, {}, 0, 0), {})
 
 # ---- killed and started again --------------------------------------------------------------------
-
-
-def curves(database: Path) -> dict[str, dict[int, set[float]]]:
-    """Return each metric's values by step, of the only run in an MLflow store."""
-    client = mlflow.MlflowClient(f"sqlite:///{database}")
-    (run,) = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
-    assert run.info.status == "FINISHED"
-    found: dict[str, dict[int, set[float]]] = {}
-    for name in run.data.metrics:
-        if not name.startswith("system/") and name != "images_per_second":
-            for point in client.get_metric_history(run.info.run_id, name):
-                found.setdefault(name, {}).setdefault(point.step, set()).add(point.value)
-    return found
 
 
 @pytest.mark.soak
@@ -184,7 +156,7 @@ def test_resumed_with_every_option_it_ends_the_same(
         }
     train(config(data, tmp_path / "whole", **options))
     with monkeypatch.context() as patched:
-        stop_at(3, patched)
+        interrupt_at(3, patched)
         with pytest.raises(KeyboardInterrupt):
             train(config(data, tmp_path / "cut", checkpoint_steps=1, **options))
     assert newest_step(tmp_path / "cut") == 3
@@ -199,12 +171,12 @@ def test_early_stopping_counts_on_after_a_kill(
 ) -> None:
     options = {"epochs": 4, "validate_every": 1, "patience": 3}
     with monkeypatch.context() as patched:
-        evaluated(patched, (3.0, 0.5), (2.0, 0.2), (2.0, 0.2))
+        set_validation_scores(patched, (3.0, 0.5), (2.0, 0.2), (2.0, 0.2))
         with pytest.raises(StopIteration):
             train(config(data, tmp_path, **options))
-    evaluated(monkeypatch, (2.0, 0.2), (2.0, 0.9))
+    set_validation_scores(monkeypatch, (2.0, 0.2), (2.0, 0.9))
     assert train(config(data, tmp_path, **options)).steps == 4
-    assert kept(tmp_path) == 1
+    assert best_step(tmp_path) == 1
 
 
 @pytest.mark.gpu
@@ -216,7 +188,7 @@ def test_resuming_on_a_gpu_goes_on(
     for kind in ("bfloat16", "float16"):
         options = {"device": "cuda", "precision": kind, "checkpoint_steps": 1}
         with monkeypatch.context() as patched:
-            stop_at(3, patched)
+            interrupt_at(3, patched)
             with pytest.raises(KeyboardInterrupt):
                 train(config(data, tmp_path / kind, **options))
         assert train(config(data, tmp_path / kind, **options)).steps == 4
@@ -247,9 +219,10 @@ def test_half_written_checkpoints_never_push_out_whole_ones(
     checkpoints = Checkpoints(str(tmp_path))
     newest = checkpoints.newest()
     assert newest is not None and newest.endswith("step-00000006-validated")
-    model = build_model(config(data, tmp_path), read_manifest(str(data)))
-    tensors = snapshot(model, make_optimizer(model, config(data, tmp_path)), {})
-    checkpoints.write("step-00000005", tensors, Position(5, 0, 0, None, "", {}, [], {}))
+    options = resolve(config(data, tmp_path))
+    model = build_model(options, read_manifest(str(data)))
+    tensors = snapshot(model, make_optimizer(model, options), {})
+    checkpoints.write("step-00000005", tensors, NOWHERE)
     names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
     assert names[0] == "step-00000005" and checkpoints.newest() == newest
 
@@ -269,23 +242,57 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """The first checkpoint's writing waits for a later step: were it not for the thread, they would
     wait for ever."""
-    learned, write = [], Checkpoints.write
-    learn = Learner.learn
+    steps: list[object] = []
+    run, write = TrainStep.run, Checkpoints.write
 
-    def note(learner: Learner, *batch: object) -> dict:
-        learned.append(batch)
-        return learn(learner, *batch)
+    def note(train_step: TrainStep, *batch: object) -> dict:
+        steps.append(batch)
+        return run(train_step, *batch)
 
     def wait(checkpoints: Checkpoints, *content: object) -> None:
         deadline = time.monotonic() + 60
-        while len(learned) < 4:
+        while len(steps) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         write(checkpoints, *content)
 
-    monkeypatch.setattr("model_lib.train.learning.Learner.learn", note)
+    monkeypatch.setattr("model_lib.train.step.TrainStep.run", note)
     monkeypatch.setattr("model_lib.train.checkpoint.Checkpoints.write", wait)
     assert train(config(data, tmp_path, epochs=1, batch_size=8, checkpoint_minutes=0)).steps == 8
+
+
+def test_of_two_runs_in_a_bucket_the_one_that_is_behind_stops() -> None:
+    """A bucket has no locks; a pod that was taken for lost may still be at work."""
+    output = f"memory://{uuid.uuid4().hex}"
+    ahead, behind = Checkpoints(output), Checkpoints(output)
+    tensors = {"model.w": torch.zeros(3)}
+    ahead.write("step-00000002", tensors, NOWHERE)
+    assert behind.newest() == ahead.newest()
+    ahead.write("step-00000005", tensors, NOWHERE)
+    with pytest.raises(
+        WorkError, match=rf"{output}/checkpoints/step-00000005: another run .* an output of its own"
+    ):
+        behind.write("step-00000003", tensors, NOWHERE)
+    ahead.write("step-00000005-validated", tensors, NOWHERE)
+    again = Checkpoints(output)
+    assert str(again.newest()).endswith("step-00000005-validated")
+    again.write("step-00000006", tensors, NOWHERE)
+
+
+def test_training_in_a_bucket_stops_at_its_next_checkpoint_when_another_run_is_ahead(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, run = f"memory://{uuid.uuid4().hex}", TrainStep.run
+
+    def overtaken(train_step: TrainStep, *batch: object) -> dict:
+        if batch[-1] == 1:
+            Checkpoints(output).write("step-00000004", {"model.w": torch.zeros(3)}, NOWHERE)
+        return run(train_step, *batch)
+
+    monkeypatch.setattr("model_lib.train.step.TrainStep.run", overtaken)
+    options = config(data, Path("-"), epochs=3)
+    with pytest.raises(WorkError, match=r"step-00000004: another run wrote this checkpoint"):
+        train(replace(options, output=output))
 
 
 # ---- which run is which --------------------------------------------------------------------------
@@ -294,21 +301,27 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def test_a_start_that_was_killed_before_its_first_checkpoint_is_one_run_in_mlflow(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys: list[str] = []
-
-    class Keys(Tracking):
-        def start(self, name: str, key: str | None, *_: object, **__: object) -> Run:
-            keys.append(str(key))
-            return Run()
-
+    first, second = Curve(), Curve()
     with monkeypatch.context() as patched:
-        stop_at(0, patched)
+        interrupt_at(0, patched)
         with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path), Keys())
+            train(config(data, tmp_path), first)
     with pytest.raises(UserError, match="holds a run with other options"):
-        train(config(data, tmp_path, learning_rate=0.5), Keys())
-    train(config(data, tmp_path), Keys())
-    assert keys[0] == keys[1] and len(keys) == 2
+        train(config(data, tmp_path, learning_rate=0.5))
+    train(config(data, tmp_path), second)
+    assert first.key == second.key != ""
+
+
+def test_points_are_logged_again_from_the_step_that_a_run_resumes_at(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(3, patched)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, tmp_path, log_steps=1))
+    curve = Curve()
+    train(config(data, tmp_path, log_steps=1), curve)
+    assert curve.step == 2 and len(curve.points["train_loss"]) == 2
 
 
 def test_the_options_that_shape_nothing_do_not_change_the_run() -> None:

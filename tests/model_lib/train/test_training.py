@@ -19,20 +19,12 @@ from model_lib.model.decoder import Block
 from model_lib.model.precision import autocast_dtype
 from model_lib.presets import PRESETS
 from model_lib.train.build import build_model
-from model_lib.train.config import TrainConfig
-from model_lib.train.learning import Learner, learning_rate, make_optimizer
-from model_lib.train.objectives import CrossEntropyObjective, Targets
+from model_lib.train.config import TrainConfig, resolve
+from model_lib.train.loss import CrossEntropyObjective, Targets
+from model_lib.train.step import TrainStep, learning_rate, make_optimizer
 from model_lib.train.training import train
-
-
-def config(data: Path, output: Path, **options: object) -> TrainConfig:
-    return TrainConfig(
-        **{"data": str(data), "output": str(output), "preset": "tiny", "epochs": 2, **options}
-    )
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return Captioner.from_pretrained(str(folder / "best"), device="cpu").state_dict()
+from tests.helpers.training import best_step, best_weights, set_validation_scores
+from tests.helpers.training import train_config as config
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
@@ -43,25 +35,12 @@ def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
 
 
 def test_norms_and_biases_do_not_decay(model: Model, data: Path, tmp_path: Path) -> None:
-    optimizer = make_optimizer(model, config(data, tmp_path, weight_decay=0.5))
-    for group in optimizer.param_groups:
-        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.5) for p in group["params"])
-
-
-def evaluated(monkeypatch: pytest.MonkeyPatch, *scores: tuple[float, float]) -> None:
-    """Let validations find these losses and CIDErs, one after another."""
-    found = iter(scores)
-
-    def measure(*_: object) -> dict[str, float]:
-        loss, cider = next(found)
-        return {"val_loss": loss, "val_slice_CIDEr": cider}
-
-    monkeypatch.setattr("model_lib.train.validation.Validator.measure", measure)
-
-
-def kept(folder: Path) -> int:
-    """Return the step of the best model."""
-    return int(json.loads((folder / "best" / "training.json").read_text())["step"])
+    matrices, others = make_optimizer(
+        model, resolve(config(data, tmp_path, weight_decay=0.5))
+    ).param_groups
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+    assert {p.ndim >= 2 for p in matrices["params"]} == {True}
+    assert {p.ndim for p in others["params"]} == {1}
 
 
 def test_the_best_model_is_kept_self_contained(finished: Path) -> None:
@@ -74,43 +53,37 @@ def test_the_best_model_is_kept_self_contained(finished: Path) -> None:
 def test_the_model_of_the_best_cider_is_kept_and_among_equals_that_of_the_lowest_loss(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated(monkeypatch, (3.0, 0.1), (2.0, 0.1), (1.0, 0.05))
+    set_validation_scores(monkeypatch, (3.0, 0.1), (2.0, 0.1), (1.0, 0.05))
     trained = train(config(data, tmp_path, epochs=3))
-    assert (trained.validation_loss, trained.validation_cider, kept(tmp_path)) == (2.0, 0.1, 4)
+    assert (trained.validation_loss, trained.validation_cider) == (2.0, 0.1)
+    assert best_step(tmp_path) == 4
 
 
 def test_training_stops_early_when_validations_get_no_better(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated(monkeypatch, (3.0, 0.1), (2.0, 0.3), (1.0, 0.2), (1.0, 0.2), (1.0, 0.9))
+    scores = ((3.0, 0.1), (2.0, 0.3), (1.0, 0.2), (1.0, 0.2), (1.0, 0.9))
+    set_validation_scores(monkeypatch, *scores)
     options = {"epochs": 3, "validate_every": 1, "patience": 2}
     assert train(config(data, tmp_path, **options)).steps == 4
     assert train(config(data, tmp_path, **options)).steps == 4, "it stays finished"
-    assert kept(tmp_path) == 2
+    assert best_step(tmp_path) == 2
 
 
 def test_validations_come_each_so_many_steps_and_at_the_end(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated(monkeypatch, (3.0, 0.1), (2.0, 0.2), (1.0, 0.3))
+    set_validation_scores(monkeypatch, (3.0, 0.1), (2.0, 0.2), (1.0, 0.3))
     train(config(data, tmp_path, epochs=2, batch_size=13, validate_every=4))
-    assert kept(tmp_path) == 10
+    assert best_step(tmp_path) == 10
 
 
-def test_a_start_of_another_kind_or_with_parts_besides_is_refused(
+def test_a_start_from_another_kind_of_model_is_refused(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
-    start = str(finished / "best")
-    with pytest.raises(
-        UserError, match=r"best: was trained from scratch, .* preset clip-l-gpt2-medium does not do"
-    ):
-        train(TrainConfig(data=str(data), output=str(tmp_path), init_from=start))
-    with pytest.raises(
-        UserError, match="start: a trained captioner has its own vision, decoder and tokenizer"
-    ):
-        TrainConfig(data=str(data), output=str(tmp_path), init_from=start, vision="clip")
-    with pytest.raises(UserError, match=r"dropout: 1\.0 is not less than 1"):
-        config(data, tmp_path, dropout=1.0)
+    reason = r"best: was trained from scratch, .* preset clip-l-gpt2-medium does not do"
+    with pytest.raises(UserError, match=reason):
+        train(TrainConfig(data=str(data), output=str(tmp_path), init_from=str(finished / "best")))
 
 
 def test_another_start_in_the_same_place_is_another_run(
@@ -130,14 +103,11 @@ def test_what_saves_memory_changes_rounding_alone(
     data: Path, tmp_path: Path, options: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(config(data, tmp_path / "whole", epochs=1))
-    learned, again, sizes, layers = (
-        CrossEntropyObjective.make_targets,
-        decoder.checkpoint,
-        list[int](),
-        list[object](),
-    )
+    make_targets, checkpoint = CrossEntropyObjective.make_targets, decoder.checkpoint
+    sizes: list[int] = []
+    recomputed: list[object] = []
 
-    def note(
+    def count(
         objective: CrossEntropyObjective,
         model: Captioner,
         features: Tensor,
@@ -145,16 +115,17 @@ def test_what_saves_memory_changes_rounding_alone(
         step: int,
     ) -> Targets:
         sizes.append(len(numbers))
-        return learned(objective, model, features, numbers, step)
+        return make_targets(objective, model, features, numbers, step)
 
-    monkeypatch.setattr(CrossEntropyObjective, "learned", note)
-    monkeypatch.setattr(
-        decoder, "checkpoint", lambda *given, **how: layers.append(given[0]) or again(*given, **how)
-    )
+    def recompute(layer: object, *inputs: object, **options: object) -> object:
+        recomputed.append(layer)
+        return checkpoint(layer, *inputs, **options)
+
+    monkeypatch.setattr(CrossEntropyObjective, "make_targets", count)
+    monkeypatch.setattr(decoder, "checkpoint", recompute)
     saving = train(config(data, tmp_path / "saving", epochs=1, **options))
-    assert max(sizes) == options.get("micro_batch_size", 32) and bool(layers) == (
-        "recompute" in options
-    )
+    assert max(sizes) == options.get("micro_batch_size", 32)
+    assert bool(recomputed) == ("recompute" in options)
     assert saving.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
 
 
@@ -183,39 +154,40 @@ def test_the_losses_are_the_golden_ones(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = []
-    step = Learner.learn
+    run = TrainStep.run
 
-    def keep(learner: Learner, *batch: object) -> dict:
-        measured = step(learner, *batch)
+    def keep(train_step: TrainStep, *batch: object) -> dict:
+        measured = run(train_step, *batch)
         losses.append(float(measured["train_loss"]))
         return measured
 
-    monkeypatch.setattr("model_lib.train.learning.Learner.learn", keep)
+    monkeypatch.setattr("model_lib.train.step.TrainStep.run", keep)
     train(config(data, tmp_path, epochs=4))
     assert losses == pytest.approx(GOLDEN, rel=1e-3)
 
 
 def test_clipping_bounds_the_gradient(data: Path, tmp_path: Path) -> None:
-    options = {"clip_norm": 0.0, "weight_decay": 0.0}
-    train(config(data, tmp_path, **options))
-    torch.manual_seed(0)
-    untrained = build_model(config(data, tmp_path), read_manifest(str(data))).state_dict()
-    assert all(torch.equal(weight, untrained[name]) for name, weight in weights(tmp_path).items())
+    options = config(data, tmp_path, clip_norm=0.0, weight_decay=0.0)
+    train(options)
+    untrained = build_model(resolve(options), read_manifest(str(data))).state_dict()
+    trained = best_weights(tmp_path)
+    assert all(torch.equal(trained[name], weight) for name, weight in untrained.items())
 
 
 def test_training_again_gives_the_same_weights(finished: Path, data: Path, tmp_path: Path) -> None:
     train(config(data, tmp_path, epochs=3, workers=1))
-    ours, theirs = weights(tmp_path), weights(finished)
+    ours, theirs = best_weights(tmp_path), best_weights(finished)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_finished_run_is_not_trained_again(finished: Path, data: Path) -> None:
     def times() -> dict[Path, int]:
-        made = (file for file in finished.rglob("*") if file.is_file() and file.name != ".lock")
-        return {file: file.stat().st_mtime_ns for file in made}
+        files = (file for file in finished.rglob("*") if file.is_file() and file.name != ".lock")
+        return {file: file.stat().st_mtime_ns for file in files}
 
     before = times()
-    assert train(config(data, finished, epochs=3)).steps == 6
+    # The preset's own values may be given.
+    assert train(config(data, finished, epochs=3, batch_size=32, augment=False)).steps == 6
     assert times() == before
 
 
@@ -239,9 +211,8 @@ def test_bfloat16_is_near_float32(data: Path, tmp_path: Path) -> None:
 
 
 def test_captions_longer_than_the_model_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="max_tokens: 64 leaves no place for the end in 64 positions"
-    ):
+    message = "max_tokens: 64 leaves no place for the end in 64 positions"
+    with pytest.raises(UserError, match=message):
         train(config(data, tmp_path, max_tokens=64))
     assert train(config(data, tmp_path, epochs=1, max_tokens=63)).steps == 2
 
@@ -254,7 +225,7 @@ def test_float16_on_a_cpu_is_refused() -> None:
 def test_the_tokenizer_of_a_model_from_scratch_knows_the_captions(
     data: Path, tmp_path: Path
 ) -> None:
-    model = build_model(config(data, tmp_path), read_manifest(str(data)))
+    model = build_model(resolve(config(data, tmp_path)), read_manifest(str(data)))
     text = "a small red circle on a white background"
     ids = model.tokenizer(text)["input_ids"]
     assert len(ids) < 12 and model.tokenizer.decode(ids) == text
@@ -266,13 +237,7 @@ def test_data_without_validation_images_is_refused(scenes: Path, tmp_path: Path)
     from model_lib.ingest.ingesting import ingest
 
     annotations, images = scenes / "annotations" / "captions_train2017.json", scenes / "train2017"
-    ingest(
-        IngestConfig(
-            annotations=str(annotations),
-            images=str(images),
-            split="train",
-            output=str(tmp_path / "d"),
-        )
-    )
+    sources = {"annotations": str(annotations), "images": str(images)}
+    ingest(IngestConfig(**sources, split="train", output=str(tmp_path / "d")))
     with pytest.raises(UserError, match="has no val images"):
         train(config(tmp_path / "d", tmp_path / "out"))

@@ -1,17 +1,14 @@
 """Self-critical training: what it weighs. That it raises the CIDEr of unseen images is shown in
 test_scenes.py."""
 
-import math
-from pathlib import Path
-
 import pytest
 import torch
 
-from model_lib import Captioner, UserError
+from model_lib import Captioner
 from model_lib.model.decoding import Decoded
 from model_lib.model.tokens import IGNORED
 from model_lib.train.config import TrainConfig
-from model_lib.train.objectives import SelfCriticalObjective
+from model_lib.train.self_critical import SelfCriticalObjective
 from tests.model_lib.model.test_model import pixels
 
 CAPTIONS = [
@@ -21,7 +18,7 @@ CAPTIONS = [
 
 
 @pytest.fixture()
-def critic(tmp_path: Path) -> SelfCriticalObjective:
+def critic() -> SelfCriticalObjective:
     options = {
         "data": "data",
         "output": "out",
@@ -58,42 +55,22 @@ def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(
     critic: SelfCriticalObjective, model: Captioner
 ) -> None:
     features = model.encode(pixels(model, 2))
-    learned = critic.make_targets(model, features, [1, 0], step=3)
+    targets = critic.make_targets(model, features, [1, 0], step=3)
     again = critic.make_targets(model, features, [1, 0], step=3)
-    assert torch.equal(learned.rows.tokens, again.rows.tokens)
+    assert torch.equal(targets.rows.tokens, again.rows.tokens)
     assert not torch.equal(
-        learned.rows.tokens,
+        targets.rows.tokens,
         critic.make_targets(model, features, [1, 0], step=4).rows.tokens[:, :24],
     )
-    assert critic.normalizer([1, 0]) == 8 and learned.weights is not None
+    assert critic.normalizer([1, 0]) == 8 and targets.weights is not None
     for row, number in enumerate([1, 0]):
         texts = []
         for caption in range(4):
-            ids = learned.rows.targets[row][learned.rows.caption[row] == caption].tolist()
+            ids = targets.rows.targets[row][targets.rows.caption[row] == caption].tolist()
             assert IGNORED not in ids
             texts.append(Decoded(ids, 0.0))
         rewards = critic.rewards(model, number, texts)
         for caption, reward in enumerate(rewards):
             others = (sum(rewards) - reward) / 3
-            weights = learned.weights[row][learned.rows.caption[row] == caption]
+            weights = targets.weights[row][targets.rows.caption[row] == caption]
             assert weights.tolist() == pytest.approx([reward - others] * len(weights), abs=1e-5)
-
-
-def test_it_needs_a_trained_start() -> None:
-    with pytest.raises(UserError, match="objective self-critical: needs a trained start"):
-        TrainConfig(data="data", output="out", preset="tiny", objective="self-critical")
-    with pytest.raises(
-        UserError, match="label_smoothing: self-critical training has no labels to smooth"
-    ):
-        TrainConfig(
-            data="data",
-            output="out",
-            preset="tiny",
-            objective="self-critical",
-            init_from="best",
-            label_smoothing=0.1,
-        )
-    stage = TrainConfig(
-        data="data", output="out", preset="tiny", objective="self-critical", init_from="best"
-    )
-    assert math.isclose(stage.learning_rate, 1e-4)

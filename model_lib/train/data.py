@@ -1,0 +1,94 @@
+"""The training images: their order in an epoch, and the pixels of each batch."""
+
+import re
+from collections.abc import Generator, Iterable
+from contextlib import closing
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model_lib.data.shards import Manifest, SplitReader
+from model_lib.model.captioner import Captioner
+from model_lib.model.tokens import encode_captions
+from model_lib.train.config import ResolvedConfig
+from model_lib.train.distributed import World
+
+SMALLEST_CROP = 0.85
+"""Side of the smallest crop, as a share of the shorter side."""
+SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+"""Words that are wrong of a mirrored image."""
+
+
+class TrainData:
+    """The training split in epochs of batches; the step alone decides what a batch holds.
+
+    Args:
+        config: of training.
+        manifest: the data set.
+        model: whose tokenizer and image size are used.
+        world: the processes that share each batch.
+    """
+
+    def __init__(
+        self, config: ResolvedConfig, manifest: Manifest, model: Captioner, world: World
+    ) -> None:
+        self.config, self.world, self.size = config, world, model.image_size
+        self.reader = SplitReader(manifest, "train", size=self.size, workers=config.workers)
+        self.captions = self.reader.captions()
+        self.ids = encode_captions(
+            model.tokenizer, self.captions, config.captions_per_image, config.max_tokens
+        )
+        self.lengths = np.array([sum(map(len, image)) for image in self.ids])
+        self.epoch_steps = -(-self.reader.rows // config.batch_size)
+
+    def batches(self, step: int) -> Generator[tuple[np.ndarray, Tensor]]:
+        """Yield the batches from `step` to its epoch's end.
+
+        Each is the numbers of all its images, int [N], and the pixels of this process's share,
+        uint8 [B, 3, size, size].
+        """
+        config = self.config
+        epoch, skip = divmod(step, self.epoch_steps)
+        order = self.reader.shuffled(
+            config.batch_size, config.seed, epoch, self.lengths, config.sort_batches
+        )[skip:]
+
+        def view(image: Image.Image, number: int) -> np.ndarray:
+            rng = np.random.default_rng([config.seed, epoch, number])
+            return augment(image, self.size, self.captions[number], rng)
+
+        shards = [self.world.shard(batch) for batch in order]
+        pin = self.world.device.type == "cuda"
+        with closing(self.reader.pixels(shards, view if config.augment else None)) as arrays:
+            for batch, array in zip(order, arrays, strict=True):
+                pixels = torch.from_numpy(array)
+                yield batch, pixels.pin_memory() if pin else pixels
+
+
+def augment(
+    image: Image.Image, size: int, captions: Iterable[str], rng: np.random.Generator
+) -> np.ndarray:
+    """Return a large random crop of an image, mirrored half of the time.
+
+    Its captions stay true: an image is not mirrored if one says left or right, and colours stay as
+    they are.
+
+    Args:
+        image: RGB, any size.
+        size: side of the result in pixels.
+        captions: of the image.
+        rng: the same state gives the same view.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    side = min(image.size) * rng.uniform(SMALLEST_CROP, 1)
+    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    box = (left, top, left + side, top + side)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(view).transpose(2, 0, 1)
+    if rng.random() < 0.5 and not any(SIDED.search(caption) for caption in captions):
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,55 @@
+"""The metrics of training steps, for MLflow and the progress line."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from model_lib.progress import INTERVAL, Progress
+from model_lib.tracking.runs import Run
+from model_lib.train.distributed import World
+
+
+class MetricLogger:
+    """Logs the loss, the rates and the speed since it logged last.
+
+    Args:
+        run: takes the metrics.
+        progress: shows the most important ones.
+        world: the processes over which loss and reward are summed.
+        self_critical: whether there is a reward.
+    """
+
+    def __init__(self, run: Run, progress: Progress, world: World, self_critical: bool) -> None:
+        self.run, self.progress, self.world = run, progress, world
+        self.self_critical = self_critical
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure the speed from now on."""
+        self.time, self.images = time.monotonic(), 0
+
+    def late(self) -> bool:
+        """Return whether the last metrics are several seconds old."""
+        return time.monotonic() - self.time > INTERVAL
+
+    def log(self, measured: dict[str, Tensor | float], step: int, skipped: int) -> None:
+        """Log what `TrainStep.run` returned in each process."""
+        parts = [float(measured["train_loss"]), float(measured["reward"])]
+        loss, reward = self.world.sum(torch.tensor(parts, device=self.world.device)).tolist()
+        speed = self.images / max(time.monotonic() - self.time, 1e-9)
+        metrics = {
+            "train_loss": loss,
+            "learning_rate": float(measured["learning_rate"]),
+            "gradient_norm": float(measured["gradient_norm"]),
+            "images_per_second": speed,
+            "skipped_steps": skipped,
+        }
+        note = f"train_loss {loss:.3f}"
+        if self.self_critical:
+            metrics["reward"] = reward
+            note = f"reward {reward:.3f}"
+        self.run.log(metrics, step)
+        left_out = f", {skipped} steps skipped: gradients not finite" if skipped else ""
+        self.progress.advance(0, f"{note}, {speed:,.1f} images per second{left_out}")
+        self.restart()

@@ -1,0 +1,249 @@
+"""One step of training: from a batch's pixels to new weights, in one process or several.
+
+A step is a function of the weights, the optimizer's state and the step's number; its random numbers
+follow from the seed and that number. So a step can be repeated, after a kill or in smaller parts
+when memory runs out.
+"""
+
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model_lib.errors import UserError, WorkError
+from model_lib.model.captioner import Captioner
+from model_lib.model.precision import autocast, autocast_dtype, loss_scaler
+from model_lib.train.config import ResolvedConfig
+from model_lib.train.distributed import World
+from model_lib.train.ema import EMA
+from model_lib.train.loss import Objective, caption_loss
+
+log = logging.getLogger(__name__)
+MAX_SKIPPED = 25
+"""Steps in a row without finite gradients that end a run; float16 needs some to find its scale."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What continues from step to step besides tensors, as JSON."""
+
+    ema_updates: int
+    scaler: dict[str, Any]
+    skipped: int
+    skipped_in_a_row: int
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Return the rate of `step` (from 0): a linear rise over the share `warmup` of `steps`, then
+    half a cosine."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trained weights; norms and biases do not decay."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise `UserError` if torch.compile cannot work here."""
+    compiler = "g++" if device.type == "cpu" else "gcc"
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"compile: torch.compile needs {compiler} here (apt-get install {compiler})"
+        )
+
+
+class LossModule(nn.Module):
+    """From pixels to summed loss and reward, as one module for DistributedDataParallel."""
+
+    def __init__(
+        self, model: Captioner, objective: Objective, label_smoothing: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.label_smoothing, self.dtype = label_smoothing, dtype
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, H, W] on any device."""
+        pixels = pixels.to(self.model.device, non_blocking=True)
+        if not self.model.config.train_everything:  # the tower's weights have the dtype already
+            return self.model.encode(pixels)
+        with autocast(self.dtype, self.model.device):
+            return self.model.encode(pixels)
+
+    def forward(self, pixels: Tensor, numbers: list[int], step: int) -> tuple[Tensor, float]:
+        features = self.encode(pixels)
+        with autocast(self.dtype, features.device):
+            targets = self.objective.make_targets(self.model, features, numbers, step)
+        # A new context: weights that the first one cast while sampling have no gradients.
+        with autocast(self.dtype, features.device):
+            loss = caption_loss(
+                self.model, features, targets.rows, self.label_smoothing, targets.weights
+            )
+        return loss, targets.reward
+
+
+class TrainStep:
+    """A model in training, with its objective, optimizer, loss scaler and moving average.
+
+    Args:
+        model: on the device of `world`.
+        objective: what it learns.
+        config: of training.
+        world: the processes that share a batch; all have the same weights after each step.
+        steps: of the whole run, for the learning rate.
+    """
+
+    def __init__(
+        self,
+        model: Captioner,
+        objective: Objective,
+        config: ResolvedConfig,
+        world: World,
+        steps: int,
+    ) -> None:
+        self.model, self.objective, self.config = model, objective, config
+        self.world, self.device, self.steps = world, world.device, steps
+        self.dtype = autocast_dtype(config.precision, self.device)
+        self.scaler = loss_scaler(self.dtype, self.device)
+        if self.dtype != torch.float32:
+            model.freeze_into(self.dtype)
+        for block in model.decoder.blocks:
+            block.dropout.p = config.dropout
+            if config.compile:
+                block.compile(dynamic=True)
+        model.decoder.recompute = config.recompute
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(model, config)
+        self.ema = EMA(model, config.ema)
+        self.loss = LossModule(model, objective, config.label_smoothing, self.dtype)
+        self.parallel_loss = world.parallel(self.loss)
+        self.micro_batch_size = config.micro_batch_size
+        self.skipped, self.skipped_in_a_row = torch.zeros(2, device=self.device)
+
+    def run(self, batch: np.ndarray, pixels: Tensor, step: int) -> dict[str, Tensor | float]:
+        """Take one step over a batch; return what to log, of this process alone.
+
+        Args:
+            batch: numbers of all its images, int [N].
+            pixels: of this process's share, uint8 [B, 3, H, W].
+            step: from 0.
+
+        Raises:
+            WorkError: the device has too little memory for this process's share.
+        """
+        rate = learning_rate(step, self.steps, self.config.learning_rate, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, reward = self._backward_in_memory(batch, pixels, step)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
+        self._step_if_finite(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        return {"train_loss": loss, "reward": reward, "learning_rate": rate, "gradient_norm": norm}
+
+    def _backward_in_memory(
+        self, batch: np.ndarray, pixels: Tensor, step: int
+    ) -> tuple[Tensor, float]:
+        """Return `_backward`, in halves from now on if memory runs out."""
+        while True:
+            try:
+                return self._backward(batch, pixels, step)
+            except torch.OutOfMemoryError:
+                size = self.micro_batch_size or len(pixels)
+            failure = f"{self.device}: out of memory in step {step} with {size} images at once"
+            # Several processes cannot repeat: the others wait in their backward pass.
+            if size == 1 or not self.world.single_process:
+                remedy = "--recompute needs less"
+                if size > 1:
+                    remedy = "give a smaller --micro_batch_size"
+                raise WorkError(
+                    f"{failure}; {remedy} and start again: it goes on from its last checkpoint"
+                )
+            self.micro_batch_size = size // 2
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            parts = -(-len(pixels) // self.micro_batch_size)
+            log.warning(
+                "%s; going on with %d, and %d gradients added up",
+                failure,
+                self.micro_batch_size,
+                parts,
+            )
+
+    def _backward(self, batch: np.ndarray, pixels: Tensor, step: int) -> tuple[Tensor, float]:
+        """Compute the gradients of the batch's mean loss; return this process's part of that loss
+        and of the reward."""
+        seed = np.random.default_rng([self.config.seed, step, self.world.rank]).integers(2**63)
+        torch.manual_seed(int(seed))
+        numbers, no_rows = self.world.shard(batch).tolist(), self.world.has_no_rows(batch)
+        normalizer = self.objective.normalizer(batch.tolist())
+        # DistributedDataParallel averages the gradients of the processes.
+        scale = 0.0 if no_rows else self.world.size / normalizer
+        size = self.micro_batch_size or len(numbers)
+        total, total_reward = torch.zeros((), device=self.device), 0.0
+        for start in range(0, len(numbers), size):
+            part = slice(start, start + size)
+            last = start + size >= len(numbers)
+            with self.world.no_sync(self.parallel_loss, last):
+                loss, reward = self.parallel_loss(pixels[part], numbers[part], step)
+                self.scaler.scale(loss * scale).backward()
+            if not no_rows:
+                total += loss.detach()
+                total_reward += reward
+        return total / normalizer, total_reward / normalizer
+
+    def _step_if_finite(self, norm: Tensor) -> None:
+        """Let the optimizer take a step if all gradients are finite.
+
+        The test stays on the device: AdamW reads it from `found_inf`, as it does for a loss scaler.
+        """
+        bad = (~norm.isfinite()).float()
+        self.skipped += bad
+        self.skipped_in_a_row.add_(1).mul_(bad)
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def require_progress(self) -> int:
+        """Return the number of steps skipped so far; `WorkError` if the last 25 all were."""
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise WorkError(
+                f"{self.config.name}: the gradients of the last {int(self.skipped_in_a_row)} "
+                "steps are not finite; no weight was changed by them, and the last checkpoint is "
+                f"whole; lower the learning rate ({self.config.learning_rate}) or train in float32"
+            )
+        return int(self.skipped)
+
+    def state(self) -> StepState:
+        """Return what a checkpoint needs besides the tensors of `checkpoint.snapshot`."""
+        return StepState(
+            ema_updates=self.ema.updates,
+            scaler=self.scaler.state_dict(),
+            skipped=int(self.skipped),
+            skipped_in_a_row=int(self.skipped_in_a_row),
+        )
+
+    def restore(self, averages: Mapping[str, Tensor], state: StepState) -> None:
+        """Go on from `state`; weights and the optimizer's moments are there already."""
+        self.ema.restore(averages, state.ema_updates)
+        self.scaler.load_state_dict(state.scaler)
+        self.skipped.fill_(state.skipped)
+        self.skipped_in_a_row.fill_(state.skipped_in_a_row)
