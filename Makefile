@@ -1,4 +1,4 @@
-# captioner: `make demo` shows everything, `make test` checks everything, `make install` makes .venv alone.
+# `make demo` runs the whole pipeline on generated data, `make test` all tests, `make install` makes .venv only.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,17 +7,17 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java browser demo test soak fuzz audit lint images push test-containers compile clean
+.PHONY: help install java browser demo quick test soak fuzz audit lint images push test-containers compile clean
 
 help:  ## show the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED) java  ## make .venv, with captioner in it
 
 $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "captioner needs Python 3.11 or later, and $(PYTHON) is older; try make PYTHON=python3.11" >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "installing python3-venv"; $(call apt,python3-venv); } || \
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,python3-venv); } || \
 		{ echo "python3-venv is missing and could not be installed here: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,dev]'
@@ -25,34 +25,38 @@ $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 
 # METEOR and the caption tokeniser are Java programs; without Java those scores are missing, and the rest works.
 java:
-	@command -v java >/dev/null || { echo "installing Java for the caption metrics"; $(call apt,default-jre-headless); } || \
+	@command -v java >/dev/null || { $(call apt,default-jre-headless); } || \
 		echo "no Java: METEOR will be missing, and scores are not comparable (apt-get install default-jre-headless)" >&2
 
 # The report and MLflow's pages are tested in a real browser.
 browser:
-	@command -v chromium >/dev/null || { echo "installing Chromium for the tests of web pages"; $(call apt,chromium); } || \
+	@command -v chromium >/dev/null || { $(call apt,chromium); } || \
 		{ echo "the tests of web pages need Chromium, and it could not be installed: apt-get install chromium" >&2; exit 1; }
 
-apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; \
-	command -v apt-get >/dev/null && $$SUDO apt-get update -qq && \
-	DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq --no-install-recommends $(1) >/dev/null
+apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; command -v apt-get >/dev/null && \
+	echo "running: $$SUDO apt-get update && $$SUDO apt-get install --no-install-recommends $(1)" && \
+	$$SUDO apt-get update -qq && \
+	$$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null
 
 demo: install  ## run the whole training pipeline here, on generated scenes
 	$(BIN)/captioner run --workdir runs
 
-# Three at a time on two cores: most wait for processes and servers that they start. A file's tests stay together, as do their fixtures.
-test: install browser lint  ## run the tests
+# On two cores: 3 workers, as many tests wait for processes and servers; a file's tests share fixtures.
+quick: $(INSTALLED)  ## run the unit tests that start no process or server, in a minute
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not containers and not soak" tests/model_lib
+
+test: install browser lint  ## run linters, type checker and all tests
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-soak: install  ## run what takes long: attacks at full size, the second stage, a pipeline twice
+soak: install  ## run the tests that take long: attacks at full size, the second stage, a pipeline twice
 	$(BIN)/pytest -m soak
 
 FUZZ_SECONDS ?= 60
-fuzz: $(INSTALLED)  ## give made-up files and options to what reads them: FUZZ_SECONDS=60 for each reader
+fuzz: $(INSTALLED)  ## fuzz the readers of files and options: FUZZ_SECONDS=60 for each
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.attacks.fuzz --seconds $(FUZZ_SECONDS)
 
-audit: $(INSTALLED)  ## ask PyPI, or ADVISORIES=a copy of PyPA's, which pinned packages have known vulnerabilities
+audit: $(INSTALLED)  ## look up known vulnerabilities of the pinned packages: at PyPI, or in ADVISORIES=FOLDER
 ifdef ADVISORIES
 	$(BIN)/python -m tests.attacks.advisories $(ADVISORIES)
 else
@@ -61,12 +65,13 @@ else
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 endif
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## run linters and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# REGISTRY=europe-docker.pkg.dev/project/repository puts the images there; without it they are for this machine.
+# REGISTRY=europe-docker.pkg.dev/project/repository is where the images go; without it they stay on this machine.
 TAG ?= $(VERSION)
 NAME = $(if $(REGISTRY),$(REGISTRY)/)captioner
 BUILD = docker build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg PIP_OPTIONS="$(PIP_OPTIONS)" $(DOCKER_OPTIONS) \
@@ -83,7 +88,7 @@ images:  ## build the container images of the pipelines' steps: REGISTRY=… TAG
 	@docker images --format '{{.Repository}}:{{.Tag}}\t{{.Size}}' | grep -E '^$(NAME)-(core|model|evaluate):$(TAG)	' | sort
 
 push: $(INSTALLED)  ## push the images, write their digests to images/images.lock, compile the pipelines with them
-	@test -n "$(REGISTRY)" || { echo "push: where to? make push REGISTRY=europe-docker.pkg.dev/project/repository" >&2; exit 2; }
+	@test -n "$(REGISTRY)" || { echo "push: name the registry: make push REGISTRY=europe-docker.pkg.dev/project/repository" >&2; exit 2; }
 	for image in core model evaluate; do docker push --quiet $(NAME)-$$image:$(TAG) || exit 1; done
 	@sed -n '/^#/p' images/images.lock > images/images.lock.new
 	@for image in core model evaluate; do \

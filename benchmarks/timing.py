@@ -1,5 +1,4 @@
-"""How the benchmarks time and weigh: cases take turns in one process, so that drift hits all
-alike."""
+"""Time and peak memory of cases that alternate in one process, so that drift affects all alike."""
 
 import statistics
 import time
@@ -12,7 +11,7 @@ import torch
 def median_seconds(
     cases: list[Callable[[], object]], rounds: int, device: torch.device
 ) -> list[float]:
-    """Return each case's median time over `rounds`, after a warming one."""
+    """Return each case's median time over `rounds`, after a warm-up round."""
 
     def once(case: Callable[[], object]) -> float:
         started = time.perf_counter()
@@ -28,8 +27,7 @@ def median_seconds(
 
 
 def peak_gb(case: Callable[[], object], device: torch.device) -> float:
-    """Return the most memory in use while `case` runs, weights included, in GB: the GPU's, else the
-    process's."""
+    """Return the peak memory while `case` runs, in GB, with weights: the GPU's or the process's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         case()

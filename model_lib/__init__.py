@@ -11,7 +11,7 @@ torch.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "Caption": "model_lib.model.captioning",

@@ -7,6 +7,7 @@ needs none of it.
 
 import atexit
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,19 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Read at import by the packages that are tested.
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks a hub is a mistake
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = (
-    "false"  # a kind of bucket that the emulator lacks; read at import
-)
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # tests run side by side, and sums are the same however many do; read at import
-)
-os.environ["NO_GCE_CHECK"] = (
-    "true"  # Google's drivers look for its metadata server, for a long time
-)
-if (
-    "PATH_WITH_JAVA" not in os.environ
-):  # METEOR takes seven seconds to start: only tests that ask for it have Java
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # the emulator has no such buckets
+os.environ["OMP_NUM_THREADS"] = "1"  # sums are the same however many tests run side by side
+os.environ["NO_GCE_CHECK"] = "true"  # Google's drivers look for its metadata server for long
+# METEOR takes seven seconds to start: only tests with the fixture `java` have Java.
+if "PATH_WITH_JAVA" not in os.environ:
     os.environ["PATH_WITH_JAVA"] = os.environ["PATH"]
     os.environ["PATH"] = tempfile.mkdtemp(prefix="without-java-")
     atexit.register(shutil.rmtree, os.environ["PATH"])
@@ -56,12 +51,25 @@ LONGEST = (
     "test_images.py",
 )
 """Files of tests that take longest."""
+SLOW_FIXTURES = frozenset(
+    ["bucket", "captioner", "commands", "finished", "java", "page", "small_disk", "with_java"]
+)
+"""Fixtures that start processes, a server, a browser or a training."""
+SLOW_FILES = re.compile(
+    "test_(candidates|closing|distributed|download|journal|mlflow_ui|preflight|promotion_race|"
+    "registered_again|registry|scenes|serving|survival|tracking|training|trainjob|versions).py"
+)
+"""Files of tests that start servers, or train."""
 
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files: one that began last would be waited for alone."""
+    """Mark slow tests, and begin with the longest files: one that began last would run alone."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if SLOW_FILES.fullmatch(item.path.name) or not SLOW_FIXTURES.isdisjoint(fixtures):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
@@ -72,9 +80,7 @@ def environment_as_it_was() -> Iterator[None]:
     before = dict(os.environ)
     yield
     if "mlflow" in sys.modules:
-        sys.modules["mlflow"].set_tracking_uri(
-            None
-        )  # it changes the environment whenever its own choice changes
+        sys.modules["mlflow"].set_tracking_uri(None)  # it changes the environment, too
     os.environ.clear()
     os.environ.update(before)
 

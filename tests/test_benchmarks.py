@@ -1,9 +1,8 @@
-"""Every benchmark runs on this code, on next to nothing, and ends with a line of JSON that has
-ratios in it."""
+"""Every benchmark runs on tiny input, and ends with a line of JSON that has ratios."""
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,54 +10,49 @@ import pytest
 SMALL = ["--preset", "tiny", "--device", "cpu", "--rounds", "1"]
 
 
-def rows(document: object) -> Iterator[dict]:
-    """Yield the objects in a document that compare something."""
-    if isinstance(document, dict):
-        if any("ratio" in key for key in document):
-            yield document
-        document = list(document.values())
-    if isinstance(document, list):
-        for one in document:
-            yield from rows(one)
+Benchmark = Callable[..., None]
 
 
-def ran(
-    name: str, options: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", [f"benchmarks.{name}", *options])
-    importlib.import_module(f"benchmarks.{name}").main()
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(rows(document)), document
+@pytest.fixture()
+def benchmark(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Benchmark:
+    """Return a function that runs a benchmark by its name, with options."""
+
+    def run(name: str, *options: str) -> None:
+        monkeypatch.setattr("sys.argv", [f"benchmarks.{name}", *options])
+        importlib.import_module(f"benchmarks.{name}").main()
+        last_line = capsys.readouterr().out.splitlines()[-1]
+        assert json.loads(last_line)
+        assert "ratio" in last_line
+
+    return run
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        pytest.param("decode", [*SMALL, "--batches", "1"], marks=pytest.mark.soak),
-        ("train", [*SMALL, "--images", "2"]),
-        ("batch", [*SMALL[:4], "--images", "4", "--batch_size", "2"]),
-        pytest.param("distributed", [*SMALL, "--images", "2"], marks=pytest.mark.soak),
-    ],
-    ids=["decode", "train", "batch", "distributed"],
-)
-def test_of_the_model(
-    name: str, options: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ran(name, options, capsys, monkeypatch)
+@pytest.mark.soak
+def test_decode(benchmark: Benchmark) -> None:
+    benchmark("decode", *SMALL, "--batches", "1")
 
 
-def test_of_ingest(
-    scenes: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["--images_from", str(scenes / "train2017"), "--images", "8", "--rounds", "1"]
-    ran("ingest", options, capsys, monkeypatch)
+def test_train(benchmark: Benchmark) -> None:
+    benchmark("train", *SMALL, "--images", "2")
+
+
+def test_batch(benchmark: Benchmark) -> None:
+    benchmark("batch", "--preset", "tiny", "--device", "cpu", "--images", "4", "--batch_size", "2")
+
+
+@pytest.mark.soak
+def test_distributed(benchmark: Benchmark) -> None:
+    benchmark("distributed", *SMALL, "--images", "2")
+
+
+def test_ingest(benchmark: Benchmark, scenes: Path) -> None:
+    folder = str(scenes / "train2017")
+    benchmark("ingest", "--images_from", folder, "--images", "8", "--rounds", "1")
 
 
 @pytest.mark.usefixtures("java")
 @pytest.mark.soak
-def test_of_scores(
-    coco_eval: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = json.loads((coco_eval / "expected_scores.json").read_text())
-    files = [f"--{name}={coco_eval / expected[name]}" for name in ("results", "annotations")]
-    ran("scores", [*files, "--repeat", "1", "--rounds", "1"], capsys, monkeypatch)
+def test_scores(benchmark: Benchmark, coco_eval: Path) -> None:
+    names = json.loads((coco_eval / "expected_scores.json").read_text())
+    files = [f"--{name}={coco_eval / names[name]}" for name in ("results", "annotations")]
+    benchmark("scores", *files, "--repeat", "1", "--rounds", "1")
