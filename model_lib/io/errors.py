@@ -107,9 +107,9 @@ def store_errors(uri: str, doing: str = "read") -> Iterator[None]:
     name = uri.encode("utf-8", "backslashreplace").decode()  # a file's name may be any bytes
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"{name}: no such file") from error
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except FINAL as error:
+        if isinstance(error, FileNotFoundError) and doing != "written":
+            raise UserError(f"{name}: no such file") from error
         raise UserError(f"{name}: cannot be {doing}: {error.strerror or error}") from error
     except OSError as error:
         if disk_is_full(error):
