@@ -1,7 +1,6 @@
 """The pipelines' stages as KFP components: definitions only, the work is in `model_lib`.
 
-A component's outputs that later steps take as parameters are strings, numbers and lists; artifacts
-are for people.
+Steps pass strings, numbers and lists on to each other; artifacts are for people.
 """
 
 from pathlib import Path
@@ -12,8 +11,7 @@ _LOCK = Path(__file__).parents[1] / "images" / "images.lock"
 
 
 def image(name: str) -> str:
-    """Return the container image `name`: by digest from `images/images.lock`, else as `make images`
-    tags it."""
+    """Return the digest of the image `name` in `images/images.lock`, else its local tag."""
     lines = _LOCK.read_text().splitlines() if _LOCK.exists() else []
     pushed = dict(line.split() for line in lines if line.strip() and not line.startswith("#"))
     return pushed.get(name, f"captioner-{name}:{__version__}")

@@ -1,4 +1,4 @@
-"""The pipeline `caption_bucket`: a bucket's images, listed once, captioned in parallel, counted.
+"""The pipeline `caption_bucket`: list a bucket's images, caption them in parallel, count them.
 
 preflight ─ plan ─ for each shard: caption ─ merge        (and close, whatever happens)
 """
@@ -57,16 +57,8 @@ def add_caption_steps(
     place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
     with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
         captioned = caption(shard=shard)
-        place(
-            captioned,
-            "Caption",
-            secret=secret,
-            keys=(*BUCKET, *HUB),
-            cpu=4,
-            memory=16,
-            hours=12,
-            retries=4,
-        )
+        size: dict[str, Any] = {"cpu": 4, "memory": 16, "hours": 12, "retries": 4}
+        place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), **size)
         on_gpu(captioned, gpu)
     merged = merge(
         run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=dsl.Collected(captioned.output)
@@ -76,7 +68,7 @@ def add_caption_steps(
 
 
 def define(parallel: int) -> Any:
-    """Return the pipeline; at most `parallel` shards are captioned at the same time."""
+    """Return the pipeline; at most `parallel` shards are captioned at a time."""
 
     @dsl.pipeline(name="caption-bucket", description=DESCRIPTION)
     def caption_bucket(

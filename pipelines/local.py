@@ -1,8 +1,8 @@
 """Running a pipeline on this machine through `kfp.local`: its steps as processes, or each in its
 container image.
 
-What the steps print goes to `pipeline.log` in the working directory; the terminal shows each step
-and its progress.
+What the steps print goes to `pipeline.log` in the working directory; the terminal shows the steps
+and their progress.
 """
 
 import contextlib
@@ -30,12 +30,15 @@ PASSED = (
     "STORAGE_EMULATOR_HOST",
     "WEBHOOK_URL",
 )
-"""Beginnings of the environment variables that containers see; on a cluster most come from the
+"""Prefixes of the environment variables that containers see; on a cluster most come from the
 secret."""
 RUN_LABEL = "captioner.run"
 """Label of each step's container."""
-MADE = ("candidates", "captions", "data", "mlartifacts", "mlflow.db", "pipeline")
+OUTPUTS = ("candidates", "captions", "data", "mlartifacts", "mlflow.db", "pipeline")
 """What steps write in the working directory."""
+REASON = re.compile(r"^\s*captioner: (error|failed): (.*)$", re.MULTILINE)
+"""The line in which a step says why it ends."""
+PROGRESS = re.compile(r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/|captioner:")
 
 
 def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: str) -> Path:
@@ -55,40 +58,27 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
 
     root, log_file = work / "pipeline", work / "pipeline.log"
     root.mkdir(exist_ok=True)
-    steps = _processes() if runner == "subprocess" else _containers(arguments, work)
-    with warnings.catch_warnings(), log_file.open("w") as log, steps as how, _followed(log):
+    before = set(root.iterdir())
+    processes = contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
+    steps = processes if runner == "subprocess" else _containers(arguments, work)
+    with warnings.catch_warnings(), log_file.open("w") as log, steps as chosen:
         warnings.simplefilter("ignore")
-        local.init(how, pipeline_root=str(root), raise_on_error=True)
-        before = set(root.glob("*"))
+        local.init(chosen, pipeline_root=str(root), raise_on_error=True)
         try:
-            _without_retries(pipeline)(**arguments)
+            with contextlib.redirect_stdout(_Log(log)):
+                _without_retries(pipeline)(**arguments)
         except Exception as error:
-            ends = re.findall(
-                r"^\s*captioner: (error|failed): (.*)$", log_file.read_text(), re.MULTILINE
-            )
-            if ends:
-                kind, line = ends[-1]
-                raise (UserError if kind == "error" else WorkError)(line) from error
-            raise WorkError(
-                f"the pipeline stopped ({error}); {log_file} has all that its steps printed"
-            ) from error
-    (made,) = set(root.glob("*")) - before
-    return made
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts in nested lists and dictionaries."""
-    if isinstance(value, str):
-        yield value
-    for inner in (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
-        yield from _texts(inner)
+            if reasons := REASON.findall(log_file.read_text()):
+                kind, reason = reasons[-1]
+                raise (UserError if kind == "error" else WorkError)(reason) from error
+            message = f"the pipeline stopped ({error}); {log_file} has all that its steps printed"
+            raise WorkError(message) from error
+    (outputs,) = set(root.iterdir()) - before
+    return outputs
 
 
 def _without_retries(pipeline: Any) -> Any:
-    """Return the pipeline without its retries: here the cause does not go away by waiting, and
-    somebody is waiting."""
+    """Return the pipeline without retries: here waiting rarely helps, and a person waits."""
     spec = pipeline.pipeline_spec
     for dag in (spec.root.dag, *(component.dag for component in spec.components.values())):
         for task in dag.tasks.values():
@@ -97,22 +87,13 @@ def _without_retries(pipeline: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[Any]:
-    """Yield the runner that starts each step as a process."""
-    from kfp import local
-
-    yield local.SubprocessRunner(use_venv=False)
-
-
-@contextlib.contextmanager
 def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
     """Yield the runner that starts each step in its image: with a read-only root, with all GPUs,
     and never as root.
 
-    The working directory and what the arguments and variables name are mounted in their own places:
-    paths mean the same inside. As root, steps run as the working directory's owner, who gets what
-    captioner has made there. What is at work after the body is stopped, as kfp leaves a step's
-    container alone.
+    The working directory and the paths among the arguments and variables are mounted under their
+    own names. Where this process is root, steps run as the working directory's owner, who becomes
+    the owner of earlier outputs. Containers that still run after the body are stopped.
     """
     import docker
     from kfp import local
@@ -125,88 +106,76 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
         for image in (CORE, MODEL, EVALUATE):
             client.images.get(image)
     except docker.errors.ImageNotFound as error:
-        raise UserError(
-            f"runner docker: image {image} is not on this machine; build it with make images"
-        ) from error
+        message = f"runner docker: image {image} is not on this machine; build it with make images"
+        raise UserError(message) from error
     except docker.errors.DockerException as error:
         raise UserError(f"runner docker: no Docker engine answers: {error}") from error
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+    bind = docker.types.Mount
     mounts = [
-        docker.types.Mount(place, place, type="bind", read_only=read_only)
-        for place, read_only in outside(arguments, environment, work).items()
+        bind(path, path, type="bind", read_only=read_only)
+        for path, read_only in host_paths(arguments, environment, work).items()
     ]
-    mounts.append(docker.types.Mount(str(work), str(work), type="bind"))
-    mounts.append(docker.types.Mount("/tmp", None, type="volume"))  # a fresh one a step
-    user, group = os.getuid(), os.getgid()
+    mounts.append(bind(str(work), str(work), type="bind"))
+    mounts.append(bind("/tmp", None, type="volume"))  # a new one for each step
+    user, group = os.getuid(), os.getgid() or USER
     if user == 0:
         owner = work.stat()
         user, group = owner.st_uid or USER, owner.st_gid or USER
-        made = [
-            place
-            for name in MADE
-            for place in (work / name, *(work / name).rglob("*"))
-            if place.exists()
-        ]
-        for place in (work, *made):
-            os.chown(place, user, group, follow_symlinks=False)
+        outputs = [output for output in map(work.joinpath, OUTPUTS) if output.exists()]
+        for path in (work, *outputs, *(p for output in outputs for p in output.rglob("*"))):
+            os.chown(path, user, group, follow_symlinks=False)
     gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
-    run = uuid.uuid4().hex
+    label = f"{RUN_LABEL}={uuid.uuid4().hex}"
     try:
         yield local.DockerRunner(
             mounts=mounts,
             environment=environment,
-            network_mode="host",  # a tracking server on this machine is at the same address inside
-            user=f"{user}:{group or USER}",
+            network_mode="host",  # a tracking server on this machine has the same address inside
+            user=f"{user}:{group}",
             read_only=True,
             shm_size="1g",
-            labels={RUN_LABEL: run},
+            labels=dict([label.split("=")]),
             device_requests=gpus if "nvidia" in client.info().get("Runtimes", {}) else [],
         )
     finally:
-        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run}"}):
+        for container in client.containers.list(filters={"label": label}):
             with contextlib.suppress(docker.errors.APIError):  # it has just ended
                 container.stop()
 
 
-def outside(
+def host_paths(
     arguments: dict[str, Any], environment: Mapping[str, str], work: Path
 ) -> dict[str, bool]:
-    """Return what steps need outside the working directory, each place with whether it is only
+    """Return the paths outside the working directory that steps need, and whether each is only
     read.
 
-    Written are the hub's cache, and the folder of an MLflow store of its own.
+    The hub's cache is written, and the folder of an MLflow store outside.
     """
     store = environment.get("MLFLOW_TRACKING_URI", "")
     written = [environment.get(name, "") for name in ("HF_HOME", "HF_HUB_CACHE")]
-    written += (
-        [str(Path(store.removeprefix("sqlite:///")).parent)]
-        if store.startswith("sqlite:///")
-        else []
-    )
-    places = dict.fromkeys((*_texts(arguments), *environment.values()), True) | dict.fromkeys(
-        written, False
-    )
+    if store.startswith("sqlite:///"):
+        written.append(str(Path(store.removeprefix("sqlite:///")).parent))
+    paths = dict.fromkeys((*_strings(arguments), *environment.values()), True)
+    paths |= dict.fromkeys(written, False)
     return {
-        place: read_only
-        for place, read_only in sorted(places.items())
-        if place.startswith("/") and Path(place).exists() and not Path(place).is_relative_to(work)
+        path: read_only
+        for path, read_only in sorted(paths.items())
+        if path.startswith("/") and Path(path).exists() and not Path(path).is_relative_to(work)
     }
 
 
-@contextlib.contextmanager
-def _followed(log: TextIO) -> Iterator[None]:
-    """Send all that the pipeline prints to `log`, and show its steps and their progress as it
-    goes."""
-    terminal = sys.stdout
-    with contextlib.redirect_stdout(_Follower(log)):
-        try:
-            yield
-        finally:
-            terminal.flush()
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings in nested lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
-class _Follower(io.TextIOBase):
-    """Writes everything to a log, and says on stderr what a person wants to see."""
+class _Log(io.TextIOBase):
+    """Writes everything to a log, and the steps and their progress to stderr."""
 
     def __init__(self, log: TextIO) -> None:
         self.log, self.line = log, ""
@@ -219,17 +188,12 @@ class _Follower(io.TextIOBase):
         self.log.flush()
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
-            self._show(re.sub(r"\x1b\[[0-9;]*m", "", line).strip())
+            line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+            if step := re.search(r"Executing task '([\w-]+)'", line):
+                say(f"step {step[1]}")
+            elif PROGRESS.match(line):
+                say(f"  {line.removeprefix('captioner: ')}")
         return len(text)
-
-    def _show(self, line: str) -> None:
-        step = re.search(r"Executing task '([\w-]+)'", line)
-        if step:
-            say(f"step {step[1]}")
-        elif re.match(
-            r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/", line
-        ) or line.startswith("captioner:"):
-            say(f"  {line.removeprefix('captioner: ')}")
 
 
 def say(line: str) -> None:

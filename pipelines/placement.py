@@ -1,8 +1,7 @@
-"""Where and with what a task runs on a cluster: resources, retries, time limit, user, secrets, GPU
-nodes.
+"""Where a task runs on a cluster: resources, retries, time limit, user, secrets, GPU nodes.
 
-`kfp.local` ignores all of it. Secrets are named, never held: each key becomes an environment
-variable, and a key that is missing leaves it unset, so that the pipeline's preflight can say so.
+`kfp.local` ignores all of it. Each key of a secret becomes an environment variable; a missing key
+leaves it unset, which the pipeline's preflight reports.
 """
 
 from dataclasses import dataclass
@@ -97,8 +96,7 @@ def place(
     task.set_cpu_request(str(cpu)).set_cpu_limit(str(2 * cpu))
     task.set_memory_request(f"{memory}Gi").set_memory_limit(f"{memory}Gi")
     if retries:
-        # Argo counts this from the first attempt's start, ends all attempts at it, and takes whole
-        # factors only.
+        # Argo counts this time from the first attempt's start, and takes whole factors only.
         longest = int(3600 * hours * (retries + 1)) + 60 * 2**retries
         task.set_retry(
             retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration=f"{longest}s"
@@ -107,8 +105,7 @@ def place(
     kubernetes.set_image_pull_policy(task, "IfNotPresent")  # what make push pinned are digests
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.empty_dir_mount(task, volume_name="tmp", mount_path="/tmp")
-    # The pod's labels, and no parameters: those would be other inputs in each run, and nothing
-    # would be cached.
+    # From the pod's labels: as parameters they would differ in each run, and nothing be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
     kubernetes.use_field_path_as_env(
         task, "KFP_WORKFLOW", "metadata.labels['workflows.argoproj.io/workflow']"
@@ -118,22 +115,19 @@ def place(
 
 
 def place_preflight(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
-    """Place the first step of a pipeline; its time includes pulling its image onto a node that has
-    just started."""
-    return place(
-        task, "Preflight", secret=secret, keys=(*BUCKET, *HUB, *WEBHOOK), hours=0.25, retries=1
-    )
+    """Place the first step of a pipeline, with time to pull its image onto a new node."""
+    keys = (*BUCKET, *HUB, *WEBHOOK)
+    return place(task, "Preflight", secret=secret, keys=keys, hours=0.25, retries=1)
 
 
 def variables(keys: tuple[str, ...]) -> dict[str, str]:
-    """Return for MLflow's keys of the secret, and for `keys`, the environment variable that each
-    becomes."""
+    """Return the environment variable of each of MLflow's keys in the secret, and of `keys`."""
     return {key: FROM_SECRET + key if key in MLFLOW else key for key in (*MLFLOW, *keys)}
 
 
 def on_gpu(task: dsl.PipelineTask, gpu: Gpu) -> dsl.PipelineTask:
-    """Put a task on a GPU node, with shared memory for what reads its data."""
-    # kfp (2.17) does not pass these two on into loops and conditions by itself.
+    """Put a task on a GPU node, with shared memory for data loading."""
+    # kfp (2.17) does not pass these two on into loops and conditions.
     task.register_pipeline_channels([gpu.resource, gpu.count])
     task.set_accelerator_type(gpu.resource).set_accelerator_limit(gpu.count)
     kubernetes.add_node_selector_json(task, gpu.node_selector)

@@ -1,8 +1,8 @@
 """`captioner run`: the whole training pipeline on this machine, through `kfp.local`.
 
-Everything it makes lies in the working directory: generated scenes, shards, checkpoints, MLflow's
-store, captions, and `pipeline.log` with all that the steps printed. The terminal shows each step
-and its progress, and a summary at the end.
+The working directory gets everything: generated scenes, shards, checkpoints, MLflow's store,
+captions, and `pipeline.log` with all that the steps printed. The terminal shows each step and its
+progress, and a summary at the end.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class RunConfig(StageConfig):
     runner: Literal["subprocess", "docker"] = "subprocess"
     """Steps as processes of this Python, or each in its container image."""
     workdir: str = "runs"
-    """Folder for everything that is made."""
+    """Folder for all outputs."""
     vision: str | None = None
     """Hub name, folder or URI of another CLIP vision tower than the preset's."""
     decoder: str | None = None
@@ -65,9 +65,8 @@ class RunConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            "://" not in self.workdir, f"workdir {self.workdir}: is not a folder of this machine"
-        )
+        is_local = storage.is_local(self.workdir)
+        require(is_local, f"workdir {self.workdir}: is not a folder of this machine")
 
 
 def run(config: RunConfig) -> Output:
@@ -82,37 +81,30 @@ def run(config: RunConfig) -> Output:
 
 
 def _run(config: RunConfig, candidates: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    """Run the pipeline in a working directory that no other run has; return the summary."""
+    """Run the pipeline in a locked working directory; return the summary."""
     from pipelines.train_captioner import define
 
     tracking = require_mlflow(tracking_from_environment(str(work)))
     tracking.require_answer()
-    dataset = _dataset(config, work)
+    dataset = dataset_or_scenes(config, work)
+    images = storage.absolute(config.images) if config.images else None
     arguments = {
         "data_dataset": dataset,
         "data_output": str(work / "data"),
         "train_checkpoint_uri": str(work / "candidates"),
         "train_candidates": candidates,
-        **{
-            f"train_{name}": value or ""
-            for name, value in _common(config).items()
-            if name != "epochs"
-        },
-        "train_epochs": config.epochs or 0,
+        **{f"train_{name}": value for name, value in _common(config).items()},
         "eval_num_beams": config.num_beams,
-        "caption_images": storage.absolute(config.images)
-        if config.images
-        else _validation_images(dataset, work),
+        "caption_images": images or validation_images(dataset, work),
         "caption_output": str(work / "captions"),
         "secret_keys": [],
     }
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
     os.environ.pop("MLFLOW_RUN_ID", None)
     try:
-        root = run_locally(
-            define(parallel=1), arguments, work, config.runner
-        )  # two would only share the one machine
-    except KeyboardInterrupt:  # then no exit handler has run
+        # In parallel two would only share the one machine.
+        root = run_locally(define(parallel=1), arguments, work, config.runner)
+    except KeyboardInterrupt:  # the exit handler has not run
         require_mlflow(tracking_from_environment(str(work))).close_pipeline(succeeded=False)
         raise
     summary = read_summary(root, tracking.uri)
@@ -122,81 +114,70 @@ def _run(config: RunConfig, candidates: list[dict[str, Any]], work: Path) -> dic
 
 
 def _link_best(work: Path, model: str) -> None:
-    """Let `best` in the working directory lead to the model that became champion."""
-    link, fresh = work / "best", work / ".best"
-    if link.is_symlink() or not link.exists():  # a folder of that name is somebody's own
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(model)
-        fresh.replace(link)
+    """Link `best` in the working directory to the model that became champion."""
+    link, new = work / "best", work / ".best"
+    if link.is_symlink() or not link.exists():  # a folder of that name is the user's
+        new.unlink(missing_ok=True)
+        new.symlink_to(model)
+        new.replace(link)
 
 
-def _dataset(config: RunConfig, work: Path) -> str:
-    """Return the data set's place; without one, draw scenes."""
+def dataset_or_scenes(config: RunConfig, work: Path) -> str:
+    """Return the data set's path or URI; without a data set, draw scenes."""
     if config.dataset is not None:
-        for split in ("train", "val"):  # both are there, or it is said before anything is started
+        for split in ("train", "val"):  # raises now if one is missing
             coco_2017(config.dataset, split)
         return storage.absolute(config.dataset)
     from model_lib.ingest.scenes import make_scenes
 
-    scenes = ScenesConfig(
-        output=str(work / "scenes"), train=config.scenes, val=min(ScenesConfig.val, config.scenes)
-    )
-    say(f"drawing {scenes.train:,} scenes to learn from and {scenes.val} of unseen combinations")
+    val = min(ScenesConfig.val, config.scenes)
+    scenes = ScenesConfig(output=str(work / "scenes"), train=config.scenes, val=val)
+    say(f"drawing {scenes.train:,} scenes to train on and {val} of unseen combinations")
     make_scenes(scenes)
     return scenes.output
 
 
-def _validation_images(dataset: str, work: Path) -> str:
-    """Return the folder of the validation images; out of an archive they are taken, as batch reads
-    none."""
-    _, place = coco_2017(dataset, "val")
-    if isinstance(place, Folder):
-        return place.root
-    fs, path = storage.filesystem(place.root)
+def validation_images(dataset: str, work: Path) -> str:
+    """Return the folder of the validation images; batch reads no archives, so unpack one."""
+    _, source = coco_2017(dataset, "val")
+    if isinstance(source, Folder):
+        return source.root
+    fs, path = storage.filesystem(source.root)
     info = fs.info(path)
-    key = hashlib.sha256(
-        json.dumps([place.root, info["size"], storage.version(info)]).encode()
-    ).hexdigest()[:8]
-    folder = work / f"val2017-{key}"
+    identity = json.dumps([source.root, info["size"], storage.version(info)])
+    folder = work / f"val2017-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     names = [
-        name for name in place.zip.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS
+        name for name in source.zip.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS
     ]
-    say(f"taking {len(names):,} validation images out of {place.root}")
+    say(f"unpacking {len(names):,} validation images of {source.root}")
     for name in names:
         file = folder / name
-        if file.exists() or not file.resolve().is_relative_to(
-            folder.resolve()
-        ):  # an archive's names may be anything
+        is_inside = file.resolve().is_relative_to(folder.resolve())  # a name may be "../x.jpg"
+        if file.exists() or not is_inside:
             continue
         try:
-            storage.write_bytes(str(file), place.read(name))
+            storage.write_bytes(str(file), source.read(name))
         except ImageError as error:
-            say(f"{place.root}: {name} is not captioned: {error}")
+            say(f"{source.root}: {name} is not captioned: {error}")
     return str(folder)
 
 
 def _common(config: RunConfig) -> dict[str, Any]:
-    """Return the training options of all candidates."""
-    return _absolute(
-        {
-            name: getattr(config, name)
-            for name in ("preset", "vision", "decoder", "tokenizer", "epochs")
-        }
-    )
+    """Return the training options of all candidates, as the pipeline takes them."""
+    models = {"vision": config.vision, "decoder": config.decoder, "tokenizer": config.tokenizer}
+    models = {name: source or "" for name, source in models.items()}
+    return _absolute({"preset": config.preset, **models, "epochs": config.epochs or 0})
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """Return training options with the local folders among their models named as a container finds
-    them, too."""
-    given = {name: options[name] for name in MODELS if options.get(name)}
-    return {
-        **options,
-        **{name: storage.absolute(model) for name, model in given.items() if Path(model).is_dir()},
-    }
+    """Return training options in which models in local folders have absolute paths, for
+    containers."""
+    folders = [name for name in MODELS if options.get(name) and Path(options[name]).is_dir()]
+    return {**options, **{name: storage.absolute(options[name]) for name in folders}}
 
 
 def _candidates(config: RunConfig) -> list[dict[str, Any]]:
-    """Return the candidates, their options checked before anything is started."""
+    """Return the candidates; their options are checked before anything is started."""
     from pipelines.train_captioner import CANDIDATES
 
     candidates = CANDIDATES

@@ -1,5 +1,4 @@
-"""What a local run came to: read from the steps' outputs, and said so that a person likes to read
-it."""
+"""The results of a local run, from its steps' outputs, as a document and as lines of text."""
 
 import json
 import os
@@ -14,7 +13,8 @@ from model_lib.evaluate.result import FEW_IMAGES, Evaluation
 from model_lib.tracking.model_uris import CHAMPION_URI
 
 LOOKING = 3
-"""How many times the shuffled CIDEr a model reaches that really looks at its images."""
+"""How many times the shuffled CIDEr a model reaches that uses its images."""
+INDENT = " " * 12
 COLUMNS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 
 
@@ -48,12 +48,11 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
 
 
 def _step(root: Path, name: str) -> Path:
-    """Return the folder of a step, however deep the pipeline nests it."""
+    """Return the folder of a step, at any depth."""
     for step in root.glob(f"**/{name}"):
         return step
-    raise WorkError(
-        f"the pipeline ended without its step {name}; {root.parent.parent}/pipeline.log says why"
-    )
+    log = root.parent.parent / "pipeline.log"
+    raise WorkError(f"the pipeline ended without its step {name}; {log} says why")
 
 
 def _outputs(step: Path) -> dict[str, Any]:
@@ -67,64 +66,55 @@ def _metadata(step: Path, artifact: str) -> dict[str, Any]:
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """Return the summary as lines of text."""
     registered, captioned = summary["registered"], summary["captioned"]
-    left_out = ", ".join(f"{count} {reason}" for reason, count in summary["quarantined"].items())
-    failed = ", ".join(f"{count} {reason}" for reason, count in captioned["errors"].items())
     train, val = summary["images"]["train"], summary["images"]["val"]
+    first = summary["candidates"][0]
     scheme, _, store = summary["tracking_uri"].partition(":///")
-    tracking = f"{scheme}:///{_shown(store)}" if store else scheme
-    mlflow = Path(sys.executable).parent / "mlflow"
-    command = f"{_shown(str(mlflow))} ui --backend-store-uri {shlex.quote(tracking)}"
+    tracking = f"{scheme}:///{_relative(store)}" if store else scheme
+    mlflow = _relative(str(Path(sys.executable).parent / "mlflow"))
+    command = f"{mlflow} ui --backend-store-uri {shlex.quote(tracking)}"
     headings = "".join(f"{name.replace('_', '-'):>9}" for name in COLUMNS)
-    lines = [
+    failed = f"; without: {_counts(captioned['errors'])}" if captioned["errors"] else ""
+    winner = registered["winner"]
+    left_out = _counts(summary["quarantined"])
+    return [
         "",
         f"Done in {summary['seconds']:.0f} seconds.",
         "",
-        (
-            f"Images    {train:,} to learn from, {val:,} to evaluate on; quarantined: "
-            f"{left_out or 'none'}"
-        ),
+        f"Images      {train:,} to train on, {val:,} to evaluate on; quarantined: {left_out}",
         "",
         f"Candidates  {'':<20}{headings}   CIDEr shuffled",
-    ]
-    for row in summary["candidates"]:
-        scores = "".join(
-            f"{row['scores'][name]:>9.3f}" if name in row["scores"] else f"{'–':>9}"
-            for name in COLUMNS
-        )
-        mark = "→" if row["name"] == registered["winner"] else " "
-        lines.append(f"          {mark} {row['name']:<20}{scores}{row['shuffled_cider']:>17.3f}")
-    first = summary["candidates"][0]
-    lines += [
-        f"            {name} is missing: {reason}" for name, reason in first["missing"].items()
-    ]
-    lines += [
-        (
-            f"            on {first['images']:,} images of {first['split']}; shuffled: captions "
-            "swapped about"
-        ),
-        *_doubts(next(row for row in summary["candidates"] if row["name"] == registered["winner"])),
+        *(_candidate_line(row, row["name"] == winner) for row in summary["candidates"]),
+        *(f"{INDENT}{name} is missing: {reason}" for name, reason in first["missing"].items()),
+        f"{INDENT}on {first['images']:,} images of {first['split']}; shuffled: captions swapped",
+        *_doubts(next(row for row in summary["candidates"] if row["name"] == winner)),
         "",
-        (
-            f"Winner      {registered['winner']}, version {registered['version']}, "
-            f"{registered['fate']}:"
-        ),
-        f"            {registered['reason']}",
+        f"Winner      {winner}, version {registered['version']}, {registered['fate']}:",
+        f"{INDENT}{registered['reason']}",
         f"Champion    version {registered['champion_version']}  ({CHAMPION_URI})",
         "",
-        f"Captions    {captioned['ok']:,} of {captioned['images']:,} images"
-        + (f"; without: {failed}" if failed else ""),
-        *(f"            {Path(uri).name}  {text}" for uri, text in summary["examples"]),
+        f"Captions    {captioned['ok']:,} of {captioned['images']:,} images{failed}",
+        *(f"{INDENT}{Path(uri).name}  {text}" for uri, text in summary["examples"]),
         "",
-        f"Model       {_shown(summary['model'])}",
-        f"Report      {_shown(summary['report'])}",
-        f"Parquet     {_shown(captioned['captions'])}",
+        f"Model       {_relative(summary['model'])}",
+        f"Report      {_relative(summary['report'])}",
+        f"Parquet     {_relative(captioned['captions'])}",
         f"Compare     {tracking if tracking.startswith('http') else command}",
     ]
-    return lines
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
+
+
+def _candidate_line(row: dict[str, Any], is_winner: bool) -> str:
+    scores = [f"{row['scores'][name]:.3f}" if name in row["scores"] else "–" for name in COLUMNS]
+    columns = "".join(f"{score:>9}" for score in scores)
+    mark = "→" if is_winner else " "
+    return f"          {mark} {row['name']:<20}{columns}{row['shuffled_cider']:>17.3f}"
 
 
 def _doubts(winner: dict[str, Any]) -> list[str]:
-    """Return what a reader should know before input_errors the scores."""
+    """Return reasons not to trust the scores."""
     doubts = []
     if winner["scores"]["CIDEr"] < LOOKING * winner["shuffled_cider"]:
         doubts.append(
@@ -133,10 +123,9 @@ def _doubts(winner: dict[str, Any]) -> list[str]:
         )
     if winner["images"] < FEW_IMAGES:
         doubts.append(f"CIDEr means little on fewer than {FEW_IMAGES} images")
-    return [f"            {winner['name']}: {doubt}" for doubt in doubts]
+    return [f"{INDENT}{winner['name']}: {doubt}" for doubt in doubts]
 
 
-def _shown(path: str) -> str:
-    """Return `path` relative to here if it lies below."""
-    here = str(Path.cwd()) + os.sep
-    return path.removeprefix(here)
+def _relative(path: str) -> str:
+    """Return `path` relative to the current folder if it lies below."""
+    return path.removeprefix(str(Path.cwd()) + os.sep)

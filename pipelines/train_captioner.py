@@ -5,6 +5,7 @@ preflight ─ ingest ─┬─ candidates ─ for each: train ─ evaluate ─�
                     └─ evaluate the champion ───────────────────┘   (and close, whatever happens)
 """
 
+from functools import partial
 from typing import Any
 
 from kfp import dsl
@@ -29,7 +30,6 @@ from pipelines.caption_bucket import NO_OPTIONS, add_caption_steps
 from pipelines.placement import (
     BUCKET,
     HUB,
-    USER,
     WEBHOOK,
     Gpu,
     on_gpu,
@@ -42,7 +42,7 @@ CANDIDATES: list[dict[str, Any]] = [
     {"name": "five-captions"},
     {"name": "one-caption", "captions_per_image": 1},
 ]
-"""By default: learning all captions of an image in each step, or its first alone."""
+"""By default: training on all captions of an image in each step, or on its first alone."""
 TRAIN_SIZE: dict[str, Any] = {"cpu": 4, "memory": 24}
 """Cores and GiB of a machine that trains."""
 MODEL_KEYS = (*BUCKET, *HUB)
@@ -74,8 +74,7 @@ the champion.
 
 
 def define(parallel: int) -> Any:
-    """Return the pipeline; at most `parallel` candidates, or shards to caption, are worked on at
-    the same time."""
+    """Return the pipeline; at most `parallel` candidates or shards are processed at a time."""
 
     @dsl.pipeline(name="train-captioner", description=DESCRIPTION)
     def train_captioner(
@@ -111,8 +110,9 @@ def define(parallel: int) -> Any:
         secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
         gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
+        placed = partial(place, secret=secret_name)
         closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
-        place(closed, "Close", secret=secret_name, keys=WEBHOOK)
+        placed(closed, "Close", keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Train a captioner"):
             training = {
                 "candidates": train_candidates,
@@ -143,7 +143,6 @@ def define(parallel: int) -> Any:
                 "gpu_tolerations": gpu_tolerations,
                 "secret_name": secret_name,
                 "secret_variables": variables(MODEL_KEYS),
-                "user": USER,
             }
             checked = preflight(
                 run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
@@ -159,68 +158,42 @@ def define(parallel: int) -> Any:
             )
             place_preflight(checked, secret_name)
 
+            # Not cached, as "Evaluate the champion": what lies at a URI, or which model is the
+            # champion, is not among the inputs.
             ingested = ingest(
                 dataset=data_dataset, output=data_output, shortest_side=data_shortest_side
-            )
-            # What lies at a URI is not among the inputs, nor who is champion: cached answers could
-            # be old ones.
-            place(
-                ingested, "Ingest", secret=secret_name, keys=BUCKET, cpu=4, memory=8, hours=12
             ).after(checked)
-            # The manifest by its URI and fingerprint: an artifact is a new input in each run, and
-            # nothing were cached.
+            placed(ingested, "Ingest", keys=BUCKET, cpu=4, memory=8, hours=12)
+            # By URI and fingerprint: an artifact would be a new input in each run, and nothing
+            # would be cached.
             data = {
                 "data": ingested.outputs["manifest"],
                 "fingerprint": ingested.outputs["fingerprint"],
             }
 
+            evaluating: dict[str, Any] = {"keys": MODEL_KEYS, "cpu": 4, "memory": 16, "hours": 6}
             champion = evaluate_champion(**data, **evaluation, output=train_checkpoint_uri)
-            place(
-                champion,
-                "Evaluate the champion",
-                secret=secret_name,
-                keys=MODEL_KEYS,
-                cpu=4,
-                memory=16,
-                hours=6,
-            )
-            on_gpu(champion, gpu)
+            on_gpu(placed(champion, "Evaluate the champion", **evaluating), gpu)
 
             configured = candidates(**data, **training, cache_key=train_cache_key)
-            place(configured, "Candidates", secret=secret_name, keys=BUCKET)
+            placed(configured, "Candidates", keys=BUCKET)
 
-            # A loop's steps take nothing but the item from outside: kfp.local (2.17) gives them the
-            # item for anything.
+            # Steps in a loop take only the item and the pipeline's parameters: kfp.local (2.17)
+            # passes the item for any other output.
             with dsl.ParallelFor(
                 configured.output, name="Each candidate", parallelism=parallel
             ) as candidate:
-                # Each retry goes on from the last checkpoint.
-                often: dict[str, Any] = {
-                    "secret": secret_name,
-                    "keys": MODEL_KEYS,
-                    "hours": 72,
-                    "retries": 6,
-                }
+                # Each retry resumes from the last checkpoint.
+                long: dict[str, Any] = {"keys": MODEL_KEYS, "hours": 72, "retries": 6}
                 with dsl.If(train_nodes > 1, name="On several machines"):
                     job = train_job(candidate=candidate, **machines)
-                    place(job, "Train", **often, cached=True)
+                    placed(job, "Train", **long, cached=True)
                 with dsl.Else(name="On one"):
                     trained = train(candidate=candidate)
-                    on_gpu(place(trained, "Train", **TRAIN_SIZE, **often, cached=True), gpu)
-                # It finds the model by the candidate: OneOf fails where a step that it looks at
-                # came from the cache.
+                    on_gpu(placed(trained, "Train", **TRAIN_SIZE, **long, cached=True), gpu)
+                # It finds the model by the candidate: OneOf fails over a step from the cache.
                 evaluated = evaluate(candidate=candidate, **evaluation).after(job, trained)
-                place(
-                    evaluated,
-                    "Evaluate",
-                    secret=secret_name,
-                    keys=MODEL_KEYS,
-                    cpu=4,
-                    memory=16,
-                    hours=6,
-                    cached=True,
-                )
-                on_gpu(evaluated, gpu)
+                on_gpu(placed(evaluated, "Evaluate", **evaluating, cached=True), gpu)
 
             registered = register(
                 run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
@@ -229,7 +202,7 @@ def define(parallel: int) -> Any:
                 **policy,
                 images=caption_images,
             )
-            place(registered, "Register", secret=secret_name, keys=(*BUCKET, *WEBHOOK), memory=8)
+            placed(registered, "Register", keys=(*BUCKET, *WEBHOOK), memory=8)
 
             with dsl.If(caption_images != "", name="Images to caption"):
                 add_caption_steps(

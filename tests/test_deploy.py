@@ -20,6 +20,7 @@ from pipelines.placement import (
     GPU_TOLERATIONS,
     HUB,
     MLFLOW,
+    USER,
     WEBHOOK,
 )
 from pipelines.submit import ScheduleConfig, SubmitConfig, pipeline_inputs
@@ -84,12 +85,18 @@ def test_a_mistake_in_the_input_is_not_retried_and_anything_else_is() -> None:
         assert words[1] not in message
 
 
-def test_a_machine_that_trains_heeds_its_end_from_the_first_moment() -> None:
+def test_a_machine_that_trains_gets_signals_and_is_not_root() -> None:
     (runtime,) = (document for _, document in DOCUMENTS if document["kind"] == "TrainingRuntime")
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    assert job["template"]["spec"]["template"]["spec"]["shareProcessNamespace"], (
-        "or it is process 1"
-    )
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert pod["shareProcessNamespace"], "or it is process 1"
+    security = {"runAsUser": USER, "runAsGroup": USER, "runAsNonRoot": True}
+    assert pod["securityContext"] == security
+    (container,) = pod["containers"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts == {"tmp": "/tmp", "shm": "/dev/shm"}
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
 
 
 @pytest.mark.parametrize("workload", named(WORKLOADS))
@@ -168,8 +175,8 @@ def test_config_maps_that_pods_read_are_made_by_the_page() -> None:
 def blocks() -> list[str]:
     """Return the page's shell blocks: those that are indented by four spaces, each without its
     indentation."""
-    found = re.findall(r"(?:^|\n\n)((?: {4}.*\n(?:\n(?= {4}))?)+)", PAGE)
-    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
+    blocks = re.findall(r"(?:^|\n\n)((?: {4}.*\n(?:\n(?= {4}))?)+)", PAGE)
+    return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
 
 
 def commands(word: str) -> list[list[str]]:

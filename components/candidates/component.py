@@ -1,4 +1,4 @@
-"""Candidates: each one's whole configuration, with the data that it learns from."""
+"""Candidates: the whole configuration of each."""
 
 from kfp import dsl
 
@@ -21,8 +21,8 @@ def candidates(
     learning_rate: float,
     precision: str,
 ) -> list[dict]:
-    """Return for each candidate its training options, the common ones and its own over them, and
-    what they are for."""
+    """Return each candidate's options, its own over the common ones, with the data's
+    fingerprint."""
     from model_lib.exits import exit_in_one_line
     from model_lib.steps.candidates import configure_candidates
     from model_lib.tracking.server import tracking_from_environment

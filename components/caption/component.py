@@ -1,4 +1,4 @@
-"""Caption: one shard of the images that were planned."""
+"""Caption: one shard of a plan."""
 
 from kfp import dsl
 
@@ -14,7 +14,5 @@ def caption(shard: dict) -> str:
 
     with exit_in_one_line():
         tracking_from_environment()
-        caption_planned(
-            shard["plan"], int(shard["shard"])
-        )  # in a document all numbers arrive as fractions
+        caption_planned(shard["plan"], int(shard["shard"]))  # KFP passes all numbers as floats
         return shard["plan"]

@@ -1,4 +1,4 @@
-"""Close: whatever became of the run, end what it left open in MLflow and notify a webhook."""
+"""Close: end what the run left open in MLflow, and notify a webhook."""
 
 from kfp import dsl
 
@@ -7,8 +7,7 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def close(status: dsl.PipelineTaskFinalStatus, run_name: str) -> None:
-    """End the pipeline's run in MLflow as failed, unless its last step ended it; notify the
-    webhook, if any."""
+    """End the pipeline's run in MLflow, unless its last step did; notify the webhook, if any."""
     from model_lib.exits import exit_in_one_line
     from model_lib.steps.closing import close_pipeline
     from model_lib.steps.kfp_runs import run_title

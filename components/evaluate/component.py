@@ -14,8 +14,7 @@ def evaluate(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> str:
-    """Evaluate the candidate's model, keep the evaluation beside it, and return the evaluation's
-    URI."""
+    """Evaluate the candidate's model; return the URI of the evaluation, which is kept beside it."""
     from model_lib.exits import exit_in_one_line
     from model_lib.io.storage import join, read_bytes, write_bytes
     from model_lib.steps.artifacts import set_metadata

@@ -1,4 +1,4 @@
-"""Evaluate the present champion on the same data as the candidates."""
+"""Evaluate the champion, on the same data as the candidates."""
 
 from kfp import dsl
 
@@ -9,8 +9,7 @@ from components import EVALUATE
 def evaluate_champion(
     data: str, fingerprint: str, num_beams: int, limit: int, clip: str, output: str
 ) -> str:
-    """Return the URI of the champion's evaluation under `output`, or none if there is no champion
-    yet."""
+    """Return the URI of the champion's evaluation under `output`; "" without a champion."""
     from model_lib.exits import exit_in_one_line
     from model_lib.steps.candidates import require_same_data
     from model_lib.steps.evaluation import evaluate_champion as run

@@ -10,8 +10,8 @@ from components import CORE
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def ingest(
     dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.Dataset]
-) -> NamedTuple("Ingested", [("manifest", str), ("fingerprint", str)]):
-    """Write shards under `output`; the artifact is their manifest, which names them by URI."""
+) -> NamedTuple("Ingested", [("manifest", str), ("fingerprint", str)]):  # type: ignore[valid-type]
+    """Write shards under `output`; the artifact is their manifest, which holds their URIs."""
     from model_lib.exits import exit_in_one_line
     from model_lib.ingest.config import IngestConfig
     from model_lib.ingest.ingesting import ingest as run
@@ -21,10 +21,6 @@ def ingest(
     with exit_in_one_line():
         manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))
         write_json(data.path, manifest.located(manifest.uri).to_dict())
-        known = {
-            **manifest.counts,
-            "quarantined": manifest.quarantined,
-            "fingerprint": manifest.fingerprint,
-        }
-        set_metadata(data, **known)
+        counts = {**manifest.counts, "quarantined": manifest.quarantined}
+        set_metadata(data, **counts, fingerprint=manifest.fingerprint)
         return (join(manifest.uri, "manifest.json"), manifest.fingerprint)

@@ -1,4 +1,4 @@
-"""Merge: every image that was listed has its row; counts and a summary."""
+"""Merge: check that every listed image has a row, and count the rows."""
 
 from kfp import dsl
 
@@ -13,10 +13,9 @@ def merge(
     summary: dsl.Output[dsl.Markdown],
     report: dsl.Output[dsl.HTML],
 ) -> None:
-    """Check the shards of a plan once they are captioned, each of which tells its plan; count what
-    they hold.
+    """Check and count the captions of a plan, which each of its shards names.
 
-    With it a run has succeeded.
+    It is the run's last step.
     """
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""Plan: a bucket's images, listed once and split into shards."""
+"""Plan: list a bucket's images and split them into shards."""
 
 from kfp import dsl
 
@@ -9,9 +9,9 @@ from components import CORE
 def plan(
     images: str, output: str, model: str, num_beams: int, shard_images: int, options: dict
 ) -> list[dict]:
-    """Write the plan; return the shards still to be captioned, each with its plan's reference.
+    """Write the plan; return the shards without captions, each with its plan's reference.
 
-    If none is left it is the first: kfp.local needs one.
+    If none is left, return the first: kfp.local needs one.
     """
     from model_lib.batch.config import BatchConfig
     from model_lib.batch.planning import folder_of, resolved
@@ -22,7 +22,7 @@ def plan(
 
     with exit_in_one_line():
         tracking_from_environment()
-        named = {"images": images, "output": output, "model": model}
+        named: dict = {"images": images, "output": output, "model": model}
         named |= {"num_beams": num_beams, "shard_images": shard_images}
         config = resolved(BatchConfig.from_options(**{**named, **options}))
         with output_lock(folder := folder_of(config)):

@@ -1,5 +1,4 @@
-"""Preflight: everything that the pipeline needs is there, or the run ends here and says what is
-missing."""
+"""Preflight: check that everything which the pipeline needs is there."""
 
 from kfp import dsl
 
@@ -42,10 +41,8 @@ def preflight(
     gpu_node_selector: dict = {},
     gpu_tolerations: list = [],
     secret_variables: dict = {},
-    user: int = 0,
 ) -> None:
-    """Check options, places, weights, MLflow and secrets (empty: none needed), then open the run in
-    MLflow."""
+    """Check options, data, weights, MLflow and secrets; then open the run in MLflow."""
     from model_lib.exits import exit_in_one_line
     from model_lib.registry.config import Policy
     from model_lib.steps.candidates import candidate_configs
@@ -76,7 +73,7 @@ def preflight(
         }
         configs = candidate_configs(candidates, **training) if candidates else []
         weights, tokenizers = training_sources(configs)
-        machines = Machines.from_parameters(
+        machines = Machines(
             nodes=nodes,
             image=image,
             cpu=cpu,
@@ -87,7 +84,6 @@ def preflight(
             gpu_tolerations=gpu_tolerations,
             secret_name=secret_name,
             secret_variables=secret_variables,
-            user=user,
         )
         preflight(
             Needs(

@@ -1,5 +1,4 @@
-"""Register: the best candidate becomes a version of the model, and the champion if it beats the
-present one."""
+"""Register: the best candidate becomes a version of the model, and champion if it is better."""
 
 from kfp import dsl
 
@@ -20,9 +19,9 @@ def register(
     page: dsl.Output[dsl.HTML],
     model: dsl.Output[dsl.Model],
 ) -> str:
-    """Register the winner among `evaluations`; return the champion's model URI.
+    """Register the best of `evaluations`; return the champion's model URI.
 
-    Without `images` to caption, a run has succeeded with it.
+    It is the run's last step if there are no `images` to caption.
     """
     from model_lib.exits import exit_in_one_line
     from model_lib.io.storage import read_bytes, write_bytes

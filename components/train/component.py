@@ -7,7 +7,7 @@ from components import MODEL
 
 @dsl.component(base_image=MODEL, install_kfp_package=False)
 def train(candidate: dict, model: dsl.Output[dsl.Model]) -> None:
-    """Train the candidate, or go on from its last checkpoint."""
+    """Train the candidate, or resume from its last checkpoint."""
     from dataclasses import asdict
 
     from model_lib.exits import exit_in_one_line

@@ -18,10 +18,9 @@ def train_job(
     gpu_tolerations: list,
     secret_name: str,
     secret_variables: dict,
-    user: int,
     model: dsl.Output[dsl.Model],
 ) -> None:
-    """Train the candidate on several machines, or go on from its last checkpoint."""
+    """Train the candidate, or resume from its last checkpoint."""
     from model_lib.exits import exit_in_one_line
     from model_lib.steps.artifacts import write_model
     from model_lib.steps.candidates import candidate_config
@@ -29,7 +28,7 @@ def train_job(
 
     with exit_in_one_line():
         config = candidate_config(candidate)
-        machines = Machines.from_parameters(
+        machines = Machines(
             nodes=nodes,
             image=image,
             cpu=cpu,
@@ -40,7 +39,6 @@ def train_job(
             gpu_tolerations=gpu_tolerations,
             secret_name=secret_name,
             secret_variables=secret_variables,
-            user=user,
         )
         trained = train_on(machines, config, candidate["fingerprint"])
         write_model(model, **trained, checkpoints=config.output)

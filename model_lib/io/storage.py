@@ -122,6 +122,8 @@ def find_files(uri: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
     if is_local(uri):
         return access(uri, lambda: _walk(path, depth), doing="listed")
     options = {"maxdepth": depth, "detail": True, "on_error": "raise"}
+    if depth is None and "s3" in fs.protocol:
+        del options["on_error"]  # s3fs does not know it here, and raises
     return access(uri, lambda: dict(fs.find(path, **options)), doing="listed")
 
 

@@ -91,7 +91,7 @@ def preflight(needs: Needs) -> None:
             pass.
     """
     trainer: list[tuple[str, Callable[[], None]]] = []
-    if needs.machines is not None and needs.machines.count > 1:
+    if needs.machines is not None and needs.machines.nodes > 1:
         trainer = [("Kubeflow Trainer", partial(require_trainer, needs.candidates, needs.machines))]
     checks: list[tuple[str, Callable[[], str | None]]] = [
         ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),

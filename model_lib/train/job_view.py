@@ -1,124 +1,141 @@
-"""What a step shows of a TrainJob: its first machine's log, what machines wait for, and why they
+"""What a step shows of a TrainJob: its first machine's log, what machines wait for, why they
 ended."""
 
 import logging
 import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from model_lib.errors import UserError, WorkError
 from model_lib.exits import MISTAKE
+from model_lib.train.kubernetes import NODE, Cluster
 
 log = logging.getLogger(__name__)
-NODE = "node"
-"""What the runtime calls its machines, and the container in them."""
+POLL = 5.0
+"""Seconds between two looks at a job."""
+INDEX = "batch.kubernetes.io/job-completion-index"
+START_ERRORS = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+)
+"""Reasons for which a container waits, and which rarely go away."""
+START_SECONDS = 600.0
+"""Time after which a machine that waits for one of them fails the job."""
+NO_PODS_SECONDS = 60.0
+"""Time without any pod after which warnings about the job are shown."""
 LAST_LINES = 60
 """Lines of each failed machine's log that are shown."""
-STUCK = 600.0
-"""Seconds after which a machine that does not start for one of `REASONS` fails the job."""
-REASONS = {
-    "ErrImagePull": "ImagePullBackOff",  # Kubernetes shows both in turn
-    "ImagePullBackOff": "ImagePullBackOff",
-    "InvalidImageName": "InvalidImageName",
-    "CreateContainerConfigError": "CreateContainerConfigError",
-}
-NO_PODS = 60.0
-"""Seconds without any pod after which the events that may say why are shown."""
-STAMP = re.compile(r"(\d{4}-\d\d-\d\dT[\d:.]+)Z (.*)")
-"""A line of a log with its time."""
+TIMESTAMPED = re.compile(r"(\d{4}-\d\d-\d\dT[\d:.]+)Z (.*)")
 
 
-class JobView:
-    """What was shown of a job so far.
+def follow(cluster: Cluster, name: str) -> None:
+    """Show what happens to a job until it ends.
 
-    Args:
-        name: of the job.
-        read_log: returns the lines of a pod's log, given options of Kubernetes' request for it.
-        warnings: returns what Kubernetes has against a job, given its name.
+    Raises:
+        UserError: a machine's program refused its input, or a machine cannot start.
+        WorkError: the job failed otherwise, or was deleted.
     """
+    view = _JobView(cluster, name)
+    end = None
+    while end is None:
+        job = cluster.trainjob(name)
+        end = _end(job)
+        pods = cluster.job_pods(job)
+        view.update(pods)
+        if end is None:
+            time.sleep(POLL)
+    if end[0] != "Complete":
+        raise view.failure(pods, end[1] or "without a reason")
 
-    def __init__(
-        self, name: str, read_log: Callable[..., list[str]], warnings: Callable[[str], list[str]]
-    ) -> None:
-        self.name, self.read_log, self.warnings = name, read_log, warnings
-        self.began = time.monotonic()
-        self.last_stamp, self.read_at = "", 0.0
-        """Time of the last line that was shown, and when it was read."""
-        self.shown: set[str] = set()
-        """What was said of machines that wait."""
-        self.stuck: dict[str, tuple[str, str, float]] = {}
-        """Of each machine that does not start: the reason, its first message, and since when."""
+
+class _JobView:
+    """What has been shown of a job."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, self.name = cluster, name
+        self.start = time.monotonic()
+        self.last_stamp = ""
+        self.read_at: float | None = None
+        self.messages: set[str] = set()
+        self.start_errors: dict[str, tuple[float, str]] = {}
+        """Of each pod that cannot start: since when, and the first reason."""
 
     def update(self, pods: list[Any]) -> None:
-        """Show what is new; `UserError` if a machine did not start for `STUCK` seconds."""
-        if not pods and time.monotonic() - self.began > NO_PODS:
-            for warning in self.warnings(self.name):
+        """Show what is new; `UserError` if a machine cannot start."""
+        if not pods and time.monotonic() - self.start > NO_PODS_SECONDS:
+            for warning in self.cluster.warnings(self.name):
                 self._show(f"TrainJob {self.name} has no machine: {warning}")
         for pod in pods:
             self._check_start(pod)
-        first = [pod for pod in pods if _index(pod) == 0 and pod.status.phase != "Pending"]
-        if not first:
-            return
+            if pod.status.phase != "Pending" and pod.metadata.labels[INDEX] == "0":
+                self._print_new_lines(pod)
+
+    def _print_new_lines(self, pod: Any) -> None:
         now = time.monotonic()
-        recent = {"since_seconds": int(now - self.read_at) + 10} if self.read_at else {}
-        for line in self.read_log(first[0], timestamps=True, **recent):
-            stamped = STAMP.match(line)
-            if stamped is not None and stamped[1] > self.last_stamp:
-                print(stamped[2], file=sys.stderr, flush=True)
-                self.last_stamp, self.read_at = stamped[1], now
+        options: dict[str, Any] = {"timestamps": True}
+        if self.read_at is not None:
+            options["since_seconds"] = int(now - self.read_at) + 10
+        for line in self.cluster.read_log(pod, **options):
+            match = TIMESTAMPED.match(line)
+            if match is not None and match[1] > self.last_stamp:
+                print(match[2], file=sys.stderr, flush=True)
+                self.last_stamp, self.read_at = match[1], now
 
     def _check_start(self, pod: Any) -> None:
-        name, (reason, message) = pod.metadata.name, _waits_for(pod)
+        name, (reason, message) = pod.metadata.name, _waiting_reason(pod)
+        text = f"{reason}: {message}" if message else reason
         if reason:
-            self._show(f"{name} waits: {reason}" + (f": {message}" if message else ""))
-        kind = REASONS.get(reason)
-        if kind is None:
-            self.stuck.pop(name, None)
+            self._show(f"{name} waits: {text}")
+        if reason not in START_ERRORS:
+            self.start_errors.pop(name, None)
             return
-        known, first_message, since = self.stuck.setdefault(name, (kind, message, time.monotonic()))
-        if known != kind:
-            self.stuck[name] = (kind, message, time.monotonic())
-        elif time.monotonic() - since > STUCK:
+        since, first = self.start_errors.setdefault(name, (time.monotonic(), text))
+        if time.monotonic() - since > START_SECONDS:
             raise UserError(
-                f"{name}: has not started for {STUCK / 60:.0f} minutes: {kind}: {first_message}"
+                f"{name}: has not started for {START_SECONDS / 60:.0f} minutes: {first}"
             )
 
-    def _show(self, text: str) -> None:
-        if text not in self.shown:
-            self.shown.add(text)
-            log.warning("%s", text)
+    def _show(self, message: str) -> None:
+        if message not in self.messages:
+            self.messages.add(message)
+            log.warning("%s", message)
 
     def failure(self, pods: list[Any], reason: str) -> UserError | WorkError:
-        """Show the last lines of each machine that failed; return the error that says why the job
-        did."""
-        ends, mistakes, codes, has_lines = [], [], set(), False
+        """Print the last lines of each failed machine; return the error that says why."""
+        reasons, codes, mistakes, has_lines = [reason], set(), [], False
         for pod in pods:
             if pod.status.phase != "Failed":
                 continue
-            code, why, message = _end(pod)
-            ends.append(f"{pod.metadata.name}: {why}")
-            lines = self.read_log(pod, tail_lines=LAST_LINES)
+            code, why, message = _termination(pod)
+            reasons.append(f"{pod.metadata.name}: {why}")
+            lines = self.cluster.read_log(pod, tail_lines=LAST_LINES)
             if any(lines):
                 has_lines = True
-                print(
-                    f"--- {pod.metadata.name}: {why}", *lines, sep="\n", file=sys.stderr, flush=True
-                )
+                heading = f"--- {pod.metadata.name}: {why}"
+                print(heading, *lines, sep="\n", file=sys.stderr, flush=True)
             codes.add(code)
-            mistakes += [
-                line for line in (*lines, *message.split("\n")) if line.startswith(MISTAKE)
-            ]
-        if (
-            2 in codes and mistakes
-        ):  # of several machines one tells the mistake, and the others end with its code
+            mistakes += [ln for ln in (*lines, *message.split("\n")) if ln.startswith(MISTAKE)]
+        if 2 in codes and mistakes:  # one of several machines prints it
             return UserError(mistakes[-1].removeprefix(MISTAKE))
-        text = f"TrainJob {self.name} failed: {'; '.join([reason, *ends])}"
-        return WorkError(text + ("; its machines' last lines are above" if has_lines else ""))
+        text = f"TrainJob {self.name} failed: {'; '.join(reasons)}"
+        return WorkError(f"{text}; its machines' last lines are above" if has_lines else text)
 
 
-def _waits_for(pod: Any) -> tuple[str, str]:
-    """Return why a pod does not run yet, and what Kubernetes says of it; nothing if it does."""
+def _end(job: dict[str, Any] | None) -> tuple[str, str] | None:
+    """Return "Complete" or "Failed", and why; None for a job that has not ended."""
+    if job is None:
+        return "Failed", "it was deleted"
+    for condition in job.get("status", {}).get("conditions", []):
+        if condition["status"] == "True" and condition["type"] in ("Complete", "Failed"):
+            return condition["type"], condition.get("message", "")
+    return None
+
+
+def _waiting_reason(pod: Any) -> tuple[str, str]:
+    """Return why a pod does not run yet, and Kubernetes' message; empty if it does."""
     for status in pod.status.container_statuses or []:
         if status.state.waiting is not None:
             return status.state.waiting.reason or "", status.state.waiting.message or ""
@@ -128,23 +145,14 @@ def _waits_for(pod: Any) -> tuple[str, str]:
     return "", ""
 
 
-def _end(pod: Any) -> tuple[int, str, str]:
-    """Return the exit code of a machine's program, or -1, why the machine ended, and what the
-    program left of it."""
+def _termination(pod: Any) -> tuple[int, str, str]:
+    """Return a failed pod's exit code, or -1; why it ended; and its program's own message."""
     code, reasons, message = -1, [], ""
     for status in pod.status.container_statuses or []:
-        ended = status.state.terminated
-        if status.name == NODE and ended is not None:
-            code, message = ended.exit_code, (ended.message or "").strip()
-            reasons += [
-                f"{ended.reason or 'ended'} (exit code {code})",
-                *([message] if message else []),
-            ]
-    if pod.status.reason:  # of the pod as a whole: evicted, or its node was shut down
-        reasons.append(": ".join(text for text in (pod.status.reason, pod.status.message) if text))
-    return code, "; ".join(reasons) or "lost, without a reason", message
-
-
-def _index(pod: Any) -> int:
-    labels = {**(pod.metadata.labels or {}), **(pod.metadata.annotations or {})}
-    return int(labels.get("batch.kubernetes.io/job-completion-index", -1))
+        terminated = status.state.terminated
+        if status.name == NODE and terminated is not None:
+            code, message = terminated.exit_code, (terminated.message or "").strip()
+            reasons = [f"{terminated.reason or 'ended'} (exit code {code})", message]
+    if pod.status.reason:  # of the whole pod: evicted, or its node was shut down
+        reasons.append(": ".join(filter(None, (pod.status.reason, pod.status.message))))
+    return code, "; ".join(filter(None, reasons)) or "lost, without a reason", message

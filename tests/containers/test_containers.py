@@ -71,13 +71,13 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
 
 @pytest.mark.usefixtures("engine")
 def test_a_step_works_on_as_many_cores_as_its_limit_leaves() -> None:
-    one = ("--cpus", "1")
-    assert json.loads(inside(CORE, "captioner", "info", "--json", limits=one))["cpus"] == 1
+    limits = ("--cpus", "1")
+    assert json.loads(inside(CORE, "captioner", "info", "--json", limits=limits))["cpus"] == 1
     torchs = (
         "import torch; from model_lib.model.precision import choose_device; choose_device('auto')"
     )
     assert (
-        inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=one)
+        inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=limits)
         == "1\n"
     )
 
@@ -130,7 +130,7 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
 
 
 def test_the_packages_are_those_of_the_constraints() -> None:
-    wanted = dict(
+    pinned = dict(
         line.lower().split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
@@ -142,10 +142,10 @@ def test_the_packages_are_those_of_the_constraints() -> None:
     )
     installed = {name: version.split("+")[0] for name, version in installed.items()}
     accelerators = ("nvidia-", "cuda-", "triton")  # torch itself pins what its CUDA builds need
-    free = {name for name in installed if name not in wanted and not name.startswith(accelerators)}
+    free = {name for name in installed if name not in pinned and not name.startswith(accelerators)}
     assert len(installed) > 100 and free <= {"captioner", "pip", "setuptools"}
     assert {
-        name: at for name, at in installed.items() if name in wanted and at != wanted[name]
+        name: at for name, at in installed.items() if name in pinned and at != pinned[name]
     } == {}
 
 
@@ -179,7 +179,7 @@ def test_both_pipelines_in_containers(
     with (
         mlflow_server(tmp_path / "mlflow") as server,
         gcs_emulator("b", tmp_path / "gcs") as bucket,
-        webhook() as (address, told),
+        webhook() as (address, notifications),
     ):
         # MLflow under the name that the secret's key has in a pod, and no other.
         environment = {**bucket, "CAPTIONER_MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address}
@@ -203,8 +203,8 @@ def test_both_pipelines_in_containers(
                 "only captioner's own files change hands"
             )
 
-        for place in (finished, finished / "best", *(finished / "best").iterdir()):
-            place.chmod(0o755)
+        for path in (finished, finished / "best", *(finished / "best").iterdir()):
+            path.chmod(0o755)
         watched = Watched(engine)
         arguments = {
             "data_dataset": "gs://b/scenes",
@@ -227,10 +227,8 @@ def test_both_pipelines_in_containers(
         runs = client.search_runs([client.get_experiment_by_name("captioner").experiment_id])
         nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
         (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        assert {run.info.run_name for run in nested} == {
-            "slow",
-            "fast",
-        } and parent.info.status == "FINISHED"
+        assert {run.info.run_name for run in nested} == {"slow", "fast"}
+        assert parent.info.status == "FINISHED"
         assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in nested)
         assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), (
             "the image's Java computed it"
@@ -249,52 +247,37 @@ def test_both_pipelines_in_containers(
         assert {row["model"] for row in rows} == {"models:/captioner/1"}
         assert sorted(row["status"] for row in rows) == ["error"] + ["ok"] * 12
 
-        # Once more: everything is there, and nothing is done again.
+        # Once more: nothing is done again.
         before = [fs.info(part)["generation"] for part in parts]
         run(caption_bucket.define(parallel=1), arguments, "again")
         assert [fs.info(part)["generation"] for part in parts] == before
 
-        # And with what is not there: the first step says so, the last still tells.
+        # Without the images, the first step says so, and the last one still calls the webhook.
         arguments["caption_images"] = "gs://b/nowhere"
         with pytest.raises(UserError, match="gs://b/nowhere: not there"):
             run(caption_bucket.define(parallel=1), arguments, "no")
 
     watched.events.close()
-    assert [post["state"] for post in told] == ["SUCCEEDED", "SUCCEEDED", "SUCCEEDED", "FAILED"]
+    assert [post["state"] for post in notifications] == [
+        "SUCCEEDED",
+        "SUCCEEDED",
+        "SUCCEEDED",
+        "FAILED",
+    ]
     images = {image for image, *_ in watched.seen}
     users = {(user.split(":")[0] != "0", read_only) for _, user, read_only in watched.seen}
     assert images == set(IMAGES) and users == {(True, True)} and len(watched.seen) >= 23
     out = capfd.readouterr().err
-    for step in (
-        "preflight",
-        "ingest",
-        "evaluate-champion",
-        "train",
-        "evaluate",
-        "register",
-        "plan",
-        "caption",
-        "merge",
-        "close",
-    ):
+    training = ("ingest", "evaluate-champion", "train", "evaluate", "register")
+    for step in ("preflight", *training, "plan", "caption", "merge", "close"):
         assert f"step {step}" in out, step
 
 
 def test_an_interrupted_run_leaves_no_container_at_work(engine: Any, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "model_lib",
-        "run",
-        "--runner",
-        "docker",
-        "--scenes",
-        "8",
-        "--workdir",
-    ]
+    command = [sys.executable, "-m", "model_lib", "run", "--runner=docker", "--scenes=8"]
     # A test's process may ignore interrupts, and what it starts would too.
     catch_signals = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    run = subprocess.Popen([*command, str(tmp_path / "work")], preexec_fn=catch_signals)
+    run = subprocess.Popen([*command, f"--workdir={tmp_path}/work"], preexec_fn=catch_signals)
     ours = {"label": RUN_LABEL}
     while not engine.containers.list(filters=ours):
         assert run.poll() is None

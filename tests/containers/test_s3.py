@@ -25,7 +25,7 @@ STEPS = {
 def test_every_step_of_training_works_in_s3_and_leaves_what_kubeflow_takes(
     scenes: Path, tmp_path: Path
 ) -> None:
-    with cloud(scenes, tmp_path) as place:
+    with cloud(scenes, tmp_path) as services:
         arguments = {
             "data_dataset": "s3://bucket/scenes",
             "data_output": "s3://bucket/data",
@@ -37,15 +37,19 @@ def test_every_step_of_training_works_in_s3_and_leaves_what_kubeflow_takes(
             "caption_images": "s3://bucket/scenes/val2017",
             "caption_output": "s3://bucket/captions",
         }
-        _, outputs = place.run("train_captioner", arguments)
-        (part,) = place.fs.glob("bucket/captions/*/captions/*.parquet")
-        rows = pq.ParquetFile(place.fs.open(part)).read().to_pylist()
+        _, outputs = services.run("train_captioner", arguments)
+        (part,) = services.fs.glob("bucket/captions/*/captions/*.parquet")
+        rows = pq.ParquetFile(services.fs.open(part)).read().to_pylist()
         assert [(row["status"], row["model"]) for row in rows] == [
             ("ok", "models:/captioner/1")
         ] * 12
-        assert any(name.endswith("/model.safetensors") for name in place.fs.find("bucket/mlflow"))
-        assert place.runs() == {WORKFLOW: "FINISHED", "one": "FINISHED"}
-        assert [(post["state"], post["run"]) for post in place.told] == [("SUCCEEDED", WORKFLOW)]
+        assert any(
+            name.endswith("/model.safetensors") for name in services.fs.find("bucket/mlflow")
+        )
+        assert services.runs() == {WORKFLOW: "FINISHED", "one": "FINISHED"}
+        assert [(post["state"], post["run"]) for post in services.notifications] == [
+            ("SUCCEEDED", WORKFLOW)
+        ]
     assert set(outputs) >= STEPS
     (model,) = outputs["train"].artifacts["model"].artifacts
     where = model.metadata["model"]

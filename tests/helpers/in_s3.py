@@ -1,5 +1,4 @@
-"""Compiled pipelines as scheduled runs meet them: without a name, everything in S3, MLflow's
-artifacts too."""
+"""Compiled pipelines as scheduled runs: without a name, everything in S3, MLflow's files too."""
 
 import uuid
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ class Cloud:
 
     fs: fsspec.AbstractFileSystem
     mlflow: str
-    told: list[dict]
-    """What the webhook was told."""
+    notifications: list[dict]
+    """What the webhook got."""
     work: Path
 
     def run(self, name: str, arguments: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -52,11 +51,11 @@ class Cloud:
 
 @contextmanager
 def cloud(scenes: Path, work: Path) -> Iterator[Cloud]:
-    """Yield what a run finds when it begins, in the environment."""
+    """Yield the services of a run, with their addresses in the environment."""
     with (
         store("s3", "bucket", work / "s3") as fs,
         mlflow_server(work / "mlflow", artifacts="s3://bucket/mlflow") as server,
-        webhook() as (address, told),
+        webhook() as (address, notifications),
         pytest.MonkeyPatch.context() as patch,
     ):
         variables = {
@@ -72,4 +71,4 @@ def cloud(scenes: Path, work: Path) -> Iterator[Cloud]:
         for file in sorted(scenes.rglob("*")):
             if file.is_file():
                 fs.pipe_file(f"bucket/scenes/{file.relative_to(scenes)}", file.read_bytes())
-        yield Cloud(fs, server, told, work)
+        yield Cloud(fs, server, notifications, work)

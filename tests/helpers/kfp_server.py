@@ -1,8 +1,8 @@
 """A server on loopback that speaks the part of Kubeflow Pipelines' v2beta1 REST API which kfp's
 client uses here.
 
-What it is given it checks as the real one does: YAML is parsed strictly, parameters have the
-pipeline's types, ids are known. A run goes one state further each time that it is looked at.
+It checks its input as the real one does: YAML is parsed strictly, parameters have the pipeline's
+types, ids are known. A run's state advances each time that it is read.
 """
 
 import json
@@ -44,27 +44,18 @@ def parse_strictly(text: str) -> tuple[Any, dict[str, Any]]:
     spec, platform = None, pipeline_spec_pb2.PlatformSpec()
     for document in yaml.safe_load_all(text):
         if "platforms" in document:
-            json_format.ParseDict(document, platform, ignore_unknown_fields=False)
+            json_format.ParseDict(document, platform)
         elif spec is None:
-            spec = json_format.ParseDict(
-                document, pipeline_spec_pb2.PipelineSpec(), ignore_unknown_fields=False
-            )
+            spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
         else:
             raise ValueError("multiple pipeline specs provided")
-    if (
-        spec is None
-        or spec.schema_version != "2.1.0"
-        or not spec.pipeline_info.name
-        or not spec.HasField("root")
-    ):
+    is_named = spec is not None and spec.pipeline_info.name and spec.HasField("root")
+    if not is_named or spec.schema_version != "2.1.0":
         raise ValueError("no pipeline spec of schema version 2.1.0 with a name and a root")
     executors = platform.platforms["kubernetes"].deployment_spec.executors
+    kind = kubernetes_executor_config_pb2.KubernetesExecutorConfig
     configs = {
-        name: json_format.ParseDict(
-            json_format.MessageToDict(config),
-            kubernetes_executor_config_pb2.KubernetesExecutorConfig(),
-            ignore_unknown_fields=False,
-        )
+        name: json_format.ParseDict(json_format.MessageToDict(config), kind())
         for name, config in executors.items()
     }
     return spec, configs
@@ -105,11 +96,10 @@ class Refused(Exception):
 
 
 class KfpServer:
-    """Runs in a thread on a free port; `calls` and the tables show what it was asked.
+    """Runs in a thread on a free port; the tables show what it was asked.
 
     Args:
-        states: those that a run goes through, one a look; an integer fails that look with its HTTP
-            status.
+        states: of a run, one for each time it is read; an integer is an HTTP status to fail with.
         token: that requests must bear, if any.
         failing: the node that fails if a run does.
         message: that the failing node's pod left for Kubernetes, of which Argo makes its node's.
@@ -131,25 +121,20 @@ class KfpServer:
         is_ui: bool = False,
     ) -> None:
         self.states, self.token = list(states), token
-        self.failing, self.message, self.log, self.large, self.is_ui = (
-            failing,
-            message,
-            log,
-            large,
-            is_ui,
-        )
+        self.failing, self.message, self.log = failing, message, log
+        self.large, self.is_ui = large, is_ui
         self.listed: list[dict] = []
-        self.calls: list[str] = []
         self.experiments: dict[str, dict] = {}
         self.pipelines: dict[str, dict] = {}
         self.versions: dict[str, dict] = {}
+        self.specs: dict[str, Any] = {}
         self.runs: dict[str, dict] = {}
         self.recurring: dict[str, dict] = {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.host = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "KfpServer":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,30 +158,19 @@ class KfpServer:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 url = urlsplit(self.path)
                 try:
-                    server.calls.append(f"{method} {url.path}")
-                    if (
-                        server.token
-                        and self.headers.get("Authorization") != f"Bearer {server.token}"
-                    ):
+                    bearer = f"Bearer {server.token}" if server.token else None
+                    if bearer and self.headers.get("Authorization") != bearer:
                         raise Refused(401, "Unauthenticated")
                     query = {name: values[0] for name, values in parse_qs(url.query).items()}
                     kind = self.headers.get("Content-Type") or ""
                     status, document = 200, server.route(method, url.path, query, body, kind)
                 except Refused as refused:
-                    status, document = (
-                        refused.status,
-                        {"code": refused.status, "message": str(refused)},
-                    )
-                content = (
-                    document.encode()
-                    if isinstance(document, str)
-                    else json.dumps(document).encode()
-                )
+                    status = refused.status
+                    document = {"code": status, "message": str(refused)}
+                is_text = isinstance(document, str)
+                content = (document if is_text else json.dumps(document)).encode()
                 self.send_response(status)
-                self.send_header(
-                    "Content-Type",
-                    "text/plain" if isinstance(document, str) else "application/json",
-                )
+                self.send_header("Content-Type", "text/plain" if is_text else "application/json")
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -208,29 +182,23 @@ class KfpServer:
     ) -> dict | str:
         """Return the answer to a request."""
         api = "/apis/v2beta1"
+        version = r"pipelines/([^/]+)/versions"
+        add, named = self._add, self._named
         routes: list[tuple[str, str, Callable[..., dict | str]]] = [
             ("GET", f"{api}/healthz", lambda: {"multi_user": False}),
-            (
-                "GET",
-                f"{api}/experiments",
-                lambda: {"experiments": self._named(self.experiments, query)},
-            ),
+            ("GET", f"{api}/experiments", lambda: {"experiments": named(self.experiments, query)}),
             (
                 "POST",
                 f"{api}/experiments",
-                lambda: self._add(self.experiments, "experiment_id", json.loads(body)),
+                lambda: add(self.experiments, "experiment_id", json.loads(body)),
             ),
-            ("GET", f"{api}/pipelines", lambda: {"pipelines": self._named(self.pipelines, query)}),
+            ("GET", f"{api}/pipelines", lambda: {"pipelines": named(self.pipelines, query)}),
             (
                 "POST",
                 f"{api}/pipelines",
-                lambda: self._add(self.pipelines, "pipeline_id", json.loads(body)),
+                lambda: add(self.pipelines, "pipeline_id", json.loads(body)),
             ),
-            (
-                "GET",
-                f"{api}/pipelines/([^/]+)/versions",
-                lambda owner: self._versions(owner, query),
-            ),
+            ("GET", f"{api}/{version}", lambda owner: self._versions(owner, query)),
             ("POST", f"{api}/pipelines/upload_version", lambda: self._upload(query, body, kind)),
             ("POST", f"{api}/runs", lambda: self._start(json.loads(body), self.runs, "run_id")),
             ("GET", f"{api}/runs/([^/]+)", self._look),
@@ -240,7 +208,7 @@ class KfpServer:
             (
                 "GET",
                 f"{api}/recurringruns",
-                lambda: {"recurringRuns": self._named(self.recurring, query)},
+                lambda: {"recurringRuns": named(self.recurring, query)},
             ),
             ("POST", f"{api}/recurringruns", lambda: self._schedule(json.loads(body))),
         ]
@@ -258,13 +226,9 @@ class KfpServer:
         return table[identity]
 
     def _named(self, table: dict[str, dict], query: dict[str, str]) -> list[dict]:
-        predicates = json.loads(query.get("filter") or "{}").get("predicates", [])
         rows = list(table.values())
-        for predicate in predicates:
-            if predicate["operation"] not in ("EQUALS", 1) or predicate["key"] not in (
-                "name",
-                "display_name",
-            ):
+        for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
+            if predicate["operation"] not in ("EQUALS", 1) or predicate["key"] != "display_name":
                 raise Refused(400, f"Invalid input error: filter {predicate}")
             rows = [row for row in rows if row["display_name"] == predicate["stringValue"]]
         return rows
@@ -283,39 +247,32 @@ class KfpServer:
             raise Refused(400, f"Invalid input error: {error}") from error
         row = {"display_name": query["name"], "pipeline_id": query["pipelineid"]}
         answer = self._add(self.versions, "pipeline_version_id", row)
-        self.specs = {**getattr(self, "specs", {}), answer["pipeline_version_id"]: spec}
+        self.specs[answer["pipeline_version_id"]] = spec
         return answer
 
     def _start(self, row: dict, table: dict[str, dict], key: str) -> dict:
         reference = row["pipeline_version_reference"]
-        if (
-            self.versions.get(reference["pipeline_version_id"], {}).get("pipeline_id")
-            != reference["pipeline_id"]
-        ):
+        version = reference["pipeline_version_id"]
+        if self.versions.get(version, {}).get("pipeline_id") != reference["pipeline_id"]:
             raise Refused(404, f"PipelineVersion {reference} not found")
         if row["experiment_id"] not in self.experiments:
             raise Refused(404, f"Experiment {row['experiment_id']} not found")
-        given = row["runtime_config"].get("parameters", {})
-        inputs = self.specs[reference["pipeline_version_id"]].root.input_definitions.parameters
-        for name, value in given.items():
-            kind = pipeline_spec_pb2.ParameterType.ParameterTypeEnum.Name(
-                inputs[name].parameter_type
-            )
+        values = row["runtime_config"].get("parameters", {})
+        inputs = self.specs[version].root.input_definitions.parameters
+        kinds = pipeline_spec_pb2.ParameterType.ParameterTypeEnum
+        for name, value in values.items():
+            kind = kinds.Name(inputs[name].parameter_type)
             if not isinstance(value, KINDS[kind]):
-                raise Refused(
-                    400, f"Invalid input error: input parameter {name} is not of type {kind}"
-                )
+                raise Refused(400, f"Invalid input error: parameter {name} is not of type {kind}")
         for name, about in inputs.items():
-            if not about.is_optional and name not in given:
+            if not about.is_optional and name not in values:
                 raise Refused(400, f"Invalid input error: input parameter {name} is required")
         return self._add(table, key, row)
 
     def _schedule(self, row: dict) -> dict:
         cron = row["trigger"].get("cron_schedule", {}).get("cron")
         if cron and len(cron.split()) != 6:
-            raise Refused(
-                400, f"Invalid input error: Schedule cron is not a supported format: {cron}"
-            )
+            raise Refused(400, f"Invalid input error: cron is not a supported format: {cron}")
         return self._start(row, self.recurring, "recurring_run_id")
 
     def _look(self, run_id: str) -> dict:
@@ -325,33 +282,18 @@ class KfpServer:
             return self.runs[run_id]
         parameters = self.runs[run_id]["runtime_config"].get("parameters", {})
         if parameters.get("secret_name") == "":
-            spec = 'component_input_parameter:"secret_name"'
-            reason = f"resolving input parameter with spec {spec}. Expected a non-empty string"
             self.states, self.failing = ["FAILED"], "preflight-driver"
-            self.log = (
-                "F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) "
-                f"failed: {reason}"
-            )
+            self.log = "F1127 12:00:00.000000      13 main.go:127] KFP driver: failed: resolving "
+            self.log += "input parameter. Expected a non-empty string"
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         if isinstance(state, int):
             raise Refused(state, "the server has a bad moment")
         # The real server lists every node of Argo's workflow under Argo's names, with the ids of
         # those below. `run.error` stays null.
-        names = [
-            "root",
-            "root-driver",
-            "exit-handler-1",
-            "preflight-driver",
-            "preflight",
-            "executor",
-        ]
-        ended = names.index(self.failing) + 1 + (self.failing == "preflight")
-        failed = {
-            "root",
-            "exit-handler-1",
-            self.failing,
-            *(["executor"] if self.failing == "preflight" else []),
-        }
+        is_step = self.failing == "preflight"
+        names = ["root", "root-driver", "exit-handler-1", "preflight-driver"]
+        names += ["preflight", "executor"] if is_step or state != "FAILED" else []
+        failed = {"root", "exit-handler-1", self.failing, *(["executor"] if is_step else [])}
         nodes = [
             {
                 "task_id": str(number),
@@ -359,41 +301,26 @@ class KfpServer:
                 "state": state if state != "FAILED" or name in failed else "SUCCEEDED",
                 "child_tasks": [{"pod_name": f"{WORKFLOW}-{number}0"}],
             }
-            for number, name in enumerate(names if state != "FAILED" else names[:ended])
+            for number, name in enumerate(names)
         ]
         if not self.large or not self.listed:
             self.listed = nodes
-        return {
-            **self.runs[run_id],
-            "state": state,
-            "error": None,
-            "run_details": {"task_details": self.listed},
-        }
+        details = {"task_details": self.listed}
+        return {**self.runs[run_id], "state": state, "error": None, "run_details": details}
 
     def _manifest(self, run_id: str) -> dict:
         driver = {"templateName": "system-container-driver", "type": "Pod"}
         impl = {"templateName": "retry-system-container-impl", "type": "Pod"}
-        below = f": {self.message}" if self.message else ""
-        ends = {"phase": "Failed", "message": f"main: Error (exit code 1){below}"}
+        message = f": {self.message}" if self.message else ""
+        ends = {"phase": "Failed", "message": f"main: Error (exit code 1){message}"}
         lost = {"phase": "Error", "message": "pod deleted"}  # the attempt before
+        below = [f"{WORKFLOW}-41", f"{WORKFLOW}-42"]
+        driven = ends if self.failing == "preflight-driver" else {"phase": "Succeeded"}
         nodes = {
-            "30": {
-                **driver,
-                **(ends if self.failing == "preflight-driver" else {"phase": "Succeeded"}),
-            },
-            "40": {
-                "type": "Retry",
-                "phase": "Failed",
-                "children": [f"{WORKFLOW}-41", f"{WORKFLOW}-42"],
-            },
+            "30": {**driver, **driven},
+            "40": {"type": "Retry", "phase": "Failed", "children": below},
             "41": {**impl, **lost, "startedAt": "2026-11-27T12:00:00Z"},
-            "42": {
-                **impl,
-                **ends,
-                "startedAt": "2026-11-27T12:02:00Z",
-                "children": [f"{WORKFLOW}-50"],
-            },
-            "50": {"type": "Omitted", "phase": "Omitted"},
+            "42": {**impl, **ends, "startedAt": "2026-11-27T12:02:00Z"},
         }
         named = {
             f"{WORKFLOW}-{number}": {**node, "id": f"{WORKFLOW}-{number}"}
@@ -409,24 +336,16 @@ class KfpServer:
     def _log(self, run_id: str, node: str) -> str:
         if self.is_ui:
             raise Refused(404, "Cannot GET")
-        if (
-            node != f"{WORKFLOW}-{LAST[self.failing]}" or not self.log
-        ):  # the status is sent before the log is found
-            return json.dumps(
-                {"error_message": f"Failed to read logs for run {run_id}", "error_details": "…"}
-            )
+        if node != f"{WORKFLOW}-{LAST[self.failing]}" or not self.log:
+            # The status is sent before the log is looked for.
+            return json.dumps({"error_message": "Failed to read logs", "error_details": "…"})
         return self.log
 
     def _ui_log(self, query: dict[str, str]) -> str:
-        template = (
-            "system-container-driver"
-            if self.failing == "preflight-driver"
-            else "retry-system-container-impl"
-        )
-        if (
-            not self.is_ui
-            or query["podname"] != f"{WORKFLOW}-{template}-{LAST[self.failing]}"
-            or not self.log
-        ):
+        template = "system-container-driver"
+        if self.failing == "preflight":
+            template = "retry-system-container-impl"
+        pod = f"{WORKFLOW}-{template}-{LAST[self.failing]}"
+        if not self.is_ui or query["podname"] != pod or not self.log:
             raise Refused(404, "Could not get main container logs")
         return self.log

@@ -12,20 +12,15 @@ from typing import Any
 import yaml
 from kubeflow_trainer_api import models
 
-DEPLOYED = {
-    document["kind"]: document
-    for document in yaml.safe_load_all(
-        (Path(__file__).parents[1] / "deploy" / "trainer.yaml").read_text()
-    )
-}
+MANIFEST = Path(__file__).parents[2] / "deploy" / "trainer.yaml"
+DEPLOYED = {document["kind"]: document for document in yaml.safe_load_all(MANIFEST.read_text())}
 RUNTIME = DEPLOYED["TrainingRuntime"]
 TEMPLATES = {
     job["name"]: job["template"]["spec"]["template"]["spec"]
     for job in RUNTIME["spec"]["template"]["spec"]["replicatedJobs"]
 }
 POD = TEMPLATES["node"]
-API = "/apis/trainer.kubeflow.org/v1alpha1"
-JOBS = f"{API}/namespaces/kubeflow/trainjobs"
+JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/kubeflow/trainjobs"
 JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/kubeflow/jobsets"
 PODS = "/api/v1/namespaces/kubeflow/pods"
 EVENTS = "/api/v1/namespaces/kubeflow/events"
@@ -39,6 +34,7 @@ RESERVED = {
 SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 PATH = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"
 WEBHOOK = "validator.trainjob.trainer.kubeflow.org"
+DENIED = f'admission webhook "{WEBHOOK}" denied the request'
 VERBS = {"GET": {"get", "list"}, "POST": {"create"}, "DELETE": {"delete"}}
 
 
@@ -51,8 +47,7 @@ class Refused(Exception):
 
 
 def checked(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a TrainJob as the API server takes it; `Refused` for what it, its schema or Trainer's
-    webhook refuse."""
+    """Return a TrainJob; `Refused` for what the API server, its schema or the webhook refuse."""
     try:
         known = models.TrainerV1alpha1TrainJob.from_dict(document).to_dict()
     except ValueError as error:
@@ -61,35 +56,26 @@ def checked(document: dict[str, Any]) -> dict[str, Any]:
         raise Refused(400, f"unknown fields: {document} is not {known}")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"]):
         raise Refused(422, "metadata.name must match RFC 1035 DNS label format")
-    runtime = {
-        "apiGroup": "trainer.kubeflow.org",
-        "kind": "TrainingRuntime",
-        "name": RUNTIME["metadata"]["name"],
-    }
+    name = RUNTIME["metadata"]["name"]
+    runtime = {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": name}
     if document["spec"]["runtimeRef"] != runtime:
-        raise Refused(
-            403, f'admission webhook "{WEBHOOK}" denied the request: the runtime is not there'
-        )
+        raise Refused(403, f"{DENIED}: the runtime does not exist")
     problems = list(denied(document["spec"]))
     if problems:
-        raise Refused(
-            403, f'admission webhook "{WEBHOOK}" denied the request: {"; ".join(problems)}'
-        )
+        raise Refused(403, f"{DENIED}: {'; '.join(problems)}")
     return document
 
 
 def denied(spec: dict[str, Any]) -> Iterator[str]:
     """Yield what Trainer's webhook has against a TrainJob: its `torch.go` and `jobset.go`."""
-    trainer = spec["trainer"]
-    if RESERVED & {variable["name"] for variable in trainer.get("env", [])}:
+    if RESERVED & {variable["name"] for variable in spec["trainer"].get("env", [])}:
         yield "spec.trainer.env: must not have reserved envs"
     for patch in spec.get("runtimePatches", []):
         host, slash, path = patch["manager"].partition("/")
         if not slash or not re.fullmatch(SUBDOMAIN, host) or not re.fullmatch(PATH, path):
             yield (
                 f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}": must be a '
-                "domain-prefixed path "
-                '(such as "acme.io/foo")'
+                'domain-prefixed path (such as "acme.io/foo")'
             )
         for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
             if job["name"] not in TEMPLATES:
@@ -98,30 +84,21 @@ def denied(spec: dict[str, Any]) -> Iterator[str]:
             known = {container["name"] for container in TEMPLATES[job["name"]]["containers"]}
             for container in job["template"]["spec"]["template"]["spec"].get("containers", []):
                 if container["name"] not in known:
-                    yield (
-                        "must not have container that doesn't exist in the runtime job "
-                        f"{job['name']}"
-                    )
+                    yield f"must not have container that doesn't exist in job {job['name']}"
                 if container.get("env"):
-                    yield (
-                        "must not have envs for the dataset-initializer, model-initializer, node "
-                        "containers"
-                    )
+                    yield "must not have envs for the node container"
 
 
 def allowed(method: str, path: str) -> bool:
     """Return whether the steps' account may make a request: by our role, or by KFP's own for pods
     and their logs."""
     parts = path.split("/")
-    group, named = ("", parts[5:]) if path.startswith("/api/v1/") else (parts[2], parts[6:])
-    if not named:  # what an API offers is for everybody
+    group, resource = ("", parts[5]) if path.startswith("/api/v1/") else (parts[2], parts[6])
+    if (group, resource) == ("", "pods"):
         return True
-    if group == "" and named[0] == "pods":
-        return True
-    rules = DEPLOYED["Role"]["rules"]
     return any(
         group in rule["apiGroups"]
-        and named[0] in rule["resources"]
+        and resource in rule["resources"]
         and VERBS[method] & set(rule["verbs"])
-        for rule in rules
+        for rule in DEPLOYED["Role"]["rules"]
     )

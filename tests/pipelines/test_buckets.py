@@ -27,21 +27,25 @@ KINDS = {"model": dsl.Model, "metrics": dsl.Metrics, "report": dsl.HTML}
 def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(
     scenes: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    with cloud(scenes, tmp_path) as place:
-        place.fs.put(f"{saved_model}/", "bucket/model/", recursive=True)
+    with cloud(scenes, tmp_path) as services:
+        services.fs.put(f"{saved_model}/", "bucket/model/", recursive=True)
         arguments = {
             "caption_images": "s3://bucket/scenes/val2017",
             "caption_output": "s3://bucket/captions",
             "caption_model": "s3://bucket/model",
         }
-        _, outputs = place.run("caption_bucket", arguments)
-        parts = place.fs.glob("bucket/captions/*/captions/*.parquet")
+        _, outputs = services.run("caption_bucket", arguments)
+        parts = services.fs.glob("bucket/captions/*/captions/*.parquet")
         rows = [
-            row for part in parts for row in pq.ParquetFile(place.fs.open(part)).read().to_pylist()
+            row
+            for part in parts
+            for row in pq.ParquetFile(services.fs.open(part)).read().to_pylist()
         ]
         assert len(parts) == 1 and [row["status"] for row in rows] == ["ok"] * 12
-        assert place.runs() == {WORKFLOW: "FINISHED"}
-        assert [(post["state"], post["run"]) for post in place.told] == [("SUCCEEDED", WORKFLOW)]
+        assert services.runs() == {WORKFLOW: "FINISHED"}
+        assert [(post["state"], post["run"]) for post in services.notifications] == [
+            ("SUCCEEDED", WORKFLOW)
+        ]
     assert set(outputs) >= {"plan", "caption", "merge"}
     (summary,) = outputs["merge"].artifacts["summary"].artifacts
     assert Path(summary.uri).is_file()
@@ -71,8 +75,8 @@ def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
         name: {"artifacts": [{"name": name, "uri": artifact.uri, "metadata": artifact.metadata}]}
         for name, artifact in artifacts.items()
     }
-    taken = take_output(json.dumps({"artifacts": left}), str(root)).artifacts
-    model, metrics = taken["model"].artifacts[0].metadata, taken["metrics"].artifacts[0].metadata
+    kept = take_output(json.dumps({"artifacts": left}), str(root)).artifacts
+    model, metrics = kept["model"].artifacts[0].metadata, kept["metrics"].artifacts[0].metadata
     assert model["steps"] == 2 and "run_id" not in model and metrics["CIDEr"] >= 0
 
 
@@ -93,7 +97,7 @@ def test_what_kubeflow_refuses_is_left_out_of_metadata() -> None:
         ("gs://bucket/best", "{}", "does not have expected bucket prefix"),
     ],
 )
-def test_the_stand_in_refuses_what_kubeflow_does(uri: str, metadata: str, reason: str) -> None:
+def test_take_output_refuses_what_kubeflow_does(uri: str, metadata: str, reason: str) -> None:
     """The strictness of the tests above."""
     artifact = f'{{"name": "a", "uri": "{uri}", "metadata": {metadata}}}'
     text = f'{{"artifacts": {{"a": {{"artifacts": [{artifact}]}}}}}}'

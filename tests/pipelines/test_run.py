@@ -15,12 +15,13 @@ from model_lib.io.locks import output_lock
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from pipelines.run import RunConfig, _dataset, _validation_images
+from pipelines.run import RunConfig, dataset_or_scenes, validation_images
 from tests.conftest import zipped
 from tests.helpers.kfp_server import take_output
 from tests.model_lib.registry.test_promotion import evaluated
 
 Run = Callable[..., CompletedProcess]
+RUN = ("run", "--workdir", "work", "--scenes", "48", "--num_beams", "1")
 CANDIDATES = json.dumps([{"name": "slow", "learning_rate": 1e-6}, {"name": "fast"}])
 
 
@@ -51,23 +52,13 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
     tracking = require_mlflow(tracking_from_environment(str(work)))
     register(RegisterConfig(evaluations=(str(tmp_path / "evaluated"),)), tracking)
 
-    command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
-    done = captioner(
-        *command, "--candidates", '[{"name": "fast"}]'
-    )  # several: make soak, make test-containers
+    # Several candidates: make soak, make test-containers.
+    done = captioner(*RUN, "--epochs=2", "--candidates", '[{"name": "fast"}]')
     assert done.returncode == 0, done.stderr
-    for word in (
-        "step ingest",
-        "step train",
-        "step evaluate",
-        "step register",
-        "step caption",
-        "48 scenes",
-    ):
-        assert word in done.stderr, word
-    for word in (
-        "Images    48 to learn from, 48 to evaluate on; quarantined: none",
-        "fast",
+    for step in ("ingest", "train", "evaluate", "register", "caption"):
+        assert f"step {step}" in done.stderr, done.stderr
+    for words in (
+        "Images      48 to train on, 48 to evaluate on; quarantined: none",
         "CIDEr shuffled",
         "Winner      fast, version 2, is the champion now:",
         "fast has CIDEr",
@@ -77,7 +68,7 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
         "Parquet",
         "mlflow ui",
     ):
-        assert word in done.stdout, (word, done.stdout)
+        assert words in done.stdout, (words, done.stdout)
     model = Captioner.from_pretrained(str(work / "best"))
     assert model.training_record["name"] == "fast"
     assert generate_caption(model, work / "scenes" / "val2017" / "000000000001.jpg") is not None
@@ -93,47 +84,26 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
 def test_a_first_run_makes_a_champion_and_a_second_with_a_broken_image_keeps_it(
     captioner: Run, tmp_path: Path
 ) -> None:
-    command = ("run", "--workdir", "work", "--scenes", "48", "--epochs", "2", "--num_beams", "1")
-    first = captioner(*command, "--candidates", CANDIDATES)
+    first = captioner(*RUN, "--epochs=2", "--candidates", CANDIDATES)
     assert first.returncode == 0 and "version 1, is the champion now:" in first.stdout, first.stderr
 
-    drawn, archives = (
-        tmp_path / "work" / "scenes",
-        tmp_path / "set",
-    )  # as captioner download leaves it
+    drawn = tmp_path / "work" / "scenes"
+    archives = tmp_path / "set"  # as captioner download leaves it
     (drawn / "train2017" / "000000000007.jpg").write_bytes(b"broken")
     archives.mkdir()
     zipped(archives / "annotations_trainval2017.zip", drawn, "annotations")
     for split in ("train2017", "val2017"):
         zipped(archives / f"{split}.zip", drawn, split)
-    again = (
-        "run",
-        "--workdir",
-        "work",
-        "--dataset",
-        "set",
-        "--epochs",
-        "1",
-        "--num_beams",
-        "1",
-        "--json",
-    )
-    second = captioner(*again, "--candidates", '[{"name": "slow", "learning_rate": 1e-6}]')
+    slow = '[{"name": "slow", "learning_rate": 1e-6}]'
+    second = captioner(*RUN, "--dataset=set", "--epochs=1", "--json", "--candidates", slow)
     assert second.returncode == 0, second.stderr
     summary = json.loads(second.stdout)
-    assert summary["quarantined"] == {"unreadable": 1} and summary["images"] == {
-        "train": 47,
-        "val": 48,
-    }
+    assert summary["quarantined"] == {"unreadable": 1}
+    assert summary["images"] == {"train": 47, "val": 48}
     registered = summary["registered"]
-    assert (
-        registered["version"] == "2"
-        and not registered["promoted"]
-        and registered["champion_version"] == "1"
-    )
-    assert [row["name"] for row in registered["candidates"]] == [
-        "slow"
-    ] and "needed more" in registered["reason"]
+    assert registered["version"] == "2" and registered["champion_version"] == "1"
+    assert not registered["promoted"] and "needed more" in registered["reason"]
+    assert [row["name"] for row in registered["candidates"]] == ["slow"]
     assert summary["captioned"]["images"] == summary["captioned"]["ok"] == 48
     assert pq.read_table(summary["captioned"]["captions"]).num_rows == 48
     assert len(summary["examples"]) == 3 and Path(summary["report"]).is_file()
@@ -146,32 +116,28 @@ def test_a_second_run_in_a_working_directory_is_refused_and_leaves_the_firsts_lo
     with output_lock(str(tmp_path / "work")):
         (tmp_path / "work" / "pipeline.log").write_text("of the first")
         done = captioner("run", "--workdir", "work", "--scenes", "2")
-    assert (
-        done.returncode == 1
-        and "work: process" in done.stderr
-        and "is at work there" in done.stderr
-    )
+    assert done.returncode == 1 and "work: another run is at work there" in done.stderr
     assert (tmp_path / "work" / "pipeline.log").read_text() == "of the first"
     assert not (tmp_path / "work" / "scenes").exists()
 
 
-def test_the_validation_images_of_an_archive_are_taken_out_for_captioning(
+def test_the_validation_images_of_an_archive_are_unpacked_for_captioning(
     archives: Path, scenes: Path, tmp_path: Path
 ) -> None:
     with zipfile.ZipFile(archives / "val2017.zip", "a") as archive:
         archive.writestr("../../../outside.jpg", b"")
         archive.writestr("val2017/notes.txt", b"")
-    dataset = _dataset(RunConfig(dataset=str(archives)), tmp_path)
-    folder = Path(_validation_images(dataset, tmp_path / "work"))
-    found = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert found == {file.name: file.read_bytes() for file in (scenes / "val2017").iterdir()}
+    dataset = dataset_or_scenes(RunConfig(dataset=str(archives)), tmp_path)
+    folder = Path(validation_images(dataset, tmp_path / "work"))
+    images = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert images == {file.name: file.read_bytes() for file in (scenes / "val2017").iterdir()}
     assert folder.is_relative_to(tmp_path / "work") and not list(tmp_path.rglob("outside.jpg"))
     written = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))]
-    assert _validation_images(dataset, tmp_path / "work") == str(folder)
+    assert validation_images(dataset, tmp_path / "work") == str(folder)
     assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written, (
         "or all is captioned again"
     )
-    assert _validation_images(str(scenes), tmp_path / "work") == str(scenes / "val2017")
+    assert validation_images(str(scenes), tmp_path / "work") == str(scenes / "val2017")
 
 
 def test_a_data_set_without_a_usable_image_is_refused_in_one_line(
@@ -191,9 +157,7 @@ def test_a_data_set_without_a_usable_image_is_refused_in_one_line(
     done = captioner("run", "--dataset", "set", "--workdir", "work")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert (
-        done.stderr.splitlines()[-1].startswith("captioner: error: ")
-        and "no usable image" in done.stderr
-    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("captioner: error: ") and "no usable image" in last
     log = (tmp_path / "work" / "pipeline.log").read_text()
     assert "captioner: error: " in log and "Traceback" not in log

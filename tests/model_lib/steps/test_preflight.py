@@ -19,17 +19,16 @@ from model_lib.train.trainjob import Machines
 from tests.helpers.services import free_port, mlflow_server
 
 SEVERAL = Machines(
-    count=2,
+    nodes=2,
     image="x",
     cpu=1,
     memory=1,
     gpu_resource="nvidia.com/gpu",
-    gpu_count=0,
-    node_selector={},
-    tolerations=[],
-    secret="mine",
+    gpu_count="0",
+    gpu_node_selector={},
+    gpu_tolerations=[],
+    secret_name="mine",
     secret_variables={},
-    user=1000,
 )
 
 
@@ -80,7 +79,7 @@ def test_everything_that_is_missing_is_named_at_once(
         f"{tmp_path}/gone: not there",
         "/proc/x: cannot be written to",
         f"{tmp_path}/empty: holds no model",
-        "several machines: this is no Kubernetes cluster",
+        "train_nodes: there is no Kubernetes cluster here",
         f"{tmp_path}/empty: holds no tokenizer",
         f"{tmp_path}/empty/annotations/captions_train2017.json: not found",
         "models:/captioner/99: not in the model registry",

@@ -1,5 +1,5 @@
-"""Several machines: a TrainJob is made, followed, told of if it fails, and removed whatever
-happens."""
+"""Several machines: a TrainJob is created and followed, its failure explained, and it is deleted
+whatever happens."""
 
 import json
 import os
@@ -18,115 +18,109 @@ import pytest
 
 from model_lib import UserError
 from model_lib.errors import WorkError
-from model_lib.train.cluster import Cluster
 from model_lib.train.config import TrainConfig
+from model_lib.train.kubernetes import Cluster
 from model_lib.train.trainjob import Machines, job_document, job_name, require_trainer, train_on
 from pipelines.placement import GPU_NODES, GPU_TOLERATIONS, MLFLOW, variables
 from tests.helpers.kube_rules import POD
 from tests.helpers.kube_server import KubeServer, Machine
-from tests.model_lib.train.test_distributed import OPTIONS
-from tests.model_lib.train.test_survival import curves
 
+ROOT = Path(__file__).parents[3]
 MACHINES = Machines(
-    count=2,
+    nodes=2,
     image="registry.example/captioner-model@sha256:0",
     cpu=4,
     memory=24,
     gpu_resource="nvidia.com/gpu",
-    gpu_count=0,
-    node_selector=GPU_NODES,
-    tolerations=GPU_TOLERATIONS,
-    secret="captioner",
+    gpu_count="0",
+    gpu_node_selector=GPU_NODES,
+    gpu_tolerations=GPU_TOLERATIONS,
+    secret_name="captioner",
     secret_variables=variables(("HF_TOKEN",)),
-    user=1000,
 )
+ONE = replace(MACHINES, nodes=1)
 
 
-def config(data: Path, output: Path, **options: object) -> TrainConfig:
+def config(data: Path, output: Path, **options: Any) -> TrainConfig:
+    common = {"epochs": 3, "batch_size": 9, "log_steps": 1, "checkpoint_steps": 1}
     return TrainConfig(
-        **{"data": str(data), "output": str(output), "preset": "tiny", **OPTIONS, **options}
+        data=str(data), output=str(output / "run"), preset="tiny", **{**common, **options}
     )
 
 
 @pytest.fixture()
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeServer]:
     """A cluster in which this process is a step."""
-    monkeypatch.setattr("model_lib.train.cluster.POLL", 0.2)
-    variables = {"CAPTIONER_MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/run.db"}
-    with KubeServer(tmp_path, variables=variables) as server:
-        environment = {
-            "KUBECONFIG": str(server.kubeconfig),
-            "KFP_POD_NAME": "step",
-            "KFP_POD_UID": "1234",
-        }
-        for name, value in {**environment, "KFP_RUN_ID": "kfp-run"}.items():
-            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("model_lib.train.job_view.POLL", 0.2)
+    monkeypatch.setattr("model_lib.train.kubernetes.POLL", 0.05)
+    secret = {"CAPTIONER_MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/run.db"}
+    with KubeServer(tmp_path, variables=secret) as server:
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+        monkeypatch.setenv("KFP_POD_NAME", "step")
+        monkeypatch.setenv("KFP_RUN_ID", "kfp-run")
         yield server
 
 
-@pytest.mark.soak
-def test_two_machines_train_what_one_does(
-    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cluster.failing = 2
-    trained = train_on(MACHINES, config(data, tmp_path / "run"), "fingerprint")
-    assert trained["model"] == f"{tmp_path}/run/best" and trained["step"] > 0
-    assert set(curves(tmp_path / "run.db")["train_loss"]) == set(range(1, 25))
-    said = capfd.readouterr().err
-    assert said.count("train candidate: 24/24 steps") == 1, "the first machine's log, once"
-    assert not cluster.jobs, "the job is removed"
-
-    (job,) = cluster.created
-    trainer = job["spec"]["trainer"]
-    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (
-        2,
-        1,
-        MACHINES.image,
-    )
-    assert {"name": "KFP_RUN_ID", "value": "kfp-run"} in trainer["env"]
-    secrets = {
-        env["name"]: env["valueFrom"]["secretKeyRef"]
-        for env in trainer["env"]
-        if "valueFrom" in env
-    }
-    assert set(secrets) == {*(f"CAPTIONER_{key}" for key in MLFLOW), "HF_TOKEN"}
-    assert secrets["HF_TOKEN"] == {"name": "captioner", "key": "HF_TOKEN", "optional": True}
-    assert job["metadata"]["ownerReferences"][0]["uid"] == "1234"
-    (patch,) = job["spec"]["runtimePatches"]
-    (machine,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod = machine["template"]["spec"]["template"]["spec"]
-    assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("pipeline-runner", GPU_NODES)
-    assert pod["tolerations"] == GPU_TOLERATIONS and pod["securityContext"]["runAsNonRoot"]
-
-
-def train_one(data: Path, tmp_path: Path, count: int = 1) -> dict[str, Any]:
-    return train_on(replace(MACHINES, count=count), config(data, tmp_path / "run"), "fingerprint")
-
-
-def finished_already(tmp_path: Path) -> None:
-    """Leave what a training would, for machines that run something else."""
+def pretend_trained(tmp_path: Path) -> None:
+    """Leave what a training does, for machines that run something else."""
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "training.json").write_text("{}")
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
-def test_a_mistake_is_the_users_and_told_in_the_machines_own_line(
-    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int
+@pytest.mark.soak
+def test_two_machines_train_together(
+    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=f"^{tmp_path}/nothing: no such data set"):
-        train_one(tmp_path / "nothing", tmp_path, count)
-    said = capfd.readouterr().err
-    assert "torch.distributed.elastic" not in said and "Traceback" not in said and not cluster.jobs
+    cluster.failing = 2
+    trained = train_on(MACHINES, config(data, tmp_path), "fingerprint")
+    assert trained["model"] == f"{tmp_path}/run/best" and trained["step"] > 0
+    log = capfd.readouterr().err
+    assert log.count("train candidate: 24/24 steps") == 1, "the first machine's log, once"
+    assert not cluster.jobs
+
+
+def test_a_job_has_the_steps_rights_secrets_and_nodes(cluster: KubeServer, tmp_path: Path) -> None:
+    cluster.program = "pass"
+    pretend_trained(tmp_path)
+    train_on(MACHINES, config(tmp_path, tmp_path), "fingerprint")
+    (job,) = cluster.created
+    assert job["metadata"]["ownerReferences"][0]["uid"] == "1234"
+    trainer = job["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 1)
+    assert trainer["image"] == MACHINES.image
+    assert {"name": "KFP_RUN_ID", "value": "kfp-run"} in trainer["env"]
+    secrets = {
+        variable["name"]: variable["valueFrom"]["secretKeyRef"]
+        for variable in trainer["env"]
+        if "valueFrom" in variable
+    }
+    assert set(secrets) == {*(f"CAPTIONER_{key}" for key in MLFLOW), "HF_TOKEN"}
+    assert secrets["HF_TOKEN"] == {"name": "captioner", "key": "HF_TOKEN", "optional": True}
+    (patch,) = job["spec"]["runtimePatches"]
+    (machine,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = machine["template"]["spec"]["template"]["spec"]
+    assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("pipeline-runner", GPU_NODES)
+    assert pod["tolerations"] == GPU_TOLERATIONS
+
+
+@pytest.mark.parametrize("machines", [ONE, pytest.param(MACHINES, marks=pytest.mark.soak)])
+def test_a_mistake_in_the_input_is_the_machines_own_line(
+    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], machines: Machines
+) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path}/nothing"):
+        train_on(machines, config(tmp_path / "nothing", tmp_path), "fingerprint")
+    log = capfd.readouterr().err
+    assert "torch.distributed.elastic" not in log and "Traceback" not in log and not cluster.jobs
 
 
 def test_a_failure_is_raised_with_the_machines_last_lines(
-    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster.program = "import sys; print(*range(100), sep='\\n', file=sys.stderr); sys.exit(1)"
     with pytest.raises(WorkError) as failed:
-        train_one(data, tmp_path)
+        train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
     assert re.fullmatch(
         r"TrainJob captioner-[0-9a-f]{16} failed: jobset failed due to one or more job failures; "
         r"captioner-\S+-node-0-0-\w+: Error \(exit code 1\); its machines' last lines are above",
@@ -136,169 +130,143 @@ def test_a_failure_is_raised_with_the_machines_last_lines(
     assert end.splitlines() == [str(number) for number in range(40, 100)] and not cluster.jobs
 
 
-def test_a_machine_without_memory_is_known_by_its_reason(
-    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_machine_that_is_killed_for_memory_says_so(
+    cluster: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.program = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     init = Machine.__init__
 
     def killed(machine: Machine, *arguments: Any) -> None:
         init(machine, *arguments)
-        machine.reason, machine.message = "OOMKilled", "of 24 GiB"
-        machine.pod_reason = ("Evicted", "the node was low on memory")
+        machine.terminated = {"reason": "OOMKilled", "message": "of 24 GiB"}
+        machine.pod_end = {"reason": "Evicted", "message": "the node was low on memory"}
 
     monkeypatch.setattr(Machine, "__init__", killed)
     why = r"OOMKilled \(exit code 137\); of 24 GiB; Evicted: the node was low on memory$"
     with pytest.raises(WorkError, match=why):  # and no lines are above
-        train_one(data, tmp_path)
+        train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
 
 
 def test_lines_are_shown_as_they_are(
-    cluster: KubeServer, data: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+    cluster: KubeServer, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     odd = r"os.write(1, b'10%\r20% of it\nnot UTF-8: \xe9\n')"
     cluster.program = f"import os, time; {odd}; time.sleep(1); print('after', flush=True)"
-    finished_already(tmp_path)
-    train_one(data, tmp_path)
-    said = capfdbinary.readouterr().err.decode()
-    assert (
-        said.count("10%\r20% of it\n")
-        == said.count("not UTF-8: \ufffd\n")
-        == said.count("after\n")
-        == 1
-    )
+    pretend_trained(tmp_path)
+    train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
+    log = capfdbinary.readouterr().err.decode()
+    for line in ("10%\r20% of it\n", "not UTF-8: \ufffd\n", "after\n"):
+        assert log.count(line) == 1
 
 
-def test_why_no_machine_is_made_is_told(
+def test_warnings_say_why_no_machine_is_created(
     cluster: KubeServer,
-    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("model_lib.train.job_view.NO_PODS", 0.5)
+    monkeypatch.setattr("model_lib.train.job_view.NO_PODS_SECONDS", 0.5)
     cluster.makes_pods = False
-    name = job_name(config(data, tmp_path / "run"), "fingerprint")
+    name = job_name(config(tmp_path, tmp_path), "fingerprint")
     cluster.events = [
         (f"{name}-node-0", "FailedCreate", "exceeded quota"),
         ("other", "FailedCreate", "of another"),
     ]
-    threading.Timer(2, lambda: cluster.delete(name, "Background")).start()
+    threading.Timer(1, lambda: cluster.delete(name, "Background")).start()
     with pytest.raises(WorkError, match="it was deleted"):
-        train_one(data, tmp_path)
-    assert (
-        caplog.text.count("has no machine: FailedCreate: exceeded quota") == 1
-        and "of another" not in caplog.text
-    )
+        train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
+    assert caplog.text.count("has no machine: FailedCreate: exceeded quota") == 1
+    assert "of another" not in caplog.text
 
 
-def waiting(server: KubeServer, step: threading.Thread, **machine: Any) -> None:
-    """Let the one machine of the job that a step makes wait for something."""
-    deadline = time.monotonic() + 60
-    while not any(server.machines.values()):
-        assert step.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
-    ((one,),) = server.machines.values()
-    for name, value in machine.items():
-        setattr(one, name, value)
-
-
-def test_what_a_machine_waits_for_is_told_and_ends_the_job_if_it_is_in_vain(
+def test_a_machine_that_cannot_start_fails_the_job_and_one_without_a_node_waits(
     cluster: KubeServer,
-    data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("model_lib.train.job_view.STUCK", 2.0)
+    monkeypatch.setattr("model_lib.train.job_view.START_SECONDS", 1.0)
     cluster.starts = False
     failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            train_one(data, tmp_path)
+            train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
         except BaseException as error:
             failures.append(error)
 
-    monkeypatch.setattr(
-        "model_lib.train.trainjob.signal.signal", lambda *_: None
-    )  # of the main thread only
     step = threading.Thread(target=run)
     step.start()
-    waiting(cluster, step, unscheduled="0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
-    time.sleep(3)
+    while not any(cluster.machines.values()):
+        assert step.is_alive()
+        time.sleep(0.01)
+    ((machine,),) = cluster.machines.values()
+    machine.unscheduled = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    time.sleep(2)
     assert step.is_alive(), "a node may come"
     pulls = [
         {"reason": "ErrImagePull", "message": "not found"},
         {"reason": "ImagePullBackOff", "message": "Back-off"},
     ]
-    waiting(cluster, step, unscheduled=None, waiting=pulls[0])
+    machine.unscheduled, machine.waiting = None, pulls[0]
+    time.sleep(0.5)
     while step.is_alive():
         time.sleep(0.3)
-        waiting_now = pulls[int(time.monotonic() * 2) % 2]
-        for machines in cluster.machines.values():
-            for machine in machines:
-                machine.waiting = waiting_now
+        pulls.reverse()  # Kubernetes shows both in turn
+        machine.waiting = pulls[0]
     (failure,) = failures
     assert isinstance(failure, UserError)
-    assert str(failure).endswith("has not started for 0 minutes: ImagePullBackOff: not found")
+    assert str(failure).endswith("has not started for 0 minutes: ErrImagePull: not found")
     assert caplog.text.count("waits: Unschedulable: 0/3 nodes are available: 3 Insufficient") == 1
     assert caplog.text.count("waits: ErrImagePull: not found") == 1 and not cluster.jobs
 
 
-def test_a_job_is_made_when_the_machines_of_the_one_before_are_gone(
-    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_is_created_when_the_machines_of_the_one_before_are_gone(
+    cluster: KubeServer, tmp_path: Path
 ) -> None:
     """Each machine may still save its checkpoint in the same output."""
-    cluster.program = (
-        "import signal, time; signal.signal(15, lambda *_: None); print('before', flush=True); "
-        "time.sleep(3)"
-    )
-    document = job_document(
-        job_name(config(data, tmp_path / "run"), "fingerprint"),
-        config(data, tmp_path),
-        MACHINES,
-        "a",
-    )
+    ignore = "signal.signal(15, lambda *_: open('ready', 'w'))"
+    cluster.program = f"import os, signal, time; os.chdir({str(tmp_path)!r}); {ignore}; "
+    cluster.program += "open('ignores', 'w'); time.sleep(3)"
+    options = config(tmp_path, tmp_path)
+    document = job_document(job_name(options, "fingerprint"), options, ONE, "a")
     client = Cluster()
-    client.objects.create_namespaced_custom_object(*client._arguments(), document)
-    time.sleep(1)  # until it heeds no SIGTERM
+    client.objects.create_namespaced_custom_object(*client.trainjobs, document)
+    while not (tmp_path / "ignores").exists():
+        time.sleep(0.01)
     cluster.program = "print('after')"
-    finished_already(tmp_path)
-    train_one(data, tmp_path)
+    pretend_trained(tmp_path)
+    train_on(ONE, options, "fingerprint")
     assert len(cluster.created) == 2 and not cluster.beside and not cluster.jobs
 
 
-def test_a_machine_is_stopped_in_its_first_moments(
-    cluster: KubeServer, data: Path, tmp_path: Path
-) -> None:
-    """While it imports torch it has not asked for signals yet: as process 1 it would get none."""
+def test_a_machine_is_stopped_in_its_first_moments(cluster: KubeServer, tmp_path: Path) -> None:
+    """While it imports torch it does not handle signals yet: as process 1 it would get none."""
     cluster.program = "import time; time.sleep(300)"  # as it imports
-    client = Cluster()
-    document = job_document("captioner-early", config(data, tmp_path / "run"), MACHINES, "a")
-    began = time.monotonic()
-    with client.job(document):
+    document = job_document("captioner-early", config(tmp_path, tmp_path), MACHINES, "a")
+    start = time.monotonic()
+    with Cluster().job(document):
         pass
     assert not cluster.jobs and not any(cluster.machines.values())
-    assert time.monotonic() - began < POD["terminationGracePeriodSeconds"] / 2
+    assert time.monotonic() - start < POD["terminationGracePeriodSeconds"] / 2
 
 
 def test_a_job_that_is_deleted_is_followed_no_longer(
-    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster.program = "import time; print('at work', flush=True); time.sleep(60)"
-    threading.Timer(2, lambda: cluster.delete(next(iter(cluster.jobs)), "Background")).start()
+    threading.Timer(1, lambda: cluster.delete(next(iter(cluster.jobs)), "Background")).start()
     with pytest.raises(WorkError, match="it was deleted"):
-        train_one(data, tmp_path)
+        train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
     assert capfd.readouterr().err.count("at work") == 1
 
 
 def test_machines_of_another_job_of_the_same_name_are_not_its_own(
-    cluster: KubeServer, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     cluster.program = "import time; print('ours', flush=True); time.sleep(1)"
-    name = job_name(config(data, tmp_path / "run"), "fingerprint")
-    finished_already(tmp_path)
+    name = job_name(config(tmp_path, tmp_path), "fingerprint")
+    pretend_trained(tmp_path)
     theirs = [sys.executable, "-c", "import time; print('theirs', flush=True); time.sleep(60)"]
 
     def appear() -> None:
@@ -310,40 +278,29 @@ def test_machines_of_another_job_of_the_same_name_are_not_its_own(
         threading.Timer(2, other.kill).start()
 
     threading.Thread(target=appear).start()
-    train_one(data, tmp_path)
-    said = capfd.readouterr().err
-    assert (
-        "ours" in said
-        and "theirs" not in said
-        and (tmp_path / f"{name}-node-0-0-00000.log").read_text() == "theirs\n"
-    )
+    train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
+    log = capfd.readouterr().err
+    assert "ours" in log and "theirs" not in log
+    assert (tmp_path / f"{name}-node-0-0-00000.log").read_text() == "theirs\n"
 
 
 @pytest.mark.soak
-def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
+def test_a_step_that_is_stopped_deletes_its_job_and_a_second_one_resumes(
     cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = config(data, tmp_path / "run").to_dict()
+    options = config(data, tmp_path).to_dict()
     code = (
-        "import json, sys; from model_lib.train import cluster, trainjob;"
+        "import json, sys; from model_lib.train import job_view, trainjob;"
         "from model_lib.train.config import TrainConfig;"
-        "cluster.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
+        "job_view.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
         "config = TrainConfig.from_options(**options);"
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
-    arguments = {name: value for name, value in options.items() if value is not None}
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        json.dumps(asdict(replace(MACHINES, count=1))),
-        json.dumps(arguments),
-    ]
+    options = {name: value for name, value in options.items() if value is not None}
+    command = [sys.executable, "-c", code, json.dumps(asdict(ONE)), json.dumps(options)]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
-        step = subprocess.Popen(
-            command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True
-        )
+        step = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while not until():
             assert step.poll() is None and time.monotonic() < deadline
@@ -356,97 +313,62 @@ def test_a_step_that_is_stopped_removes_its_job_and_a_second_one_goes_on(
     step = start(lambda: cluster.jobs)
     step.kill()
     step.wait()
-    assert len(cluster.jobs) == 1, "nobody could remove it"
+    assert len(cluster.jobs) == 1, "nobody could delete it"
     cluster.steps = {"step": ("1234", "Failed"), "step-2": ("5678", "Running")}
     monkeypatch.setenv("KFP_POD_NAME", "step-2")
-    monkeypatch.setenv("KFP_POD_UID", "5678")
-    last = subprocess.run(
-        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=200
-    )
+    last = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert last.returncode == 0, last.stderr
-    assert "of an attempt before is removed" in last.stderr and len(cluster.created) == 3
-    assert json.loads(last.stdout)["model"] == f"{tmp_path}/run/best" and not cluster.jobs
-    assert len(curves(tmp_path / "run.db")["train_loss"]) == 24
+    assert len(cluster.created) == 3 and not cluster.jobs
+    assert json.loads(last.stdout)["model"] == f"{tmp_path}/run/best"
 
 
-def test_a_job_that_another_step_is_at_is_left_to_it(
-    cluster: KubeServer, data: Path, tmp_path: Path
-) -> None:
-    ours = config(data, tmp_path / "run")
+def test_a_job_of_another_running_step_is_left_to_it(cluster: KubeServer, tmp_path: Path) -> None:
+    ours = config(tmp_path, tmp_path)
     name = job_name(ours, "fingerprint")
     assert job_name(replace(ours, output=str(tmp_path / "another")), "fingerprint") != name
     cluster.steps["theirs"] = ("5678", "Running")
     owner = {"apiVersion": "v1", "kind": "Pod", "name": "theirs", "uid": "5678"}
     cluster.jobs[name] = {"metadata": {"name": name, "ownerReferences": [owner]}}
     cluster.machines[name] = []
-    with pytest.raises(
-        WorkError, match=f"TrainJob {name}: the step in pod theirs is at it; wait for its end, or"
-    ):
+    with pytest.raises(WorkError, match=f"TrainJob {name}: the step in pod theirs is using it"):
         train_on(MACHINES, ours, "fingerprint")
     assert set(cluster.jobs) == {name} and not cluster.created
 
 
-def test_preflight_rehearses_the_jobs_that_the_step_would_send(
-    cluster: KubeServer, data: Path, tmp_path: Path
+def test_preflight_checks_the_jobs_that_the_step_would_send(
+    cluster: KubeServer, tmp_path: Path
 ) -> None:
-    candidates = [
-        config(data, tmp_path / "run"),
-        config(data, tmp_path / "run", seed=1, processes=2),
-    ]
+    candidates = [config(tmp_path, tmp_path), config(tmp_path, tmp_path, seed=1, processes=2)]
     require_trainer(candidates, MACHINES)
-    assert not cluster.jobs and len(cluster.rehearsed) == 2
-    for rehearsed, candidate in zip(cluster.rehearsed, candidates, strict=True):
-        sent = job_document(
-            "captioner-preflight", candidate, MACHINES, "pipeline-runner", Cluster().owner()
-        )
-        assert rehearsed == sent and rehearsed["spec"]["runtimePatches"]
+    assert not cluster.jobs
+    client = Cluster()
+    sent = [
+        job_document("captioner-preflight", candidate, MACHINES, client.account, client.owner)
+        for candidate in candidates
+    ]
+    assert cluster.checked == sent and sent[0]["spec"]["runtimePatches"] and sent[0] != sent[1]
 
 
-def test_what_kubeflow_trainers_webhook_refuses_is_told_by_preflight(
-    cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_preflight_says_what_is_refused(
+    cluster: KubeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model_lib.train.trainjob.MANAGER", "captioner")
-    with pytest.raises(
-        UserError, match=r"must be a domain-prefixed path \(such as \"acme.io/foo\"\) \(403\)"
-    ):
-        require_trainer([config(data, tmp_path / "run")], MACHINES)
-
-
-def test_without_kubeflow_trainer_or_a_cluster_it_is_said_at_once(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rehearse() -> None:
-        require_trainer([config(data, tmp_path / "run")], MACHINES)
-
     monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0")
-    with KubeServer(tmp_path, trainer=False) as server:
-        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
-        for ask in (rehearse, lambda: train_one(data, tmp_path)):
-            with pytest.raises(
-                UserError,
-                match=r"train_nodes: this cluster has no Kubeflow Trainer, .*; install it",
-            ):
-                ask()
-        server.trainer = server.forbidden = True
-        with pytest.raises(
-            UserError, match=r"is forbidden: .* \(403\); kubectl apply -f deploy/trainer\.yaml"
-        ):
-            rehearse()
-        server.forbidden, server.webhook_away = False, True
-        with pytest.raises(
-            WorkError, match=r"failed calling webhook .* \(500\); this may pass: start again$"
-        ):
-            rehearse()
-        server.webhook_away = False
-        rehearse()
-        assert not server.jobs
+
+    def refusal(kind: type[Exception], machines: Machines = MACHINES) -> str:
+        with pytest.raises(kind) as refused:
+            require_trainer([config(tmp_path, tmp_path)], machines)
+        return str(refused.value)
+
+    invalid = replace(MACHINES, nodes="two")  # type: ignore[arg-type]
+    assert re.search(r"Kubernetes refused: .*numNodes.* \(422\)", refusal(UserError, invalid))
+    with monkeypatch.context() as patch:
+        patch.setattr("model_lib.train.trainjob.MANAGER", "captioner")
+        assert 'domain-prefixed path (such as "acme.io/foo") (403)' in refusal(UserError)
+    cluster.webhook_fails = True
+    assert re.search(r"failed calling webhook .* \(500\); try again later$", refusal(WorkError))
+    cluster.forbidden = True
+    assert re.search(r"is forbidden: .* \(403\); install .*trainer\.yaml", refusal(UserError))
+    cluster.trainer = cluster.forbidden = False
+    assert "this cluster has no Kubeflow Trainer; install" in refusal(UserError)
     monkeypatch.setenv("KUBECONFIG", os.devnull)
-    with pytest.raises(UserError, match="several machines: this is no Kubernetes cluster"):
-        rehearse()
-
-
-def test_an_answer_that_refuses_is_one_line(
-    cluster: KubeServer, data: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"Kubernetes refused: .*numNodes.* \(422\)"):
-        train_on(replace(MACHINES, count="two"), config(data, tmp_path / "run"), "f")  # type: ignore[arg-type]
+    assert "train_nodes: there is no Kubernetes cluster here" in refusal(UserError)
