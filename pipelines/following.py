@@ -60,8 +60,6 @@ def follow(client: Any, run_id: str, names: Mapping[str, str]) -> tuple[str, str
 
 def _reason(client: Any, run: Any, tasks: list[Any], names: Mapping[str, str]) -> str:
     """Return the last line of each failed step or driver."""
-    if run.error and run.error.message:
-        return str(run.error.message)
     workflow, reasons = _workflow(client, run.run_id), []
     for task in tasks:
         is_driver = task.display_name.endswith(DRIVER)
@@ -69,10 +67,15 @@ def _reason(client: Any, run: Any, tasks: list[Any], names: Mapping[str, str]) -
         if task.state != "FAILED" or not (is_driver or name in names):
             continue
         label = names.get(name, name) + ("'s driver" if is_driver else "")
-        pod = _last_pod(workflow, [child.pod_name for child in task.child_tasks or []])
+        children = [child.pod_name for child in task.child_tasks or []]
+        pod = _last_pod(workflow, children) or ({"id": children[0]} if children else None)
         line = "" if pod is None else _last_line(client, run.run_id, workflow, pod, is_driver)
         reasons.append(f"{label}: {line}" if line else label)
-    return f"failed: {'; '.join(reasons)}" if reasons else ""
+    if reasons:
+        return f"failed: {'; '.join(reasons)}"
+    if run.error and run.error.message:
+        return str(run.error.message)
+    return "failed, and the server lists no step that did; the pods' logs have the reason"
 
 
 def _workflow(client: Any, run_id: str) -> dict[str, Any]:
@@ -119,6 +122,8 @@ def _log(client: Any, run_id: str, workflow: dict[str, Any], pod: dict[str, Any]
     log = _get(client, f"/apis/v1alpha1/runs/{run_id}/nodes/{pod['id']}/log")
     if log and not log.startswith('{"error_message"'):  # that has status 200, too
         return log
+    if "metadata" not in workflow:
+        return ""
     number = pod["id"].rpartition("-")[2]
     name = f"{workflow['metadata']['name']}-{pod.get('templateName')}-{number}"
     return _get(client, f"/k8s/pod/logs?{urlencode({'podname': name, 'runid': run_id})}")

@@ -136,6 +136,20 @@ def test_waiting_says_where_the_list_of_steps_has_stopped(
     assert ("Preflight succeeded" in log) == (not large)
 
 
+def test_a_failed_run_that_is_not_listed_says_where_the_reason_is() -> None:
+    with KfpServer(states=("RUNNING", "FAILED"), large=True) as server:
+        error = waited(server).document["error"]
+    assert error.startswith("failed, and the server lists no step that did")
+
+
+def test_without_a_manifest_the_log_of_the_failed_tasks_pod_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(KfpServer, "_manifest", lambda *_: {})
+    with KfpServer(("FAILED",), failing="preflight-driver", log=DRIVER) as server:
+        assert waited(server).document["error"] == f"failed: Preflight's driver: {DRIVER}"
+
+
 def test_an_empty_secret_that_got_to_the_server_is_explained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
