@@ -155,8 +155,8 @@ class Cluster:
             self._jobset(document["metadata"]["name"])  # the step reads JobSets, too
         except UserError as error:
             raise UserError(
-                f"train_nodes: no TrainJob can be created: {error}; install Kubeflow Trainer and "
-                "apply deploy/trainer.yaml (docs/cluster.md), or train on one machine"
+                f"train_nodes: no TrainJob can be created: {error}; if Kubeflow Trainer, its "
+                "runtime or the rights to it are missing: docs/cluster.md, section 14"
             ) from error
 
     @contextmanager
