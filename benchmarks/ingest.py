@@ -30,10 +30,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 SIDE, QUALITY = 256, 95
-CASES = ("ours", "loop", "pool")
 
 
-def one(output: Path, file: Path) -> None:
+def save_reduced(output: Path, file: Path) -> None:
     """Decode, resize and save an image, as one would write it."""
     from PIL import Image, ImageOps
 
@@ -48,18 +47,15 @@ def ours(folder: Path, output: Path) -> Callable[[], object]:
     from model_lib.ingest.config import IngestConfig
     from model_lib.ingest.ingesting import ingest
 
-    lists, images = folder / "captions.json", folder / "images"
-    config = IngestConfig(
-        annotations=str(lists), images=str(images), output=str(output), split="train"
-    )
-    return lambda: ingest(config)
+    sources = {"annotations": str(folder / "captions.json"), "images": str(folder / "images")}
+    return lambda: ingest(IngestConfig(**sources, output=str(output), split="train"))
 
 
 def loop(folder: Path, output: Path) -> Callable[[], object]:
     from PIL import Image
 
     Image.init()
-    return lambda: [one(output, file) for file in sorted((folder / "images").iterdir())]
+    return lambda: [save_reduced(output, file) for file in sorted((folder / "images").iterdir())]
 
 
 def pool(folder: Path, output: Path) -> Callable[[], object]:
@@ -68,21 +64,23 @@ def pool(folder: Path, output: Path) -> Callable[[], object]:
     Image.init()
 
     def run() -> None:
+        files = sorted((folder / "images").iterdir())
         with ProcessPoolExecutor(os.cpu_count()) as processes:
-            files = sorted((folder / "images").iterdir())
-            list(processes.map(functools.partial(one, output), files, chunksize=16))
+            list(processes.map(functools.partial(save_reduced, output), files, chunksize=16))
 
     return run
 
 
+CASES = {"ours": ours, "loop": loop, "pool": pool}
+
+
 def measure(case: str, folder: Path) -> None:
-    """Run a case once in this process; print its seconds and peak memory, that of its processes
-    added up."""
+    """Run a case in this process; print its seconds and the peak memory of all its processes."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        run = {"ours": ours, "loop": loop, "pool": pool}[case](folder, Path(output))
-        began = time.perf_counter()
+        run = CASES[case](folder, Path(output))
+        start = time.perf_counter()
         run()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory += resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (os.cpu_count() or 1)
     print(json.dumps([seconds, memory * 1024 / 1e9]))
@@ -92,16 +90,16 @@ def prepare(source: Path, count: int, folder: Path) -> None:
     """Make `count` images of those in `source`, as links, and their captions."""
     files = sorted(source.glob("**/*.jpg"))
     (folder / "images").mkdir()
-    images, notes = [], []
+    images, annotations = [], []
     for number in range(count):
         name = f"{number:012d}.jpg"
         (folder / "images" / name).symlink_to(files[number % len(files)].absolute())
         images.append({"id": number, "file_name": name})
-        notes += [
-            {"id": 5 * number + n, "image_id": number, "caption": f"caption {n} of {number}"}
-            for n in range(5)
-        ]
-    (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": notes}))
+        for n in range(5):
+            note = {"id": 5 * number + n, "image_id": number, "caption": f"caption {n}"}
+            annotations.append(note)
+    document = {"images": images, "annotations": annotations}
+    (folder / "captions.json").write_text(json.dumps(document))
 
 
 def main() -> None:
@@ -111,40 +109,28 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--measure", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         measure(options.measure, options.images_from)
         return
-    found: dict[str, list[list[float]]] = {case: [] for case in options.cases}
+    rounds: dict[str, list[list[float]]] = {case: [] for case in options.cases}
     with tempfile.TemporaryDirectory() as scratch:
         prepare(options.images_from, options.images, Path(scratch))
         for _ in range(options.rounds):
             for case in options.cases:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.ingest",
-                    "--measure",
-                    case,
-                    "--images_from",
-                    scratch,
-                ]
-                done = subprocess.run(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
-                )
-                found[case].append(json.loads(done.stdout))
+                command = [sys.executable, "-m", "benchmarks.ingest", "--measure", case]
+                command += ["--images_from", scratch]
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+                rounds[case].append(json.loads(subprocess.run(command, check=True, **pipes).stdout))
     rates = {
-        case: options.images / statistics.median(row[0] for row in rows)
-        for case, rows in found.items()
+        case: options.images / statistics.median(seconds for seconds, _ in figures)
+        for case, figures in rounds.items()
     }
-    memory = {case: round(max(row[1] for row in rows), 3) for case, rows in found.items()}
-    name = f"CPU, {os.cpu_count()} cores"
-    print(
-        f"\n{name}, {options.images:,} images, median of {options.rounds} rounds; images per "
-        "second\n"
-    )
+    memory = {case: round(max(peak for _, peak in figures), 3) for case, figures in rounds.items()}
+    device = f"CPU, {os.cpu_count()} cores"
+    print(f"\n{device}, {options.images:,} images, median of {options.rounds} rounds; images/s\n")
     print(f"{'case':<12}{'baseline':<12}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}{'theirs':>8}")
     results = []
     for case in [case for case in options.cases if case != "ours"]:
@@ -165,11 +151,8 @@ def main() -> None:
         print(f"{'ingest':<12}{case:<12}{speeds}{memory['ours']:>7.3f}{memory[case]:>8.3f}")
     if options.cases == ["ours"]:
         print(f"{'ingest':<24}{rates['ours']:>9.1f}{'':>16}{memory['ours']:>7.3f}")
-    versions = {
-        "torch": importlib.metadata.version("torch"),
-        "pillow": importlib.metadata.version("pillow"),
-    }
-    print(json.dumps({"benchmark": "ingest", "device": name, **versions, "results": results}))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "pillow")}
+    print(json.dumps({"benchmark": "ingest", "device": device, **versions, "results": results}))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+from model_lib.data.coco import read_captions
 from model_lib.evaluate.evaluation import read_results
-from model_lib.ingest.annotations import read_captions
 from model_lib.scores.metrics import score_captions
 from model_lib.scores.significance import corpus_scores, intervals
 

@@ -156,13 +156,17 @@ def scenes(config: ScenesConfig) -> Output:
 
 def download(config: DownloadConfig) -> Output:
     from model_lib.ingest.download import download as run
+    from model_lib.scores.spice import unpack_models
 
-    fetched = run(config)
+    archives = run(config)
+    if config.dataset == "spice":
+        for archive in archives:
+            unpack_models(archive.uri, config.output)
     lines = [
         f"{archive.uri}: {archive.bytes / 1e9:.2f} GB, {archive.files:,} files"
-        for archive in fetched
+        for archive in archives
     ]
-    return Output([asdict(archive) for archive in fetched], lines)
+    return Output([asdict(archive) for archive in archives], lines)
 
 
 def ingest(config: IngestConfig) -> Output:

@@ -1,1 +1,1 @@
-"""The data set on disk: what ingest wrote, read back in batches."""
+"""Data on disk: the shards that ingest wrote, and COCO's lists. Knows neither models nor ingest."""

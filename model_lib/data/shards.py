@@ -1,17 +1,18 @@
-"""The data set that ingest made: its manifest, and batches of images read from its Parquet shards.
+"""The data set that ingest wrote: its manifest, and batches of images from its Parquet shards.
 
-A split's images are numbered in the order of its shards, and an epoch is an order: a list of
-batches of those numbers that depends on the seed and the epoch alone. So a training run goes on at
-any step by leaving out an order's start.
+A split's images are numbered in the order of its shards. An epoch is an order: a list of batches of
+those numbers that depends on the seed and the epoch alone, so a training run resumes at any step by
+skipping the start of an order.
 """
 
 import hashlib
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,28 +35,24 @@ from model_lib.progress import Progress
 
 FORMAT_VERSION = 1
 WINDOW = 4096
-"""Rows held in memory and shuffled together: about 100 MB of images at 256 pixels."""
-COLUMNS = {
-    "image_id": "int",
-    "file_name": "text",
-    "image": "bytes",
-    "captions": "list of text",
-}
-"""Columns that are read; others may be there."""
+"""Images that are shuffled together: about 100 MB at 256 pixels."""
+COLUMNS = {"image_id": "int", "file_name": "text", "image": "bytes", "captions": "list of text"}
+"""Columns that are read, of those that a shard has."""
 CHUNK = 8 * 2**20
 """Bytes of a shard that are read and hashed at once."""
+MANIFEST = "a manifest that captioner ingest wrote; ingest anew"
 SHARD = "a shard that captioner ingest wrote; ingest anew"
 
+T = TypeVar("T")
 View = Callable[[Image.Image, int], np.ndarray]
-"""From an RGB image and its number to pixels, uint8 [3, size, size]."""
+"""From an RGB image and its number in the split to pixels, uint8 [3, size, size]."""
 BatchOrder = Sequence[np.ndarray]
-"""For each batch the numbers of its images."""
+"""The numbers of each batch's images, int [B]."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file: `uri` is a name beside the manifest, or absolute in the folder that the
-    manifest names."""
+    """A Parquet file, named by its name beside the manifest, or by its URI there."""
 
     uri: str
     split: str
@@ -66,14 +63,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a data set."""
+    """A data set's `manifest.json`."""
 
     format_version: int
     shards: list[Shard]
     counts: dict[str, int]
     """Number of images in each split."""
     quarantined: dict[str, int]
-    """Number of images and captions in the quarantine, for each reason."""
+    """Number of rows in the quarantine, for each reason."""
     fingerprint: str
     configuration: dict[str, Any]
     uri: str
@@ -95,9 +92,9 @@ class Manifest:
     def require_split(self, split: str) -> None:
         """Raise `UserError` unless there are images in `split`."""
         if not self.counts.get(split):
-            there = ", ".join(f"{name} ({count})" for name, count in self.counts.items())
+            splits = ", ".join(f"{name} ({count})" for name, count in self.counts.items())
             raise UserError(
-                f"{self.uri}: has no {split} images, only {there}; ingest both: --dataset, or "
+                f"{self.uri}: has no {split} images, only {splits}; ingest both: --dataset, or "
                 "--split auto"
             )
 
@@ -112,12 +109,11 @@ def read_manifest(uri: str) -> Manifest:
     file = uri if is_file else storage.join(uri, "manifest.json")
     if not storage.exists(file):
         raise UserError(f"{file}: no such data set; make one with captioner ingest")
-    what = "a manifest that captioner ingest wrote"
-    manifest = read_record(file, Manifest, what)
-    if manifest.format_version != FORMAT_VERSION:
-        version = manifest.format_version
+    manifest = read_record(file, Manifest, MANIFEST)
+    version = manifest.format_version
+    if version != FORMAT_VERSION:
         raise UserError(f"{file}: format version {version} is not {FORMAT_VERSION}; ingest anew")
-    with input_errors(file, what):
+    with input_errors(file, MANIFEST):
         for shard in manifest.shards:
             require_file_name(shard.uri.removeprefix(f"{manifest.uri.rstrip('/')}/"))
     return manifest.located(file.rpartition("/")[0] or ".")
@@ -125,7 +121,7 @@ def read_manifest(uri: str) -> Manifest:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images with their captions."""
+    """Images with their captions, all lists in the same order."""
 
     numbers: list[int]
     """Of the images in the split."""
@@ -145,26 +141,29 @@ class SplitReader:
         manifest: the data set.
         split: "train", "val" or another that it has.
         size: side of the pixels in each batch.
-        workers: threads that decode; 0: one a core.
-        limit: know the first so many images only; 0: all.
+        workers: threads that read and decode; 0: one a core.
+        limit: number of images that are read, from the first on; 0: all.
     """
 
     def __init__(
         self, manifest: Manifest, split: str, *, size: int, workers: int = 0, limit: int = 0
     ) -> None:
         manifest.require_split(split)
-        self.size, self.workers = size, workers or cpu_count()
+        self.size = size
+        self.workers = workers or cpu_count()
         files = [_ShardReader(shard) for shard in manifest.shards if shard.split == split]
         self.groups = [(file, group) for file in files for group in range(len(file.rows))]
         counts = [file.rows[group] for file, group in self.groups]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         """Number of the first image of each row group, and their count."""
-        rows = int(self.starts[-1])
-        self.rows = min(rows, limit) if limit else rows
+        self.rows = min(int(self.starts[-1]), limit or sys.maxsize)
+        self.lock = threading.Lock()
+        """Parquet's reader prefetches for one caller at a time."""
 
     def captions(self) -> list[list[str]]:
         """Return each image's captions, without reading images."""
-        tables = (file.read(group, ["captions"]) for file, group in self.groups)
+        with self.lock:
+            tables = [file.read(group, ["captions"]) for file, group in self.groups]
         return [texts for table in tables for texts in table["captions"].to_pylist()][: self.rows]
 
     def in_order(self, batch_size: int) -> BatchOrder:
@@ -181,12 +180,12 @@ class SplitReader:
         batches are shuffled again.
 
         Args:
-            batch_size: images per batch; one of the last is smaller if they do not divide.
+            batch_size: images per batch; one batch has the remainder.
             seed: with the epoch, what the order depends on.
             epoch: from 0.
             lengths: of each image, for example its captions' tokens, int [rows].
-            sort_batches: how many batches' worth of images are sorted together; 1: no image changes
-                its batch.
+            sort_batches: how many batches' images are sorted together; 1: no image changes its
+                batch.
         """
         rng = np.random.default_rng([seed, epoch])
         order = np.concatenate([rng.permutation(window) for window in self._windows(rng)])
@@ -208,11 +207,16 @@ class SplitReader:
             yield np.concatenate(window)
 
     def batches(self, order: BatchOrder) -> Generator[Batch]:
-        """Yield the batches of an order, with CLIP's view of each image."""
-        rows_of = self._row_reader(list(COLUMNS))
+        """Yield the batches of an order, with CLIP's view of each image.
+
+        Raises:
+            UserError: a shard or an image in it is damaged.
+            WorkError: the store failed.
+        """
+        read_rows = self._row_reader(list(COLUMNS))
 
         def load(numbers: np.ndarray) -> Batch:
-            rows = rows_of(numbers)
+            rows = read_rows(numbers)
             files = [row["image"] for row in rows]
             return Batch(
                 numbers=numbers.tolist(),
@@ -223,44 +227,54 @@ class SplitReader:
                 files=files,
             )
 
-        yield from prefetch_map(load, order, self.workers, max(PREFETCH, self.workers))
+        return self._prefetch(load, order)
 
     def pixels(self, order: BatchOrder, view: View | None = None) -> Generator[np.ndarray]:
         """Yield the pixels of each batch of an order, uint8 [B, 3, size, size].
 
         Args:
-            order: whose images, and in which order.
-            view: of each image; by default CLIP's.
+            order: the numbers of each batch's images.
+            view: of each image; None: CLIP's.
+
+        Raises:
+            UserError: a shard or an image in it is damaged.
+            WorkError: the store failed.
         """
-        rows_of = self._row_reader(["image"])
+        read_rows = self._row_reader(["image"])
 
         def load(numbers: np.ndarray) -> np.ndarray:
-            return self._pixels([row["image"] for row in rows_of(numbers)], numbers, view)
+            return self._pixels([row["image"] for row in read_rows(numbers)], numbers, view)
 
-        yield from prefetch_map(load, order, self.workers, max(PREFETCH, self.workers))
+        return self._prefetch(load, order)
+
+    def _prefetch(self, load: Callable[[np.ndarray], T], order: BatchOrder) -> Generator[T]:
+        return prefetch_map(load, order, self.workers, max(PREFETCH, self.workers))
 
     def _pixels(self, files: list[bytes], numbers: np.ndarray, view: View | None) -> np.ndarray:
-        show = view or (lambda image, number: to_pixels(image, self.size))
         images = []
         for content, number in zip(files, numbers.tolist(), strict=True):
             try:
-                images.append(show(decode_image(content), number))
+                image = decode_image(content)
+                images.append(view(image, number) if view else to_pixels(image, self.size))
             except ImageError as error:
-                uri = self.groups[int(np.searchsorted(self.starts, number, "right")) - 1][0].uri
+                uri = self.groups[self._group_of(number)][0].uri
                 message = f"{uri}: image {number} of its split is {error}; ingest anew"
                 raise UserError(message) from error
         return np.stack(images)
+
+    def _group_of(self, numbers: Any) -> Any:
+        """Return the index of the row group that holds an image, or of each of several."""
+        return np.searchsorted(self.starts, numbers, "right") - 1
 
     def _row_reader(self, columns: list[str]) -> Callable[[np.ndarray], list[dict[str, Any]]]:
         """Return a function, for several threads, from numbers of images to their rows."""
         tables: OrderedDict[int, pa.Table] = OrderedDict()
         # An order stays within a few windows.
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
-        lock = threading.Lock()
 
-        def read(numbers: np.ndarray) -> list[dict[str, Any]]:
-            groups = (np.searchsorted(self.starts, numbers, "right") - 1).tolist()
-            with lock:
+        def read_rows(numbers: np.ndarray) -> list[dict[str, Any]]:
+            groups = self._group_of(numbers).tolist()
+            with self.lock:
                 for index in dict.fromkeys(groups):
                     if index not in tables:
                         file, group = self.groups[index]
@@ -269,12 +283,12 @@ class SplitReader:
                 used = {index: tables[index] for index in groups}
                 while len(tables) > max(kept, len(used)):
                     tables.popitem(last=False)
-            places = zip(groups, (numbers - self.starts[groups]).tolist(), strict=True)
+            rows = zip(groups, (numbers - self.starts[groups]).tolist(), strict=True)
             return [
-                {name: used[group][name][row].as_py() for name in columns} for group, row in places
+                {name: used[index][name][row].as_py() for name in columns} for index, row in rows
             ]
 
-        return read
+        return read_rows
 
 
 def _split(order: np.ndarray, size: int) -> list[np.ndarray]:
@@ -282,13 +296,13 @@ def _split(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 class _ShardReader:
-    """One shard, read a row group at a time; each page is checked against its own checksum."""
+    """Reads a shard a row group at a time; each page is checked against its own checksum."""
 
     def __init__(self, shard: Shard) -> None:
         self.uri = shard.uri
         _require_size(shard)
         with input_errors(self.uri, SHARD):
-            # Parquet's reader knows which bytes it needs, and asks for them at once.
+            # pre_buffer: all that a row group needs is read at once.
             self.file = pq.ParquetFile(
                 storage.open_file(shard.uri), pre_buffer=True, page_checksum_verification=True
             )
@@ -328,26 +342,27 @@ def _require_size(shard: Shard) -> None:
 
 
 def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = True) -> None:
-    """Read shards whole and compare them with the manifest, with a progress line now and then.
+    """Read shards whole and compare their digests with the manifest's.
 
     Args:
         shards: to be read.
-        name: of the work that needs them, for the progress line.
+        name: of the work that needs them, for the progress.
         workers: threads that read; 0: one a core.
         shown: whether to show progress.
 
     Raises:
-        UserError: a shard is gone, or is not the one that ingest wrote.
+        UserError: a shard is missing, or not the one that ingest wrote.
     """
 
     def check(shard: Shard) -> None:
         _require_size(shard)
         with storage.open_file(shard.uri, CHUNK) as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != shard.sha256:  # type: ignore[arg-type]
-                raise UserError(
-                    f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; "
-                    "ingest anew"
-                )
+            digest = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
+        if digest != shard.sha256:
+            raise UserError(
+                f"{shard.uri}: does not have the manifest's sha256: it is damaged, or another; "
+                "ingest anew"
+            )
 
     threads = ThreadPoolExecutor(workers or cpu_count())
     with threads, Progress(f"check data for {name}", len(shards), "shards", shown=shown) as bar:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model_lib import __version__
+from model_lib.data.coco import SURROGATES, read_captions
 from model_lib.errors import UserError, WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.gallery import to_show
 from model_lib.evaluate.result import FEW_IMAGES, Evaluation, EvaluationResult, Predictions, View
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
-from model_lib.ingest.annotations import SURROGATES, read_captions
 from model_lib.ingest.image_source import open_image_source
 from model_lib.io import storage
 from model_lib.io.images import ImageError, decode_image

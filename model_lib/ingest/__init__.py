@@ -1,1 +1,1 @@
-"""Captions and their images, from wherever they are, to Parquet shards and a manifest."""
+"""Captions and images of any form to shards. Knows the data set's format, and no model."""

@@ -1,5 +1,4 @@
-"""The configurations of what makes a data set: download, ingest, and the scenes that are drawn for
-a try."""
+"""The configurations of `captioner download`, `ingest` and `scenes`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from model_lib.options import StageConfig, option, require
 
 @dataclass(frozen=True, kw_only=True)
 class ScenesConfig(StageConfig):
-    """Draw a COCO-format data set of coloured shapes, to try everything without a download."""
+    """Draw a COCO-format data set of coloured shapes, for trials without a download."""
 
     output: str = option(shapes=False)
     """Folder or URI for COCO's layout: annotations/, train2017/, val2017/."""
@@ -39,18 +38,16 @@ class IngestConfig(StageConfig):
     Karpathy's splits, images under the names that he gives:
         captioner ingest --karpathy dataset_coco.json --images coco2014 --output data
 
-    A JSON file of COCO captions, its images in a folder, a bucket, on a web server or in a zip
-    archive:
+    A JSON file of COCO captions, with images in a folder, bucket or zip archive or on a web server:
         captioner ingest --annotations captions.json --images images --output data
-        captioner ingest --annotations captions.json --images gs://bucket/images --output
-        gs://bucket/data captioner ingest --annotations captions.json --images
-        https://example.org/images --output data captioner ingest --annotations captions.json
-        --images images.zip --output data
+        captioner ingest --annotations captions.json --images gs://bucket/images --output data
+        captioner ingest --annotations captions.json --images https://example.org/a --output data
+        captioner ingest --annotations captions.json --images images.zip --output data
 
     Your own table with the columns file and caption, as CSV, JSON lines or Parquet:
         captioner ingest --annotations captions.csv --images images --output data
 
-    Killed and started again with the same options, it redoes only unfinished shards.
+    After a kill, the same command writes only the unfinished shards.
     """
 
     output: str = option(shapes=False)
@@ -60,8 +57,7 @@ class IngestConfig(StageConfig):
     train2017/, val2017/, or its archives annotations_trainval2017.zip, train2017.zip, val2017.zip,
     which are read in place."""
     karpathy: str | None = None
-    """Karpathy's dataset_coco.json, whose captions and splits are taken: with dataset, or with
-    images."""
+    """Karpathy's dataset_coco.json, for its captions and splits: with dataset, or with images."""
     annotations: str | None = None
     """Instead of dataset: a JSON file of COCO captions, or a table of file,caption (.csv, .jsonl,
     .parquet) …"""
@@ -70,7 +66,7 @@ class IngestConfig(StageConfig):
     split: Literal["auto", "train", "val"] = "auto"
     """Where images of --annotations go; auto keeps about a tenth, chosen by id, for validation."""
     store: Literal["reduced", "original"] = "reduced"
-    """Keep images reduced, as JPEG, or the bytes of their files as they are."""
+    """Store images reduced, as JPEG, or their files as they are."""
     shortest_side: int = option(256, minimum=16)
     """Larger images are reduced to this many pixels on their shorter side."""
     jpeg_quality: int = option(95, minimum=1)
@@ -78,15 +74,17 @@ class IngestConfig(StageConfig):
     shard_mb: int = option(256, minimum=1)
     """Size at which a shard is closed, in MB."""
     workers: int = option(0, minimum=0, shapes=False)
-    """Threads that decode images; 0: one a core."""
+    """Threads that read, decode and encode images; 0: one a core."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.jpeg_quality <= 100, f"jpeg_quality: {self.jpeg_quality} is not at most 100")
-        given = (self.dataset is not None, self.annotations is not None, self.images is not None)
-        alone = (False, False, True) if self.karpathy is not None else (False, True, True)
+        options = {"dataset", "karpathy", "annotations", "images"}
+        options = {name for name in options if getattr(self, name) is not None}
+        sources = [{"dataset"}, {"annotations", "images"}]
+        sources += [{"dataset", "karpathy"}, {"karpathy", "images"}]
         require(
-            given in ((True, False, False), alone),
+            options in sources,
             "give either --dataset, or --annotations with --images, or --karpathy with --dataset "
             "or --images",
         )
@@ -99,8 +97,9 @@ class IngestConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig(StageConfig):
-    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models; broken off, it goes
-    on.
+    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models.
+
+    After an interruption, the same command resumes.
 
     captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
     """
@@ -111,8 +110,7 @@ class DownloadConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI for the archives."""
     base: str | None = None
-    """Address of another server, a mirror for example; of COCO's own the archives' checksums are
-    known."""
+    """Address of another server, such as a mirror; checksums are known for COCO's own alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,56 +1,22 @@
-"""Where images and lists of them lie: a folder, an address, or a zip archive that is read without
-unpacking it."""
+"""Images of a folder, bucket or web server, or of a zip archive that is read in place."""
 
 import contextlib
-import errno
-import io
-import lzma
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import quote
 
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError
 from model_lib.io import storage
+from model_lib.io.errors import input_errors
 from model_lib.io.images import ImageError, read_image, require_readable
 from model_lib.io.remote_cache import local_file
 
-CHUNK = 2**16
-"""Bytes of an archive in a bucket that are read at once at least."""
-BOMB_SIZE, BOMB_RATIO = 2**28, 100
-"""A list of images is refused that is larger than this when inflated, and so many times its size in
-the archive."""
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Raise as `BadZipFile` whatever Python's reader of zip archives raises on what is none, or
-    damaged."""
-    try:
-        yield
-    except zipfile.BadZipFile:
-        raise
-    except (
-        zlib.error,
-        lzma.LZMAError,
-        struct.error,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        OverflowError,
-    ) as error:
-        raise zipfile.BadZipFile(
-            first_line(error)
-        ) from error  # RuntimeError: encrypted, or packed in an unknown way
-    except OSError as error:
-        if (
-            error.errno != errno.EINVAL and str(error) != "Invalid data stream"
-        ):  # an offset before the start; bz2's
-            raise
-        raise zipfile.BadZipFile(first_line(error)) from error
+IMAGE_BUFFER, LIST_BUFFER = 2**16, 2**23
+"""Bytes of a remote archive that are read at once at least, for an image and for a list."""
+WHOLE_ARCHIVE = "a whole zip archive; fetch it anew"
+WEB = ("http://", "https://")
 
 
 class Folder:
@@ -62,17 +28,13 @@ class Folder:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.local = Path(storage.filesystem(root)[1]) if storage.is_local(root) else None
 
     def uri(self, name: str) -> str:
-        on_the_web = self.root.startswith(("http://", "https://"))
-        return storage.join(self.root, quote(name) if on_the_web else name)
+        return storage.join(self.root, quote(name) if self.root.startswith(WEB) else name)
 
     def read(self, name: str) -> bytes:
         """Return an image's bytes; `UserError` if it is missing."""
-        return read_image(
-            self.uri(name) if self.local is None else str(self.local / name), retry_seconds=None
-        )
+        return read_image(self.uri(name), retry_seconds=None)
 
 
 class Archive:
@@ -92,98 +54,60 @@ class Archive:
         return f"zip://{self._member(name)}::{self.root}"
 
     def read(self, name: str) -> bytes:
-        """Return an image's bytes, checked against the archive's CRC; `UserError` if it is
-        missing."""
+        """Return an image's bytes, checked against the archive's CRC.
+
+        Raises:
+            UserError: it is missing.
+            ImageError: it is damaged in the archive, or too large.
+        """
+        member = self._member(name)
+        if member not in self.zip.NameToInfo:
+            raise UserError(f"{self.root}: has no {name}")
+        size = self.zip.NameToInfo[member].file_size
+        require_readable(size)
         try:
-            info = self.zip.getinfo(self._member(name))
-        except KeyError as error:
-            raise UserError(f"{self.root}: has no {name}") from error
-        require_readable(info.file_size)
-        try:
-            with _damage(), self.zip.open(info) as file:
-                return file.read(info.file_size + 1)  # a member may be larger than it says
-        except zipfile.BadZipFile as error:
-            detail = f"damaged in the archive: {first_line(error)}"
-            raise ImageError("unreadable", detail) from error
+            with input_errors(self.uri(name), "whole"), self.zip.open(member) as file:
+                return file.read(size + 1)  # a member may be larger than its size says
+        except UserError as error:
+            raise ImageError("unreadable", str(error)) from error
 
     def _member(self, name: str) -> str:
         inside = f"{self.top}/{name}"
         return inside if name not in self.zip.NameToInfo and inside in self.zip.NameToInfo else name
 
 
-Place = Folder | Archive
+ImageSource = Folder | Archive
 
 
-def open_zip(uri: str) -> zipfile.ZipFile:
+def open_zip(uri: str, buffer: int = IMAGE_BUFFER) -> zipfile.ZipFile:
     """Open a zip archive for several threads; `UserError` if it is missing or damaged."""
-    return _directory(uri, storage.open_file(uri, CHUNK))
+    file = storage.open_file(uri, buffer)
+    with input_errors(uri, WHOLE_ARCHIVE):
+        return zipfile.ZipFile(file)
 
 
-def _directory(uri: str, file: Path | IO[bytes]) -> zipfile.ZipFile:
-    """Read the directory of the archive at `uri`, from this file; `UserError` if it is damaged."""
-    try:
-        with _damage():
-            return zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, IsADirectoryError) as error:
-        raise UserError(
-            f"{uri}: is not a whole zip archive ({first_line(error)}); fetch it anew"
-        ) from error
-
-
-def open_image_source(uri: str) -> Place:
+def open_image_source(uri: str) -> ImageSource:
     """Return the images at a folder, address or zip archive; `UserError` if it is not there."""
     if uri.lower().endswith(".zip"):
         return Archive(uri)
-    if not uri.startswith(("http://", "https://")) and not storage.is_folder(
-        uri
-    ):  # the web knows no folders
+    if not uri.startswith(WEB) and not storage.is_folder(uri):  # the web knows no folders
         raise UserError(f"{uri}: no such folder of images")
     return Folder(uri)
 
 
-class _Member(io.RawIOBase):
-    """A member of an archive; damage is a `UserError` where it is read."""
-
-    def __init__(self, file: IO[bytes], uri: str) -> None:
-        self.file, self.uri = file, uri
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            with _damage():
-                content = self.file.read(len(buffer))
-        except zipfile.BadZipFile as error:
-            raise UserError(
-                f"{self.uri}: is damaged in the archive ({first_line(error)}); fetch it anew"
-            ) from error
-        buffer[: len(content)] = content
-        return len(content)
-
-
 @contextlib.contextmanager
-def opened(uri: str) -> Iterator[IO[bytes]]:
-    """Yield the file at `uri`, which may be `zip://member::archive`, for reading from start to
-    end."""
-    if uri.startswith("zip://"):
-        member, _, archive = uri.removeprefix("zip://").partition("::")
-        with local_file(archive) as path, _directory(archive, path) as zipped:
-            try:
-                info = zipped.getinfo(member)
-                if info.file_size > max(BOMB_SIZE, BOMB_RATIO * info.compress_size):
-                    raise zipfile.BadZipFile(
-                        f"{info.compress_size:,} bytes that say they are {info.file_size:,}: a "
-                        "zip bomb"
-                    )
-                with _damage():
-                    file = zipped.open(info)
-            except (KeyError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{archive}: {member} cannot be read ({first_line(error)})"
-                ) from error
-            with file:
-                yield io.BufferedReader(_Member(file, uri))
-    else:
+def open_list(uri: str) -> Iterator[IO[bytes]]:
+    """Yield the file at `uri`, which may be `zip://member::archive`, to be read from its start.
+
+    Damage in an archive's member is raised by zipfile while it is read.
+    """
+    if not uri.startswith("zip://"):
         with local_file(uri) as path, path.open("rb") as file:
             yield file
+        return
+    member, _, archive = uri.removeprefix("zip://").partition("::")
+    with open_zip(archive, LIST_BUFFER) as zipped:
+        with input_errors(archive, WHOLE_ARCHIVE):
+            content = zipped.open(member)
+        with content:
+            yield content

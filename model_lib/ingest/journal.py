@@ -1,8 +1,7 @@
-"""What a killed ingest had finished: a record beside the shards for each whole one, so that none is
-made twice.
+"""Finished shards of an ingest, recorded beside them, so that a restart does not write them again.
 
 Records are kept under a key of the options that shape the data and of everything listed; other
-input finds none.
+input has other records.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """A whole shard, and what came of the list up to its end."""
+    """A whole shard, and the rest of the listing up to its end."""
 
     shard: Shard
     end: int
@@ -38,7 +37,7 @@ class Journal:
 
     Args:
         output: folder or URI of the shards.
-        key: of what is ingested, and how.
+        key: of the input and of the options that shape the shards.
     """
 
     def __init__(self, output: str, key: str) -> None:
@@ -47,9 +46,7 @@ class Journal:
         self.records = storage.join(self.folder, key)
 
     def write(self, finished: Finished) -> None:
-        storage.write_json(
-            storage.join(self.records, f"{finished.shard.uri}.json"), asdict(finished)
-        )
+        storage.write_json(self._uri(finished.shard.uri), asdict(finished))
 
     def read(self, split: str, entries: int) -> Iterator[Finished]:
         """Yield the records of a split's shards, from the first on, for as long as they and their
@@ -60,40 +57,34 @@ class Journal:
             entries: how many are listed in it.
         """
         number, start = 0, 0
-        while storage.exists(
-            uri := storage.join(self.records, f"{shard_name(split, number)}.json")
-        ):
-            finished = self._record(uri)
-            if (
-                finished is None
-                or not start < finished.end <= entries
-                or not self._whole(finished.shard)
-            ):
+        while storage.exists(uri := self._uri(name := shard_name(split, number))):
+            try:
+                finished = read_record(uri, Finished, "a record of this ingest")
+            except UserError as error:
+                log.warning("%s; its shard is written again", error)
                 return
-            if (finished.shard.uri, finished.shard.split) != (shard_name(split, number), split):
+            shard = finished.shard
+            if (shard.uri, shard.split) != (name, split) or not start < finished.end <= entries:
+                return
+            if not self._is_whole(shard):
                 return
             yield finished
             number, start = number + 1, finished.end
 
-    def _record(self, uri: str) -> Finished | None:
-        """Return a record, or nothing if it is not one: what it says was finished is made again."""
-        try:
-            return read_record(uri, Finished, "a record of this ingest")
-        except UserError as error:
-            log.warning("%s; making that shard again", error)
-            return None
+    def _uri(self, shard: str) -> str:
+        return storage.join(self.records, f"{shard}.json")
 
-    def _whole(self, shard: Shard) -> bool:
-        """Whether the shard is the recorded one; a remote one is taken at its size's word."""
+    def _is_whole(self, shard: Shard) -> bool:
+        """Return whether a shard is the recorded one; of remote ones only sizes are compared."""
         uri = storage.join(self.output, shard.uri)
         if not storage.exists(uri):
             return False
         if storage.is_local(uri):
-            return sha256_of(Path(storage.filesystem(uri)[1])) == shard.sha256
+            return sha256_of(storage.filesystem(uri)[1]) == shard.sha256
         return storage.file_size(uri) == shard.bytes
 
     def close(self) -> None:
-        """Remove all records: the manifest says it all."""
+        """Remove all records: the manifest takes their place."""
         storage.remove(self.folder)
 
 
@@ -101,6 +92,7 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.parquet"
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+def sha256_of(path: str) -> str:
+    """Return the SHA-256 of a local file."""
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

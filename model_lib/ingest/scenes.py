@@ -1,9 +1,8 @@
-"""Generated scenes: a small COCO-format data set from which a tiny model can really learn to look.
+"""Generated scenes: a small COCO-format data set on which a tiny model learns to see.
 
 Coloured shapes, large or small, one to three of a kind or two in a spatial relation, on varied
 backgrounds, with five differently worded captions each. Some combinations of size, colour and shape
-occur only in the validation images: a model that names them has learned to see each apart, and no
-image by heart.
+occur only in the validation images: a model that names them has not memorised training images.
 """
 
 import io
@@ -35,7 +34,7 @@ OUTLINE = (20, 20, 20)
 RADIUS = {"small": 0.13, "large": 0.22}
 """Radius as a share of the image's side."""
 JITTER = 0.03
-"""How far a place may lie from the middle of its quarter."""
+"""Largest distance of an object from the middle of its quarter, as a share of the side."""
 HELD_OUT = {
     (size, colour, shape)
     for s, size in enumerate(RADIUS)
@@ -50,7 +49,7 @@ NUMBERS = {2: "two", 3: "three"}
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn kind of object."""
+    """A kind of object."""
 
     size: str
     colour: str
@@ -67,7 +66,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows: `count` of `first`, or `first` beside `second` in `relation` to it."""
+    """An image's content: `count` of `first`, or `first` in `relation` to `second`."""
 
     background: str
     first: Thing
@@ -107,14 +106,13 @@ class Scene:
 
 
 def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
-    """Draw a scene's content; with `held_out` its first thing is a combination that training never
-    sees."""
+    """Draw a scene's content; `held_out`: with a combination that training never shows."""
 
     def thing(from_held_out: bool) -> Thing:
         while True:
-            made = rng.choice(list(RADIUS)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
-            if (made in HELD_OUT) == from_held_out:
-                return Thing(*made)
+            kind = rng.choice(list(RADIUS)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+            if (kind in HELD_OUT) == from_held_out:
+                return Thing(*kind)
 
     background, first = rng.choice(list(BACKGROUNDS)), thing(held_out)
     if rng.random() < 0.5:
@@ -127,27 +125,21 @@ def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
 
 
 def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:
-    """Return the corners of a star-like polygon in the unit circle: at radius 1 and, between them,
-    at `inner`."""
+    """Return a polygon's corners in the unit circle, by turns at radius 1 and at `inner`."""
     corners = []
     for corner in range(2 * points):
-        angle, reach = turn + math.pi * corner / points, inner if corner % 2 else 1.0
-        corners.append((reach * math.sin(angle), -reach * math.cos(angle)))
+        angle = turn + math.pi * corner / points
+        radius = inner if corner % 2 else 1.0
+        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
     return corners
 
 
 def _plus(arm: float) -> list[tuple[float, float]]:
     """Return the corners of a cross in the unit square, its arms `arm` wide to each side."""
-    quarter = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-    return [
-        corner for turn in range(4) for corner in (_quarter_turns(x, y, turn) for x, y in quarter)
-    ]
-
-
-def _quarter_turns(x: float, y: float, count: int) -> tuple[float, float]:
-    for _ in range(count):
-        x, y = -y, x
-    return x, y
+    corners = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
+    for _ in range(3):
+        corners += [(-y, x) for x, y in corners[-3:]]  # a quarter turn
+    return corners
 
 
 POLYGONS = {
@@ -167,19 +159,13 @@ def _draw_thing(
         corners = [(x + radius * a, y + radius * b) for a, b in POLYGONS[thing.shape]]
         canvas.polygon(corners, fill=fill, outline=OUTLINE, width=line)
         return
-    canvas.ellipse(
-        (x - radius, y - radius, x + radius, y + radius), fill=fill, outline=OUTLINE, width=line
-    )
+    canvas.circle((x, y), radius, fill=fill, outline=OUTLINE, width=line)
     if thing.shape == "ring":
-        hole = radius * 0.5
-        canvas.ellipse(
-            (x - hole, y - hole, x + hole, y + hole), fill=ground, outline=OUTLINE, width=line
-        )
+        canvas.circle((x, y), radius * 0.5, fill=ground, outline=OUTLINE, width=line)
 
 
 def _places(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float]]:
-    """Return each object with the centre of its place, as shares of the side: near the middle of a
-    quarter."""
+    """Return each object with its centre, as shares of the side: near the middle of a quarter."""
 
     def near(quarter: int) -> float:
         return 0.25 + 0.5 * quarter + rng.uniform(-JITTER, JITTER)
@@ -210,14 +196,13 @@ def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
 
 
 def make_scenes(config: ScenesConfig) -> None:
-    """Write the data set in COCO's layout under `config.output`; the same configuration writes the
-    same bytes."""
+    """Write the data set in COCO's layout; the same configuration writes the same bytes."""
     storage.require_writable(config.output)
     for split, count, held_out in (("train", config.train, False), ("val", config.val, True)):
         rng = random.Random(f"{config.seed}/{split}")
-        storage.remove(
-            storage.join(config.output, f"{split}2017")
-        )  # images of an earlier, larger set
+        folder = storage.join(config.output, f"{split}2017")
+        storage.remove(folder)  # with images of an earlier, larger set
+        size = {"width": config.size, "height": config.size}
         images: list[dict] = []
         annotations: list[dict] = []
         for number in range(1, count + 1):
@@ -225,21 +210,12 @@ def make_scenes(config: ScenesConfig) -> None:
             encoded = io.BytesIO()
             render(scene, config.size, rng).save(encoded, "JPEG", quality=92)
             name = f"{number:012d}.jpg"
-            storage.write_bytes(
-                storage.join(config.output, f"{split}2017", name), encoded.getvalue()
-            )
-            images.append(
-                {"id": number, "file_name": name, "width": config.size, "height": config.size}
-            )
+            storage.write_bytes(storage.join(folder, name), encoded.getvalue())
+            images.append({"id": number, "file_name": name, **size})
             for caption in scene.captions():
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": number, "caption": caption}
-                )
-        document = {
-            "info": {"description": "generated scenes"},
-            "images": images,
-            "annotations": annotations,
-        }
-        storage.write_json(
-            storage.join(config.output, "annotations", f"captions_{split}2017.json"), document
-        )
+                note = {"id": len(annotations) + 1, "image_id": number, "caption": caption}
+                annotations.append(note)
+        info = {"description": "generated scenes"}
+        document = {"info": info, "images": images, "annotations": annotations}
+        uri = storage.join(config.output, "annotations", f"captions_{split}2017.json")
+        storage.write_json(uri, document)

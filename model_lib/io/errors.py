@@ -4,7 +4,12 @@
 """
 
 import contextlib
+import csv
 import errno
+import lzma
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,11 +41,17 @@ CONTENT_ERRORS = (
     pa.ArrowException,
     ArithmeticError,
     AttributeError,
+    EOFError,
     LookupError,
     OSError,  # Arrow says so what is wrong with a page
-    RecursionError,
+    RuntimeError,  # an archive's member is encrypted, or a document nested too deeply
     TypeError,
     ValueError,
+    csv.Error,
+    lzma.LZMAError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 """What parsers raise on a file that is not what it should be."""
 CLIENTS = {
@@ -107,6 +118,8 @@ def store_errors(uri: str, doing: str = "read") -> Iterator[None]:
     name = uri.encode("utf-8", "backslashreplace").decode()  # a file's name may be any bytes
     try:
         yield
+    except (UserError, WorkError):
+        raise
     except FINAL as error:
         if isinstance(error, FileNotFoundError) and doing != "written":
             raise UserError(f"{name}: no such file") from error
@@ -141,7 +154,8 @@ def input_errors(uri: str, what: str) -> Iterator[None]:
     try:
         yield
     except CONTENT_ERRORS as error:
-        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have no number
+        # Arrow's and bz2's own have no number; EINVAL is a position before a file's start.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         message = f"{uri}: is not {form} ({first_line(error)})"
         raise UserError(f"{message}; {remedy}" if remedy else message) from error

@@ -10,12 +10,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from model_lib.errors import UserError, WorkError
+from model_lib.io import storage
 
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 MEMORY = "8G"
@@ -34,6 +36,25 @@ def require_spice(folder: str) -> None:
                 f"spice {folder}: has no {name}; fetch it: captioner download spice --output "
                 f"{folder}"
             )
+
+
+def unpack_models(archive: str, folder: str) -> None:
+    """Put SPICE's models, which Java wants as files, from CoreNLP's zip archive into `folder`.
+
+    Raises:
+        WorkError: the archive is another one.
+    """
+    with storage.open_file(archive, 2**23) as file, zipfile.ZipFile(file) as zipped:
+        members = {Path(name).name: name for name in zipped.namelist()}
+        for name in MODELS:
+            if name not in members:
+                raise WorkError(f"{archive}: has no {name} in it; use another --base")
+            with (
+                zipped.open(members[name]) as model,
+                storage.atomic_file(storage.join(folder, name)) as part,
+                Path(part).open("wb") as target,
+            ):
+                shutil.copyfileobj(model, target)
 
 
 def spice_scores(

@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of what reads files and options: make fuzz FUZZ_SECONDS=60.
+"""Coverage-guided fuzzing of the readers of files and options: make fuzz FUZZ_SECONDS=60.
 
-Each reader gets inputs that atheris makes up from a small corpus, for so many seconds, in a process
-of its own. Only a `UserError` may come out. What let anything else come out is kept in a folder and
-named at the end; it is mended, and becomes a case of test_files.py.
+Each reader gets inputs that atheris makes from a small corpus, for so many seconds, in a process of
+its own. It may return or raise `UserError`. Inputs of other ends are kept in a folder and named at
+the end; each becomes a case of test_files.py.
 """
 
 import argparse
@@ -27,22 +27,8 @@ with atheris.instrument_imports(include=["model_lib"]):
     from tests.helpers import samples
     from tests.helpers.readers import READERS
 
-STRANGE: list[Any] = [
-    None,
-    True,
-    -1,
-    2**63,
-    10**400,
-    1.5,
-    float("nan"),
-    "",
-    "x",
-    "../x",
-    "/etc/x",
-    "a\0b",
-    "\ud800",
-]
-STRANGE += ["http://x/y", "x" * 5000, [], [[]], {}, {"": 0}]
+STRANGE: list[Any] = [None, True, -1, 2**63, 10**400, 1.5, float("nan"), [], [[]], {}, {"": 0}]
+STRANGE += ["", "x", "../x", "/etc/x", "a\0b", "\ud800", "http://x/y", "x" * 5000]
 SLOW = 30
 """Seconds after which an input counts as one that hangs."""
 MEMORY_MB = 3000
@@ -56,77 +42,72 @@ def changed(document: Any, rng: random.Random) -> Any:
     """Return a JSON document with one of its values another one, gone, or there twice."""
     if isinstance(document, dict | list) and document and rng.random() < 0.9:
         copy: Any = document.copy()
-        place = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+        key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
         act = rng.random()
         if act < 0.1:
-            del copy[place]
+            del copy[key]
         elif act < 0.2 and isinstance(copy, list):
-            copy.append(copy[place])
+            copy.append(copy[key])
         elif act < 0.3 and isinstance(copy, dict):
-            copy[str(rng.choice(STRANGE))] = copy.pop(place)
+            copy[str(rng.choice(STRANGE))] = copy.pop(key)
         else:
-            copy[place] = changed(copy[place], rng)
+            copy[key] = changed(copy[key], rng)
         return copy
     return rng.choice(STRANGE)
 
 
 def changed_table(content: bytes, rng: random.Random) -> bytes:
-    """Return a Parquet file with one of its columns gone, renamed, empty, or of another type."""
-    found = pq.ParquetFile(io.BytesIO(content)).read()
-    place = rng.randrange(found.num_columns)
-    name = found.column_names[place]
+    """Return a Parquet file with one of its columns gone, doubled, empty, or of another type."""
+    table = pq.ParquetFile(io.BytesIO(content)).read()
+    index = rng.randrange(table.num_columns)
+    name = table.column_names[index]
     act = rng.randrange(4)
     if act == 0:
-        found = found.drop_columns([name])
+        table = table.drop_columns([name])
     elif act == 1:
-        found = found.append_column(rng.choice([name, "more"]), found[name])
+        table = table.append_column(rng.choice([name, "more"]), table[name])
     elif act == 2:
-        found = found.set_column(
-            place, name, pa.nulls(found.num_rows, found.schema.field(name).type)
-        )
+        empty = pa.nulls(table.num_rows, table.schema.field(name).type)
+        table = table.set_column(index, name, empty)
     else:
-        kind = rng.choice(
-            [pa.int8(), pa.float64(), pa.string(), pa.binary(), pa.list_(pa.string()), pa.null()]
-        )
-        values = {
-            "int8": 1,
-            "double": float("nan"),
-            "string": "../x",
-            "binary": b"\xff",
-            "null": None,
+        kinds = {
+            pa.int8(): 1,
+            pa.float64(): float("nan"),
+            pa.string(): "../x",
+            pa.binary(): b"\xff",
+            pa.list_(pa.string()): ["x", None],
+            pa.null(): None,
         }
-        column = [values.get(str(kind), ["x", None])] * found.num_rows
-        found = found.set_column(place, name, pa.array(column, kind))
+        kind, value = rng.choice(list(kinds.items()))
+        table = table.set_column(index, name, pa.array([value] * table.num_rows, kind))
     file = io.BytesIO()
-    pq.write_table(found, file)
+    pq.write_table(table, file)
     return file.getvalue()
 
 
 def mutator(name: str) -> Callable[[bytes, int, int], bytes]:
-    """Return what makes an input from another: half of the time one of the same form, else any
+    """Return a function from one input to another: half of the time of the same form, else any
     bytes."""
 
     def mutate(content: bytes, size: int, seed: int) -> bytes:
         rng = random.Random(seed)
         if rng.random() < 0.5:
-            with contextlib.suppress(
-                Exception
-            ):  # what is no document or table any more is mutated as bytes
+            with contextlib.suppress(Exception):  # no document or table any more
                 if name.endswith(".json"):
-                    made = json.dumps(changed(json.loads(content), rng)).encode()
+                    mutated = json.dumps(changed(json.loads(content), rng)).encode()
                 elif name.endswith(".parquet"):
-                    made = changed_table(content, rng)
+                    mutated = changed_table(content, rng)
                 else:
                     raise ValueError
-                if len(made) <= size:
-                    return made
+                if len(mutated) <= size:
+                    return mutated
         return atheris.Mutate(content, size)
 
     return mutate
 
 
 def fuzz(reader: str, seconds: int, kept: Path) -> None:
-    """Give made-up files to one reader, in this process, which it ends."""
+    """Fuzz one reader in this process, and end it."""
     function, name = READERS[reader]
     with tempfile.TemporaryDirectory() as scratch:
         corpus, folder = Path(scratch) / "corpus", Path(scratch) / "input"
@@ -161,14 +142,14 @@ def main() -> int:
     parser.add_argument(
         "readers", nargs="*", metavar="reader", help=f"some of {', '.join(READERS)}; all by default"
     )
-    asked = parser.parse_args()
-    asked.kept.mkdir(exist_ok=True)
-    if asked.alone:
-        fuzz(asked.alone, asked.seconds, asked.kept)
+    options = parser.parse_args()
+    options.kept.mkdir(exist_ok=True)
+    if options.alone:
+        fuzz(options.alone, options.seconds, options.kept)
     broken = []
-    for reader in asked.readers or READERS:
+    for reader in options.readers or READERS:
         command = [sys.executable, "-m", "tests.attacks.fuzz", "--alone", reader]
-        command += ["--seconds", str(asked.seconds), "--kept", str(asked.kept)]
+        command += ["--seconds", str(options.seconds), "--kept", str(options.kept)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         runs = done.stderr.rpartition("stat::number_of_executed_units:")[2].split()[:1]
         print(
@@ -179,9 +160,9 @@ def main() -> int:
         if done.returncode:
             broken.append(reader)
             print(done.stdout[-3000:] + done.stderr[-1500:], flush=True)
-    found = sorted(str(file) for file in asked.kept.iterdir())
-    if found:
-        print("findings:", *found, sep="\n  ")
+    findings = sorted(str(file) for file in options.kept.iterdir())
+    if findings:
+        print("findings:", *findings, sep="\n  ")
     return 1 if broken else 0
 
 

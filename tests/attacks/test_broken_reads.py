@@ -1,5 +1,4 @@
-"""A bucket whose answers break off in their middle: no row is lost, none is there twice, none holds
-half an image."""
+"""A bucket whose answers break off: no row is lost or doubled, and none holds half an image."""
 
 import asyncio
 import random
@@ -13,7 +12,7 @@ import pytest
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.image_source import open_image_source, opened
+from model_lib.ingest.image_source import open_image_source, open_list
 from model_lib.ingest.ingesting import ingest
 from tests.helpers.services import Faults, faulty_bucket
 
@@ -28,23 +27,22 @@ def driver_that_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_path: Path) -> None:
     rng = random.Random(0)
-    content = {
-        f"val2017/{name}": rng.randbytes(6_000_000) for name in "abc"
-    }  # more than the driver reads ahead
+    # Larger than what is read ahead.
+    content = {f"val2017/{name}": rng.randbytes(9_000_000) for name in "abc"}
     with zipfile.ZipFile(tmp_path / "val2017.zip", "w") as archive:
-        for name, one in content.items():
-            archive.writestr(name, one)
+        for name, image in content.items():
+            archive.writestr(name, image)
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         fs.pipe_file("b/val2017.zip", (tmp_path / "val2017.zip").read_bytes())
-        faults.outage(3)
-        place = open_image_source("gs://b/val2017.zip")
+        faults.outage(1)
+        source = open_image_source("gs://b/val2017.zip")
         down = faults.failed
-        faults.outage(3)
-        assert place.read("a") == content["val2017/a"]
+        faults.outage(1)
+        assert source.read("a") == content["val2017/a"]
         again = faults.failed
-        faults.outage(3)
-        with opened("zip://val2017/b::gs://b/val2017.zip") as file:
+        faults.outage(1)
+        with open_list("zip://val2017/b::gs://b/val2017.zip") as file:
             assert file.read() == content["val2017/b"]
         assert 6 < down < again < faults.failed, "the driver alone would have given up"
 
@@ -71,7 +69,7 @@ def test_answers_that_break_off_are_asked_for_again(
             "output": "gs://b/out",
             "model": str(saved_model),
         }
-        found = batch(BatchConfig(**remote, shard_images=8, num_beams=1))
+        remote_summary = batch(BatchConfig(**remote, shard_images=8, num_beams=1))
         faults.cut = 0.0
         files = fs.glob("b/out/*/captions/*.parquet")
         rows = [row for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()]
@@ -81,7 +79,7 @@ def test_answers_that_break_off_are_asked_for_again(
         and there.counts == here.counts
         and not there.quarantined
     )
-    assert (found.images, found.ok) == (expected.images, expected.ok) == (64, 64)
+    assert (remote_summary.images, remote_summary.ok) == (expected.images, expected.ok) == (64, 64)
     captions = {Path(row["uri"]).name: row["caption"] for row in rows}
     parts = (tmp_path / "out").glob("*/captions/*.parquet")
     ours = {

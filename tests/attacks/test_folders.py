@@ -30,7 +30,7 @@ from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 from tests.helpers import samples
-from tests.helpers.lies import broken, fingerprint, refused, write
+from tests.helpers.invalid_files import broken, fingerprint, refused, write
 
 Run = Callable[..., CompletedProcess]
 

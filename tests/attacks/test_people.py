@@ -1,5 +1,5 @@
-"""Names and captions of any kind: strange paths work or are refused in one line, and captions steer
-nothing."""
+"""Names and captions of any kind: unusual paths work or are refused in one line, and captions
+control no terminal and no page."""
 
 import json
 import os
@@ -43,20 +43,20 @@ def test_stages_work_in_a_folder_of_any_name(strange: Path, scenes: Path) -> Non
     shutil.copytree(scenes, strange / "scenes")
     ingest(IngestConfig(dataset=str(strange / "scenes"), output=str(strange / "data")))
     options = {"preset": "tiny", "epochs": 1, "batch_size": 32}
-    made = train(TrainConfig(data=str(strange / "data"), output=str(strange / "out"), **options))
-    assert str(strange) in made.model
-    given = {"model": made.model, "num_beams": 1, "max_new_tokens": 5}
+    trained = train(TrainConfig(data=str(strange / "data"), output=str(strange / "out"), **options))
+    assert str(strange) in trained.model
+    options = {"model": trained.model, "num_beams": 1, "max_new_tokens": 5}
     evaluate(
         EvaluateConfig(
-            data=str(strange / "data"), output=str(strange / "evaluated"), limit=4, **given
+            data=str(strange / "data"), output=str(strange / "evaluated"), limit=4, **options
         )
     )
-    said = batch(
+    summary = batch(
         BatchConfig(
-            images=str(strange / "scenes" / "val2017"), output=str(strange / "captions"), **given
+            images=str(strange / "scenes" / "val2017"), output=str(strange / "captions"), **options
         )
     )
-    assert said.ok == said.images == 12
+    assert summary.ok == summary.images == 12
     assert sorted(file.name for file in strange.iterdir()) == [
         "captions",
         "data",
@@ -83,16 +83,16 @@ def test_images_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_model
     config = BatchConfig(
         images=str(folder), output=str(tmp_path / "out"), model=str(saved_model), max_new_tokens=5
     )
-    made = batch(config)
+    summary = batch(config)
     rows = [
-        row for file in Path(made.captions).iterdir() for row in pq.read_table(file).to_pylist()
+        row for file in Path(summary.captions).iterdir() for row in pq.read_table(file).to_pylist()
     ]
     failed = [row["uri"].rpartition("/")[2] for row in rows if row["status"] != "ok"]
     assert len(rows) == len(names) and failed == ["not-utf-8-\\udcff.jpg"]
 
 
 @pytest.mark.parametrize("character", list("?#%'\""))
-def test_a_place_that_mlflow_cannot_use_is_told_before_the_work(
+def test_a_place_that_mlflow_cannot_use_is_refused_before_the_work(
     tmp_path: Path, character: str
 ) -> None:
     with pytest.raises(
@@ -110,12 +110,10 @@ def test_where_a_server_is_named_the_working_directory_is_any(
     assert tracking_from_environment() == MlflowTracking("http://127.0.0.1:9")
 
 
-def test_an_output_that_json_cannot_name_is_told_before_the_work(
+def test_an_output_that_json_cannot_name_is_refused_before_the_work(
     scenes: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        UserError, match="is not UTF-8, and JSON cannot hold it; choose another output"
-    ):
+    with pytest.raises(UserError, match="is not UTF-8; choose another output"):
         ingest(IngestConfig(dataset=str(scenes), output=os.fsdecode(bytes(tmp_path) + b"/\xff")))
 
 
@@ -126,25 +124,27 @@ def test_captions_steer_no_terminal_and_no_page(
     model = small_model()
     model.tokenizer = train_tokenizer([STEERING] * 3, model.config.decoder_config.vocab_size)
     model.save_pretrained(tmp_path / "model")
-    given = ("--model", tmp_path / "model", "--max_new_tokens", 40, "--top_p", 0.9, "--seed", 0)
+    options = ("--model", tmp_path / "model", "--max_new_tokens", 40, "--top_p", 0.9, "--seed", 0)
     files = sorted((scenes / "val2017").iterdir())
-    done = captioner("caption", "-f", *files, *given)
+    done = captioner("caption", "-f", *files, *options)
     assert done.returncode == 0 and "\\x1b" in done.stdout, done.stdout
     assert not set(done.stdout) & set("\x1b\x07\u202e") and len(done.stdout.splitlines()) == len(
         files
     )
-    done = captioner("caption", "-f", *files, *given, "--json")
+    done = captioner("caption", "-f", *files, *options, "--json")
     assert (
         "\x1b" in "".join(row["caption"] for row in json.loads(done.stdout))
         and "\x1b" not in done.stdout
     )
 
-    done = captioner("batch", "--images", scenes / "val2017", "--output", tmp_path / "out", *given)
+    done = captioner(
+        "batch", "--images", scenes / "val2017", "--output", tmp_path / "out", *options
+    )
     (page,) = (tmp_path / "out").glob("*/report.html")
     assert "&lt;" in page.read_text() and "<img src=x" not in page.read_text()
 
 
-def test_an_image_whose_name_is_no_text_is_captioned_and_told(
+def test_an_image_whose_name_is_no_text_is_captioned(
     captioner: Callable[..., CompletedProcess], saved_model: Path, scenes: Path, tmp_path: Path
 ) -> None:
     file = os.fsdecode(bytes(tmp_path) + b"/\xff.jpg")

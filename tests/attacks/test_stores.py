@@ -1,14 +1,11 @@
-"""Stores that lie, refuse, fail or never end: nothing is written elsewhere, and nothing good is
-lost."""
+"""Stores that are hostile, refuse or fail: nothing is written elsewhere, nothing good is lost."""
 
 import errno
-import json
 import os
 import shutil
-import threading
 import zlib
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -25,6 +22,8 @@ from model_lib.io import images, storage
 from model_lib.io.images import ImageError, read_image
 from model_lib.io.remote_cache import cached_folder, local_copy
 from model_lib.train.checkpoint import Checkpoints
+from tests.helpers.coco_files import write_captions
+from tests.helpers.http_server import serving
 from tests.helpers.services import Faults, faulty_proxy
 
 
@@ -49,13 +48,12 @@ class Website(BaseHTTPRequestHandler):
             except ConnectionError:
                 pass
         else:
-            inflates = name == "inflates.jpg"
-            content = (
-                zlib.compress(bytes(50 * 2**20)) if inflates else (self.folder / name).read_bytes()
-            )
             self.send_response(200)
-            if inflates:
+            if name == "inflates.jpg":
+                content = zlib.compress(bytes(50 * 2**20))
                 self.send_header("Content-Encoding", "deflate")
+            else:
+                content = (self.folder / name).read_bytes()
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -66,12 +64,8 @@ class Website(BaseHTTPRequestHandler):
 
 @pytest.fixture()
 def website(scenes: Path) -> Iterator[str]:
-    handler = type("Handler", (Website,), {"folder": scenes / "val2017"})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(type("Handler", (Website,), {"folder": scenes / "val2017"})) as address:
+        yield address
 
 
 def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
@@ -80,14 +74,14 @@ def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = fsspec.filesystem("memory").store
     whole = fsspec.filesystem("memory")
-    whole.pipe_file("/stranger/m/config.json", b"{}")
-    store["/stranger/m/../../../../escaped"] = store["/stranger/m/config.json"]
+    whole.pipe_file("/foreign/m/config.json", b"{}")
+    store["/foreign/m/../../../../escaped"] = store["/foreign/m/config.json"]
     try:
         with pytest.raises(UserError, match="escaped, which leaves the folder"):
-            cached_folder("memory://stranger/m")
+            cached_folder("memory://foreign/m")
         with (
             pytest.raises(UserError, match="escaped, which leaves the folder"),
-            local_copy("memory://stranger/m"),
+            local_copy("memory://foreign/m"),
         ):
             pass
     finally:
@@ -122,29 +116,21 @@ def test_a_list_of_hostile_addresses_has_a_row_for_each(
     (tmp_path / "list.txt").write_text(
         "\n".join([*(f"{website}/{name}" for name in names), "/dev/zero"])
     )
-    made = batch(
+    result = batch(
         BatchConfig(
             images=str(tmp_path / "list.txt"), output=str(tmp_path / "out"), model=str(saved_model)
         )
     )
-    assert (made.images, made.ok) == (5, 2)
-    assert made.errors == {"too_large": 1, "forbidden": 1, "missing": 1}
+    assert (result.images, result.ok) == (5, 2)
+    assert result.errors == {"too_large": 1, "forbidden": 1, "missing": 1}
 
 
 def test_an_image_that_its_server_refuses_costs_itself(website: str, tmp_path: Path) -> None:
     names = ["000000000001.jpg", "forbidden.jpg", "000000000002.jpg"]
-    document = {
-        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
-        "annotations": [{"id": n, "image_id": n, "caption": "something"} for n in range(3)],
-    }
-    (tmp_path / "list.json").write_text(json.dumps(document))
-    options = {
-        "annotations": str(tmp_path / "list.json"),
-        "images": website,
-        "output": str(tmp_path / "data"),
-    }
-    made = ingest(IngestConfig(**options, split="train"))
-    assert made.counts == {"train": 2} and made.quarantined == {"forbidden": 1}
+    file = write_captions(tmp_path / "list.json", list(enumerate(names)))
+    options = {"annotations": str(file), "images": website, "output": str(tmp_path / "data")}
+    result = ingest(IngestConfig(**options, split="train"))
+    assert result.counts == {"train": 2} and result.quarantined == {"forbidden": 1}
     (row,) = pq.read_table(tmp_path / "data" / "quarantine.parquet").to_pylist()
     assert row["file_name"] == "forbidden.jpg" and "403" in row["detail"]
 

@@ -1,5 +1,5 @@
-"""What reads files, options and images that others made, each as a function of one file: it
-returns, or refuses."""
+"""Each reader of files, options and images that others made, as a function of one file that returns
+or raises `UserError`."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from model_lib import cli
 from model_lib.batch import listing, planning, rows
 from model_lib.batch.config import BatchConfig
-from model_lib.data import shards
+from model_lib.data import coco, shards
 from model_lib.errors import UserError
 from model_lib.evaluate import evaluation, result
 from model_lib.ingest import annotations, image_source
@@ -27,12 +27,11 @@ from tests.helpers import samples
 
 
 def manifest(file: Path) -> None:
-    found = shards.read_manifest(str(file))
-    found.to_dict()
+    shards.read_manifest(str(file)).to_dict()
 
 
-def coco(file: Path) -> None:
-    annotations.read_captions(str(file))
+def captions_of_coco(file: Path) -> None:
+    coco.read_captions(str(file))
     listed(file, "annotations")
 
 
@@ -58,28 +57,28 @@ def scores(file: Path) -> None:
 
 
 def plan(file: Path) -> None:
-    made = planning.read_plan(str(file.parent))
-    made.missing()
-    assert all("/" not in shard.file and shard.file != ".." for shard in made.shards)
+    plan = planning.read_plan(str(file.parent))
+    plan.missing()
+    assert not [shard for shard in plan.shards if "/" in shard.file or shard.file == ".."]
 
 
 def listing_of_plan(file: Path) -> None:
-    listed = [planning.Shard("part-0.parquet", samples.ROWS)]
-    planning.Plan(str(file.parent), samples.PLAN["configuration"], file.name, listed).images(0)
+    fields = samples.PLAN | {"listing": file.name, "folder": str(file.parent)}
+    fields["shards"] = [planning.Shard(**shard) for shard in samples.PLAN["shards"]]
+    planning.Plan(**fields).images(0)
 
 
 def journal(file: Path) -> None:
-    read = Journal(str(file.parent), "key")
-    read.records = str(file.parent)
-    for finished in read.read("train", 100):
-        assert finished.shard.uri == "train-00000.parquet"
+    records = Journal(str(file.parent), "key")
+    records.records = str(file.parent)
+    list(records.read("train", 100))
 
 
 def state(file: Path) -> None:
     """A checkpoint's position in its run, as its manifest would hold for it."""
     save_file({"model.x": torch.zeros(1)}, file.parent / "state.safetensors")
-    _, found = checkpoint.load(str(file.parent))
-    assert min(found.step, found.validated, found.stale) >= 0
+    _, position = checkpoint.load(str(file.parent))
+    assert min(position.step, position.validated, position.stale) >= 0
 
 
 def image(file: Path) -> None:
@@ -93,9 +92,9 @@ def options(file: Path) -> None:
         document = json.loads(file.read_bytes())
     if isinstance(document, dict):
         for kind in map(cli.config_class, cli.COMMANDS.values()):
-            given = document.get(kind.__name__)
-            if isinstance(given, dict):
-                kind.from_options(**given).key()
+            options = document.get(kind.__name__)
+            if isinstance(options, dict):
+                kind.from_options(**options).key()
 
 
 def command_line(file: Path) -> None:
@@ -133,17 +132,19 @@ def list_of_images(file: Path) -> None:
 
 
 def archive(file: Path) -> None:
-    opened = image_source.open_image_source(str(file))
-    for name in list(opened.zip.namelist())[:20]:
+    source = image_source.Archive(str(file))
+    for name in source.zip.namelist()[:20]:
         with contextlib.suppress(ImageError):
-            opened.read(name)
-        with contextlib.suppress(UserError), image_source.opened(f"zip://{name}::{file}") as member:
-            member.read()
+            source.read(name)
+        with contextlib.suppress(UserError):
+            annotations.read_listing(
+                IngestConfig(annotations=f"zip://{name}::{file}", images=str(file), output="unused")
+            )
 
 
 READERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "manifest": (manifest, "manifest.json"),
-    "coco": (coco, "captions.json"),
+    "coco": (captions_of_coco, "captions.json"),
     "karpathy": (karpathy, "karpathy.json"),
     "results": (results, "results.json"),
     "scores": (scores, "scores.json"),

@@ -1,5 +1,4 @@
-"""One small file of each kind that the project reads, as it should be: what the attacks on files
-begin with."""
+"""A small valid file of each kind that the project reads."""
 
 import io
 import json
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 
 from model_lib.data.shards import FORMAT_VERSION
 from model_lib.evaluate.result import Predictions, View, _parquet
-from tests.helpers.mutations import encoded, image
+from tests.helpers.hostile_images import encoded, image
 
 ROWS = 6
 JPEG = encoded(image(np.random.default_rng(0), 32, 24), "jpg")

@@ -1,5 +1,4 @@
-"""Ingest on real images, with broken ones among them, and on input that is not what it should
-be."""
+"""Ingest of real and of broken images, and of invalid lists."""
 
 import io
 import json
@@ -7,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,26 +19,13 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
 from model_lib.io.images import decode_image, reduced_size, to_pixels
+from tests.helpers.coco_files import write_captions
 
 
-def captions_file(
-    folder: Path, images: list[tuple[int, str]], captions: list[tuple[int, str]]
-) -> Path:
-    document = {
-        "images": [{"id": image_id, "file_name": name} for image_id, name in images],
-        "annotations": [
-            {"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(captions)
-        ],
-    }
-    file = folder / "captions.json"
-    file.write_text(json.dumps(document))
-    return file
-
-
-def lone(folder: Path, annotations: Path, output: str = "out", **options: object) -> IngestConfig:
-    return IngestConfig(
-        annotations=str(annotations), images=str(folder), output=str(folder / output), **options
-    )
+def ingest_files(folder: Path, annotations: Path, **options: Any) -> Manifest:
+    """Ingest images of a folder into a folder below."""
+    sources = {"annotations": str(annotations), "images": str(folder)}
+    return ingest(IngestConfig(**sources, output=str(folder / "out"), **options))
 
 
 def test_coco_becomes_shards_of_the_designs_schema(coco: Path, tmp_path: Path) -> None:
@@ -46,29 +33,11 @@ def test_coco_becomes_shards_of_the_designs_schema(coco: Path, tmp_path: Path) -
     assert manifest.counts == {"train": 29, "val": 56} and manifest.quarantined == {}
     (shard,) = [s for s in manifest.shards if s.split == "train"]
     table = pq.read_table(tmp_path / shard.uri)
-    kinds = [
-        "int64",
-        "string",
-        "string",
-        "int32",
-        "int32",
-        "binary",
-        "list<element: string>",
-        "string",
-        "string",
-    ]
-    names = [
-        "image_id",
-        "file_name",
-        "split",
-        "width",
-        "height",
-        "image",
-        "captions",
-        "sha256",
-        "source",
-    ]
-    assert [(f.name, str(f.type)) for f in table.schema] == list(zip(names, kinds, strict=True))
+    schema = (
+        "image_id int64, file_name string, split string, width int32, height int32, image binary, "
+        "captions list<element: string>, sha256 string, source string"
+    )
+    assert ", ".join(f"{field.name} {field.type}" for field in table.schema) == schema
     truth = json.loads((coco / "annotations" / "captions_train2017.json").read_text())
     for row in table.to_pylist():
         assert min(row["width"], row["height"]) == 256
@@ -87,8 +56,8 @@ def test_a_broken_image_is_quarantined_and_the_rest_goes_on(
     shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "good.jpg")
     shutil.copy(odd_images / "truncated_jpeg.jpg", tmp_path / "cut.jpg")
     names = [(1, "good.jpg"), (2, "cut.jpg"), (3, "gone.jpg"), (4, "good.jpg")]
-    file = captions_file(tmp_path, names, [(1, "a scene"), (2, "cut"), (3, "gone")])
-    manifest = ingest(lone(tmp_path, file, split="train"))
+    file = write_captions(tmp_path / "c.json", names, [(1, "a scene"), (2, "cut"), (3, "gone")])
+    manifest = ingest_files(tmp_path, file, split="train")
     assert manifest.counts == {"train": 1}
     assert manifest.quarantined == {"truncated": 1, "missing": 1, "no_captions": 1}
     rows = {
@@ -101,10 +70,8 @@ def test_a_broken_image_is_quarantined_and_the_rest_goes_on(
 def test_an_image_that_jpeg_cannot_hold_is_quarantined(scenes: Path, tmp_path: Path) -> None:
     Image.new("RGB", (20, 70_000)).save(tmp_path / "strip.png")
     shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "good.jpg")
-    file = captions_file(
-        tmp_path, [(1, "strip.png"), (2, "good.jpg")], [(1, "a strip"), (2, "a scene")]
-    )
-    manifest = ingest(lone(tmp_path, file, split="train"))
+    file = write_captions(tmp_path / "c.json", [(1, "strip.png"), (2, "good.jpg")])
+    manifest = ingest_files(tmp_path, file, split="train")
     assert manifest.counts == {"train": 1} and manifest.quarantined == {"not_storable": 1}
 
 
@@ -165,7 +132,7 @@ def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(
     scenes: Path, tmp_path: Path
 ) -> None:
     annotations, output = scenes / "annotations" / "captions_train2017.json", str(tmp_path / "out")
-    made = ingest(
+    first = ingest(
         IngestConfig(annotations=str(annotations), images=str(scenes / "train2017"), output=output)
     )
     (tmp_path / "empty").mkdir()
@@ -175,7 +142,7 @@ def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(
                 annotations=str(annotations), images=str(tmp_path / "empty"), output=output
             )
         )
-    assert read_manifest(output).fingerprint == made.fingerprint
+    assert read_manifest(output).fingerprint == first.fingerprint
     assert all(storage.exists(shard.uri) for shard in read_manifest(output).shards)
 
 
@@ -183,9 +150,9 @@ def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(
     "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "gs://b/x.jpg"]
 )
 def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    file = captions_file(tmp_path, [(1, name)], [(1, "a scene")])
+    file = write_captions(tmp_path / "c.json", [(1, name)])
     with pytest.raises(UserError, match="leaves the image folder"):
-        ingest(lone(tmp_path, file))
+        ingest_files(tmp_path, file)
     assert not (tmp_path / "out").exists()
 
 
@@ -205,15 +172,15 @@ def test_what_is_not_coco_captions_is_refused_in_one_line(tmp_path: Path, text: 
     file = tmp_path / "captions.json"
     file.write_text(text)
     with pytest.raises(UserError, match=r"captions\.json") as refused:
-        ingest(lone(tmp_path, file))
+        ingest_files(tmp_path, file)
     assert "\n" not in str(refused.value)
 
 
 def test_no_usable_image_at_all_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no image")
-    file = captions_file(tmp_path, [(1, "a.jpg")], [(1, "a scene")])
+    file = write_captions(tmp_path / "c.json", [(1, "a.jpg")])
     with pytest.raises(UserError, match=r"no usable image among 1 listed \(unreadable: 1\)"):
-        ingest(lone(tmp_path, file))
+        ingest_files(tmp_path, file)
 
 
 def test_an_output_that_cannot_be_written_is_refused(scenes: Path, tmp_path: Path) -> None:
@@ -232,9 +199,7 @@ def test_a_data_set_without_a_part_is_refused(scenes: Path, tmp_path: Path, miss
 
 
 def test_images_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
-    from model_lib.io.storage import upload_folder
-
-    upload_folder(str(scenes), "memory://bucket/scenes")
+    storage.upload_folder(str(scenes), "memory://bucket/scenes")
     manifest = ingest(IngestConfig(dataset="memory://bucket/scenes", output="memory://bucket/data"))
     assert manifest.counts == {"train": 64, "val": 12}
     reader = SplitReader(read_manifest("memory://bucket/data"), "val", size=16)
@@ -266,7 +231,7 @@ def test_turned_grey_and_odd_images_are_stored_as_pillow_shows_them(
     odd_images: Path, tmp_path: Path
 ) -> None:
     names = sorted(file.name for file in odd_images.iterdir() if file.is_file())
-    file = captions_file(tmp_path, *listed(names))
+    file = write_captions(tmp_path / "c.json", list(enumerate(names)))
     config = IngestConfig(
         annotations=str(file), images=str(odd_images), output=str(tmp_path / "out"), split="train"
     )
@@ -286,18 +251,15 @@ def test_turned_grey_and_odd_images_are_stored_as_pillow_shows_them(
             ]
 
 
-def listed(names: list[str]) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
-    return list(enumerate(names)), [(n, f"image {n}") for n in range(len(names))]
-
-
 def test_originals_are_kept_to_the_byte_and_still_refused_if_broken(
     coco: Path, odd_images: Path, tmp_path: Path
 ) -> None:
     shutil.copy(odd_images / "exif_Portrait_8.jpg", tmp_path / "turned.jpg")
     shutil.copy(coco / "val2017" / "000000000802.jpg", tmp_path / "good.jpg")
     shutil.copy(odd_images / "truncated_jpeg.jpg", tmp_path / "cut.jpg")
-    file = captions_file(tmp_path, *listed(["good.jpg", "cut.jpg", "turned.jpg"]))
-    manifest = ingest(lone(tmp_path, file, split="train", store="original"))
+    names = ["good.jpg", "cut.jpg", "turned.jpg"]
+    file = write_captions(tmp_path / "c.json", list(enumerate(names)))
+    manifest = ingest_files(tmp_path, file, split="train", store="original")
     assert manifest.quarantined == {"truncated": 1}
     for row in stored(manifest):
         assert row["image"] == (tmp_path / row["file_name"]).read_bytes()
@@ -342,8 +304,8 @@ def test_shards_are_read_by_pandas_duckdb_arrow_and_datasets(data: Path, tmp_pat
     query = (
         f"select count(*), sum(len(captions)), min(octet_length(image)) from '{data}/t*.parquet'"
     )
-    (found,) = duckdb.sql(query).fetchall()
-    assert found[0] == 64 and found[1] == frame["captions"].map(len).sum() and found[2] > 100
+    (row,) = duckdb.sql(query).fetchall()
+    assert row[0] == 64 and row[1] == frame["captions"].map(len).sum() and row[2] > 100
     assert pyarrow.dataset.dataset(train).count_rows() == 64
     files = {"train": f"{data}/train-*.parquet", "val": f"{data}/val-*.parquet"}
     loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path))

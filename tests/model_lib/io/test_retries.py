@@ -1,8 +1,9 @@
-"""Transient errors are retried for a time, and others are told at once."""
+"""Transient errors are retried for a time, and others are raised at once."""
 
 from collections.abc import Callable
 
 import pytest
+from gcsfs.retry import HttpError
 
 from model_lib import UserError
 from model_lib.errors import WorkError
@@ -49,10 +50,18 @@ def test_a_transient_error_is_retried(
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_lasting_error_is_told_at_once(error: OSError, pauses: list[float]) -> None:
-    with pytest.raises((UserError, WorkError), match="gs://bucket/file: ") as told:
+def test_a_lasting_error_is_raised_at_once(error: OSError, pauses: list[float]) -> None:
+    with pytest.raises((UserError, WorkError), match="gs://bucket/file: ") as raised:
         storage.access("gs://bucket/file", failing(error))
-    assert told.value.__cause__ is error and not pauses
+    assert raised.value.__cause__ is error and not pauses
+
+
+def test_a_one_line_error_is_raised_as_it_is(pauses: list[float]) -> None:
+    error = UserError("gs://bucket/file: the server answers 404")
+    error.__cause__ = HttpError({"code": 404})
+    with pytest.raises(UserError) as raised:
+        storage.access("gs://bucket/file", failing(error))
+    assert raised.value is error and not pauses
 
 
 def test_a_local_file_is_not_retried(pauses: list[float]) -> None:

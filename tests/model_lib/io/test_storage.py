@@ -50,7 +50,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, uri: str) -> None:
 
 
 @pytest.mark.parametrize("bucket", ["s3://bucket", "s3://no such bucket!"])
-def test_a_mistake_in_the_setup_of_a_bucket_is_told_at_once(
+def test_a_mistake_in_the_setup_of_a_bucket_is_refused_at_once(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -98,7 +98,7 @@ def s3_error(status: int, code: str) -> Exception:
     ],
     ids=lambda value: str(value),
 )
-def test_only_what_may_pass_is_asked_again(error: Exception, passes: bool) -> None:
+def test_only_transient_errors_are_retried(error: Exception, passes: bool) -> None:
     assert is_transient(error) == passes
     failed = WorkError("x: cannot be read")
     failed.__cause__ = error
@@ -107,7 +107,7 @@ def test_only_what_may_pass_is_asked_again(error: Exception, passes: bool) -> No
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 @pytest.mark.parametrize("status", [400, 416])
-def test_a_bucket_that_refuses_a_request_is_believed_at_once(
+def test_a_bucket_that_refuses_a_request_is_not_asked_again(
     scheme: str, status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -1,5 +1,4 @@
-"""Image files that lie, break off or blow up: made from a seed, each with what it is in its
-name."""
+"""Image files that are cut, damaged or decompression bombs, made from a seed and named for it."""
 
 import io
 import struct
@@ -54,10 +53,10 @@ def segment(marker: int, content: bytes) -> bytes:
 
 
 def _with_size(jpeg: bytes, width: int, height: int) -> bytes:
-    place = next(
+    start = next(
         jpeg.index(bytes([0xFF, sof])) for sof in (0xC0, 0xC2) if bytes([0xFF, sof]) in jpeg
     )
-    return jpeg[: place + 5] + struct.pack(">HH", height, width) + jpeg[place + 9 :]
+    return jpeg[: start + 5] + struct.pack(">HH", height, width) + jpeg[start + 9 :]
 
 
 def _many_scans(jpeg: bytes, times: int) -> bytes:
@@ -74,8 +73,8 @@ def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     yield "bomb-pixels-real.png", encoded(Image.new("1", (30_000, 30_000)), "png")
     yield "bomb-pixels-real.gif", encoded(Image.new("P", (16_000, 16_000)), "gif")
     for width, height in ((65_500, 65_500), (65_535, 1), (0, 0), (0, 100), (1, 65_535)):
-        yield f"lying-size-{width}x{height}.jpg", _with_size(jpeg, width, height)
-        yield f"lying-size-{width}x{height}.png", png_of_size(width, height, rows)
+        yield f"false-size-{width}x{height}.jpg", _with_size(jpeg, width, height)
+        yield f"false-size-{width}x{height}.png", png_of_size(width, height, rows)
     zeros = zlib.compress(b"\0" * (300 * MEGABYTE))
     for name, content in (
         (b"zTXt", b"Comment\0\0" + zeros),
@@ -102,7 +101,7 @@ def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
     yield "enormous-text.png", encoded(small, "png", pnginfo=info)
     yield (
         "many-scans.jpg",
-        _many_scans(encoded(image(rng, 1600, 1200), "jpg", progressive=True), 500),
+        _many_scans(encoded(image(rng, 1600, 1200), "jpg", progressive=True), 100),
     )
     frames = [Image.new("P", (200, 200), n % 256) for n in range(500)]
     for kind in ("gif", "png", "webp"):
@@ -112,7 +111,7 @@ def _bombs(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
         )
 
 
-def corpus(seed: int, count: int = 500) -> Iterator[tuple[str, bytes]]:
+def corpus(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
     """Yield at least `count` file names and contents."""
     rng = np.random.default_rng(seed)
     bombs = list(_bombs(rng))
@@ -143,6 +142,6 @@ def corpus(seed: int, count: int = 500) -> Iterator[tuple[str, bytes]]:
 
 def _flipped(content: bytes, rng: np.random.Generator, count: int) -> bytes:
     changed = bytearray(content)
-    for place in rng.integers(0, len(content), count):
-        changed[place] ^= int(rng.integers(1, 256))
+    for position in rng.integers(0, len(content), count):
+        changed[position] ^= int(rng.integers(1, 256))
     return bytes(changed)
