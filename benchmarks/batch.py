@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from model_lib import Captioner, CaptionerConfig
 from model_lib.batch.captions import caption_shards
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge
-from model_lib.batch.planning import folder_of, plan, resolved
+from model_lib.batch.planning import output_folder, resolve, write_plan
 from model_lib.ingest.config import ScenesConfig
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model.captioning import caption_pixels, load_pixels
@@ -41,14 +42,14 @@ from model_lib.model.tokens import train_tokenizer
 from model_lib.presets import PRESETS
 
 
-def model_of(preset: str, device: str) -> Captioner:
+def build(preset: str, device: str) -> Captioner:
     """Return a captioner of random weights in the number format in which it would be loaded."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a small red circle on a white background"] * 3, 512)
-    model = Captioner(CaptionerConfig.of(PRESETS[preset])).eval()
+    model = Captioner(CaptionerConfig.from_preset(PRESETS[preset])).eval()
     model.tokenizer = tokenizer
-    place = choose_device(device)
-    return model.to(place, inference_dtype("auto", place, model.config.decoder_config.n_embd))
+    target = choose_device(device)
+    return model.to(target, inference_dtype("auto", target, model.config.decoder_config.n_embd))
 
 
 @contextmanager
@@ -74,10 +75,10 @@ def bucket(folder: Path) -> Iterator[str | None]:
 def end_to_end(config: BatchConfig, model: Captioner) -> float:
     """Return images per second of plan, captions and merge."""
     began = time.perf_counter()
-    config = resolved(config)
-    made = plan(config, folder_of(config))
-    caption_shards(made, made.missing(), model)
-    summary = merge(made)
+    config = resolve(config)
+    plan = write_plan(config, output_folder(config))
+    caption_shards(plan, plan.missing(), model)
+    summary = merge(plan)
     assert summary.ok == summary.images
     return summary.images / (time.perf_counter() - began)
 
@@ -88,76 +89,52 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument(
-        "--cores",
-        type=int,
-        default=0,
-        help="threads that read and decode; 0: as captioner batch has",
-    )
+    parser.add_argument("--cores", type=int, default=0, help="threads that read and decode")
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    model, results = model_of(options.preset, options.device), []
+    model = build(options.preset, options.device)
+    common: dict[str, Any] = {"model": "random", "batch_size": options.batch_size}
+    common["workers"] = options.cores
+    results = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        make_scenes(
-            ScenesConfig(output=str(work / "scenes"), train=options.images, val=2, size=640)
-        )
+        scenes = ScenesConfig(output=str(work / "scenes"), train=options.images, val=2, size=640)
+        make_scenes(scenes)
         folder = work / "scenes" / "train2017"
-        files = sorted(folder.iterdir())
-        common: dict[str, Any] = {
-            "model": "random",
-            "batch_size": options.batch_size,
-            "workers": options.cores,
-        }
-        config = BatchConfig(images="-", output="-", **common)
+        files = sorted(map(str, folder.iterdir()))
         with ThreadPoolExecutor(options.cores or 2 * (os.cpu_count() or 1)) as pool:
             began = time.perf_counter()
             pixels = np.stack(
-                list(pool.map(lambda file: load_pixels(str(file), model.image_size), files))
+                list(pool.map(lambda file: load_pixels(file, model.image_size), files))
             )
             decoding = len(files) / (time.perf_counter() - began)
+        config = BatchConfig(images="-", output="-", **common)
         caption_pixels(model, pixels[: options.batch_size], config)  # warm
         began = time.perf_counter()
         for start in range(0, len(pixels), options.batch_size):
             caption_pixels(model, pixels[start : start + options.batch_size], config)
         alone = len(files) / (time.perf_counter() - began)
-        print(
-            f"\n{name}, torch {torch.__version__}; {len(files)} images, batches of "
-            f"{options.batch_size}\n"
-        )
+        batches = f"{len(files)} images, batches of {options.batch_size}"
+        print(f"\n{name}, torch {torch.__version__}; {batches}\n")
         print(f"decoding alone {decoding:,.1f} images/s, the model alone {alone:,.2f}\n")
         print(f"{'from':<10}{'images/s':>12}{'of the model':>14}{'GB':>7}")
         with bucket(folder) as uri:
-            for label, images in (("folder", str(folder)), ("bucket", uri)):
+            for case, images in (("folder", str(folder)), ("bucket", uri)):
                 if images is None:
                     continue
-                found: list[float] = []
-                here = BatchConfig(images=images, output=str(work / label), **common)
-                memory = peak_gb(
-                    lambda here=here, found=found: found.append(end_to_end(here, model)), device
-                )  # type: ignore[misc]
-                print(
-                    f"{label:<10}{found[0]:>12.2f}{found[0] / alone:>14.1%}{memory:>7.1f}",
-                    flush=True,
-                )
-                row = {
-                    "case": label,
-                    "baseline": "decoded tensors",
-                    "unit": "images/s",
-                    "ours": round(found[0], 2),
-                }
-                row |= {
-                    "theirs": round(alone, 2),
-                    "ratio": round(found[0] / alone, 3),
-                    "peak_memory_gb": memory,
-                }
+                config = BatchConfig(images=images, output=str(work / case), **common)
+                rates: list[float] = []
+                measure = partial(end_to_end, config, model)
+                memory = peak_gb(lambda m=measure, r=rates: r.append(m()), device)
+                (rate,) = rates
+                print(f"{case:<10}{rate:>12.2f}{rate / alone:>14.1%}{memory:>7.1f}", flush=True)
+                row = {"case": case, "baseline": "decoded tensors", "unit": "images/s"}
+                row |= {"ours": round(rate, 2), "theirs": round(alone, 2)}
+                row |= {"ratio": round(rate / alone, 3), "peak_memory_gb": memory}
                 results.append(row)
-    print(
-        json.dumps(
-            {"benchmark": "batch", "device": name, "torch": torch.__version__, "results": results}
-        )
-    )
+    document = {"benchmark": "batch", "device": name, "torch": torch.__version__}
+    print(json.dumps({**document, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Captions a second, from pixels to token ids, against transformers' `generate` on the same
-weights.
+"""Captions a second, from pixels to token ids, against transformers' `generate`, same weights.
 
     python -m benchmarks.decode [--preset clip-l-gpt2-medium] [--device cpu] [--batches 1 8 32]
     [--rounds 3]
@@ -18,6 +17,8 @@ It prints a table and ends with one line of JSON.
 
 import argparse
 import json
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def build(preset: str) -> tuple[Captioner, CLIPVisionModel, GPT2LMHeadModel]:
     """Return a captioner of random weights and transformers' parts with the same, both without the
     visual norm."""
     torch.manual_seed(0)
-    config = CaptionerConfig.of(PRESETS[preset])
+    config = CaptionerConfig.from_preset(PRESETS[preset])
     model = Captioner(config).eval()
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
@@ -75,23 +76,20 @@ def ours(model: Captioner, pixels: Tensor, config: DecodeConfig) -> list[list[in
 @torch.inference_mode()
 def generate(reference: GPT2LMHeadModel, features: Tensor, config: DecodeConfig) -> list[list[int]]:
     start = torch.full((len(features), 1), reference.config.eos_token_id, device=features.device)
-    drawn = (
-        {"do_sample": True, "top_p": config.top_p, "top_k": 0}
-        if config.samples
-        else {"do_sample": False}
-    )
-    out = reference.generate(
+    options: dict[str, Any] = {"do_sample": config.do_sample, "num_beams": config.num_beams}
+    if config.do_sample:
+        options |= {"top_p": config.top_p, "top_k": 0}
+    tokens = reference.generate(
         start,
         attention_mask=torch.ones_like(start),
         encoder_hidden_states=features,
-        num_beams=config.num_beams,
         num_return_sequences=config.num_captions,
         min_new_tokens=TOKENS,
         max_new_tokens=TOKENS,
         pad_token_id=0,
-        **drawn,
+        **options,
     )
-    return out[:, 1:].tolist()
+    return tokens[:, 1:].tolist()
 
 
 @torch.inference_mode()
@@ -100,8 +98,18 @@ def plain(model: Captioner, pixels: Tensor) -> None:
     visual = model.encode(pixels)
     tokens = torch.full((1, 1, 1), model.config.decoder_config.eos_token_id, device=pixels.device)
     for _ in range(TOKENS):
-        hidden = model.hidden(tokens, model.cross_cache(visual))
+        hidden = model.decoder(tokens, model.decoder.cross_cache(visual))
         tokens = torch.cat([tokens, model.head(hidden[:, :, -1:]).argmax(-1)], 2)
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a result as a line of the table."""
+    columns = [f"{row['case']:<22}{row['baseline']:<12}"]
+    columns += [f"{row['ours']:>9.2f}{row['theirs']:>9.2f}{row['ratio']:>7.2f}"]
+    for key, width in (("ratio_without_vision", 16), ("peak_memory_gb", 7)):
+        columns.append(f"{row.get(key, ''):>{width}}")
+    columns.append(f"{row.get('their_peak_memory_gb', ''):>8}")
+    print("".join(columns), flush=True)
 
 
 def main() -> None:
@@ -113,86 +121,66 @@ def main() -> None:
     parser.add_argument("--skip_plain", action="store_true", help="leave out the slow baseline")
     options = parser.parse_args()
     device = torch.device(options.device)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
     model, tower, reference = build(options.preset)
     dtype = inference_dtype("auto", device, model.config.decoder_config.n_embd)
-    slow = None
     generator = torch.Generator().manual_seed(0)
-    size = (max(options.batches), 3, model.image_size, model.image_size)
-    pixels = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+    shape = (max(options.batches), 3, model.image_size, model.image_size)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    plain_seconds = None
     if not options.skip_plain:
         model.to(device)
-        (slow,) = median_seconds([lambda: plain(model, pixels[:1])], 1, device)
-    model, tower = model.for_inference(device, dtype), tower.to(device, dtype)
+        (plain_seconds,) = median_seconds([lambda: plain(model, pixels[:1])], 1, device)
+    model = model.for_inference(device, dtype)
+    tower.to(device, dtype)
     reference.to(device, dtype)
 
-    results = []
+    results: list[dict[str, Any]] = []
     print(f"\n{name}, torch {torch.__version__}, {dtype}, {TOKENS} tokens; images per second\n")
     print(
         f"{'case':<22}{'baseline':<12}{'ours':>9}{'theirs':>9}{'ratio':>7}"
         f"{'without vision':>16}{'GB':>7}{'theirs':>8}"
     )
 
-    def report(case: str, baseline: str, mine: float, other: float, **more: float | None) -> None:
+    def report(case: str, baseline: str, mine: float, other: float, **more: float) -> None:
         row = {"case": case, "baseline": baseline, "unit": "images/s", "ours": round(mine, 3)}
         row |= {"theirs": round(other, 3), "ratio": round(mine / other, 2), **more}
         results.append(row)
-        alone, memory, their_memory = (
-            row.get(key)
-            for key in ("ratio_without_vision", "peak_memory_gb", "their_peak_memory_gb")
-        )
-        shown = "".join(
-            f"{'' if v is None else v:>{w}}"
-            for v, w in ((alone, 16), (memory, 7), (their_memory, 8))
-        )
-        print(
-            f"{case:<22}{baseline:<12}{mine:>9.2f}{other:>9.2f}{mine / other:>7.2f}{shown}",
-            flush=True,
-        )
+        show(row)
 
     for batch in options.batches:
         some = pixels[:batch]
         for label, config in CASES.items():
-            mine = lambda config=config, some=some: ours(model, some, config)  # noqa: E731
-
-            def other(config=config, some=some):
-                return generate(reference, encode(model, tower, some), config)
-
-            visions = [
-                lambda some=some: model.encode(some),
-                lambda some=some: encode(model, tower, some),
+            case = f"{label}, batch {batch}"
+            cases = [
+                partial(ours, model, some, config),
+                lambda some=some, config=config: generate(
+                    reference, encode(model, tower, some), config
+                ),
+                partial(model.encode, some),
+                partial(encode, model, tower, some),
             ]
             with torch.inference_mode():
-                measured = median_seconds([mine, other, *visions], options.rounds, device)
-                t_mine, t_other, vision, their_vision = measured
-                report(
-                    f"{label}, batch {batch}",
-                    "generate",
-                    batch / t_mine,
-                    batch / t_other,
-                    ratio_without_vision=round((t_other - their_vision) / (t_mine - vision), 2),
-                    peak_memory_gb=peak_gb(mine, device),
-                    their_peak_memory_gb=peak_gb(other, device),
-                )
-                if label == "greedy" and slow is not None:
-                    report(
-                        f"{label}, batch {batch}",
-                        "plain",
-                        batch / t_mine,
-                        1 / slow,
-                        peak_memory_gb=None,
-                    )
-    first = next(row for row in results if row["case"].endswith(f"batch {min(options.batches)}"))
-    print(f"\nfirst caption, model loaded: {min(options.batches) / first['ours']:.2f} s")
-    print(
-        json.dumps(
-            {"benchmark": "decode", "device": name, "torch": torch.__version__, "results": results}
-        )
-    )
+                mine, other, vision, their_vision = median_seconds(cases, options.rounds, device)
+                memory, their_memory = (peak_gb(run, device) for run in cases[:2])
+            report(
+                case,
+                "generate",
+                batch / mine,
+                batch / other,
+                ratio_without_vision=round((other - their_vision) / (mine - vision), 2),
+                peak_memory_gb=memory,
+                their_peak_memory_gb=their_memory,
+            )
+            if label == "greedy" and plain_seconds is not None:
+                report(case, "plain", batch / mine, 1 / plain_seconds)
+    smallest = min(options.batches)
+    first = next(row for row in results if row["case"].endswith(f"batch {smallest}"))
+    print(f"\nfirst caption, model loaded: {smallest / first['ours']:.2f} s")
+    document = {"benchmark": "decode", "device": name, "torch": torch.__version__}
+    print(json.dumps({**document, "results": results}))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Sharded(World):
 
 def make_train_step(options: argparse.Namespace, world: World) -> TrainStep:
     torch.manual_seed(0)
-    config = CaptionerConfig.of(PRESETS[options.preset])
+    config = CaptionerConfig.from_preset(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(world.device).train()
     ids = coco_like_captions(options.images, config.decoder_config.vocab_size)

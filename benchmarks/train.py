@@ -193,7 +193,7 @@ def train_from_parquet(preset: str, images: int, **options: Any) -> float:
             IngestConfig(dataset=str(work / "scenes"), output=str(work / "data"), store="original")
         )
         if shapes.vision is not None:
-            config = CaptionerConfig.of(shapes)
+            config = CaptionerConfig.from_preset(shapes)
             parts = {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
             CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
             GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
@@ -243,7 +243,7 @@ def main() -> None:
     )
     dtype = autocast_dtype(options.precision, device)
     torch.manual_seed(0)
-    config = CaptionerConfig.of(PRESETS[options.preset])
+    config = CaptionerConfig.from_preset(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(device).train()
     model.freeze_into(dtype)

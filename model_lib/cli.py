@@ -95,7 +95,7 @@ def info(config: InfoConfig) -> Output:
         from model_lib.model.captioner import Captioner, CaptionerConfig
 
         with torch.device("meta"):
-            model = Captioner(CaptionerConfig.of(PRESETS[preset]))
+            model = Captioner(CaptionerConfig.from_preset(PRESETS[preset]))
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         trainable = sum(size for size, trained in sizes if trained)
         return {"preset": preset, "total": sum(size for size, _ in sizes), "trainable": trainable}

@@ -1,5 +1,4 @@
-"""Every command against a bucket on loopback: Google Cloud Storage and S3, as gcsfs and s3fs speak
-them."""
+"""Every command against a bucket on loopback: Google Cloud Storage by gcsfs, S3 by s3fs."""
 
 import asyncio
 import json
@@ -49,62 +48,42 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
     }
 
     def run(*arguments: object) -> Any:
-        done = captioner(*arguments, "--json", **variables)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        process = captioner(*arguments, "--json", **variables)
+        assert process.returncode == 0, process.stderr
+        return json.loads(process.stdout)
 
     run("scenes", "--output", f"{uri}/drawn", "--train", "2", "--val", "2")
     assert len(fs.ls("images/drawn/train2017")) == 2
-    made = run("ingest", "--dataset", f"{uri}/scenes", "--output", f"{uri}/data")
-    assert made["counts"] == {"train": 64, "val": 12} and not made["quarantined"]
-    options = ("--data", f"{uri}/data", "--output", f"{uri}/run", "--preset", "tiny")
-    trained = run("train", *options, "--epochs", "2")
-    assert trained["model"] == f"{uri}/run/best" and trained["steps"] == 4
-    kept = {Path(name).name for name in fs.ls("images/run/checkpoints", detail=False)}
-    assert kept == {"step-00000002-validated", "step-00000004-validated"}
-    assert run("train", *options, "--epochs", "2") == trained, (
-        "the second call finds the first one's checkpoint"
-    )
+    manifest = run("ingest", "--dataset", f"{uri}/scenes", "--output", f"{uri}/data")
+    assert manifest["counts"] == {"train": 64, "val": 12} and not manifest["quarantined"]
+    data, model = f"{uri}/data", f"{uri}/run/best"
+    options = ("--data", data, "--output", f"{uri}/run", "--preset", "tiny", "--epochs", "2")
+    trained = run("train", *options)
+    assert trained["model"] == model and trained["steps"] == 4
+    checkpoints = {Path(name).name for name in fs.ls("images/run/checkpoints", detail=False)}
+    assert checkpoints == {"step-00000002-validated", "step-00000004-validated"}
+    assert run("train", *options) == trained, "the second run resumes from the first one's end"
 
-    evaluated = run(
-        "evaluate", "--model", f"{uri}/run/best", "--data", f"{uri}/data", "--output", f"{uri}/j"
-    )
+    evaluated = run("evaluate", "--model", model, "--data", data, "--output", f"{uri}/j")
     assert evaluated["images"] == 12 and fs.exists("images/j/report.html")
     annotations = f"{uri}/scenes/annotations/captions_val2017.json"
-    assert (
-        run("evaluate", "--results", f"{uri}/j/results.json", "--annotations", annotations)[
-            "images"
-        ]
-        == 12
-    )
-    assert run("register", "--evaluations", f"{uri}/j")["promoted"] and fs.exists(
-        "images/j/decision.html"
-    )
+    options = ("--results", f"{uri}/j/results.json", "--annotations", annotations)
+    assert run("evaluate", *options)["images"] == 12
+    assert run("register", "--evaluations", f"{uri}/j")["promoted"]
+    assert fs.exists("images/j/decision.html")
     assert [version["aliases"] for version in run("models")] == [["champion"]]
-    one = f"{uri}/scenes/val2017/000000000001.jpg"
-    by_folder, by_registry = (
-        run("caption", "-f", one, "--model", model)
-        for model in (f"{uri}/run/best", "models:/captioner@champion")
-    )
+    image = f"{uri}/scenes/val2017/000000000001.jpg"
+    by_folder = run("caption", "-f", image, "--model", model)
+    by_registry = run("caption", "-f", image, "--model", "models:/captioner@champion")
     assert by_folder == by_registry and by_folder[0]["caption"]
 
     fs.pipe_file("images/scenes/val2017/broken.jpg", b"no image")
     fs.pipe_file("images/scenes/val2017/empty.jpg", b"")
-    options = (
-        "--images",
-        f"{uri}/scenes/val2017",
-        "--output",
-        f"{uri}/captions",
-        "--model",
-        f"{uri}/run/best",
-    )
-    options += ("--shard_images", "5")
+    options = ("--images", f"{uri}/scenes/val2017", "--output", f"{uri}/captions")
+    options += ("--model", model, "--shard_images", "5")
     summary = run("batch", *options)
-    assert (summary["images"], summary["ok"], summary["errors"]) == (
-        14,
-        12,
-        {"unreadable": 1, "empty": 1},
-    )
+    assert (summary["images"], summary["ok"]) == (14, 12)
+    assert summary["errors"] == {"unreadable": 1, "empty": 1}
     parts = sorted(fs.glob("images/captions/*/captions/*.parquet"))
     rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
     assert len(parts) == 3 and len(rows) == 14
@@ -114,23 +93,18 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
     written = version(fs.info(parts[0]))
     again = run("batch", *options)
     assert {**again, "images_per_second": 0} == {**summary, "images_per_second": 0}
-    assert version(fs.info(parts[0])) == written, "what was there was not done again"
+    assert version(fs.info(parts[0])) == written, "the other shards are not captioned again"
 
 
 def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: Bucket) -> None:
-    scheme = bucket.uri.partition(":")[0]
-    done = captioner(
-        "ingest", "--dataset", f"{scheme}://elsewhere/set", "--output", f"{bucket.uri}/out"
-    )
-    assert done.returncode == 2 and f"{scheme}://elsewhere/set/annotations" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    done = captioner(
-        "ingest", "--dataset", f"{bucket.uri}/scenes", "--output", f"{scheme}://elsewhere/out"
-    )
-    assert (
-        done.returncode == 2 and f"{scheme}://elsewhere/out: cannot be written to" in done.stderr
-    ), done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    missing = f"{bucket.uri.partition(':')[0]}://elsewhere"
+    for dataset, output, message in (
+        (f"{missing}/set", f"{bucket.uri}/out", f"{missing}/set/annotations"),
+        (f"{bucket.uri}/scenes", f"{missing}/out", f"{missing}/out: cannot be written to"),
+    ):
+        process = captioner("ingest", "--dataset", dataset, "--output", output)
+        assert process.returncode == 2 and message in process.stderr, process.stderr
+        assert len(process.stderr.splitlines()) == 1
 
 
 @pytest.fixture()
@@ -166,9 +140,8 @@ def test_training_outlasts_a_bucket_that_fails(
     each_step(monkeypatch, lambda step: faults.outage(4) if step == 3 else None)
     options = {"preset": "tiny", "epochs": 3, "checkpoint_steps": 1}
     train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/run", **options))
-    assert (
-        faults.failed > 20 and ": fails (HttpError: out of order, 503); asking again" in caplog.text
-    )
+    assert faults.failed > 20
+    assert ": fails (HttpError: out of order, 503); next attempt in" in caplog.text
     ours = fsspec.filesystem("gs").cat_file("images/run/best/model.safetensors")
     assert ours == (finished / "best" / "model.safetensors").read_bytes()
 
@@ -183,9 +156,6 @@ def test_a_shard_that_disappears_is_one_line(
             fs.rm_file("images/data/train-00000.parquet")
 
     each_step(monkeypatch, remove)
-    with pytest.raises(
-        UserError,
-        match=r"data/train-00000\.parquet: the manifest names this shard, but it is not there",
-    ):
+    with pytest.raises(UserError, match=r"data/train-00000\.parquet: (no such file|the manifest)"):
         train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/lost", preset="tiny", epochs=3))
     assert fs.exists("images/lost/checkpoints/step-00000002-validated/manifest.json")

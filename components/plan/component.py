@@ -14,8 +14,7 @@ def plan(
     If none is left, return the first: kfp.local needs one.
     """
     from model_lib.batch.config import BatchConfig
-    from model_lib.batch.planning import folder_of, resolved
-    from model_lib.batch.planning import plan as run
+    from model_lib.batch.planning import output_folder, resolve, write_plan
     from model_lib.exits import exit_in_one_line
     from model_lib.io.locks import output_lock
     from model_lib.tracking.server import tracking_from_environment
@@ -24,7 +23,8 @@ def plan(
         tracking_from_environment()
         named: dict = {"images": images, "output": output, "model": model}
         named |= {"num_beams": num_beams, "shard_images": shard_images}
-        config = resolved(BatchConfig.from_options(**{**named, **options}))
-        with output_lock(folder := folder_of(config)):
-            made = run(config, folder)
-        return [{"plan": made.reference, "shard": shard} for shard in made.missing() or [0]]
+        config = resolve(BatchConfig.from_options(**{**named, **options}))
+        folder = output_folder(config)
+        with output_lock(folder):
+            plan = write_plan(config, folder)
+        return [{"plan": plan.reference, "shard": shard} for shard in plan.missing() or [0]]

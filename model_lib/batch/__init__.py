@@ -7,9 +7,8 @@
                            report.html          the same for people, with images
              latest.json                        the last summary
 
-Every image listed has exactly one row, with a status. Started again, only images that are new or
-changed, or that could not be read but may be now, are captioned; rows of images no longer listed
-are removed. Other images, another model, another version of it or other options have a folder of
-their own. A shard's file is named after the images in it, so that a file of that name is always the
-finished shard.
+Every listed image has exactly one row, with a status. A second run captions only images that are
+new or changed, or that could not be read but may be now; rows of images that are no longer listed
+are removed. Other images, another model, other weights or other options have a folder of their own.
+A shard's file is named after the images in it: a file of that name is always the finished shard.
 """

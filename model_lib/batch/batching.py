@@ -1,28 +1,27 @@
-"""Captioning a folder, a bucket or a list of images, from start to end: plan, caption each shard,
-merge.
+"""Captioning a folder, a bucket or a list of images, in one process: plan, caption, merge.
 
-Here one process does it all. The pipeline does the same in steps, which know of each other what is
-in the plan.
+The pipeline does the same in steps, which share only the plan.
 """
 
 from model_lib.batch.captions import caption_shards, load_model
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary, merge
-from model_lib.batch.planning import folder_of, plan, resolved
+from model_lib.batch.planning import output_folder, resolve, write_plan
 from model_lib.io.locks import output_lock
 
 
 def batch(config: BatchConfig) -> Summary:
-    """Caption everything that `config.images` stands for, here and now.
+    """Caption all images that `config.images` stands for.
 
     Raises:
         UserError: images, model or output cannot be used.
+        WorkError: a store failed, or another run is at work in the output.
     """
-    config = resolved(config)
+    config = resolve(config)
     model = load_model(config)
-    with output_lock(folder := folder_of(config)):
-        made = plan(config, folder)
-        missing = made.missing()
-        if missing:
-            caption_shards(made, missing, model)
-        return merge(made)
+    folder = output_folder(config)
+    with output_lock(folder):
+        plan = write_plan(config, folder)
+        if missing := plan.missing():
+            caption_shards(plan, missing, model)
+        return merge(plan)

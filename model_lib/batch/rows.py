@@ -1,4 +1,4 @@
-"""The rows of captions as Parquet holds them, one for each image that was listed."""
+"""The rows of captions in Parquet, one for each listed image."""
 
 import pyarrow as pa
 
@@ -18,20 +18,18 @@ FIELDS = [
     ("captioned_at", pa.timestamp("us", tz="UTC")),
 ]
 SEVERAL = [("captions", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))]
-"""Columns that there are besides when an image gets several captions."""
-ABOUT = b"captioner"
-"""Key of a Parquet file's metadata: what made it, as JSON."""
-
-
+"""Further columns if an image gets several captions."""
+METADATA_KEY = b"captioner"
+"""Key of a file's metadata: how it was made, as JSON."""
+WHAT = "captions that captioner batch wrote"
 TYPES = {"uri": "text", "status": "text", "caption": "text", "score": "float", "error": "text"}
 """Columns that are read again."""
 
 
 def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Return some columns of a shard's file, or all."""
-    what = "captions that captioner batch wrote"
     types = {name: TYPES[name] for name in columns or TYPES}
-    table = read_parquet(uri, types, what, others=columns is None)
-    with input_errors(uri, what):
+    table = read_parquet(uri, types, WHAT, others=columns is None)
+    with input_errors(uri, WHAT):
         table.validate(full=True)
     return table

@@ -324,8 +324,10 @@ def require_writable(folder: str) -> None:
     try:
         write_bytes(probe, b"")
         remove(probe)
-    except UserError as error:
-        raise UserError(f"{error}; choose another output") from error
+    except UserError as error:  # names the probe, and of a missing bucket says only that
+        reason = getattr(error.__cause__, "strerror", None) or error.__cause__
+        message = f"{folder}: cannot be written to: {reason}; choose another output"
+        raise UserError(message) from error
 
 
 def require_room(folder: str, need: int, what: str) -> None:

@@ -1,16 +1,14 @@
-"""The captioner: a CLIP vision tower, a GPT-2 that looks at what the tower says (`decoder.py`), and
-an output head.
+"""The captioner: a CLIP vision tower, a GPT-2 that attends to its output, and a head.
 
-The head starts as a copy of the token embedding but is trained apart from it.
+The head starts as a copy of the token embedding and is trained apart from it.
 
-Shapes: B images, N rows per image, T tokens, S visual tokens, D decoder width, E vision width, V
-vocabulary.
+Shapes: B images, N rows per image, T tokens, S visual tokens, E vision width, V vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -31,46 +29,42 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.pytorch_utils import Conv1D
 
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError
 from model_lib.model import prepacking, weights
-from model_lib.model.decoder import CrossCache, Decoder, KVCache, PackedLayout
+from model_lib.model.captioning import Caption, caption_images
+from model_lib.model.decoder import Decoder
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.sources import read_training, resolve_captioner
 from model_lib.presets import Preset
 
-if TYPE_CHECKING:
-    from model_lib.model.captioning import Caption
-
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return RGB values in CLIP's scale, bit for bit those of transformers' image processor on any
-    device.
+    """Return normalised RGB values, bit for bit those of transformers' `CLIPImageProcessorPil`.
 
-    There are only 256 values a channel, so they are looked up: rescaled in float64, rounded, then
-    normalised in float32, as `CLIPImageProcessorPil` does in numpy.
+    Each of the 256 values of a channel is looked up in a table that is computed as there: rescaled
+    in float64, rounded to float32, normalised.
 
     Args:
-        pixels: uint8 [..., 3, height, width].
+        pixels: uint8 [..., 3, height, width], on any device.
         mean, std: of each channel, for values in 0..1.
 
     Returns:
         float32, of the same shape.
     """
     values = (np.arange(256) * (1 / 255)).astype(np.float32)
-    centre, spread = (np.asarray(numbers, np.float32)[:, None] for numbers in (mean, std))
-    table = (values[None] - centre) / spread
+    table = values - np.asarray(mean, np.float32)[:, None]
+    table /= np.asarray(std, np.float32)[:, None]
     channel = torch.arange(3, device=pixels.device).view(3, 1, 1)
     return torch.from_numpy(table).to(pixels.device)[channel, pixels.long()]
 
 
 class CaptionerConfig(PreTrainedConfig):
-    """Shapes of both halves, and what is trained.
+    """Shapes of the parts, and which weights are trained.
 
     Args:
         vision_config: the CLIP vision tower's `CLIPVisionConfig`, or its values as a dict.
         decoder_config: GPT-2's `GPT2Config`, or its values as a dict.
-        train_everything: train all weights (a small model from scratch) instead of the design's
-            subset.
+        train_everything: train all weights, for a small model from scratch.
         image_mean, image_std: normalisation of RGB values in 0..1.
     """
 
@@ -85,7 +79,7 @@ class CaptionerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     @classmethod
-    def of(cls, preset: Preset, **decoder_options: int) -> Self:
+    def from_preset(cls, preset: Preset, **decoder_options: int) -> Self:
         """Return a preset's configuration, without loading weights."""
         return cls(
             vision_config=dict(preset.vision_shape),
@@ -95,25 +89,16 @@ class CaptionerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, kind in self.sub_configs.items():
-            given = getattr(self, name) or {}
+            value = getattr(self, name) or {}
             # A copy: transformers writes into the configurations of a model's parts.
-            setattr(self, name, copy.deepcopy(given) if isinstance(given, kind) else kind(**given))
+            setattr(self, name, copy.deepcopy(value) if isinstance(value, kind) else kind(**value))
         for name in ("image_mean", "image_std"):
             values = np.asarray(getattr(self, name), np.float64)
-            if (
-                values.shape != (3,)
-                or not np.isfinite(values).all()
-                or (name == "image_std" and values.min() <= 0)
-            ):
-                raise ValueError(
-                    f"{name}: {getattr(self, name)!r:.60} is not a number for each of red, green "
-                    "and blue"
-                )
+            if values.shape != (3,) or not np.isfinite(values).all() or 0 in self.image_std:
+                raise ValueError(f"{name}: {getattr(self, name)!r:.60} is not a number a channel")
         for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
             if getattr(self.decoder_config, option):
-                raise UserError(
-                    f"GPT-2 configuration: {option} is not supported; choose a standard GPT-2"
-                )
+                raise UserError(f"GPT-2's {option} is not supported; choose a standard GPT-2")
         super().__post_init__(**kwargs)
 
 
@@ -123,17 +108,16 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return F.silu(1.702 * x) / 1.702
-        return F.silu(x.mul_(1.702), inplace=True).mul_(
-            1 / 1.702
-        )  # x is the product before it, and not used again
+        # In place: x is the result of the layer before, which nobody else uses.
+        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
 
 
 class Captioner(PreTrainedModel):
     """An image in, captions out.
 
     `Captioner.from_pretrained(source)` loads a trained one, `Captioner.from_parts(vision, decoder)`
-    starts one from CLIP and GPT-2 weights. `model.tokenizer` belongs to the model and is saved with
-    it; `model.training_record` says what training wrote beside the weights it was loaded from.
+    starts one from CLIP and GPT-2 weights. `model.tokenizer` is saved with the model;
+    `model.training_record` is what training wrote beside the weights (see `read_training`).
     """
 
     config_class = CaptionerConfig
@@ -144,15 +128,14 @@ class Captioner(PreTrainedModel):
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
-        self.vision = CLIPVisionModel._from_config(config.vision_config)
-        if config.vision_config.hidden_act == "quick_gelu":
+        vision, decoder = config.vision_config, config.decoder_config
+        self.vision = CLIPVisionModel._from_config(vision)
+        if vision.hidden_act == "quick_gelu":
             for module in self.vision.modules():
                 if isinstance(module, CLIPMLP):
                     module.activation_fn = QuickGELU()
-        self.decoder = Decoder(config.decoder_config, config.vision_config.hidden_size)
-        self.head = nn.Linear(
-            config.decoder_config.n_embd, config.decoder_config.vocab_size, bias=False
-        )
+        self.decoder = Decoder(decoder, vision.hidden_size)
+        self.head = nn.Linear(decoder.n_embd, decoder.vocab_size, bias=False)
         self.tokenizer: Any = None
         self.training_record: dict[str, Any] = {}
         self.post_init()
@@ -160,13 +143,10 @@ class Captioner(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """GPT-2's initialisation; a projection into the residual stream names its own spread,
-        `init_std`."""
+        """Initialise as GPT-2 does; a module may set its standard deviation, `init_std`."""
         if isinstance(module, Conv1D | nn.Linear | nn.Embedding):
-            init.normal_(
-                module.weight,
-                std=getattr(module, "init_std", self.config.decoder_config.initializer_range),
-            )
+            std = getattr(module, "init_std", self.config.decoder_config.initializer_range)
+            init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -176,24 +156,18 @@ class Captioner(PreTrainedModel):
     # ---- what is trained -------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Set `requires_grad` as the design says: cross-attention, MLP, their norms, `ln_f` and the
-        head train."""
+        """Train cross-attention, MLP, their norms, `ln_f` and the head, and nothing else."""
         self.requires_grad_(self.config.train_everything)
         self.vision.post_layernorm.requires_grad_(False)  # of the pooled output, which is not used
         trained: list[nn.Module] = [self.decoder.ln_f, self.head]
         for block in self.decoder.blocks:
-            trained += [
-                block.ln_cross_attn,
-                block.ln_visual,
-                block.crossattention,
-                block.ln_2,
-                block.mlp,
-            ]
+            trained += [block.ln_cross_attn, block.ln_visual, block.crossattention]
+            trained += [block.ln_2, block.mlp]
         for module in trained:
             module.requires_grad_(True)
 
     def freeze_into(self, dtype: torch.dtype) -> None:
-        """Put the frozen matrices into `dtype`: what takes no gradient needs no float32 copy."""
+        """Convert the frozen matrices to `dtype`: without gradients they need no float32 copy."""
         modules: list[nn.Module] = [self.vision, *(block.attn for block in self.decoder.blocks)]
         for module in modules:
             if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -212,48 +186,36 @@ class Captioner(PreTrainedModel):
         return self.config.vision_config.image_size
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return the visual tokens [B, S, E] of RGB pixels, uint8 [B, 3, image_size,
-        image_size]."""
-        like = self.vision.embeddings.patch_embedding.weight
+        """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, image_size, image_size]."""
+        mean, std = self.config.image_mean, self.config.image_std
+        weight = self.vision.embeddings.patch_embedding.weight
         # On a CPU a few at a time: the layers' results then stay in memory that is there already.
         parts = pixels.split(8) if pixels.device.type == "cpu" else [pixels]
-        with torch.set_grad_enabled(like.requires_grad and torch.is_grad_enabled()):
-            normalised = [
-                normalise(part, self.config.image_mean, self.config.image_std) for part in parts
-            ]
-            return torch.cat(
-                [self.vision(part.to(like.dtype)).last_hidden_state for part in normalised]
-            )
+        with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
+            inputs = [normalise(part, mean, std).to(weight.dtype) for part in parts]
+            return torch.cat([self.vision(part).last_hidden_state for part in inputs])
 
-    def cross_cache(self, features: Tensor) -> CrossCache:
-        """Return each layer's cross-attention keys and values of the visual tokens [B, S, E]."""
-        return [
-            block.crossattention.keys_values(block.ln_visual(features))
-            for block in self.decoder.blocks
-        ]
+    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        """Return the next-token logits [B, N, T, V] of N rows of token ids an image.
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        visual: CrossCache,
-        cache: KVCache | None = None,
-        layout: PackedLayout | None = None,
-    ) -> Tensor:
-        """Return the last hidden states [B, N, T, D] of token ids, int64 [B, N, T]; with a layout N
-        is 1."""
-        return self.decoder(tokens, visual, cache, layout)
+        Args:
+            pixels: RGB, uint8 [B, 3, image_size, image_size].
+            tokens: ids, int64 [B, N, T]; each row starts with the end-of-text token.
+        """
+        visual = self.decoder.cross_cache(self.encode(pixels))
+        return self.head(self.decoder(tokens, visual))
 
     @torch.inference_mode()
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Return where each token looked, the mean over layers and heads: float32 [B, N, T, S], S
-        summing to one.
-
-        Place 0 of S is CLIP's class token, the others are its patches, row by row.
+        """Return the cross-attention of each token, the mean over layers and heads.
 
         Args:
             features: visual tokens [B, S, E] from `encode`.
-            tokens: ids, int64 [B, N, T], each row starting with the end-of-text token; place t
-                looks for token t + 1.
+            tokens: ids, int64 [B, N, T]; each row starts with the end-of-text token.
+
+        Returns:
+            float32 [B, N, T, S], which sums to one over S: first CLIP's class token, then its
+            patches, row by row. At t it is the attention with which token t + 1 was predicted.
         """
         maps: list[Tensor] = []
         hooks = [
@@ -263,27 +225,34 @@ class Captioner(PreTrainedModel):
             for block in self.decoder.blocks
         ]
         try:
-            self.hidden(tokens, self.cross_cache(features))
+            self.decoder(tokens, self.decoder.cross_cache(features))
         finally:
             for hook in hooks:
                 hook.remove()
         return torch.stack(maps).mean(0)
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """Return the next-token logits [B, N, T, V] of N rows of token ids an image.
+    def caption(self, images: Iterable[Any], **options: Any) -> list[Caption]:
+        """Caption images: paths, URIs, addresses, bytes, PIL images, arrays or tensors.
 
         Args:
-            pixels: RGB, uint8 [B, 3, image_size, image_size].
-            tokens: ids, int64 [B, N, T]; each row starts with the end-of-text token.
+            images: the images; see `model_lib.model.captioning.load_pixels`.
+            options: those of `DecodeConfig`: num_beams, top_p, top_k, temperature, num_captions,
+                max_new_tokens, …
+
+        Returns:
+            `Caption`s with text, score and tokens, the `num_captions` of an image side by side.
+
+        Raises:
+            UserError: an image is missing or broken, or an option makes no sense.
+            WorkError: an image's store or server failed.
         """
-        return self.head(self.hidden(tokens, self.cross_cache(self.encode(pixels))))
+        return caption_images(self, images, **options)
 
     # ---- loading and saving ----------------------------------------------------------------------
 
     @classmethod
     def from_parts(cls, vision: str, decoder: str, tokenizer: str | None = None) -> Self:
-        """Start a captioner from CLIP and GPT-2 weights; untrained, its text is GPT-2's for any
-        image.
+        """Start a captioner from CLIP and GPT-2 weights; for any image its text is GPT-2's.
 
         Args:
             vision: hub name, folder or URI of a CLIP model or its vision tower.
@@ -297,11 +266,7 @@ class Captioner(PreTrainedModel):
         gpt2 = weights.load_part(GPT2Model, decoder)
         model = cls(CaptionerConfig(vision_config=vision_model.config, decoder_config=gpt2.config))
         model.vision.load_state_dict(vision_model.state_dict())
-        new = model.decoder.load_state_dict(gpt2.state_dict(), strict=False).missing_keys
-        assert all(
-            ".crossattention." in name or ".ln_cross_attn." in name or ".ln_visual." in name
-            for name in new
-        )
+        model.decoder.load_state_dict(gpt2.state_dict(), strict=False)
         model.head.weight.data.copy_(gpt2.wte.weight)
         model.tokenizer = weights.load_tokenizer(tokenizer or decoder)
         return model.eval()
@@ -326,30 +291,23 @@ class Captioner(PreTrainedModel):
         """
         folder = resolve_captioner(source)
         weights.require_safetensors(folder)
-        try:
-            with weights.quiet():
-                model, loading = super().from_pretrained(
-                    folder, *args, use_safetensors=True, output_loading_info=True, **kwargs
-                )
-        except weights.FROM_A_LIBRARY as error:
-            raise UserError(f"{source}: cannot be loaded: {first_line(error)}") from error
-        weights.require_whole(source, loading)
-        model.tokenizer, model.training_record = (
-            weights.load_tokenizer(folder),
-            read_training(folder),
-        )
+        with weights.loading_errors(source, "a captioner"):
+            model, loading = super().from_pretrained(
+                folder, *args, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        weights.require_complete(source, loading)
+        model.tokenizer = weights.load_tokenizer(folder)
+        model.training_record = read_training(folder)
         model.freeze()
-        place = choose_device(device)
-        asked = kwargs.get("dtype", "auto") != "auto"  # then transformers has seen to it
-        dtype = (
-            model.dtype
-            if asked
-            else inference_dtype(precision, place, model.config.decoder_config.n_embd)
-        )
-        return model.for_inference(place, dtype)
+        torch_device = choose_device(device)
+        dtype = model.dtype
+        if kwargs.get("dtype", "auto") == "auto":
+            width = model.config.decoder_config.n_embd
+            dtype = inference_dtype(precision, torch_device, width)
+        return model.for_inference(torch_device, dtype)
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move the weights to a device and number format, on a CPU packed as it reads them fastest.
+        """Move the weights to a device and number format, and pack them for a CPU.
 
         Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()`
         unpack them.
@@ -369,17 +327,14 @@ class Captioner(PreTrainedModel):
         return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        prepacking.unpack(
-            self
-        )  # this is what moves and converts tensors, and packed ones cannot be
+        prepacking.unpack(self)  # `to` and the like come here; packed tensors cannot be converted
         return super()._apply(fn, recurse)
 
     @classmethod
     def from_trained_weights(
         cls, file: str, vision: str, decoder: str, tokenizer: str | None = None
     ) -> Self:
-        """Load trained weights alone, a training checkpoint's `state.safetensors`, over the frozen
-        parts.
+        """Load a training checkpoint's weights, `state.safetensors`, over the frozen parts.
 
         Args:
             file: path or URI of the weights, safetensors.
@@ -390,44 +345,22 @@ class Captioner(PreTrainedModel):
         """
         model = cls.from_parts(vision, decoder, tokenizer)
         trained = weights.load_trained(file)
-        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if trained.keys() != wanted:
-            odd = min(trained.keys() ^ wanted)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if different := trained.keys() ^ names:
             raise UserError(
-                f"{file}: is not what training these parts leaves: {odd} is missing or unknown"
+                f"{file}: is not what training these parts leaves: {min(different)} is missing or "
+                "unknown"
             )
-        try:
+        with weights.loading_errors(file, "weights of these parts"):
             model.load_state_dict(trained, strict=False)
-        except RuntimeError as error:
-            raise UserError(
-                f"{file}: does not fit these parts: {str(error).splitlines()[-1].strip()}"
-            ) from error
         return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the configuration, safetensors weights and the tokenizer to a local folder."""
-        with weights.quiet():
+        with weights.quiet_transformers():
             super().save_pretrained(save_directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
-
-    def caption(self, images: list[Any], **options: Any) -> "list[Caption]":
-        """Caption images: paths, URIs, addresses, bytes, PIL images, arrays or tensors.
-
-        Args:
-            images: the images; see `model_lib.model.captioning.load_pixels`.
-            options: those of `DecodeConfig`: num_beams, top_p, top_k, temperature, num_captions,
-                max_new_tokens, …
-
-        Returns:
-            `Caption`s with text, score and tokens, `num_captions` an image side by side.
-
-        Raises:
-            UserError: an image is missing or broken, or an option makes no sense.
-        """
-        from model_lib.model.captioning import caption_images
-
-        return caption_images(self, images, **options)
 
 
 AutoConfig.register(CaptionerConfig.model_type, CaptionerConfig)

@@ -6,25 +6,27 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from model_lib.errors import UserError, WorkError, first_line
+from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
 from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image, read_image, to_pixels
 from model_lib.io.prefetch import prefetch_map
-from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
 from model_lib.model.tokens import decode_tokens
 
+if TYPE_CHECKING:
+    from model_lib.model.captioner import Captioner
+
 
 @dataclass(frozen=True)
 class Caption:
-    """What the model says of an image."""
+    """A caption of an image."""
 
     text: str
     score: float
@@ -38,13 +40,13 @@ Problem = UserError | WorkError | ImageError
 
 
 def caption_pixels(
-    model: Captioner, pixels: np.ndarray | torch.Tensor, config: DecodeConfig
+    model: "Captioner", pixels: np.ndarray | torch.Tensor, config: DecodeConfig
 ) -> list[list[Caption]]:
     """Return each image's `num_captions` captions.
 
     Args:
         model: the captioner.
-        pixels: the model's own, RGB uint8 [B, 3, image_size, image_size].
+        pixels: RGB, uint8 [B, 3, image_size, image_size].
         config: how to decode.
     """
     with torch.inference_mode():
@@ -75,10 +77,7 @@ def load_pixels(image: Any, size: int, redirects: bool = True) -> np.ndarray:
     if isinstance(image, Image.Image):
         return to_pixels(as_rgb(image), size)
     if not isinstance(image, str | bytes | os.PathLike):
-        raise UserError(
-            f"image given as {type(image).__name__}: expected a path, URI, bytes, PIL image or "
-            "array"
-        )
+        raise UserError(f"{_name(image)}: expected a path, URI, bytes, PIL image or array")
     if not isinstance(image, bytes):
         image = read_image(os.fspath(image), redirects=redirects)
     return to_pixels(decode_image(image), size)
@@ -87,31 +86,26 @@ def load_pixels(image: Any, size: int, redirects: bool = True) -> np.ndarray:
 def _from_array(values: np.ndarray) -> Image.Image:
     if values.ndim == 3 and values.shape[0] == 3 and values.shape[2] != 3:
         values = values.transpose(1, 2, 0)
-    if values.dtype != np.uint8 or not (
-        values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
-    ):
+    has_right_shape = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 3)
+    if values.dtype != np.uint8 or not has_right_shape:
         raise UserError(
             f"image given as {values.dtype} {list(values.shape)}: expected uint8 [height, width], "
-            "[height, width, 3] "
-            "or [3, height, width]"
+            "[height, width, 3] or [3, height, width]"
         )
     return Image.fromarray(np.ascontiguousarray(values))
 
 
 def caption_each(
-    model: Captioner,
+    model: "Captioner",
     images: Iterable[Any],
     config: DecodeConfig,
     batch_size: int = 16,
     redirects: bool = True,
 ) -> Iterator[list[Caption] | Problem]:
-    """Yield for each image, in order, its captions or the error that it raised; the others get
-    theirs.
+    """Yield for each image, in order, its captions, or the error for which it has none.
 
-    A `Problem` among the images stands for one that was not found, and is yielded in its place.
-
-    Images are taken from `images` as they are needed, and read and decoded while the model is at
-    work.
+    Images are taken from `images` as they are needed, and read and decoded while the model works. A
+    `Problem` among them, as `find_images` yields it, is yielded again.
     """
 
     def attempt(image: Any) -> np.ndarray | Problem:
@@ -130,57 +124,52 @@ def caption_each(
                 yield next(captions) if isinstance(result, np.ndarray) else result
 
 
-def find_images(names: Iterable[str], listed: Iterable[str]) -> Iterator[str | Problem]:
-    """Yield the images that names stand for, in order, as they are needed; for one that stands for
-    none, why.
+def find_images(names: Iterable[str], lines: Iterable[str]) -> Iterator[str | Problem]:
+    """Yield the images that `names` stand for, in order; for a name without images, the error.
 
     Args:
         names: paths, URIs and addresses, which stand for themselves; folders, for the images in and
-            below them; patterns with * or ?, for what they match; "-", for the lines of `listed`.
-        listed: more paths, URIs and addresses, one a line.
+            below them; patterns with * or ?, for the files that match; "-", for `lines`.
+        lines: more paths, URIs and addresses, one a line.
     """
     for name in names:
         if name == "-":
-            yield from (line.strip() for line in listed if line.strip())
+            yield from (line.strip() for line in lines if line.strip())
             continue
         if name.startswith(("http://", "https://")):
             yield name
             continue
         try:
-            yield from _below(name)
-        except UserError as error:
+            yield from _expand(name)
+        except (UserError, WorkError) as error:
             yield error
-        except Exception as error:  # each store has exceptions of its own
-            yield WorkError(
-                f"{name}: cannot be listed: {type(error).__name__}: {first_line(error)}"
-            )
 
 
-def _below(name: str) -> list[str]:
-    """Return the images of a folder or pattern, or the name itself; `UserError` if there are
-    none."""
+def _expand(name: str) -> list[str]:
+    """Return the images of a folder or pattern, or the name itself; `UserError` if none."""
     fs, path = storage.filesystem(name)
-    is_pattern = any(sign in name for sign in "*?") and not fs.exists(path)
-    if not is_pattern and not fs.isdir(path):
+    if storage.is_folder(name):
+        files = storage.find_files(name)
+        images = [file for file in files if PurePosixPath(file).suffix.lower() in EXTENSIONS]
+        missing = "has no images in it"
+    elif any(sign in name for sign in "*?") and not storage.exists(name):
+        images = storage.access(name, lambda: fs.glob(path), doing="listed")
+        missing = "matches nothing"
+    else:
         return [name]
-    found = sorted(fs.glob(path) if is_pattern else storage.find_files(name))
-    images = [
-        file for file in found if is_pattern or PurePosixPath(file).suffix.lower() in EXTENSIONS
-    ]
     if not images:
-        raise UserError(f"{name}: {'matches nothing' if is_pattern else 'has no images in it'}")
+        raise UserError(f"{name}: {missing}")
     if not storage.is_local(name):
-        return [str(fs.unstrip_protocol(file)) for file in images]
-    return images if os.path.isabs(name) else [os.path.relpath(file) for file in images]
+        return [str(fs.unstrip_protocol(file)) for file in sorted(images)]
+    return [file if os.path.isabs(name) else os.path.relpath(file) for file in sorted(images)]
 
 
-def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> list[Caption]:
+def caption_images(model: "Captioner", images: Iterable[Any], **options: Any) -> list[Caption]:
     """Return `num_captions` captions for each image, those of an image side by side.
 
     Args:
         model: the captioner.
-        images: paths, URIs, addresses, bytes, PIL images, arrays or tensors: see `load_pixels`; or
-            one path.
+        images: see `load_pixels`; or one path.
         options: those of `DecodeConfig`, `num_beams=5` for example.
 
     Raises:
@@ -191,17 +180,16 @@ def caption_images(model: Captioner, images: Iterable[Any], **options: Any) -> l
     config = DecodeConfig.from_options(**options)
     images = [images] if isinstance(images, str | bytes | os.PathLike) else list(images)
     for image, result in zip(images, caption_each(model, images, config), strict=True):
-        if not isinstance(result, list):
-            raise (
-                UserError(f"{_name(image)}: {result}") if isinstance(result, ImageError) else result
-            )
+        if isinstance(result, ImageError):
+            raise UserError(f"{_name(image)}: {result}")
+        if isinstance(result, UserError | WorkError):
+            raise result
         captions += result
     return captions
 
 
-def generate_caption(model: Captioner, image: Any, **options: Any) -> str:
-    """Return the caption of one image: `generate_caption(model, "image.jpg", top_p=0.9,
-    temperature=1.2)`.
+def generate_caption(model: "Captioner", image: Any, **options: Any) -> str:
+    """Return the caption of one image: `generate_caption(model, "image.jpg", num_beams=5)`.
 
     Arguments and errors are those of `caption_images`.
     """
@@ -209,8 +197,5 @@ def generate_caption(model: Captioner, image: Any, **options: Any) -> str:
 
 
 def _name(image: Any) -> str:
-    return (
-        str(image)
-        if isinstance(image, str | os.PathLike)
-        else f"image given as {type(image).__name__}"
-    )
+    is_path = isinstance(image, str | os.PathLike)
+    return str(image) if is_path else f"image given as {type(image).__name__}"

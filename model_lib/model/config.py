@@ -1,4 +1,4 @@
-"""The configuration of decoding, which all that captions shares."""
+"""The configuration of decoding, for every command that captions."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from model_lib.options import StageConfig, option, require
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig(StageConfig):
-    """How captions are decoded: greedy, by beams, or drawn at random when top_p, top_k or
-    temperature is given."""
+    """How captions are decoded: greedy, by beams, or drawn at random if top_p, top_k or temperature
+    is given."""
 
     num_beams: int = option(1, minimum=1)
     """Beams kept per image; 1: greedy."""
@@ -25,14 +25,14 @@ class DecodeConfig(StageConfig):
     min_new_tokens: int = option(0, minimum=0)
     """Shortest caption in tokens."""
     no_repeat_ngram_size: int = option(0, minimum=0)
-    """No so many tokens in a row occur twice in a caption; 0: they may."""
+    """Sequences of so many tokens occur once in a caption; 0: no limit."""
     num_captions: int = option(1, minimum=1)
     """Captions of each image: several draws, or the best of the beams."""
     seed: int = option(0, minimum=0)
     """The same seed draws the same captions."""
 
     @property
-    def samples(self) -> bool:
+    def do_sample(self) -> bool:
         """Whether tokens are drawn at random."""
         return any(value is not None for value in (self.top_p, self.top_k, self.temperature))
 
@@ -43,9 +43,9 @@ class DecodeConfig(StageConfig):
             f"top_p: {self.top_p} is not above 0 and at most 1",
         )
         require(
-            not (self.samples and self.num_beams > 1),
-            "num_beams above 1 searches and top_p, top_k, temperature draw at random: give one or "
-            "the other",
+            not (self.do_sample and self.num_beams > 1),
+            "num_beams above 1 is beam search, and top_p, top_k, temperature draw at random: give "
+            "one or the other",
         )
         require(
             self.min_new_tokens <= self.max_new_tokens,
@@ -53,8 +53,7 @@ class DecodeConfig(StageConfig):
             f"{self.max_new_tokens}",
         )
         require(
-            self.samples or self.num_captions <= self.num_beams,
-            f"num_captions: {self.num_captions} is more than num_beams, {self.num_beams}; search "
-            "with more beams, or "
-            "draw at random with top_p, top_k or temperature",
+            self.do_sample or self.num_captions <= self.num_beams,
+            f"num_captions: {self.num_captions} is more than num_beams, {self.num_beams}; raise "
+            "num_beams, or draw at random with top_p, top_k or temperature",
         )

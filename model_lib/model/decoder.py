@@ -6,9 +6,9 @@
 
 The modules carry the names of transformers' GPT-2, so its weights load unchanged.
 
-An image owns several token rows at once (its captions in training, its beams or samples in
-decoding), and cross-attention has no mask, so those rows are simply one long query: keys and values
-are computed once per image and shared without a copy.
+An image has several rows of tokens: its captions in training, its beams or samples in decoding.
+Cross-attention has no mask, so the rows of an image are one long query, and its keys and values are
+computed once and shared without a copy.
 
 Shapes: B images, N rows per image, T tokens, S visual tokens, D decoder width, E vision width, H
 heads, K head width.
@@ -36,7 +36,7 @@ class PackedLayout:
     """Several sequences in one row of tokens: each starts at position 0 and sees itself alone."""
 
     positions: Tensor
-    """Place of each token in its own sequence, int64 [B, T]."""
+    """Position of each token in its own sequence, int64 [B, T]."""
     mask: Tensor
     """What each token sees, bool [B, 1, T, T]."""
 
@@ -44,9 +44,12 @@ class PackedLayout:
 class KVCache:
     """Keys and values of the tokens so far, one [2, B, H, max_tokens * N, K] buffer a layer.
 
-    The N rows of an image lie side by side at each token, and stay where they were written: when a
-    beam changes its parent, only `origin` changes, which says in whose place a row's past tokens
-    lie.
+    The N rows of an image lie side by side at each token. Keys and values stay in the slot in which
+    they were written: when a beam continues another one, only `slots` changes.
+
+    Attributes:
+        slots: the slot of each row's past tokens, int64 [B, N, T].
+        mask: the entries that each row sees, bool [B, 1, N, T * N]; None: N is 1, and it sees all.
     """
 
     def __init__(
@@ -54,44 +57,43 @@ class KVCache:
     ) -> None:
         shape = (2, batch, config.n_head, max_tokens * rows, config.n_embd // config.n_head)
         self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.own = torch.arange(rows, device=like.device).view(1, rows, 1).expand(batch, rows, 1)
-        self.origin = self.own[:, :, :0]
+        self.rows = torch.arange(rows, device=like.device).view(1, rows, 1).expand(batch, rows, 1)
+        self.slots = self.rows[:, :, :0]
         self.mask: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Tokens so far."""
-        return self.origin.shape[2]
+        return self.slots.shape[2]
 
     def extend(self) -> None:
-        """Make room for a token of each row, and let each row see its own past: bool [B, 1, N,
-        tokens * N]."""
-        self.origin = torch.cat([self.origin, self.own], 2)
-        if self.own.shape[1] > 1:
-            visible = self.origin.unsqueeze(-1) == self.own.transpose(1, 2).unsqueeze(2)
+        """Add a token to each row, whose keys and values each layer then passes to `update`."""
+        self.slots = torch.cat([self.slots, self.rows], 2)
+        if self.rows.shape[1] > 1:
+            visible = self.slots.unsqueeze(-1) == self.rows.transpose(1, 2).unsqueeze(2)
             self.mask = visible.flatten(2).unsqueeze(1)
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [B, H, N, K] of the newest token; return those of all tokens so
-        far."""
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, H, N, K] of the newest token; return those of all tokens."""
         end = self.length * key.shape[2]
-        self.layers[layer][0, :, :, end - key.shape[2] : end] = key
-        self.layers[layer][1, :, :, end - key.shape[2] : end] = value
-        return self.layers[layer][0, :, :, :end], self.layers[layer][1, :, :, :end]
+        keys, values = self.layers[layer][:, :, :, :end]
+        keys[:, :, end - key.shape[2] :] = key
+        values[:, :, end - key.shape[2] :] = value
+        return keys, values
 
     def reorder(self, parents: Tensor) -> None:
-        """Let each row go on from the row `parents`, int64 [B, N], of its image."""
-        self.origin = self.origin.gather(1, parents.unsqueeze(-1).expand(-1, -1, self.length))
+        """Let each row continue the row `parents`, int64 [B, N], of its image."""
+        self.slots = self.slots.gather(1, parents.unsqueeze(-1).expand_as(self.slots))
 
-    def keep_batch(self, images: Tensor) -> None:
-        """Go on with some of the images, int64 [B'], in this order."""
-        self.layers = [layer.index_select(1, images) for layer in self.layers]
-        self.own, self.origin = self.own[images], self.origin[images]
+    def keep_batch(self, indices: Tensor) -> None:
+        """Keep the images with these indices, int64 [B'], in this order."""
+        self.layers = [layer.index_select(1, indices) for layer in self.layers]
+        self.rows, self.slots = self.rows[indices], self.slots[indices]
 
 
 def residual_projection(config: GPT2Config, width: int) -> Conv1D:
-    """Return a projection into the residual stream, its spread scaled by depth (GPT-2 paper,
-    section 2.3)."""
+    """Return a projection into the residual stream, initialised as in section 2.3 of GPT-2's paper:
+    its standard deviation is scaled by depth."""
     projection = Conv1D(config.n_embd, width)
     projection.init_std = config.initializer_range / (2 * config.n_layer) ** 0.5
     return projection
@@ -108,18 +110,21 @@ class SelfAttention(nn.Module):
         self.c_proj = residual_projection(config, config.n_embd)
 
     def forward(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        """Attend within each row: [B, N, T, D] to [B, N, T, D]; with a cache T is 1, with a mask N
-        is 1."""
+        """Attend within each row.
+
+        Args:
+            x: [B, N, T, D]; with a cache T is 1, with a mask N is 1.
+            cache: of the tokens before, while decoding.
+            mask: what each token sees, bool [B, 1, T, T]; None: all tokens before it and itself.
+        """
         B, N, T, D = x.shape
         sequences, length = (B * N, T) if cache is None else (B, N)
         q, k, v = self.c_attn(x).view(sequences, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if cache is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, scale=self.scale
-            )
-        else:
-            k, v = cache.append(self.layer, k, v)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, scale=self.scale)
+        causal = cache is None and mask is None
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+            mask = cache.mask
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale)
         return self.c_proj(out.transpose(1, 2).reshape(B, N, T, D))
 
 
@@ -133,16 +138,14 @@ class CrossAttention(nn.Module):
         self.q_attn = Conv1D(config.n_embd, config.n_embd)
         self.c_attn = Conv1D(2 * config.n_embd, visual_width)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.c_proj.init_std = 0.0  # so that the untrained captioner is GPT-2 exactly
+        self.c_proj.init_std = 0.0  # the untrained captioner is GPT-2 exactly
 
     def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Project normalised visual tokens [B, S, E] to keys and values, each [B, H, S, K]."""
         B, S, _ = visual.shape
-        # Contiguous: read again for each token, they are worth a copy (five times on a CPU, one row
-        # per image).
-        key, value = (
-            self.c_attn(visual).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4).contiguous()
-        )
+        projected = self.c_attn(visual).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # They are read again for each token: on a CPU a copy makes that five times as fast.
+        key, value = projected.contiguous()
         return key, value
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
@@ -153,8 +156,8 @@ class CrossAttention(nn.Module):
         return self.c_proj(out.transpose(1, 2).reshape(B, N, T, D))
 
     def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """Return how much each token [B, N, T, D] attends to each visual token: float32 [B, N, T,
-        S], mean of heads."""
+        """Return the attention of each token [B, N, T, D] over the visual tokens, the mean of the
+        heads: float32 [B, N, T, S]."""
         B, N, T, _ = x.shape
         q = self.q_attn(x).view(B, N * T, self.heads, -1).transpose(1, 2).float()
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -179,8 +182,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: self-attention, cross-attention, feed-forward, each pre-norm with a
-    residual."""
+    """One decoder layer: self-attention, cross-attention and feed-forward."""
 
     def __init__(self, config: GPT2Config, layer: int, visual_width: int) -> None:
         super().__init__()
@@ -192,7 +194,8 @@ class Block(nn.Module):
         self.crossattention = CrossAttention(config, visual_width)
         self.ln_2 = norm(config.n_embd)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(0.0)  # of the trained branches; training sets it
+        # Of the trained branches; training sets its probability.
+        self.dropout = nn.Dropout(0.0)
 
     def forward(
         self, h: Tensor, visual: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None
@@ -214,33 +217,47 @@ class Decoder(nn.Module):
         )
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.recompute = False
-        """Compute each layer again in the backward pass instead of keeping what it computed."""
+        """Compute each layer again in the backward pass instead of keeping its activations."""
 
     @property
     def blocks(self) -> Iterable[Block]:
         """The layers, in order."""
         return cast(Iterable[Block], self.h)
 
+    def cross_cache(self, features: Tensor) -> CrossCache:
+        """Return each layer's keys and values of the visual tokens [B, S, E]."""
+        return [
+            block.crossattention.keys_values(block.ln_visual(features)) for block in self.blocks
+        ]
+
     def forward(
-        self, tokens: Tensor, visual: CrossCache, cache: KVCache | None, layout: PackedLayout | None
+        self,
+        tokens: Tensor,
+        visual: CrossCache,
+        cache: KVCache | None = None,
+        layout: PackedLayout | None = None,
     ) -> Tensor:
+        """Return the last hidden states [B, N, T, D].
+
+        Args:
+            tokens: ids, int64 [B, N, T]; with a cache T is 1, with a layout N is 1.
+            visual: as `cross_cache` returns it.
+            cache: of the tokens before, while decoding.
+            layout: of several sequences in a row.
+        """
+        mask = None
         if layout is not None:
             positions, mask = layout.positions.unsqueeze(1), layout.mask
+        elif cache is not None:
+            positions = torch.full((1,), cache.length, device=tokens.device)
+            cache.extend()
         else:
-            start = 0
-            if cache is not None:
-                start = cache.length
-                cache.extend()
-            positions, mask = (
-                torch.arange(start, start + tokens.shape[-1], device=tokens.device),
-                None,
-            )
+            positions = torch.arange(tokens.shape[-1], device=tokens.device)
         h = self.wte(tokens) + self.wpe(positions)
         for block, keys_values in zip(self.blocks, visual, strict=True):
             if cache is not None:
-                h = block.forward(
-                    h, keys_values, cache, mask
-                )  # not compiled: its shapes are others at each token
+                # Not `block(…)`, which may be compiled: the shapes change with each token.
+                h = block.forward(h, keys_values, cache, mask)
             elif self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, keys_values, cache, mask, use_reentrant=False)
             else:

@@ -1,5 +1,4 @@
-"""Where and in which number format the arithmetic runs: the device, autocast's dtype, the loss
-scaler it needs."""
+"""Device and number format of the arithmetic: autocast's dtype and the loss scaler it needs."""
 
 import contextlib
 from typing import Any
@@ -9,12 +8,16 @@ import torch
 from model_lib.errors import UserError
 from model_lib.io.cpus import cpu_count
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+WIDE = 512
+"""Width of a decoder from which 16 bits are faster than 32 on a CPU that has them."""
+
 
 def choose_device(device: str) -> torch.device:
-    """Return the named device, or the best present one for "auto"; `UserError` if it is not there.
+    """Return the named device, or the best one here for "auto"; `UserError` if it is missing.
 
-    Torch starts a thread for each core of the machine; from here on, none beyond those that a
-    container may use.
+    It also limits torch, which starts a thread for each core of the machine, to those of the
+    container.
     """
     torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device == "auto":
@@ -39,25 +42,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision == "auto":
         if device.type == "cuda":
-            return (
-                torch.bfloat16
-                if torch.cuda.is_bf16_supported(including_emulation=False)
-                else torch.float16
-            )
-        return (
-            torch.bfloat16
-            if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-            else torch.float32
-        )
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
     if precision == "float16" and device.type == "cpu":
         raise UserError("precision float16: not supported on a CPU; use bfloat16 or float32")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
-        precision
-    ]
-
-
-WIDE = 512
-"""Width of a decoder from which 16 bits are faster than 32 on a CPU that has them."""
+    return DTYPES[precision]
 
 
 def inference_dtype(precision: str, device: torch.device, width: int) -> torch.dtype:
@@ -69,9 +60,7 @@ def inference_dtype(precision: str, device: torch.device, width: int) -> torch.d
         width: of its decoder; on a CPU a narrow one is faster in float32.
     """
     if precision != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
-            precision
-        ]
+        return DTYPES[precision]
     narrow = device.type == "cpu" and width < WIDE
     return torch.float32 if narrow else autocast_dtype("auto", device)
 
@@ -84,6 +73,5 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """Return the scaler that keeps float16 gradients from vanishing; it does nothing for other
-    formats."""
+    """Return the scaler that keeps float16 gradients from vanishing; others it does not change."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -1,9 +1,9 @@
 """Matrices in the blocked layout that a CPU's matrix units read, for inference.
 
 A step of decoding multiplies a few rows with every matrix of the decoder, so its time is that of
-reading them. Given them as they are, oneDNN strides through them or reorders them in each call;
-reordered once they are read at 1.5 times the speed (`docs/benchmarks.md`). The operators are those
-that torch's own compiler emits for frozen weights.
+reading them. oneDNN strides through plain matrices, or reorders them in each call; reordered once,
+they are read at 1.5 times the speed (`docs/benchmarks.md`). The operators are those that torch's
+own compiler emits for frozen weights.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 LARGE = 512 * 512
 """Values of a matrix from which packing pays; for smaller ones the call itself takes longer."""
 TYPICAL_ROWS = 32
-"""The layout is chosen for so many rows; it is as good for one and for hundreds."""
+"""Rows for which the layout is chosen; it is as good for one and for hundreds."""
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -28,15 +28,15 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """What `nn.Linear` or GPT-2's `Conv1D` computes, without gradients and without parameters."""
+    """`nn.Linear` or GPT-2's `Conv1D` with a packed matrix, without gradients and parameters."""
 
     def __init__(self, plain: nn.Linear | Conv1D) -> None:
         super().__init__()
         weight = plain.weight.detach()
-        self.transposed, self.trained = isinstance(plain, Conv1D), plain.weight.requires_grad
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(
-            (weight.t() if self.transposed else weight).contiguous(), TYPICAL_ROWS
-        )
+        self.transposed = isinstance(plain, Conv1D)
+        self.trained = plain.weight.requires_grad
+        weight = (weight.t() if self.transposed else weight).contiguous()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         self.bias = None if plain.bias is None else plain.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
     def unpacked(self) -> nn.Linear | Conv1D:
-        """Return the plain module with the very same values."""
+        """Return the plain module with the same values."""
         weight = self.weight.to_dense()
         out, width = weight.shape
-        plain = (
-            Conv1D(out, width)
-            if self.transposed
-            else nn.Linear(width, out, bias=self.bias is not None)
-        )
+        plain: nn.Linear | Conv1D
+        if self.transposed:
+            plain = Conv1D(out, width)
+        else:
+            plain = nn.Linear(width, out, bias=self.bias is not None)
         plain.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone())
@@ -64,8 +64,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module) -> None:
-    """Pack the large matrices of a model, in place: they take no gradients then, and are not listed
-    as parameters."""
+    """Pack the large matrices of a model, in place; they are no longer among its parameters."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear | Conv1D) and module.weight.numel() >= LARGE:
             model.set_submodule(name, PackedLinear(module))

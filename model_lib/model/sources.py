@@ -1,13 +1,18 @@
-"""Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry. Needs
-no torch."""
+"""Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry.
+
+Needs no torch.
+"""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic refuses that of Python before 3.12
+
 from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.remote_cache import cached_folder
+from model_lib.io.validation import read_record
 
 
 def folder_or_hub_name(source: str) -> str:
@@ -36,37 +41,26 @@ def resolve_captioner(source: str) -> str:
         config = Path(folder) / "config.json"
         document = storage.read_json(str(config)) if config.is_file() else None
         if not isinstance(document, dict) or document.get("model_type") != "captioner":
-            raise UserError(
-                f"{source}: not a captioner model folder (its config.json should say so)"
-            )
+            raise UserError(f"{source}: not a captioner model folder, by its config.json")
         if not any(Path(folder).glob("*.safetensors")):
             raise UserError(f"{source}: the model folder holds no safetensors weights")
     return folder
 
 
 def weights_digest(folder: str) -> str:
-    """Return what tells a model's weights from others that lie in the same place: the SHA-256 of
-    its files, in hex.
-
-    Read once and in parts, as they may be gigabytes: of `config.json` and all safetensors files,
-    with their names.
-
-    Args:
-        folder: local, with a model.
-    """
+    """Return the SHA-256 of a local model folder's `config.json` and safetensors files, in hex."""
     digest = hashlib.sha256()
     for file in sorted([Path(folder, "config.json"), *Path(folder).glob("*.safetensors")]):
         with file.open("rb") as content:
-            digest.update(
-                f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
-            )
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        digest.update(f"{file.name} {sha256}\n".encode())
     return digest.hexdigest()
 
 
 def source_digest(source: str) -> str | None:
-    """Return the digest of a model's weights where others may take their place.
+    """Return the digest of a model folder's weights, which somebody may replace.
 
-    None for a registry's version, which never changes, and for a hub's name. Raises as
+    None for a registry's version, which never changes, and for a hub name. Raises as
     `resolve_captioner`.
     """
     if source.startswith("models:/"):
@@ -76,8 +70,7 @@ def source_digest(source: str) -> str | None:
 
 
 def lasting_source(source: str) -> str:
-    """Return a model's source so that it means the same later: an alias as its version, a path as
-    an absolute one."""
+    """Return a source that means the same later: an alias as its version, a path as absolute."""
     if source.startswith("models:/"):
         from model_lib.tracking.model_uris import pin_version
 
@@ -85,19 +78,18 @@ def lasting_source(source: str) -> str:
     return storage.absolute(source) if storage.is_folder(source) else source
 
 
+class TrainingRecord(TypedDict, total=False):
+    """What training writes beside a model, as far as it is read again."""
+
+    name: str
+    data_fingerprint: str
+    mlflow_run_id: str | None
+    configuration: dict[str, Any]
+
+
 def read_training(folder: str) -> dict[str, Any]:
-    """Return what training wrote beside the model in `folder`: name, data, MLflow run; empty if it
-    wrote nothing."""
+    """Return the `TrainingRecord` beside the model in `folder`; empty if there is none."""
     file = Path(folder) / "training.json"
-    document = storage.read_json(str(file)) if file.is_file() else {}
-    kinds = {
-        "name": str,
-        "data_fingerprint": str,
-        "mlflow_run_id": str | None,
-        "configuration": dict,
-    }
-    if not isinstance(document, dict) or any(
-        not isinstance(document[name], kinds[name]) for name in kinds.keys() & document
-    ):
-        raise UserError(f"{file}: is not what captioner train wrote; remove it")
-    return document
+    if not file.is_file():
+        return {}
+    return dict(read_record(str(file), TrainingRecord, "what captioner train wrote; remove it"))

@@ -1,12 +1,11 @@
-"""Captions as token ids: GPT-2's byte-level BPE, or a small one of the same kind trained on the
-captions.
+"""Captions as token ids: GPT-2's byte-level BPE, or a small one that is trained on the captions.
 
-A row of ids is end-of-text, the caption, end-of-text: the first starts the decoder, the last is
-learned, so that captions stop by themselves.
+A row of ids is end-of-text, the caption, end-of-text. The first starts the decoder; the last is a
+target, so the model learns where captions end.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -31,11 +30,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(captions, trainer)
@@ -45,86 +43,88 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
 def encode_captions(
     tokenizer: Any, captions: Sequence[Sequence[str]], per_image: int, max_tokens: int
 ) -> list[list[list[int]]]:
-    """Return each image's captions as ids to learn: at most `per_image`, each with end-of-text at
-    its end.
+    """Return the ids of each image's captions, each with end-of-text at its end.
 
     Args:
         tokenizer: the model's.
         captions: each image's captions.
-        per_image: captions of an image to use at most.
-        max_tokens: tokens of a caption to keep at most; a cut caption has no end-of-text.
+        per_image: most captions of an image.
+        max_tokens: most tokens of a caption; one that is cut has no end-of-text.
     """
-    end = tokenizer.eos_token_id
+
+    def terminate(ids: list[int]) -> list[int]:
+        return ids[:max_tokens] if len(ids) > max_tokens else [*ids, tokenizer.eos_token_id]
+
     chosen = [texts[:per_image] for texts in captions]
     flat = [text for texts in chosen for text in texts]
     encoded = iter(tokenizer(flat)["input_ids"] if flat else [])
-    return [[_ended(next(encoded), end, max_tokens) for _ in texts] for texts in chosen]
-
-
-def _ended(ids: list[int], end: int, max_tokens: int) -> list[int]:
-    return ids[:max_tokens] if len(ids) > max_tokens else [*ids, end]
+    return [[terminate(next(encoded)) for _ in texts] for texts in chosen]
 
 
 @dataclass(frozen=True)
 class PackedCaptions:
-    """A batch for the decoder: the captions of each image side by side in one row, padded to the
-    longest row."""
+    """A batch for the decoder: each image's captions side by side in one padded row."""
 
     tokens: Tensor
     """The decoder's input, int64 [B, T]; each caption starts with end-of-text."""
     targets: Tensor
     """The next tokens, int64 [B, T]; `IGNORED` in the padding."""
     positions: Tensor
-    """Place of each token in its caption, int64 [B, T]."""
+    """Position of each token in its caption, int64 [B, T]."""
     caption: Tensor
-    """Which of the row's captions a token belongs to, int64 [B, T]; -1 in the padding."""
-    places: Tensor
-    """Of the tokens with a target in the flattened batch, int64 [count]."""
+    """Index of the caption, among its row's, to which a token belongs, int64 [B, T]; -1 in the
+    padding."""
+    target_indices: Tensor
+    """Indices of the tokens with a target in the flattened batch, int64 [count]."""
     count: int
     """Tokens with a target."""
 
     def mask(self) -> Tensor:
-        """Return what each token sees, the earlier tokens of its own caption and itself: bool [B,
-        1, T, T]."""
+        """Return what each token sees, its own caption up to itself: bool [B, 1, T, T]."""
         same = self.caption.unsqueeze(2) == self.caption.unsqueeze(1)
         return same.tril().unsqueeze(1)
 
     def to(self, device: torch.device) -> Self:
         """Return the batch on another device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if f.name != "count"
-        }
+        tensors = {name: value for name, value in vars(self).items() if name != "count"}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return replace(self, **moved)
 
 
 def pack_captions(
     captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8
 ) -> PackedCaptions:
-    """Lay each image's captions, ids as `encode_captions` returns them, into one row.
+    """Lay each image's captions side by side into one row.
 
     Args:
-        captions: for each image its captions' ids.
+        captions: for each image its captions' ids, as `encode_captions` returns them.
         end: the end-of-text token.
-        multiple: rows are padded to a multiple of so many tokens, as matrix units like them.
+        multiple: of which the rows' length is one, as matrix units prefer.
     """
     length = max(sum(len(ids) for ids in image) for image in captions)
-    length = -(-length // multiple) * multiple
-    values = np.zeros((4, len(captions), length), np.int64)
-    values[0], values[1], values[3] = end, IGNORED, -1
+    shape = len(captions), -(-length // multiple) * multiple
+    tokens = np.full(shape, end)
+    targets = np.full(shape, IGNORED)
+    positions = np.zeros(shape, np.int64)
+    caption = np.full(shape, -1)
     for row, image in enumerate(captions):
         start = 0
         for number, ids in enumerate(image):
             part = slice(start, start + len(ids))
-            values[0, row, part] = [end, *ids[:-1]]
-            values[1, row, part] = ids
-            values[2, row, part] = range(len(ids))
-            values[3, row, part] = number
+            tokens[row, part] = [end, *ids[:-1]]
+            targets[row, part] = ids
+            positions[row, part] = range(len(ids))
+            caption[row, part] = number
             start += len(ids)
-    tokens, targets, positions, caption = torch.from_numpy(values)
-    places = torch.from_numpy(np.flatnonzero(values[1] != IGNORED))
-    return PackedCaptions(tokens, targets, positions, caption, places, len(places))
+    indices = np.flatnonzero(targets != IGNORED)
+    return PackedCaptions(
+        tokens=torch.from_numpy(tokens),
+        targets=torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        caption=torch.from_numpy(caption),
+        target_indices=torch.from_numpy(indices),
+        count=len(indices),
+    )
 
 
 def decode_tokens(tokenizer: Any, ids: list[int]) -> str:

@@ -51,7 +51,7 @@ def _from_scratch(preset: str, manifest: Manifest) -> Captioner:
         (text for texts in captions for text in texts), shapes.decoder_shape["vocab_size"]
     )
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = Captioner(CaptionerConfig.of(shapes, vocab_size=len(tokenizer), **ends))
+    model = Captioner(CaptionerConfig.from_preset(shapes, vocab_size=len(tokenizer), **ends))
     model.tokenizer = tokenizer
     return model
 

@@ -97,14 +97,14 @@ def caption_loss(
         Sum in nats, float32 scalar.
     """
     layout = PackedLayout(rows.positions, rows.mask())
-    cache = model.cross_cache(features)
-    hidden = model.hidden(rows.tokens.unsqueeze(1), cache, layout=layout).squeeze(1)
+    visual = model.decoder.cross_cache(features)
+    hidden = model.decoder(rows.tokens.unsqueeze(1), visual, layout=layout).squeeze(1)
     if weights is None:
         weights = torch.ones_like(rows.targets, dtype=torch.float32)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     states, targets, shares = (
-        tensor.flatten(0, 1).index_select(0, rows.places)
+        tensor.flatten(0, 1).index_select(0, rows.target_indices)
         for tensor in (hidden, rows.targets, weights)
     )
     return ChunkedCrossEntropy.apply(

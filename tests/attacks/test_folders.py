@@ -341,5 +341,5 @@ def test_captions_of_other_images_or_without_what_a_row_has_are_not_merged(
         pq.write_table(table.set_column(place, column, pa.array([value] * len(table), kind)), file)
         refused(lambda: merging.merge(made), Path(config.output), WorkError)
     for about in (b"[]", b"{}", b"x", b'{"seconds": "x"}'):
-        pq.write_table(table.replace_schema_metadata({rows.ABOUT: about}), file)
+        pq.write_table(table.replace_schema_metadata({rows.METADATA_KEY: about}), file)
         refused(lambda: merging.merge(made), Path(config.output))

@@ -1,5 +1,4 @@
-"""SIGKILL at random moments of every stage, fifty of each: started again, it ends as if nothing had
-happened.
+"""SIGKILL at random moments of every stage, fifty of each: started again, it ends as undisturbed.
 
 Deselected by default, as it takes minutes: make soak. So are the kills in a bucket, in
 test_batch.py.
@@ -94,32 +93,25 @@ def test_register(data: Path, finished: Path, tmp_path: Path) -> None:
             model=str(finished / "best"), data=str(data), output=str(tmp_path / "evaluated")
         )
     )
-    for output in rounds(
-        "register", {"evaluations": str(tmp_path / "evaluated")}, tmp_path, seed=4
-    ):
+    options = {"evaluations": str(tmp_path / "evaluated")}
+    for output in rounds("register", options, tmp_path, seed=4):
         client = mlflow.MlflowClient(f"sqlite:///{output}-store/mlflow.db")
         champion = client.get_registered_model(MODEL).aliases["champion"]
-        fates = {
-            str(one.version): one.tags["decision"]
-            for one in client.search_model_versions(f"name='{MODEL}'")
-        }
-        assert fates == {str(champion): "champion"}, output
+        versions = client.search_model_versions(f"name='{MODEL}'")
+        decisions = {str(version.version): version.tags["decision"] for version in versions}
+        assert decisions == {str(champion): "champion"}, output
         assert (output / "decision.html").exists()
 
 
 def test_batch(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").symlink_to(scenes / "train2017")
     options = {"images": str(scenes / "train2017"), "model": str(saved_model), "shard_images": 4}
 
     def captions(output: Path) -> dict[str, str]:
-        rows = [
-            row
-            for file in output.glob("*/captions/*.parquet")
-            for row in pq.read_table(file).to_pylist()
-        ]
-        found = {row["uri"]: row["caption"] for row in rows}
-        assert len(found) == len(rows) == 64
-        return found
+        tables = map(pq.read_table, output.glob("*/captions/*.parquet"))
+        rows = [row for table in tables for row in table.to_pylist()]
+        by_uri = {row["uri"]: row["caption"] for row in rows}
+        assert len(by_uri) == len(rows) == 64
+        return by_uri
 
     for output in rounds("batch", options, tmp_path, seed=5):
         assert captions(output) == captions(tmp_path / "whole")

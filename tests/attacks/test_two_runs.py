@@ -11,7 +11,7 @@ import pytest
 
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.planning import folder_of, resolved
+from model_lib.batch.planning import output_folder, resolve
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
@@ -51,7 +51,7 @@ def test_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
     batching = BatchConfig(
         images=str(scenes / "val2017"), output=str(output), model=str(saved_model)
     )
-    folder = folder_of(resolved(batching)) if stage == "batch" else str(output)
+    folder = output_folder(resolve(batching)) if stage == "batch" else str(output)
     run: dict[str, Callable[[], object]] = {
         "ingest": lambda: ingest(IngestConfig(dataset=str(scenes), output=str(output))),
         "train": lambda: train(

@@ -8,18 +8,13 @@ from pathlib import Path
 
 def killed(stage: str, options: dict, folder: str, seed: int, kills: int) -> list[list[bool]]:
     """Return the rounds of kills, and for each kill whether files were half-written."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.helpers.killing",
-        stage,
-        json.dumps(options),
-        folder,
-        str(seed),
-        str(kills),
-    ]
-    ran = subprocess.run(
-        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1200
+    command = [sys.executable, "-m", "tests.helpers.killing", stage, json.dumps(options), folder]
+    process = subprocess.run(
+        [*command, str(seed), str(kills)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])["kills"]
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])["kills"]

@@ -1,4 +1,4 @@
-"""Kills a stage again and again at random moments, and lets it start again until it ends by itself.
+"""Kills a stage again and again at random moments, and lets it resume until it ends by itself.
 
     python -m tests.helpers.killing STAGE OPTIONS FOLDER SEED KILLS
 
@@ -51,8 +51,7 @@ def _tracking(output: str) -> MlflowTracking:
 
 
 def _register(options: dict, output: str) -> None:
-    """Register evaluation after evaluation, each evaluated against the champion before: OUTPUT is a
-    copy of theirs."""
+    """Register a copy of the evaluations, OUTPUT."""
     turns.SILENCE, turns.POLL = 1.0, 0.05  # a killed one is passed over after minutes
     if not Path(output).exists():
         shutil.copytree(options["evaluations"], output)
@@ -73,7 +72,7 @@ STAGES: dict[str, Callable[[dict, str], object]] = {
 
 
 def start(stage: str, options: dict, output: str) -> int:
-    """Begin or go on with a stage in a process of its own; return the process."""
+    """Start or resume a stage in a process of its own; return the process."""
     process = os.fork()
     if process:
         return process
@@ -89,16 +88,17 @@ def start(stage: str, options: dict, output: str) -> int:
         os._exit(code)
 
 
-def ended(process: int, stage: str) -> bool:
+def has_ended(process: int, stage: str) -> bool:
     done, status = os.waitpid(process, os.WNOHANG)
     assert status == 0, f"{stage} failed by itself"
     return done == process
 
 
-def to_the_end(stage: str, options: dict, output: str) -> float:
-    """Return the seconds that an undisturbed start took."""
-    began, process = time.monotonic(), start(stage, options, output)
-    while not ended(process, stage):
+def run_undisturbed(stage: str, options: dict, output: str) -> float:
+    """Let a stage end by itself; return the seconds that it took."""
+    began = time.monotonic()
+    process = start(stage, options, output)
+    while not has_ended(process, stage):
         time.sleep(0.01)
     return time.monotonic() - began
 
@@ -112,47 +112,42 @@ def half_written(output: str) -> set[Path]:
     return {*Path(output).rglob(".part-*"), *(folders - whole)}
 
 
-def kill_once(
-    stage: str, options: dict, output: str, moment: float, in_a_save: bool
-) -> bool | None:
-    """Start a stage and kill it; return whether files were then half-written, or None if it had
-    ended before."""
-    left = half_written(output)
-    process, at = start(stage, options, output), time.monotonic() + moment
-    while not (over := ended(process, stage)):
-        if time.monotonic() > at and (not in_a_save or half_written(output) - left):
-            break
+def kill_once(stage: str, options: dict, output: str, delay: float, in_a_save: bool) -> bool | None:
+    """Start a stage and kill it after `delay` seconds, or later, when files are half-written.
+
+    Returns:
+        Whether files were half-written; None if the stage ended before.
+    """
+    before = half_written(output)
+    process = start(stage, options, output)
+    earliest = time.monotonic() + delay
+    while not has_ended(process, stage):
+        if time.monotonic() > earliest and (not in_a_save or half_written(output) - before):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return bool(half_written(output) - before)
         time.sleep(0.0005)
-    if over:
-        return None
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    return bool(half_written(output) - left)
+    return None
 
 
 def main() -> None:
-    stage, options, folder, seed, kills = (
-        sys.argv[1],
-        json.loads(sys.argv[2]),
-        sys.argv[3],
-        *map(int, sys.argv[4:]),
-    )
+    stage, options, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+    seed, kills = map(int, sys.argv[4:])
     rng = random.Random(seed)
-    whole = to_the_end(stage, options, f"{folder}/whole")
+    seconds = run_undisturbed(stage, options, f"{folder}/whole")
     rounds: list[list[bool]] = []
-    while sum(map(len, rounds)) < kills:
-        fell: list[bool] = []
+    while (left := kills - sum(map(len, rounds))) > 0:
         output = f"{folder}/killed-{len(rounds)}"
-        for _ in range(min(rng.randint(1, MOST), kills - sum(map(len, rounds)))):
-            one = kill_once(
-                stage, options, output, rng.uniform(0, whole), in_a_save=rng.random() < 0.5
-            )
-            if one is None:
+        in_saves: list[bool] = []
+        for _ in range(min(rng.randint(1, MOST), left)):
+            delay, in_a_save = rng.uniform(0, seconds), rng.random() < 0.5
+            was_in_save = kill_once(stage, options, output, delay, in_a_save)
+            if was_in_save is None:
                 break
-            fell.append(one)
-        to_the_end(stage, options, output)
-        rounds.append(fell)
-    print(json.dumps({"kills": rounds, "undisturbed_seconds": round(whole, 1)}))
+            in_saves.append(was_in_save)
+        run_undisturbed(stage, options, output)
+        rounds.append(in_saves)
+    print(json.dumps({"kills": rounds, "undisturbed_seconds": round(seconds, 1)}))
 
 
 if __name__ == "__main__":

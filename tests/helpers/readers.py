@@ -63,9 +63,8 @@ def plan(file: Path) -> None:
 
 
 def listing_of_plan(file: Path) -> None:
-    fields = samples.PLAN | {"listing": file.name, "folder": str(file.parent)}
-    fields["shards"] = [planning.Shard(**shard) for shard in samples.PLAN["shards"]]
-    planning.Plan(**fields).images(0)
+    document = {**samples.PLAN, "shards": [planning.Shard("part-0.parquet", samples.ROWS)]}
+    planning.Plan(**{**document, "listing": file.name}, folder=str(file.parent)).images(0)
 
 
 def journal(file: Path) -> None:

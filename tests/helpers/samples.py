@@ -56,6 +56,7 @@ SCORES = {
 }
 PLAN = {
     "configuration": {"images": "i", "output": "o", "model": "m"},
+    "model_files": "0",
     "listing": "listing-0.parquet",
     "shards": [{"file": "part-0.parquet", "images": ROWS}],
 }

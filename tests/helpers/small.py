@@ -1,66 +1,78 @@
-"""Small models of random weights."""
+"""Small models of random weights, their images, and transformers' GPT-2 with the same weights."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
+from transformers import initialization as init
 
 from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.model.tokens import train_tokenizer
 
 
 def small_model(seed: int = 0, **decoder: int) -> Captioner:
-    """Return a small captioner of random weights that really uses its image, with a tokenizer."""
+    """Return a small captioner of random weights, with a tokenizer, which depends on its image."""
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(["a red circle on a white background", "two blue squares"] * 5, 300)
-    shape = {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 48,
-        "vocab_size": len(tokenizer),
-        **decoder,
-    }
-    vision = {
-        "hidden_size": 24,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    config = CaptionerConfig(
-        vision_config=vision, decoder_config={**shape, "bos_token_id": 0, "eos_token_id": 0}
-    )
-    model = Captioner(config).eval()
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
+    shape |= {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, **decoder}
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=shape)).eval()
     model.tokenizer = tokenizer
+    # The initial weights are too small for anything to depend on them.
     with torch.no_grad():
-        for (
-            parameter
-        ) in model.parameters():  # the initial weights are too small for anything to depend on them
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1))
     return model
+
+
+def small_model_with_equal_widths() -> Captioner:
+    """Return a small captioner, without a tokenizer, whose tower is as wide as its decoder."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    decoder = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32, "vocab_size": 97}
+    decoder |= {"bos_token_id": 0, "eos_token_id": 0}
+    model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=decoder)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:
+    """Return random pixels for the model, uint8 [count, 3, image_size, image_size]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 3, model.image_size, model.image_size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def reference_decoder(model: Captioner) -> GPT2LMHeadModel:
+    """Return transformers' GPT-2 with cross-attention and the model's weights.
+
+    It has no norm of the visual tokens, so the model's is removed.
+    """
+    config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
+    config.tie_word_embeddings = False
+    with init.no_init_weights():
+        reference = GPT2LMHeadModel(config).eval()
+    for block in model.decoder.h:
+        block.ln_visual = nn.Identity()
+    reference.transformer.load_state_dict(model.decoder.state_dict())
+    reference.lm_head.weight.data.copy_(model.head.weight)
+    return reference
 
 
 def save_parts(folder: Path, tokenizer: Path) -> tuple[Path, Path]:
     """Save a whole CLIP and a GPT-2 of another width as their hubs do; return their folders."""
     torch.manual_seed(0)
-    vision = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    clip = CLIPConfig(
-        vision_config={**vision, "image_size": 32, "patch_size": 16}, text_config=text
-    )
-    CLIPModel(clip).save_pretrained(folder / "clip")
+    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text))
+    clip.save_pretrained(folder / "clip")
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4)).save_pretrained(folder / "gpt2")
     for file in tokenizer.iterdir():
         (folder / "gpt2" / file.name).write_bytes(file.read_bytes())

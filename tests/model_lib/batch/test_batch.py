@@ -11,41 +11,19 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from model_lib import Captioner, UserError
+from model_lib import Caption, Captioner, UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.merging import Summary, merge
-from model_lib.batch.planning import Plan, folder_of, plan, resolved
-from model_lib.batch.rows import ABOUT
+from model_lib.batch.merging import merge
+from model_lib.batch.rows import METADATA_KEY
 from model_lib.errors import WorkError
 from model_lib.io import storage
+from tests.helpers.batches import batch_config, file_times, make_plan, read_rows
 from tests.helpers.killed import killed
 from tests.helpers.services import Faults, faulty_bucket
 from tests.helpers.small import small_model
-
-
-def config(images: object, output: object, model: Path, **options: object) -> BatchConfig:
-    named = {"images": str(images), "output": str(output), "model": str(model), "shard_images": 5}
-    return BatchConfig.from_options(**{**named, **options})
-
-
-def planned(options: BatchConfig) -> Plan:
-    return plan(resolved(options), folder_of(resolved(options)))
-
-
-def rows(summary: Summary) -> list[dict]:
-    files = sorted(Path(summary.captions).iterdir())
-    return sorted(
-        (row for file in files for row in pq.read_table(file).to_pylist()),
-        key=lambda row: row["uri"],
-    )
-
-
-def written(summary: Summary) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in Path(summary.captions).iterdir()}
-
 
 # ---- rows ----------------------------------------------------------------------------------------
 
@@ -53,7 +31,7 @@ def written(summary: Summary) -> dict[str, int]:
 def test_every_image_has_one_row_with_a_status(
     odd_images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    summary = batch(config(odd_images, tmp_path, saved_model))
+    summary = batch(batch_config(odd_images, tmp_path, saved_model))
     table = pq.read_table(summary.captions)
     names = [
         "uri",
@@ -67,20 +45,13 @@ def test_every_image_has_one_row_with_a_status(
         "model",
         "captioned_at",
     ]
-    kinds = ["string"] * 3 + [
-        "float",
-        "string",
-        "int32",
-        "int32",
-        "int64",
-        "string",
-        "timestamp[us, tz=UTC]",
-    ]
+    kinds = ["string"] * 3 + ["float", "string", "int32", "int32", "int64", "string"]
+    kinds += ["timestamp[us, tz=UTC]"]
     assert [(f.name, str(f.type)) for f in table.schema] == list(zip(names, kinds, strict=True))
-    assert [row["uri"] for row in rows(summary)] == sorted(
+    assert [row["uri"] for row in read_rows(summary)] == sorted(
         str(file) for file in odd_images.iterdir()
     )
-    for row in rows(summary):
+    for row in read_rows(summary):
         assert row["model"] == str(saved_model) and row["bytes"] == Path(row["uri"]).stat().st_size
         if row["status"] == "ok":
             assert (
@@ -99,9 +70,9 @@ def test_every_image_has_one_row_with_a_status(
 def test_captions_are_those_of_the_model_one_by_one(
     scenes: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    summary = batch(config(scenes / "val2017", tmp_path, saved_model, batch_size=4))
+    summary = batch(batch_config(scenes / "val2017", tmp_path, saved_model, batch_size=4))
     model = Captioner.from_pretrained(str(saved_model))
-    for row in rows(summary):
+    for row in read_rows(summary):
         (alone,) = model.caption([row["uri"]])
         assert row["caption"] == alone.text and row["score"] == pytest.approx(alone.score, abs=1e-4)
 
@@ -110,16 +81,18 @@ def test_a_file_says_how_its_captions_can_be_made_again(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     options = {"top_p": 0.9, "temperature": 1.5, "num_captions": 3, "rank": True, "seed": 7}
-    summary = batch(config(images, tmp_path / "out", saved_model, **options))
+    summary = batch(batch_config(images, tmp_path / "out", saved_model, **options))
     (file, *_) = Path(summary.captions).iterdir()
-    about = json.loads(pq.ParquetFile(file).schema_arrow.metadata[ABOUT])
+    metadata = json.loads(pq.ParquetFile(file).schema_arrow.metadata[METADATA_KEY])
     again = BatchConfig.from_options(
-        **{**about["configuration"], "output": str(tmp_path / "again")}
+        **{**metadata["configuration"], "output": str(tmp_path / "again")}
     )
-    told = [(row["uri"], row["captions"], row["scores"]) for row in rows(summary)]
-    assert [(row["uri"], row["captions"], row["scores"]) for row in rows(batch(again))] == told
-    assert any(len(set(captions)) > 1 for _, captions, _ in told)
-    for row in rows(summary):
+    expected = [(row["uri"], row["captions"], row["scores"]) for row in read_rows(summary)]
+    assert [
+        (row["uri"], row["captions"], row["scores"]) for row in read_rows(batch(again))
+    ] == expected
+    assert any(len(set(captions)) > 1 for _, captions, _ in expected)
+    for row in read_rows(summary):
         assert row["scores"] == sorted(row["scores"], reverse=True) and len(row["captions"]) == 3
         assert (row["caption"], row["score"]) == (row["captions"][0], row["scores"][0])
 
@@ -127,10 +100,10 @@ def test_a_file_says_how_its_captions_can_be_made_again(
 def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_reason(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = config(images, tmp_path / "out", saved_model, shard_images=20)
+    options = batch_config(images, tmp_path / "out", saved_model, shard_images=20)
     monkeypatch.setattr("model_lib.io.images.LARGEST_FILE", 10_000)
     (images / "big.png").write_bytes(bytes(20_000))
-    made = planned(options)
+    plan = make_plan(options)
     first, second, third, *_ = sorted(images.glob("0*.jpg"))
     first.unlink()
     shutil.copy(third, second)
@@ -144,8 +117,8 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
         return original(uri, *options)
 
     monkeypatch.setattr("model_lib.io.storage.read_bytes", forbidden)  # root may read everything
-    caption_planned(made.reference, 0)
-    summary = merge(made)
+    caption_planned(plan.reference, 0)
+    summary = merge(plan)
     assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
     assert (summary.images, summary.ok) == (13, 9)
 
@@ -162,7 +135,7 @@ def test_an_image_that_goes_while_it_is_read_has_its_row_too(
         return content
 
     monkeypatch.setattr(captions_module, "read_image", reading)
-    summary = batch(config(images, tmp_path / "out", saved_model))
+    summary = batch(batch_config(images, tmp_path / "out", saved_model))
     assert (summary.images, summary.ok, summary.errors) == (12, 11, {"changed": 1})
 
 
@@ -172,32 +145,35 @@ def test_an_image_that_goes_while_it_is_read_has_its_row_too(
 def test_broken_off_and_started_again_only_the_missing_is_done(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = config(scenes / "val2017", tmp_path, saved_model)
-    original, calls = captions_module._caption_batch, []
+    options = batch_config(scenes / "val2017", tmp_path, saved_model)
+    original, calls = captions_module.caption_pixels, []
 
-    def break_off(*arguments: object) -> list[dict]:
+    def break_off(*arguments: object) -> list[list[Caption]]:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(captions_module, "_caption_batch", break_off)
+    monkeypatch.setattr(captions_module, "caption_pixels", break_off)
     with pytest.raises(KeyboardInterrupt):
         batch(options)
     (first,) = tmp_path.glob("*/captions/*.parquet")
     before = first.stat().st_mtime_ns
     summary = batch(options)
     assert summary.images == 12 and len(calls) == 4 and first.stat().st_mtime_ns == before
-    uris = [row["uri"] for row in rows(summary)]
+    uris = [row["uri"] for row in read_rows(summary)]
     assert len(uris) == len(set(uris)) == 12
 
 
 def test_a_second_run_captions_only_what_is_new_or_changed(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    options = config(images, tmp_path / "out", saved_model)
+    options = batch_config(images, tmp_path / "out", saved_model)
     before = batch(options)
-    files, captioned = written(before), {row["uri"]: row["captioned_at"] for row in rows(before)}
+    files, captioned = (
+        file_times(before),
+        {row["uri"]: row["captioned_at"] for row in read_rows(before)},
+    )
     untouched, changed, gone = (
         str(images / f"0000000000{number}.jpg") for number in ("12", "01", "02")
     )
@@ -206,18 +182,23 @@ def test_a_second_run_captions_only_what_is_new_or_changed(
     Path(gone).unlink()
     after = batch(options)
     assert (after.images, after.ok) == (12, 12) and after.captions == before.captions
-    again = {row["uri"] for row in rows(after) if row["captioned_at"] != captioned.get(row["uri"])}
+    again = {
+        row["uri"] for row in read_rows(after) if row["captioned_at"] != captioned.get(row["uri"])
+    }
     assert again == {changed, str(images / "new.jpg")}
-    assert gone not in {row["uri"] for row in rows(after)} and untouched in captioned
-    kept = {name: time for name, time in written(after).items() if name in files}
+    assert gone not in {row["uri"] for row in read_rows(after)} and untouched in captioned
+    kept = {name: time for name, time in file_times(after).items() if name in files}
     assert len(kept) == 2 and kept.items() <= files.items(), "of three files, one lost two rows"
-    assert written(batch(options)) == written(after), "and then nothing is left to do"
+    assert file_times(batch(options)) == file_times(after), "and then nothing is left to do"
 
 
 def test_an_image_whose_store_failed_is_tried_again(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, down = config(images, tmp_path / "out", saved_model), str(images / "000000000003.jpg")
+    options, down = (
+        batch_config(images, tmp_path / "out", saved_model),
+        str(images / "000000000003.jpg"),
+    )
     original = storage.read_bytes
 
     def failing(uri: str, *options: object) -> bytes:
@@ -231,7 +212,7 @@ def test_an_image_whose_store_failed_is_tried_again(
             assert batch(options).errors == {"unreachable": 1}
     summary = batch(options)
     assert (summary.images, summary.ok, summary.errors) == (12, 12, {})
-    assert len(rows(summary)) == 12
+    assert len(read_rows(summary)) == 12
 
 
 def test_images_whose_store_failed_for_all_are_tried_again(
@@ -240,7 +221,7 @@ def test_images_whose_store_failed_for_all_are_tried_again(
     def failing(uri: str, *_: object, **__: object) -> bytes:
         raise WorkError(f"{uri}: cannot be read: ConnectionResetError")
 
-    options = config(images, tmp_path / "out", saved_model)
+    options = batch_config(images, tmp_path / "out", saved_model)
     with monkeypatch.context() as patched:
         patched.setattr("model_lib.batch.captions.read_image", failing)
         assert batch(options).errors == {"unreachable": 12}
@@ -251,7 +232,7 @@ def test_what_somebody_put_right_is_tried_again(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "list.txt").write_text(f"{images}/000000000001.jpg\n{images}/later.jpg\n")
-    options = config(tmp_path / "list.txt", tmp_path / "out", saved_model)
+    options = batch_config(tmp_path / "list.txt", tmp_path / "out", saved_model)
     assert batch(options).errors == {"missing": 1}
     shutil.copy(images / "000000000001.jpg", images / "later.jpg")
     assert batch(options).ok == 2
@@ -259,24 +240,24 @@ def test_what_somebody_put_right_is_tried_again(
 
 def test_a_folder_of_a_web_server_is_refused_in_one_line(saved_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a web server lists no folders; name a"):
-        batch(config("http://127.0.0.1:9/images/", tmp_path / "out", saved_model))
+        batch(batch_config("http://127.0.0.1:9/images/", tmp_path / "out", saved_model))
 
 
 def test_another_model_or_other_options_are_another_output_and_not_a_mixture(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(saved_model, tmp_path / "second")
-    made = [
-        batch(config(images, tmp_path / "out", model))
-        for model in (saved_model, tmp_path / "second")
+    configs = [
+        batch_config(images, tmp_path / "out", saved_model),
+        batch_config(images, tmp_path / "out", tmp_path / "second"),
+        batch_config(images, tmp_path / "out", saved_model, num_beams=2),
     ]
-    made.append(batch(config(images, tmp_path / "out", saved_model, num_beams=2)))
-    assert len({summary.captions for summary in made}) == 3
-    assert [summary.images for summary in made] == [12, 12, 12]
-    assert {row["model"] for row in rows(made[1])} == {str(tmp_path / "second")}
-    assert (
-        json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == made[2].captions
-    )
+    summaries = list(map(batch, configs))
+    assert len({summary.captions for summary in summaries}) == 3
+    assert [summary.images for summary in summaries] == [12, 12, 12]
+    assert {row["model"] for row in read_rows(summaries[1])} == {str(tmp_path / "second")}
+    latest = json.loads((tmp_path / "out" / "latest.json").read_text())
+    assert latest["captions"] == summaries[2].captions
 
 
 def test_other_weights_in_the_place_of_a_model_are_another_model(
@@ -284,47 +265,47 @@ def test_other_weights_in_the_place_of_a_model_are_another_model(
 ) -> None:
     model = tmp_path / "best"
     shutil.copytree(saved_model, model)
-    first = batch(config(images, tmp_path / "out", model))
-    made = planned(config(images, tmp_path / "later", model))
+    first = batch(batch_config(images, tmp_path / "out", model))
+    plan = make_plan(batch_config(images, tmp_path / "later", model))
     small_model(seed=1).save_pretrained(model)
-    second = batch(config(images, tmp_path / "out", model))
+    second = batch(batch_config(images, tmp_path / "out", model))
     assert second.captions != first.captions
-    assert [row["score"] for row in rows(first)] != [row["score"] for row in rows(second)]
-    assert batch(config(images, tmp_path / "out", model)).captions == second.captions
+    assert [row["score"] for row in read_rows(first)] != [row["score"] for row in read_rows(second)]
+    assert batch(batch_config(images, tmp_path / "out", model)).captions == second.captions
     with pytest.raises(
-        UserError, match="best: is another model than was planned with; start again"
+        UserError, match="best: has changed since the images were planned; start again"
     ):
-        caption_planned(made.reference, 0)
+        caption_planned(plan.reference, 0)
 
 
 def test_other_images_take_no_captions_place(
     images: Path, scenes: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    first = batch(config(images, tmp_path / "out", saved_model))
-    before = written(first)
-    other = batch(config(scenes / "val2017", tmp_path / "out", saved_model))
-    assert other.captions != first.captions and other.ok == 12 and written(first) == before
+    first = batch(batch_config(images, tmp_path / "out", saved_model))
+    before = file_times(first)
+    other = batch(batch_config(scenes / "val2017", tmp_path / "out", saved_model))
+    assert other.captions != first.captions and other.ok == 12 and file_times(first) == before
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == other.captions
 
 
 def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    reads: list[str] = []
     go_on = threading.Event()
 
     def slow(uri: str, *_: object, **__: object) -> bytes:
-        asked.append(uri)
-        if len(asked) == 1:
+        reads.append(uri)
+        if len(reads) == 1:
             raise KeyboardInterrupt
         go_on.wait(60)
         return Path(uri).read_bytes()
 
     monkeypatch.setattr("model_lib.batch.captions.read_image", slow)
     with pytest.raises(KeyboardInterrupt):
-        batch(config(images, tmp_path / "out", saved_model, workers=2))
+        batch(batch_config(images, tmp_path / "out", saved_model, workers=2))
     go_on.set()
-    assert len(asked) <= 4, "of twelve that were to be read"
+    assert len(reads) <= 4, "of twelve that were to be read"
 
 
 # ---- kills and faults, in a bucket ---------------------------------------------------------------
@@ -351,7 +332,7 @@ def test_one_request_in_twenty_failing_loses_nothing(
 ) -> None:
     fs, faults = bucket
     faults.share = 0.05
-    summary = batch(config("gcs://b/in", "gs://b/out", saved_model, shard_images=10))
+    summary = batch(batch_config("gcs://b/in", "gs://b/out", saved_model, shard_images=10))
     assert faults.failed > 5
     assert (summary.images, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
@@ -366,6 +347,6 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
     kills = killed("batch", options, "gs://b", seed=0, kills=2)
     assert sum(map(len, kills)) == 2
     for number in range(len(kills)):
-        found = in_bucket(fs, f"killed-{number}")
-        assert len(found) == len({row["uri"] for row in found}) == 65
-        assert sum(row["status"] == "ok" for row in found) == 64
+        rows = in_bucket(fs, f"killed-{number}")
+        assert len(rows) == len({row["uri"] for row in rows}) == 65
+        assert sum(row["status"] == "ok" for row in rows) == 64

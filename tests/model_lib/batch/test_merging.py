@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from components.plan.component import plan
+from components.plan.component import plan as plan_component
 from model_lib import UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
 from model_lib.batch.merging import merge, merge_planned
 from model_lib.batch.planning import load_plan
-from model_lib.batch.rows import FIELDS
+from model_lib.batch.rows import FIELDS, METADATA_KEY
 from model_lib.errors import WorkError
 from model_lib.io import storage
 from model_lib.io.locks import output_lock
-from tests.model_lib.batch.test_batch import config, planned, rows
+from tests.helpers.batches import batch_config, make_plan, read_rows
 
 
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
@@ -29,20 +29,22 @@ def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
 ) -> None:
     """As the pipeline does it: each step knows only the plan's reference and the number of its
     shard."""
-    whole = batch(config(scenes / "val2017", tmp_path / "whole", saved_model))
-    made = planned(config(scenes / "val2017", tmp_path / "apart", saved_model))
+    whole = batch(batch_config(scenes / "val2017", tmp_path / "whole", saved_model))
+    plan = make_plan(batch_config(scenes / "val2017", tmp_path / "apart", saved_model))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
-        merge(made)
-    for index in made.missing():
-        caption_planned(made.reference, index)
-    apart = merge_planned(made.reference)
+        merge(plan)
+    for index in plan.missing():
+        caption_planned(plan.reference, index)
+    apart = merge_planned(plan.reference)
     assert (apart.images, apart.ok) == (whole.images, whole.ok) == (12, 12)
-    assert [row["caption"] for row in rows(apart)] == [row["caption"] for row in rows(whole)]
+    assert [row["caption"] for row in read_rows(apart)] == [
+        row["caption"] for row in read_rows(whole)
+    ]
 
     monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
-    caption_planned(made.reference, 0)
+    caption_planned(plan.reference, 0)
     with pytest.raises(UserError, match=r"gone/plan\.json: no such file"):
-        caption_planned(str(tmp_path / "gone" / made.listing), 0)
+        caption_planned(str(tmp_path / "gone" / plan.listing), 0)
 
 
 def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
@@ -50,11 +52,11 @@ def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
 ) -> None:
     """Two pipelines on one output: neither works on the other's plan, and no image is captioned in
     two files."""
-    options = config(images, tmp_path / "out", saved_model)
-    first = planned(options)
-    late = first.captions(first.shards[0])
+    options = batch_config(images, tmp_path / "out", saved_model)
+    first = make_plan(options)
+    late = first.captions_uri(0)
     min(images.iterdir()).unlink()
-    second = planned(options)
+    second = make_plan(options)
     for step in (lambda: caption_planned(first.reference, 0), lambda: load_plan(first.reference)):
         with pytest.raises(
             UserError, match="another run planned there since; start again once it has ended"
@@ -63,11 +65,11 @@ def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
     for index in second.missing():
         caption_planned(second.reference, index)
     shutil.copy(
-        second.captions(second.shards[-1]), late
+        second.captions_uri(len(second.shards) - 1), late
     )  # a step of the first that had begun before
     summary = merge_planned(second.reference)
-    found = [row["uri"] for row in rows(summary)]
-    assert len(found) == len(set(found)) == summary.images == len(list(images.iterdir()))
+    uris = [row["uri"] for row in read_rows(summary)]
+    assert len(uris) == len(set(uris)) == summary.images == len(list(images.iterdir()))
 
 
 def test_nobody_plans_or_merges_while_another_is_at_work(
@@ -77,16 +79,16 @@ def test_nobody_plans_or_merges_while_another_is_at_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = config(images, tmp_path / "out", saved_model)
-    made = planned(options)
+    options = batch_config(images, tmp_path / "out", saved_model)
+    plan = make_plan(options)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    given = {"images": options.images, "output": options.output, "model": options.model}
-    with output_lock(made.folder):
+    sources = {"images": options.images, "output": options.output, "model": options.model}
+    with output_lock(plan.folder):
         with pytest.raises(SystemExit, match="1"):
-            plan.python_func(**given, num_beams=1, shard_images=5, options={})
+            plan_component.python_func(**sources, num_beams=1, shard_images=5, options={})
         assert "is at work there; wait for it" in capsys.readouterr().err
         with pytest.raises(WorkError, match="is at work there; wait for it"):
-            merge_planned(made.reference)
+            merge_planned(plan.reference)
 
 
 def test_the_report_shows_counts_reasons_and_images_and_nothing_from_elsewhere(
@@ -94,7 +96,7 @@ def test_the_report_shows_counts_reasons_and_images_and_nothing_from_elsewhere(
 ) -> None:
     shutil.copytree(odd_images, tmp_path / "<b>odd")
     page = Path(
-        batch(config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report
+        batch(batch_config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report
     ).read_text()
     assert "19 of 26 images captioned" in page and page.count("data:image/jpeg;base64,") == 2 * 19
     assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
@@ -118,13 +120,17 @@ def test_the_reports_large_images_are_not_all_in_memory_at_once(
     Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
     for number in range(1, 12):
         shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
-    made = planned(config(tmp_path / "large", tmp_path / "out", saved_model, shard_images=20))
+    plan = make_plan(
+        batch_config(tmp_path / "large", tmp_path / "out", saved_model, shard_images=20)
+    )
     rows = [
-        {"uri": one.uri, "status": "ok", "caption": "red", "score": -1.0} for one in made.images(0)
+        {"uri": image.uri, "status": "ok", "caption": "red", "score": -1.0}
+        for image in plan.images(0)
     ]
-    with storage.atomic_file(made.captions(made.shards[0])) as part:
-        pq.write_table(pa.Table.from_pylist(rows, pa.schema(FIELDS)), part)
+    schema = pa.schema(FIELDS).with_metadata({METADATA_KEY: '{"seconds": 1}'})
+    with storage.atomic_file(plan.captions_uri(0)) as part:
+        pq.write_table(pa.Table.from_pylist(rows, schema), part)
     most_memory()
     before = most_memory()
-    page = Path(merge(made).report).read_text()
+    page = Path(merge(plan).report).read_text()
     assert page.count("data:image/jpeg;base64,") == 2 * 12 and most_memory() - before < 3 * 48_000

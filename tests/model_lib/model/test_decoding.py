@@ -1,18 +1,17 @@
 """Decoding against transformers' `generate` on the same weights, and sampling against the exact
 probabilities."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
-from model_lib.model.decoding import Decoded, _DecodingState, decode, draw
-from tests.helpers.small import small_model
-from tests.model_lib.model.test_model import (
+from model_lib.model.decoder import KVCache
+from model_lib.model.decoding import Decoded, decode, draw
+from tests.helpers.small import (
     pixels,
     reference_decoder,
+    small_model,
     small_model_with_equal_widths,
 )
 
@@ -27,7 +26,7 @@ def ending_model() -> tuple[Captioner, torch.Tensor]:
     features = torch.randn(IMAGES, 5, 32, generator=generator)
     tokens = torch.randint(1, 97, (IMAGES, 8, 10), generator=generator)
     with torch.no_grad():
-        usual = model.hidden(tokens, model.cross_cache(features)).mean((0, 1, 2))
+        usual = model.decoder(tokens, model.decoder.cross_cache(features)).mean((0, 1, 2))
         model.head.weight.mul_(3)  # sharper than random weights are
         model.head.weight[0] += (
             END * usual / usual.norm() ** 2
@@ -69,10 +68,13 @@ def test_finished_images_leave_and_the_others_go_on_the_same(
     model, _ = ending_model()
     features = torch.randn(16, 5, 32, generator=torch.Generator().manual_seed(2))
     sizes = []
-    keep = _DecodingState.keep
-    monkeypatch.setattr(
-        _DecodingState, "keep", lambda rows, places: sizes.append(len(places)) or keep(rows, places)
-    )
+    keep_batch = KVCache.keep_batch
+
+    def record(cache: KVCache, indices: torch.Tensor) -> None:
+        sizes.append(len(indices))
+        keep_batch(cache, indices)
+
+    monkeypatch.setattr(KVCache, "keep_batch", record)
     config = DecodeConfig(max_new_tokens=20, **options)
     together = decode(model, features, config)
     assert sizes and sizes[0] <= 8 and sizes == sorted(sizes, reverse=True)
@@ -139,45 +141,14 @@ def test_several_samples_of_an_image_differ_and_have_their_own_pasts(model: Capt
     for image, rows in enumerate(
         decoded
     ):  # each score is that of its own tokens, fed again without a cache
-        visual = model.cross_cache(features[image : image + 1])
+        visual = model.decoder.cross_cache(features[image : image + 1])
         for row in rows:
             with torch.no_grad():
-                logits = model.head(model.hidden(torch.tensor([[[0, *row.tokens[:-1]]]]), visual))[
+                logits = model.head(model.decoder(torch.tensor([[[0, *row.tokens[:-1]]]]), visual))[
                     0, 0
                 ]
             exact = logits.log_softmax(-1).gather(1, torch.tensor(row.tokens).unsqueeze(1)).mean()
             assert row.score == pytest.approx(float(exact), abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    "options", [{"num_beams": 1}, {"num_beams": 4}, {"num_beams": 4, "length_penalty": 0.5}]
-)
-def test_with_and_without_caches_the_same(options: dict[str, float]) -> None:
-    """Greedy and beams again, the plain way: every prefix through the decoder whole."""
-    model, features = ending_model()
-    config = DecodeConfig(max_new_tokens=7, **options)
-    uncached = _Uncached(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model_lib.model.decoding._DecodingState.logits", uncached.logits)
-        plain = decode(model, features, config)
-    assert uncached.calls > 1
-    for (ours,), (theirs,) in zip(decode(model, features, config), plain, strict=True):
-        assert ours.tokens == theirs.tokens and ours.score == pytest.approx(theirs.score, abs=1e-5)
-
-
-class _Uncached:
-    """Computes the next token's logits from the whole history, without keys and values from
-    before."""
-
-    def __init__(self, model: Captioner) -> None:
-        self.model, self.calls = model, 0
-        outer = self
-
-        def logits(rows: Any) -> torch.Tensor:
-            outer.calls += 1
-            return outer.model.head(outer.model.hidden(rows.history, rows.visual)[:, :, -1]).float()
-
-        self.logits = logits
 
 
 def test_some_captions_of_the_reference_end_by_themselves() -> None:
@@ -210,7 +181,7 @@ def test_the_score_is_the_mean_log_probability_of_the_tokens(
     ):
         tokens = torch.tensor([[[0, *row.tokens[:-1]]]])
         with torch.no_grad():
-            hidden = model.hidden(tokens, model.cross_cache(features[image : image + 1]))
+            hidden = model.decoder(tokens, model.decoder.cross_cache(features[image : image + 1]))
             log_probs = model.head(hidden)[0, 0].log_softmax(-1)
         exact = log_probs.gather(1, torch.tensor(row.tokens).unsqueeze(1)).mean()
         assert row.score == pytest.approx(float(exact), abs=1e-4)

@@ -30,48 +30,28 @@ from model_lib.presets import PRESETS
 from model_lib.train.config import TrainConfig
 from model_lib.train.loss import caption_loss
 from model_lib.train.training import train
-from tests.helpers.small import small_model
+from tests.helpers.small import (
+    pixels,
+    reference_decoder,
+    small_model,
+    small_model_with_equal_widths,
+)
 
 TRAINED = re.compile(
     r"decoder\.h\.\d+\.(crossattention|ln_cross_attn|ln_visual|ln_2|mlp)\..+|decoder\.ln_f\..+|head\..+"
 )
 
 
-def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        0,
-        256,
-        (count, 3, model.image_size, model.image_size),
-        generator=generator,
-        dtype=torch.uint8,
-    )
-
-
-def reference_decoder(model: Captioner) -> GPT2LMHeadModel:
-    """Return transformers' GPT-2 with cross-attention and the model's weights; both without the
-    visual norm."""
-    config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
-    config.tie_word_embeddings = False
-    with init.no_init_weights():
-        reference = GPT2LMHeadModel(config).eval()
-    for block in model.decoder.h:
-        block.ln_visual = nn.Identity()
-    reference.transformer.load_state_dict(model.decoder.state_dict())
-    reference.lm_head.weight.data.copy_(model.head.weight)
-    return reference
-
-
 def test_full_size_has_the_designs_parameter_counts() -> None:
     with torch.device("meta"):
-        model = Captioner(CaptionerConfig.of(PRESETS["clip-l-gpt2-medium"]))
+        model = Captioner(CaptionerConfig.from_preset(PRESETS["clip-l-gpt2-medium"]))
     assert sum(p.numel() for p in model.parameters()) == 810_326_016
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 353_823_744
 
 
 def test_trained_parameters_are_those_of_the_design() -> None:
     with torch.device("meta"):
-        model = Captioner(CaptionerConfig.of(PRESETS["clip-l-gpt2-medium"]))
+        model = Captioner(CaptionerConfig.from_preset(PRESETS["clip-l-gpt2-medium"]))
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == bool(TRAINED.fullmatch(name)), name
 
@@ -155,7 +135,7 @@ def parity(model: Captioner, dtype: torch.dtype, rows: int) -> tuple[float, dict
     weights = torch.randn(
         *tokens.shape, config.vocab_size, generator=generator
     )  # a loss that weighs every logit
-    ours = model.head(model.hidden(tokens, model.cross_cache(features)))
+    ours = model.head(model.decoder(tokens, model.decoder.cross_cache(features)))
     (ours.float() * weights).sum().backward()
     theirs = torch.stack(
         [reference(tokens[:, n], encoder_hidden_states=features).logits for n in range(rows)], 1
@@ -237,7 +217,7 @@ def test_attention_says_where_each_token_looked(model: Captioner) -> None:
         lambda m, inputs, output: seen.append((*inputs, output))
     )
     with torch.no_grad():
-        model.hidden(tokens, model.cross_cache(features))
+        model.decoder(tokens, model.decoder.cross_cache(features))
         hook.remove()
         x, (key, value), output = seen[0]
         q = block.crossattention.q_attn(x).view(2, 15, 4, -1).transpose(1, 2)
@@ -251,31 +231,6 @@ def test_attention_says_where_each_token_looked(model: Captioner) -> None:
             weights.mean(1).view(2, 3, 5, -1),
             atol=1e-6,
         )
-
-
-def small_model_with_equal_widths() -> Captioner:
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=8,
-    )
-    decoder = GPT2Config(
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=32,
-        vocab_size=97,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = Captioner(Captioner.config_class(vision_config=vision, decoder_config=decoder)).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def test_a_training_step_moves_every_trained_weight_and_no_frozen_one(model: Captioner) -> None:

@@ -10,7 +10,7 @@ from model_lib.model.captioner import Captioner
 from model_lib.model.tokens import IGNORED, encode_captions, pack_captions
 from model_lib.train import loss as loss_module
 from model_lib.train.loss import caption_loss
-from tests.model_lib.model.test_model import pixels
+from tests.helpers.small import pixels
 
 CAPTIONS = [
     ["a red circle", "two blue squares on a white background", "a"],

@@ -9,7 +9,7 @@ from model_lib.model.decoding import Decoded
 from model_lib.model.tokens import IGNORED
 from model_lib.train.config import TrainConfig
 from model_lib.train.self_critical import SelfCriticalObjective
-from tests.model_lib.model.test_model import pixels
+from tests.helpers.small import pixels
 
 CAPTIONS = [
     ["a red circle on a white background", "one red circle"],
