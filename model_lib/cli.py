@@ -1,10 +1,8 @@
 """The command line `captioner`.
 
-A command is a function of one configuration, whose dataclass makes its options and help, that
+A command is a function of one configuration, whose dataclass defines the options and the help; it
 returns an `Output`. Other packages add commands through the entry-point group `captioner.commands`,
-as the pipelines do.
-
-Exit codes are those of `exits`.
+as the pipelines do. Exit codes are those of `exits`.
 """
 
 import contextlib
@@ -15,7 +13,9 @@ import io
 import itertools
 import json
 import logging
+import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import tyro
 
 from model_lib.batch.config import BatchConfig
-from model_lib.errors import UserError, printable
-from model_lib.evaluate.config import EvaluateConfig
-from model_lib.exits import exit_in_one_line
+from model_lib.errors import UserError, exit_code, printable
+from model_lib.evaluate.config import EvaluateConfig, ScoreConfig
+from model_lib.exits import MISTAKE, exit_in_one_line
 from model_lib.ingest.config import DownloadConfig, IngestConfig, ScenesConfig
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
@@ -38,12 +38,17 @@ from model_lib.tracking.model_uris import CHAMPION_URI
 from model_lib.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from model_lib.evaluate.result import Evaluation
     from model_lib.model.captioning import Caption
+
+PACKAGES = ["captioner", "torch", "transformers", "pyarrow", "pillow", "fsspec", "numpy"]
+PACKAGES += ["mlflow", "kfp"]
+"""Packages whose versions `info` shows."""
 
 
 @dataclass
 class Output:
-    """What a command has to say, as JSON and as lines for people.
+    """The result of a command, as JSON and as lines of text.
 
     Lines may be made while they are printed; document and exit code are complete after the last.
     """
@@ -67,7 +72,7 @@ class InfoConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig(DecodeConfig):
+class CaptionConfig(StageConfig):
     """Caption images, one line each as it is ready."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-f"])]
@@ -75,8 +80,10 @@ class CaptionConfig(DecodeConfig):
     list from stdin."""
     model: str = CHAMPION_URI
     """A folder, hub name, URI or model of the MLflow registry."""
+    decode: DecodeConfig = DecodeConfig()
+    """How captions are decoded."""
     explain: str | None = None
-    """HTML file that shows where the model looked for each word."""
+    """HTML file that shows the model's attention for each word."""
     batch_size: int = option(16, minimum=1)
     """Images decoded together."""
     device: str = "auto"
@@ -86,64 +93,44 @@ class CaptionConfig(DecodeConfig):
 
 
 def info(config: InfoConfig) -> Output:
-    import platform
-    import shutil
-
-    def count(preset: str) -> dict[str, Any]:
-        import torch
-
-        from model_lib.model.captioner import Captioner, CaptionerConfig
-
-        with torch.device("meta"):
-            model = Captioner(CaptionerConfig.from_preset(PRESETS[preset]))
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        trainable = sum(size for size, trained in sizes if trained)
-        return {"preset": preset, "total": sum(size for size, _ in sizes), "trainable": trainable}
-
-    packages = (
-        "captioner",
-        "torch",
-        "transformers",
-        "pyarrow",
-        "pillow",
-        "fsspec",
-        "numpy",
-        "mlflow",
-        "kfp",
-    )
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in packages:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     gpus, counts = [], []
-    if "torch" in versions:  # a stage without a model has none
+    if "torch" in versions:  # the image of a stage without a model has none
         import torch
 
         gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
-        counts = [count(preset) for preset in ([config.preset] if config.preset else PRESETS)]
+        counts = [_count_parameters(p) for p in ([config.preset] if config.preset else PRESETS)]
     elif config.preset:
-        raise UserError(
-            f"preset {config.preset}: to count its parameters, install torch: pip install "
-            "'captioner[model]'"
-        )
-    environment = {
-        "versions": versions,
-        "gpus": gpus,
-        "cpus": cpu_count(),
-        "java": shutil.which("java") is not None,
-    }
-    lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"] if counts else []
-    lines += [f"{row['preset']:<20} {row['total']:>13,} {row['trainable']:>13,}" for row in counts]
-    lines += [
-        *([""] if counts else []),
-        *(f"{name:<20} {version}" for name, version in versions.items()),
-    ]
+        remedy = "to count its parameters, install torch: pip install 'captioner[model]'"
+        raise UserError(f"preset {config.preset}: {remedy}")
+    java = shutil.which("java") is not None
+    lines = []
+    if counts:
+        lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"]
+        lines += [f"{c['preset']:<20} {c['total']:>13,} {c['trainable']:>13,}" for c in counts]
+        lines += [""]
+    lines += [f"{name:<20} {version}" for name, version in versions.items()]
     lines += [
         f"{'GPUs':<20} {', '.join(gpus) or 'none'}",
-        f"{'Java':<20} {'yes' if environment['java'] else 'no'}",
+        f"{'Java':<20} {'yes' if java else 'no'}",
     ]
-    document = {**counts[0], **environment} if config.preset else {"presets": counts, **environment}
-    return Output(document, lines)
+    environment = {"versions": versions, "gpus": gpus, "cpus": cpu_count(), "java": java}
+    return Output({**(counts[0] if config.preset else {"presets": counts}), **environment}, lines)
+
+
+def _count_parameters(preset: str) -> dict[str, Any]:
+    import torch
+
+    from model_lib.model.captioner import Captioner, CaptionerConfig
+
+    with torch.device("meta"):
+        model = Captioner(CaptionerConfig.from_preset(PRESETS[preset]))
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(size for size, is_trainable in sizes if is_trainable)
+    return {"preset": preset, "total": sum(size for size, _ in sizes), "trainable": trainable}
 
 
 def scenes(config: ScenesConfig) -> Output:
@@ -160,12 +147,11 @@ def download(config: DownloadConfig) -> Output:
 
     archives = run(config)
     if config.dataset == "spice":
+        from model_lib.scores.spice import unpack_models
+
         for archive in archives:
             unpack_models(archive.uri, config.output)
-    lines = [
-        f"{archive.uri}: {archive.bytes / 1e9:.2f} GB, {archive.files:,} files"
-        for archive in archives
-    ]
+    lines = [f"{a.uri}: {a.bytes / 1e9:.2f} GB, {a.files:,} files" for a in archives]
     return Output([asdict(archive) for archive in archives], lines)
 
 
@@ -174,14 +160,9 @@ def ingest(config: IngestConfig) -> Output:
 
     manifest = run(config)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
-    left_out = (
-        ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items()) or "none"
-    )
-    text = (
-        f"{config.output}: images: {counts}; quarantined: {left_out}; fingerprint "
-        f"{manifest.fingerprint[:12]}"
-    )
-    return Output(manifest.to_dict(), [text])
+    rejected = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items())
+    line = f"{config.output}: images: {counts}; quarantined: {rejected or 'none'}"
+    return Output(manifest.to_dict(), [f"{line}; fingerprint {manifest.fingerprint[:12]}"])
 
 
 def train(config: TrainConfig) -> Output:
@@ -195,20 +176,24 @@ def train(config: TrainConfig) -> Output:
 
 def evaluate(config: EvaluateConfig) -> Output:
     from model_lib.evaluate.evaluation import evaluate as run
-    from model_lib.tracking.server import NO_TRACKING, tracking_from_environment
+    from model_lib.tracking.server import tracking_from_environment
 
-    tracking = NO_TRACKING if config.model is None else tracking_from_environment()
-    evaluation = run(config, tracking)
-    lines = [
-        (
-            f"{evaluation.images:,} images of {evaluation.split}; in brackets, 95 % intervals over "
-            "images"
-        )
-    ]
+    return _scores(run(config, tracking_from_environment()))
+
+
+def score(config: ScoreConfig) -> Output:
+    from model_lib.evaluate.scoring import score as run
+
+    return _scores(run(config))
+
+
+def _scores(evaluation: "Evaluation") -> Output:
+    images = f"{evaluation.images:,} images of {evaluation.split}"
+    lines = [f"{images}; in brackets, 95 % intervals over images"]
     for name, value in evaluation.scores.items():
         low, high = evaluation.intervals[name]
         lines.append(f"{name:<16} {value:.4f} [{low:.4f}, {high:.4f}]")
-    lines += [f"{'CIDEr, shuffled':<16} {evaluation.shuffled_cider:.4f}"]
+    lines.append(f"{'CIDEr, shuffled':<16} {evaluation.shuffled_cider:.4f}")
     lines += [f"{name:<16} {value:,.4g}" for name, value in evaluation.diversity.items()]
     lines.append(f"n-grams' frequencies are from {evaluation.frequencies}")
     return Output(evaluation.to_dict(), lines)
@@ -219,12 +204,10 @@ def register(config: RegisterConfig) -> Output:
     from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     tracking = require_mlflow(tracking_from_environment())
-    tracking.require_answer()  # who waits at a prompt is told at once; a step of a pipeline waits
+    tracking.require_answer()  # at a prompt, fail at once; a step of a pipeline waits
     registered = run(config, tracking)
-    line = (
-        f"version {registered.version} ({registered.winner}) {registered.fate}: {registered.reason}"
-    )
-    return Output(registered.to_dict(), [line])
+    version = f"version {registered.version} ({registered.winner})"
+    return Output(registered.to_dict(), [f"{version} {registered.fate}: {registered.reason}"])
 
 
 def models(config: ModelsConfig) -> Output:
@@ -233,25 +216,20 @@ def models(config: ModelsConfig) -> Output:
     from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     tracking = require_mlflow(tracking_from_environment())
-    found = list_versions(tracking)
-    none = (
-        f"no versions of {MODEL} in the model registry at {tracking.uri}; captioner register "
-        "makes one"
-    )
-    return Output(
-        [asdict(version) for version in found], versions_table(found) if found else [none]
-    )
+    versions = list_versions(tracking)
+    registry = f"the model registry at {tracking.uri}"
+    none = f"no versions of {MODEL} in {registry}; captioner register makes one"
+    lines = versions_table(versions) if versions else [none]
+    return Output([asdict(version) for version in versions], lines)
 
 
 def rollback(config: RollbackConfig) -> Output:
     from model_lib.registry.versions import rollback as run
     from model_lib.tracking.server import tracking_from_environment
 
-    made = run(tracking_from_environment())
-    line = (
-        f"version {made.champion} is the champion again; version {made.rolled_back} was rolled back"
-    )
-    return Output(asdict(made), [line])
+    result = run(tracking_from_environment())
+    champion = f"version {result.champion} is the champion again"
+    return Output(asdict(result), [f"{champion}; version {result.rolled_back} was rolled back"])
 
 
 def caption(config: CaptionConfig) -> Output:
@@ -268,29 +246,30 @@ def caption(config: CaptionConfig) -> Output:
     output = Output([], [])
 
     def lines() -> Iterator[str]:
-        explained: list[tuple[str, Caption]] = []
-        named, captioned = itertools.tee(find_images(config.files, sys.stdin))
-        results = caption_each(model, captioned, config, config.batch_size)
+        captioned: list[tuple[str, Caption]] = []
         failed = count = 0
-        for file, result in zip(named, results, strict=True):
+        files, images = itertools.tee(find_images(config.files, sys.stdin))
+        results = caption_each(model, images, config.decode, config.batch_size)
+        for file, result in zip(files, results, strict=True):
             count += 1
             if isinstance(result, list):
-                for one in result:
-                    output.document.append({"uri": file, "caption": one.text, "score": one.score})
-                    yield f"{file}: {one.text}"
-                explained.append((str(file), result[0]))
+                for caption in result:
+                    row = {"uri": file, "caption": caption.text, "score": caption.score}
+                    output.document.append(row)
+                    yield f"{file}: {caption.text}"
+                captioned.append((str(file), result[0]))
                 continue
+            failed += 1
             problem = f"{file}: {result}" if isinstance(result, ImageError) else str(result)
             output.document.append({"uri": str(file), "error": problem})
-            output.exit_code = max(output.exit_code, 2 if isinstance(result, UserError) else 1)
-            failed += 1
-            print(printable(f"captioner: error: {problem}"), file=sys.stderr)
+            output.exit_code = max(output.exit_code, exit_code(result))
+            print(printable(f"{MISTAKE}{problem}"), file=sys.stderr)
         if failed and count > 1:
             print(f"captioner: {failed} of {count} images without a caption", file=sys.stderr)
         if config.explain is not None:
-            from model_lib.model.explain import render_explanation
+            from model_lib.evaluate.explain import render_explanation
 
-            storage.write_bytes(config.explain, render_explanation(model, explained).encode())
+            storage.write_bytes(config.explain, render_explanation(model, captioned).encode())
 
     output.lines = lines()
     return output
@@ -301,11 +280,11 @@ def batch(config: BatchConfig) -> Output:
 
     _find_registry(config.model)
     summary = run(config)
-    errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
-    text = f"{summary.captions}: {summary.ok:,} of {summary.images:,} images captioned"
-    return Output(
-        asdict(summary), [text + (f"; errors: {errors}" if errors else ""), summary.report]
-    )
+    line = f"{summary.captions}: {summary.ok:,} of {summary.images:,} images captioned"
+    if summary.errors:
+        errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
+        line = f"{line}; errors: {errors}"
+    return Output(asdict(summary), [line, summary.report])
 
 
 def _find_registry(source: str) -> None:
@@ -322,6 +301,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "ingest": ingest,
     "train": train,
     "evaluate": evaluate,
+    "score": score,
     "register": register,
     "models": models,
     "rollback": rollback,
@@ -333,38 +313,31 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
-    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else a test's
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="captioner: %(message)s", level=logging.WARNING)
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # what bucket drivers leave unfinished at exit
+    # Bucket drivers leave connections open at exit.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with exit_in_one_line():
-        sys.exit(_run(argv))
+        sys.exit(_run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> int:
-    elsewhere = {
-        entry.name: entry
-        for entry in importlib.metadata.entry_points(group="captioner.commands")
-        if importlib.util.find_spec(
-            entry.module.partition(".")[0]
-        )  # a container has the library alone
-    }
-    names = sorted({*COMMANDS, *elsewhere})
+    # A container image may have the library without the pipelines.
+    entries = importlib.metadata.entry_points(group="captioner.commands")
+    others = {e.name: e for e in entries if importlib.util.find_spec(e.module.partition(".")[0])}
+    names = sorted({*COMMANDS, *others})
     if not argv or argv[0] in ("-h", "--help"):
-        print(_overview({name: COMMANDS.get(name) or elsewhere[name].load() for name in names}))
+        print(_overview({name: COMMANDS.get(name) or others[name].load() for name in names}))
         return 0 if argv else 2
     name, *options = argv
     if name not in names:
         raise UserError(f"unknown command {name!r}; one of {', '.join(names)}")
-    if name in elsewhere and importlib.util.find_spec("kfp") is None:
-        raise UserError(
-            f"{name}: needs kfp, which is not installed: pip install 'captioner[pipelines]'"
-        )
-    function = COMMANDS.get(name) or elsewhere[name].load()
+    if name in others and importlib.util.find_spec("kfp") is None:
+        remedy = "pip install 'captioner[pipelines]'"
+        raise UserError(f"{name}: needs kfp, which is not installed: {remedy}")
+    function = COMMANDS.get(name) or others[name].load()
     wants_json = "--json" in options
     output = function(parse(function, name, [option for option in options if option != "--json"]))
     for line in output.lines:
@@ -376,8 +349,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _json(document: Any) -> str:
-    """Return a document as it can be printed: names of files may be no text, and a terminal may
-    know few letters."""
+    """Return a document as JSON, with escapes if the terminal or a file's name needs them."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding)
@@ -393,37 +365,41 @@ def config_class(function: Callable[[Any], Output]) -> type:
 
 
 def parse(function: Callable[[Any], Output], name: str, options: list[str]) -> Any:
-    """Make the command's configuration from options; `UserError` in one line instead of tyro's
+    """Return the command's configuration from options; `UserError` in one line instead of tyro's
     framed box."""
     config = config_class(function)
-    description = f"{inspect.getdoc(config)}\n\n--json prints one JSON document instead of text."
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(config, args=options, prog=f"captioner {name}", description=description)
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                config,
+                args=options,
+                prog=f"captioner {name}",
+                description=f"{inspect.getdoc(config)}\n\n--json prints one JSON document.",
+                config=(tyro.conf.OmitArgPrefixes,),  # --num_beams, not --decode.num_beams
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(f"{_first_row(said.getvalue())} (see captioner {name} --help)") from None
+        message = _first_message(errors.getvalue())
+        raise UserError(f"{message} (see captioner {name} --help)") from None
 
 
-def _first_row(box: str) -> str:
+def _first_message(box: str) -> str:
     """Return the message in tyro's framed error, up to its first ruler, as one line."""
-    rows = [row.strip("│ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     message: list[str] = []
-    for row in rows:
-        if row.startswith(("╭", "╰")):
-            continue
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        row = line.strip("│ ")
         if row and set(row) <= set("─-"):
             break
-        message.append(row)
+        if not row.startswith(("╭", "╰")):
+            message.append(row)
     return " ".join(" ".join(message).split()) or "bad usage"
 
 
 def _overview(commands: dict[str, Callable[[Any], Output]]) -> str:
     lines = ["captioner: train, evaluate, register and run an image captioner", ""]
     for name, function in commands.items():
-        lines.append(
-            f"  {name:<10} {(inspect.getdoc(config_class(function)) or '').splitlines()[0]}"
-        )
+        summary = (inspect.getdoc(config_class(function)) or "").splitlines()[0]
+        lines.append(f"  {name:<10} {summary}")
     return "\n".join([*lines, "", "captioner COMMAND --help explains a command's options."])

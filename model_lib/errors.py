@@ -1,5 +1,5 @@
-"""The two exceptions that are meant for the user, each with one line that names the thing, the
-place and the remedy.
+"""The two exceptions for the user, each with one line that names the thing, the place and the
+remedy.
 
 The command line prints the line and exits with 2 or 1; in a pipeline's step it is the last line of
 the log.
@@ -7,25 +7,22 @@ the log.
 
 import re
 
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that steer a terminal or turn the direction of text, and lone surrogates, which cannot
-be printed."""
-
+INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that control a terminal or the direction of text, and lone surrogates, which cannot be
+printed."""
 PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s]+@")
-"""An address's password, which ends with the last @ before the path."""
+"""The password of an address, which ends with the last @ before the path."""
+LONGEST = 2000
+"""Characters of a line; of a longer one, which quotes a whole file, start and end are shown."""
 
 
 def printable(text: str) -> str:
-    """Return a line that shows on a terminal what is in it but passwords, and does nothing else.
-
-    File names can hold anything, and some people write passwords into addresses.
-    """
+    """Return a line without control characters, which file names can hold, and without passwords,
+    which addresses can hold."""
     text = PASSWORD.sub(r"\1***@", text)
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-LONGEST = 2000
-"""Characters of a line; of a longer one, which quotes a whole file, start and end are shown."""
+    return INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class _OneLine(Exception):
@@ -45,10 +42,10 @@ class WorkError(_OneLine):
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code that an error stands for."""
+    """Return the exit code of an error."""
     return 2 if isinstance(error, UserError) else 1
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an exception says, in one line."""
+    """Return the first line of an exception's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""How a process ends: one line instead of a traceback, and SIGTERM heeded.
+"""The end of a process: one line instead of a traceback, and stop signals.
 
 Exit codes: 0 done; 1 the work failed; 2 bad input or usage; 130 interrupted; 143 stopped by
 SIGTERM.
@@ -15,104 +15,92 @@ from pathlib import Path
 from model_lib.errors import UserError, WorkError, first_line, printable
 
 NO_MEMORY = (
-    "can't allocate memory",  # torch
-    "could not create a primitive",  # oneDNN, below torch
+    "can't allocate memory",  # torch's allocator on the CPU
+    "could not create a primitive",  # oneDNN
     "can't start new thread",  # Python
-    "Cannot allocate memory",  # the system
-    "out of memory",  # GPUs
+    "out of memory",  # CUDA libraries
 )
-"""How it is said that the memory is used up, in exceptions of other kinds than `MemoryError`."""
-
-
+"""Messages of exhausted memory in `RuntimeError`s, which have no type of their own."""
 MISTAKE = "captioner: error: "
-"""Beginning of the line that tells a mistake in the input or in the data; of other failures it is
-another."""
+"""Start of the line of a user's mistake; other failures start differently."""
 LONGEST = 1000
-"""Characters of it that a pod keeps: Kubernetes cuts at 4,096 bytes."""
+"""Characters that go to the pod's status: Kubernetes cuts at 4,096 bytes."""
 TERMINATION_LOG = Path("/dev/termination-log")
-"""Where a Kubernetes container leaves the reason of its end: the pod's status shows it, and Argo
-its node's message."""
+"""File of a Kubernetes container whose content the pod's status shows, and Argo's node."""
 
 
-def _ending(error: Exception) -> tuple[int, str] | None:
-    """Return the exit code and the line that an exception ends the process with, or None if it is a
-    defect."""
+def _exit_line(error: Exception) -> tuple[int, str] | None:
+    """Return the exit code and line for an exception; None for a defect of ours."""
     if isinstance(error, UserError):
         return 2, f"{MISTAKE}{error}"
     if isinstance(error, (WorkError, OSError)):
         return 1, f"captioner: failed: {printable(str(error))}"
-    if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+    if _is_out_of_memory(error):
         reason = f" ({printable(first_line(error))})" if str(error) else ""
-        return (
-            1,
-            (
-                f"captioner: failed: the memory is used up{reason}; give it more, or less to do at "
-                "once"
-            ),
-        )
-    if type(error).__module__.startswith(
-        ("mlflow.", "sqlalchemy.")
-    ):  # of a server, and of its own store
+        return 1, f"captioner: failed: out of memory{reason}; use a larger machine, or less at once"
+    if type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):
         return 1, printable(f"captioner: failed: MLflow: {' '.join(str(error).split())}")
     return None
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether the memory is used up; torch.OutOfMemoryError is a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError)
+
+
 @contextmanager
 def exit_in_one_line() -> Iterator[None]:
-    """Exit with the line that is meant for the user when the body fails by their input, or by the
-    world it works in."""
+    """Exit with one line for the user if the body fails by their input, or by files and servers."""
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        ending = _ending(error)
-        if ending is None:
+        end = _exit_line(error)
+        if end is None:
             raise
-        code, line = ending
+        code, line = end
         print(line, file=sys.stderr)
-        with (
-            suppress(OSError),
-            TERMINATION_LOG.open("r+") as log,
-        ):  # where there is one, and it may be written
-            log.seek(0, os.SEEK_END)  # after what other processes of this container say
+        with suppress(OSError), TERMINATION_LOG.open("r+") as log:  # outside of a pod there is none
+            log.seek(0, os.SEEK_END)  # other processes of the container write there too
             log.write(f"{line[:LONGEST]}\n")
         sys.exit(code)
 
 
 class StopRequest:
-    """Whether the process was asked to end, by which signal, and how soon it does."""
+    """The stop signal that the process has received, if any."""
 
     def __init__(self) -> None:
         self.signal = 0
-        self.finishing = False
-        """Whether what is being done is finished first; else the process ends at once."""
+        """Its number; 0: none."""
+        self.deferred = False
 
     def on_signal(self, number: int, *_: object) -> None:
-        """Take a signal."""
+        """Handle a signal: note it, and exit unless the stop is deferred."""
         self.signal = number
-        if not self.finishing:
+        if not self.deferred:
             raise SystemExit(128 + number)
 
     @contextmanager
     def defer_stop(self) -> Iterator[None]:
-        """Let the body look at `signal` and end in good order, instead of being interrupted."""
-        self.finishing = True
+        """Do not interrupt the body, which looks at `signal` and ends by itself."""
+        self.deferred = True
         try:
             yield
         finally:
-            self.finishing = False
+            self.deferred = False
 
 
 @contextmanager
 def catch_signals(*signals: signal.Signals) -> Iterator[StopRequest]:
-    """Yield what tells whether one of the signals came, instead of their ending the process
-    somewhere."""
-    request, before = StopRequest(), {}
-    if threading.current_thread() is threading.main_thread():  # which alone can take signals
-        before = {number: signal.signal(number, request.on_signal) for number in signals}
+    """Yield the request that these signals make, instead of their default action."""
+    request, handlers = StopRequest(), {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+        handlers = {number: signal.signal(number, request.on_signal) for number in signals}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

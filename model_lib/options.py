@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -47,12 +48,13 @@ class StageConfig:
         """
         from model_lib.io.validation import parse  # needs pyarrow, which the command line does not
 
-        names = sorted(field.name for field in dataclasses.fields(cls))
+        names = [field.name for field in dataclasses.fields(cls)]
+        options = nest_options(cls, {name: _whole(value) for name, value in options.items()})
         for name in options:
-            known = ", ".join(names)
+            known = ", ".join(sorted(option_names(cls)))
             require(name in names, f"{cls.__name__}: unknown option {name!r}; one of {known}")
         try:
-            return parse(cls, {name: _whole(value) for name, value in options.items()})
+            return parse(cls, options)
         except ValueError as error:
             raise UserError(f"{cls.__name__}: {error}") from error
 
@@ -61,8 +63,9 @@ class StageConfig:
 
     def key(self, *more: str) -> str:
         """Return 16 hex digits of the options that shape the result, and of `more`."""
+        options = self.to_dict()
         shaping = {
-            field.name: getattr(self, field.name)
+            field.name: options[field.name]
             for field in dataclasses.fields(self)
             if field.metadata.get("shapes", True)
         }
@@ -82,14 +85,47 @@ def option(
     return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
 
 
-def as_arguments(config: StageConfig) -> list[str]:
-    """Return the command line of a configuration, without options that have their default."""
-    arguments = []
+def option_names(cls: type[StageConfig]) -> list[str]:
+    """Return the names of a configuration's options, with those of a nested one beside its own."""
+    names: list[str] = []
+    for field in dataclasses.fields(cls):
+        default: Any = field.default
+        is_nested = isinstance(default, StageConfig)
+        names += option_names(type(default)) if is_nested else [field.name]
+    return names
+
+
+def nest_options(cls: type[StageConfig], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options, of which those of a nested configuration may be given flat, as the fields.
+
+    What is not given of a nested configuration is as in the field's default.
+    """
+    fields = dict(options)
+    for field in dataclasses.fields(cls):
+        default: Any = field.default
+        nested = fields.get(field.name, {})
+        if isinstance(default, StageConfig) and isinstance(nested, dict):
+            flat = {n: fields.pop(n) for n in option_names(type(default)) if n in fields}
+            fields[field.name] = {**default.to_dict(), **nested, **flat}
+    return fields
+
+
+def as_arguments(config: StageConfig, defaults: StageConfig | None = None) -> list[str]:
+    """Return the command line of a configuration, without options that have their default.
+
+    Args:
+        config: the configuration.
+        defaults: of a nested configuration, if they are not its class's.
+    """
+    arguments: list[str] = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is None or value == field.default:
+        default: Any = field.default if defaults is None else getattr(defaults, field.name)
+        if value is None or value == default:
             continue
-        if isinstance(field.default, bool):
+        if isinstance(value, StageConfig):
+            arguments += as_arguments(value, default)
+        elif isinstance(field.default, bool):
             arguments.append(f"--{field.name}" if value else f"--no-{field.name}")
         else:
             arguments.append(f"--{field.name}={value}")

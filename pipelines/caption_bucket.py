@@ -75,7 +75,7 @@ def define(parallel: int) -> Any:
         caption_images: str,
         caption_output: str,
         caption_model: str = CHAMPION_URI,
-        caption_num_beams: int = BatchConfig.num_beams,
+        caption_num_beams: int = BatchConfig.decode.num_beams,
         caption_shard_images: int = BatchConfig.shard_images,
         caption_options: dict = NO_OPTIONS,
         gpu_resource: str = placement.GPU_RESOURCE,

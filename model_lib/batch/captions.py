@@ -42,7 +42,7 @@ def caption_shards(plan: Plan, indices: Sequence[int], model: Captioner) -> None
     own: the model waits for neither.
     """
     config = plan.config
-    schema = pa.schema([*FIELDS, *(SEVERAL if config.num_captions > 1 else [])])
+    schema = pa.schema([*FIELDS, *(SEVERAL if config.decode.num_captions > 1 else [])])
     total = sum(plan.shards[index].images for index in indices)
     with Progress("caption", total, "images") as progress, Background() as writing:
         began = time.monotonic()
@@ -83,7 +83,7 @@ def _caption_batch(
 ) -> list[dict[str, Any]]:
     """Return the rows of loaded images with their captions."""
     good = [pixels for _, pixels in loaded if pixels is not None]
-    captioned = iter(caption_pixels(model, np.stack(good), config) if good else [])
+    captioned = iter(caption_pixels(model, np.stack(good), config.decode) if good else [])
     rows = []
     for row, pixels in loaded:
         row |= {"model": config.model, "captioned_at": datetime.now(UTC)}

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from model_lib.model.config import DecodeConfig
-from model_lib.options import Precision, option
+from model_lib.options import Precision, StageConfig, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig(DecodeConfig):
+class BatchConfig(StageConfig):
     """Caption every image under a folder or bucket prefix into Parquet; started again, it does what
     is missing."""
 
@@ -19,6 +19,8 @@ class BatchConfig(DecodeConfig):
     summary.json, report.html."""
     model: str
     """The model: a folder, hub name, URI or models:/captioner@champion."""
+    decode: DecodeConfig = DecodeConfig()
+    """How captions are decoded."""
     recursive: bool = option(True, shapes=False)
     """Search folders below too."""
     include: tuple[str, ...] = option((), shapes=False)

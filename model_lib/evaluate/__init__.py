@@ -1,2 +1,4 @@
-"""Evaluating a model: scores with intervals, what people wrote beside what it says, and a page of
-it all."""
+"""Evaluation: a model's or a file's captions scored, and the report page.
+
+Works on captions and references; training, the registry and the pipelines may not come in.
+"""

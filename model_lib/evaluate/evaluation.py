@@ -1,83 +1,60 @@
-"""Evaluating captions: a model on a split of the data, or anyone's COCO results file."""
+"""Evaluating a model on a split of the data."""
 
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model_lib import __version__
-from model_lib.data.coco import SURROGATES, read_captions
-from model_lib.errors import UserError, WorkError
+from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
-from model_lib.evaluate.gallery import to_show
-from model_lib.evaluate.result import FEW_IMAGES, Evaluation, EvaluationResult, Predictions, View
+from model_lib.evaluate.gallery import select_images
+from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions, View
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
-from model_lib.ingest.image_source import open_image_source
+from model_lib.evaluate.scoring import score_predictions
 from model_lib.io import storage
-from model_lib.io.images import ImageError, decode_image
+from model_lib.io.images import decode_image, to_pixels
 from model_lib.io.locks import output_lock
-from model_lib.model.config import DecodeConfig
 from model_lib.pages.page import thumbnail
 from model_lib.progress import Progress
 from model_lib.scores.diversity import describe
-from model_lib.scores.metrics import require_scorers, score_captions
-from model_lib.scores.significance import corpus_scores, intervals
-from model_lib.scores.spice import require_spice
+from model_lib.scores.metrics import require_scorers
 from model_lib.tracking.mlflow_run import reason
 from model_lib.tracking.server import NO_TRACKING, Tracking
 
 if TYPE_CHECKING:
-    from model_lib.data.shards import SplitReader
+    from model_lib.data.shards import Batch, SplitReader
     from model_lib.model.captioner import Captioner
     from model_lib.model.captioning import Caption
+    from model_lib.scores.clipscore import ClipScorer
 
 log = logging.getLogger(__name__)
 UNSENT = "unsent.json"
 """File in the output folder for as long as MLflow does not have its scores."""
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
-"""What a model needs to caption."""
+"""The packages with which a model captions."""
 
 
 def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evaluation:
-    """Evaluate a model or a results file; write the folder if an output is named, and log a model's
-    scores to its run.
+    """Evaluate a model, write the output folder, and log the scores to the model's run.
 
     Raises:
-        UserError: the model, data, results or annotations cannot be used.
+        UserError: the model or the data cannot be used.
         WorkError: the folder is whole, but its scores could not be logged; the same call does only
             that.
     """
-    require_scorers()
-    if config.spice is not None:
-        require_spice(config.spice)
-    if config.output is None:
-        return _evaluate(config).evaluation
+    require_scorers(config.spice)
     with output_lock(config.output):
-        if config.model is not None and _left_unsent(config):
+        if _left_unsent(config):
             log.warning(
                 "%s: was evaluated before, and only its scores are to be sent", config.output
             )
             return _send(config, Evaluation.read(config.output), tracking)
         return _write(config, _evaluate(config), tracking)
-
-
-def _evaluate(config: EvaluateConfig) -> EvaluationResult:
-    result = _evaluate_model(config) if config.model is not None else _evaluate_results(config)
-    evaluation = result.evaluation
-    for name, why in evaluation.missing.items():
-        log.warning("%s is missing: %s", name, why)
-    if evaluation.tokenizer != "PTB":
-        log.warning(
-            "without Java the captions are split plainly: do not compare these scores with "
-            "published ones"
-        )
-    if evaluation.images < FEW_IMAGES:
-        log.warning("only %d images: CIDEr means little on so few", evaluation.images)
-    return result
 
 
 def _write(config: EvaluateConfig, result: EvaluationResult, tracking: Tracking) -> Evaluation:
@@ -145,186 +122,95 @@ def _send(config: EvaluateConfig, evaluation: Evaluation, tracking: Tracking) ->
     return evaluation
 
 
-def _evaluate_results(config: EvaluateConfig) -> EvaluationResult:
-    assert config.results is not None and config.annotations is not None
-    results, annotations = config.results, config.annotations
-    images, references = read_captions(annotations)
-    captions = read_results(results)
-    strangers = captions.keys() - {i for i, texts in references.items() if texts}
-    if strangers:
-        raise UserError(
-            f"{results}: image_id {min(strangers)} has no reference captions in {annotations}"
-        )
-    if len(captions) < len(images):
-        log.warning(
-            "%s captions %d of the %d images in %s",
-            results,
-            len(captions),
-            len(images),
-            annotations,
-        )
-    ids, names = sorted(captions), dict(images)
-    said = Predictions(
-        ids, [names[i] for i in ids], [captions[i] for i in ids], [references[i] for i in ids], {}
-    )
-    files = _files(config.images, said.file_names) if config.images is not None else None
-    evaluation, predictions = _score(config, results, results, annotations, said, files, [], None)
-    return EvaluationResult(evaluation, predictions)
-
-
-def _files(folder: str, names: Sequence[str]) -> Iterator[list[bytes]]:
-    """Yield batches of image files; `UserError` if one is missing."""
-    place = open_image_source(folder)
-    for start in range(0, len(names), 32):
-        yield [place.read(name) for name in names[start : start + 32]]
-
-
-def read_results(uri: str) -> dict[int, str]:
-    """Read a COCO results JSON: caption by image id; `UserError` if it is something else or names
-    an id twice."""
-    document = storage.read_json(uri)
-    captions: dict[int, str] = {}
-    try:
-        for row in document:
-            image_id, caption = row["image_id"], row["caption"]
-            if type(image_id) is not int or abs(image_id) >= 2**63 or not isinstance(caption, str):
-                raise TypeError(f"image_id {image_id!r:.60} with caption {caption!r:.60}")
-            if image_id in captions:
-                raise UserError(f"{uri}: image_id {image_id} occurs twice")
-            captions[image_id] = SURROGATES.sub("", caption)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{uri}: is not COCO results ({type(error).__name__}: {error}); expected "
-            f'[{{"image_id", "caption"}}]'
-        ) from error
-    if not captions:
-        raise UserError(f"{uri}: holds no captions")
-    return captions
-
-
-def _evaluate_model(config: EvaluateConfig) -> EvaluationResult:
+def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     from model_lib.data.leaks import require_unseen
     from model_lib.data.shards import SplitReader, read_manifest
     from model_lib.model.captioner import Captioner
     from model_lib.model.captioning import caption_pixels
     from model_lib.model.sources import lasting_source, source_digest
 
-    assert config.model is not None and config.data is not None
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
-    weights = source_digest(
-        source
-    )  # before they are loaded: it is then never that of others which came meanwhile
+    weights = source_digest(source)  # before loading: never of weights that came meanwhile
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
-    require_unseen(model.training_record, manifest, config.split)
+    record = model.training_record
+    require_unseen(record, manifest, config.split)
     reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
-    decoding = DecodeConfig(**{f.name: getattr(config, f.name) for f in fields(DecodeConfig)})
-    plan, seconds = reader.in_order(config.batch_size), 0.0
-    found: list[tuple[int, str, Caption, list[str]]] = []
+    scorer = None
+    if config.clip is not None:
+        from model_lib.scores.clipscore import ClipScorer
+
+        scorer = ClipScorer(config.clip, config.device)
+
+    rows: list[tuple[int, str, Caption, list[str]]] = []
+    vectors: list[np.ndarray] = []
+    seconds = 0.0
     with Progress(f"evaluate on {config.split}", reader.rows, "images") as progress:
-        for batch in reader.batches(plan):
+        for batch in reader.batches(reader.in_order(config.batch_size)):
             began = time.perf_counter()
-            captions = [one for (one,) in caption_pixels(model, batch.pixels, decoding)]
+            captions = [best for (best,) in caption_pixels(model, batch.pixels, config.decode)]
             seconds += time.perf_counter() - began
-            found += zip(batch.image_ids, batch.file_names, captions, batch.captions, strict=True)
-            progress.advance(len(batch.image_ids))
-    order = sorted(range(len(found)), key=lambda place: found[place][0])
-    ids, names, captions, references = (
-        list(column) for column in zip(*(found[n] for n in order), strict=True)
-    )
-    said = Predictions(ids, names, [caption.text for caption in captions], references, {})
-    end = model.tokenizer.eos_token_id
-    learned = None
+            rows += zip(batch.image_ids, batch.file_names, captions, batch.captions, strict=True)
+            if scorer is not None:
+                vectors.append(_encode_images(scorer, batch))
+            progress.advance(len(captions))
+
+    order = sorted(range(len(rows)), key=lambda number: rows[number][0])
+    ids, names, captions, references = map(list, zip(*(rows[n] for n in order), strict=True))
+    texts = [caption.text for caption in captions]
+    clip_scores: dict[str, np.ndarray] = {}
+    if scorer is not None:
+        clip_scores = scorer.score(texts, references, np.concatenate(vectors)[order])
+    training = None
     if config.split != "train" and manifest.counts.get("train"):
-        training = SplitReader(manifest, "train", size=model.image_size).captions()
-        learned = [text for texts in training for text in texts]
-    files = (
-        list(batch.files) for batch in reader.batches([np.array(order)[part] for part in plan])
-    )
-    name = model.training_record.get("name", "model")
+        lists = SplitReader(manifest, "train", size=model.image_size).captions()
+        training = [text for captions_of_image in lists for text in captions_of_image]
+    end = model.tokenizer.eos_token_id
     ended = [bool(caption.tokens) and caption.tokens[-1] == end for caption in captions]
-    evaluation, predictions = _score(
-        config, name, source, config.split, said, files, ended, learned
-    )
-    evaluation = replace(
-        evaluation,
-        decoding=decoding.to_dict(),
-        images_per_second=len(found) / seconds,
+    result = score_predictions(
+        Predictions(ids, names, texts, references),
+        clip_scores,
+        config.spice,
+        name=record.get("name", "model"),
+        model=source,
+        split=config.split,
+        diversity=describe(texts, ended, training),
+        decoding=config.decode.to_dict(),
+        images_per_second=len(rows) / seconds,
+        clip=config.clip,
         data_fingerprint=manifest.fingerprint,
         # A registered model was evaluated in its own run before it was registered; this result is
         # another pipeline's.
-        mlflow_run_id=None
-        if source.startswith("models:/")
-        else model.training_record.get("mlflow_run_id"),
-        packages={
-            name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES
-        },  # not torch's +cpu
+        mlflow_run_id=None if source.startswith("models:/") else record.get("mlflow_run_id"),
+        # Not torch's +cpu.
+        packages={name: importlib.metadata.version(name).split("+")[0] for name in PACKAGES},
         weights=weights,
     )
-    places = to_show(predictions.main())
-    views = _views(model, reader, [order[n] for n in places], [captions[n] for n in places])
-    return EvaluationResult(evaluation, replace(predictions, views=views))
+    selected = select_images(result.predictions.cider())
+    views = _views(model, reader, [order[n] for n in selected], [captions[n] for n in selected])
+    return replace(result, predictions=replace(result.predictions, views=views))
 
 
-def _score(
-    config: EvaluateConfig,
-    name: str,
-    model: str,
-    split: str,
-    said: Predictions,
-    files: Iterator[list[bytes]] | None,
-    ended: Sequence[bool],
-    learned: Sequence[str] | None,
-) -> tuple[Evaluation, Predictions]:
-    references = dict(zip(said.image_ids, said.references, strict=True))
-    scores = score_captions(
-        dict(zip(said.image_ids, said.captions, strict=True)), references, config.spice
-    )
-    statistics = dict(scores.statistics)
-    if config.clip is not None and files is not None:
-        from model_lib.scores.clipscore import ClipScorer
-
-        try:
-            fit = ClipScorer(config.clip, config.device).score(
-                said.captions, said.references, files
-            )
-        except ImageError as error:
-            raise UserError(
-                f"{config.images or config.data}: an image cannot be shown to CLIP: {error}"
-            ) from error
-        statistics |= {score: values[:, None] for score, values in fit.items()}
-    evaluation = Evaluation(
-        name=name,
-        model=model,
-        split=split,
-        images=len(said.image_ids),
-        scores=corpus_scores(statistics),
-        intervals=intervals(statistics),
-        shuffled_cider=scores.shuffled_cider,
-        frequencies=f"the reference captions of these {len(said.image_ids):,} images",
-        diversity=describe(said.captions, ended, learned),
-        tokenizer=scores.tokenizer,
-        missing=scores.missing,
-        decoding={},
-        clip=config.clip,
-    )
-    return evaluation, replace(said, statistics=statistics)
+def _encode_images(scorer: "ClipScorer", batch: "Batch") -> np.ndarray:
+    """Return CLIP's vectors of a batch, whose pixels serve if CLIP sees as many as the model."""
+    if scorer.size == batch.pixels.shape[-1]:
+        return scorer.encode_images(batch.pixels)
+    pixels = [to_pixels(decode_image(content), scorer.size) for content in batch.files]
+    return scorer.encode_images(np.stack(pixels))
 
 
 def _views(
     model: "Captioner", reader: "SplitReader", numbers: Sequence[int], captions: Sequence["Caption"]
 ) -> Mapping[int, View]:
-    """Return the report's views of images, by their numbers in the split, and where the model
-    looked."""
-    from model_lib.model.explain import word_attention
+    """Return the report's views of some images, given by their numbers in the split, by id."""
+    from model_lib.evaluate.explain import word_attention
 
     views: dict[int, View] = {}
-    said = iter(captions)
-    for batch in reader.batches([np.array([number]) for number in numbers]):
-        looked = word_attention(model, batch.pixels[0], next(said))
+    batches = reader.batches([np.array([number]) for number in numbers])
+    for batch, caption in zip(batches, captions, strict=True):
         words = [
             (word, (255 * weights / max(float(weights.max()), 1e-9)).round().astype(np.uint8))
-            for word, weights in looked
+            for word, weights in word_attention(model, batch.pixels[0], caption)
         ]
         views[batch.image_ids[0]] = View(thumbnail(decode_image(batch.files[0])), words)
     return views

@@ -1,13 +1,14 @@
 """The page of an evaluation: the decision, scores with intervals against the champion, curves, and
 images.
 
-Nothing in it is asked for from elsewhere, so it shows in a sandboxed frame and without a network.
+It loads nothing from elsewhere, so it works in a sandboxed frame and without a network.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from model_lib.evaluate.gallery import cards
+from model_lib.evaluate.gallery import make_cards
 from model_lib.evaluate.result import FEW_IMAGES, MAIN, Decision, Evaluation, EvaluationResult
 from model_lib.pages.charts import Chart, Series, line_chart
 from model_lib.pages.page import render_page
@@ -18,14 +19,13 @@ CHARTS = {
     "Loss": {"train_loss": "train", "val_loss": "val"},
     MAIN: {"train_slice_CIDEr": "slice of train", "val_slice_CIDEr": "slice of val"},
 }
-"""For each chart the metrics of training that it shows, and the split that they were measured
-on."""
+"""For each chart the metrics of training, and the split that they were measured on."""
 DIVERSITY = {
-    "distinct": ("Distinct captions", "{:.1%}", "different captions, of all"),
+    "distinct": ("Distinct captions", "{:.1%}", "different ones, of all captions"),
     "vocabulary": ("Vocabulary", "{:,.0f}", "different words in all captions"),
     "words": ("Words a caption", "{:.1f}", "mean length"),
-    "ended": ("Complete captions", "{:.1%}", "not cut at the most tokens"),
-    "learned": ("Known by heart", "{:.1%}", "in the training set word for word"),
+    "ended": ("Complete captions", "{:.1%}", "ended before the longest length"),
+    "memorised": ("Memorised captions", "{:.1%}", "in the training set word for word"),
 }
 
 
@@ -36,6 +36,7 @@ class _Model:
     role: str
     evaluation: Evaluation
     colour: int
+    curves: Mapping[str, Sequence[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class _Row:
     name: str
     explanation: str
     values: list[str]
-    """A model each."""
+    """One for each model."""
     ranges: list[str]
-    """Their intervals, as far as known."""
+    """Their intervals; empty where unknown."""
     comparison: Comparison | None = None
 
 
@@ -59,29 +60,28 @@ def render_report(
     decision: Decision | None = None,
     curves: Curves | None = None,
 ) -> str:
-    """Return the page; captions stand in it as text, whatever they hold.
+    """Return the page.
 
     Args:
         result: of the model that the page is about.
         others: of the other candidates, on the same images.
         champion: of the present champion, on the same images.
-        decision: whether the model takes the champion's place, and why.
+        decision: whether the model becomes the champion, and why.
         curves: for each training's MLflow run its metrics, each a list of step and value.
     """
     compared: dict[str, Comparison] = {}
     if decision is not None and decision.comparisons:
-        compared = {one.metric: one for one in decision.comparisons}
+        compared = {comparison.metric: comparison for comparison in decision.comparisons}
     elif champion is not None and champion.predictions.image_ids == result.predictions.image_ids:
         compared = compare(result.predictions.statistics, champion.predictions.statistics)
-    evaluated = [("candidate", result), *(("other candidate", other) for other in others)]
+    roles = [("candidate", result), *(("other candidate", other) for other in others)]
     if champion is not None:
-        evaluated.append(
-            (
-                "champion until now" if decision is not None and decision.promote else "champion",
-                champion,
-            )
-        )
-    models = [_Model(role, one.evaluation, colour) for colour, (role, one) in enumerate(evaluated)]
+        replaced = decision is not None and decision.promote
+        roles.append(("champion until now" if replaced else "champion", champion))
+    models = []
+    for colour, (role, evaluated) in enumerate(roles):
+        run_id = evaluated.evaluation.mlflow_run_id or ""
+        models.append(_Model(role, evaluated.evaluation, colour, (curves or {}).get(run_id, {})))
     return render_page(
         "report.html",
         evaluation=result.evaluation,
@@ -89,80 +89,73 @@ def render_report(
         decision=decision,
         models=models,
         main=MAIN,
-        compared=compared,
         scale=_scale(models),
-        rows=_scores(models, compared),
-        habits=_habits(models),
-        charts=_charts(curves or {}, models),
-        cards=cards(result.predictions, champion.predictions if champion is not None else None),
+        rows=_score_rows(models, compared),
+        habits=_habit_rows(models),
+        charts=_charts(models),
+        cards=make_cards(result.predictions, None if champion is None else champion.predictions),
         champion=champion is not None,
     )
 
 
 def _scale(models: Sequence[_Model]) -> float:
     """Return the CIDEr at the end of the axis on which all models' intervals are drawn."""
-    ends = [one.evaluation.intervals.get(MAIN, (0.0, 0.0))[1] for one in models]
-    ends += [
-        value
-        for one in models
-        for value in (one.evaluation.scores[MAIN], one.evaluation.shuffled_cider)
-    ]
-    return max(1e-9, *(1.05 * end for end in ends if end == end))
+    ends = [1e-9]
+    for evaluation in (model.evaluation for model in models):
+        ends += [evaluation.scores[MAIN], evaluation.shuffled_cider]
+        ends += evaluation.intervals.get(MAIN, ())
+    return max(1.05 * end for end in ends if math.isfinite(end))
 
 
-def _scores(models: Sequence[_Model], compared: Mapping[str, Comparison]) -> list[_Row]:
-    """Return a row for each score that any model has, CIDEr and what shuffling leaves of it
-    first."""
-    known = dict.fromkeys(name for one in models for name in one.evaluation.scores)
+def _score_rows(models: Sequence[_Model], compared: Mapping[str, Comparison]) -> list[_Row]:
+    """Return a row for each score that any model has, CIDEr and the shuffled one first."""
+    evaluations = [model.evaluation for model in models]
+    names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.scores)
     rows = []
-    for name in sorted(known, key=lambda name: name != MAIN):
+    for name in sorted(names, key=lambda name: name != MAIN):
         values, ranges = [], []
-        for one in models:
-            value, ends = one.evaluation.scores.get(name), one.evaluation.intervals.get(name)
+        for evaluation in evaluations:
+            value, ends = evaluation.scores.get(name), evaluation.intervals.get(name)
             values.append("–" if value is None else f"{value:.3f}")
             ranges.append("" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}")
         rows.append(_Row(name.replace("_", "-"), "", values, ranges, compared.get(name)))
         if name == MAIN:
-            values = [f"{one.evaluation.shuffled_cider:.3f}" for one in models]
-            what = "against other images' references"
-            rows.append(_Row(f"{MAIN}, shuffled", what, values, [""] * len(models)))
+            values = [f"{evaluation.shuffled_cider:.3f}" for evaluation in evaluations]
+            explanation = "against other images' references"
+            rows.append(_Row(f"{MAIN}, shuffled", explanation, values, [""] * len(models)))
     return rows
 
 
-def _habits(models: Sequence[_Model]) -> list[_Row]:
-    """Return a row for each figure about a model that is not a score."""
-    empty = [""] * len(models)
+def _habit_rows(models: Sequence[_Model]) -> list[_Row]:
+    """Return a row for each figure of a model that is not a score."""
+    figures = [
+        (label, form, explanation, [model.evaluation.diversity.get(name) for model in models])
+        for name, (label, form, explanation) in DIVERSITY.items()
+    ]
+    speeds = [model.evaluation.images_per_second for model in models]
+    figures.append(("Images per second", "{:,.1f}", "captioning without scoring", speeds))
     rows = []
-    for name, (label, form, explanation) in DIVERSITY.items():
-        if any(name in one.evaluation.diversity for one in models):
-            found = [one.evaluation.diversity.get(name) for one in models]
-            rows.append(
-                _Row(
-                    label, explanation, ["–" if f is None else form.format(f) for f in found], empty
-                )
-            )
-    speeds = [one.evaluation.images_per_second for one in models]
-    if any(speed is not None for speed in speeds):
-        shown = ["–" if speed is None else f"{speed:,.1f}" for speed in speeds]
-        rows.append(_Row("Images per second", "captioning alone, where evaluated", shown, empty))
+    for label, form, explanation, values in figures:
+        if any(value is not None for value in values):
+            texts = ["–" if value is None else form.format(value) for value in values]
+            rows.append(_Row(label, explanation, texts, []))
     return rows
 
 
-def _charts(curves: Curves, models: Sequence[_Model]) -> list[Chart]:
-    known = [(one, curves.get(one.evaluation.mlflow_run_id or "", {})) for one in models]
-    drawn = []
+def _charts(models: Sequence[_Model]) -> list[Chart]:
+    charts = []
     for title, metrics in CHARTS.items():
         series = [
             Series(
-                f"{one.evaluation.name}, {measured}",
-                one.colour,
-                metric.startswith("train"),
-                found[metric],
+                label=f"{model.evaluation.name}, {split}",
+                colour=model.colour,
+                faint=metric.startswith("train"),
+                points=model.curves[metric],
             )
-            for one, found in known
-            for metric, measured in metrics.items()
-            if metric in found
+            for model in models
+            for metric, split in metrics.items()
+            if metric in model.curves
         ]
         if chart := line_chart(title, "step", series):
-            drawn.append(chart)
-    return drawn
+            charts.append(chart)
+    return charts

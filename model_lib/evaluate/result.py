@@ -1,9 +1,8 @@
-"""What evaluating came to, and the folder that keeps it: a model's scores, and what it said of each
-image.
+"""The result of an evaluation, and its folder: the scores, and the caption of each image.
 
 The folder holds `results.json` (COCO's results format), `predictions.parquet`, `report.html` and,
 written last, `scores.json`. From it candidates and champion are compared, without the models and
-without what made the scores.
+without the scorers.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from model_lib.io.validation import read_parquet, read_record, require_values
 from model_lib.scores.significance import Comparison, Statistics
 
 FEW_IMAGES = 100
-"""On fewer, CIDEr means little: how rare a word is, is counted in their references."""
+"""On fewer images CIDEr means little: how rare a word is, is counted in their references."""
 MAIN = "CIDEr"
 COLUMNS = {
     "image_id": "int",
@@ -41,24 +40,24 @@ COUNTS = "counts of "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `scores.json` says: scores, and everything that must agree before two of them may be
-    compared."""
+    """The content of `scores.json`: scores, and everything that must agree before two evaluations
+    may be compared."""
 
     name: str
     model: str
-    """Where the model lies, or the results file."""
+    """Source of the model, or the results file."""
     split: str
-    """Of the data, or the annotations that the captions were scored against."""
+    """Split of the data, or the annotations."""
     images: int
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     """Each score's 95 % interval, by bootstrap over the images."""
     shuffled_cider: float
-    """What a model that never looks would get."""
+    """CIDEr of a model that ignores the image: see `metrics.Scores`."""
     frequencies: str
-    """In which captions CIDEr counts how rare an n-gram is."""
+    """The captions in which CIDEr counts how rare an n-gram is."""
     diversity: dict[str, float]
-    """What the captions are like as a whole: see `diversity.describe`."""
+    """See `diversity.describe`."""
     tokenizer: str
     missing: dict[str, str]
     """Scores that could not be computed, and why."""
@@ -72,20 +71,18 @@ class Evaluation:
     packages: dict[str, str] = field(default_factory=dict)
     """Versions of the packages with which the model captioned."""
     weights: str | None = None
-    """Digest of a model in a folder, where other weights may lie later: see
-    `sources.weights_digest`."""
+    """Digest of the weights in a folder, which may change later: see `sources.weights_digest`."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     def figures(self) -> dict[str, float]:
-        """Return all that is known as a number, by the name under which a tracking server shows
-        it."""
-        found = {**self.scores, f"{MAIN}_shuffled": self.shuffled_cider}
-        found |= {f"diversity_{name}": value for name, value in self.diversity.items()}
+        """Return all numbers, by their names in a tracking server."""
+        values = {**self.scores, f"{MAIN}_shuffled": self.shuffled_cider}
+        values |= {f"diversity_{name}": value for name, value in self.diversity.items()}
         if self.images_per_second is not None:
-            found["images_per_second"] = self.images_per_second
-        return found
+            values["images_per_second"] = self.images_per_second
+        return values
 
     @classmethod
     def read(cls, folder: str) -> Self:
@@ -101,31 +98,30 @@ class View:
     thumbnail: bytes
     """A small JPEG of the whole image."""
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """The caption's words, and where the model looked for each: uint8 [P, P] over the centre
-    square."""
+    """The caption's words with their attention, uint8 [P, P], over the centre square."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was said of each image, in the order of the ids."""
+    """The captions, in the order of the images' ids."""
 
     image_ids: list[int]
     file_names: list[str]
     captions: list[str]
     references: list[list[str]]
-    statistics: Statistics
+    statistics: Statistics = field(default_factory=dict)
     """For each score its counts, float64 [images, counts]."""
     views: Mapping[int, View] = field(default_factory=dict)
     """Of some images, by id."""
 
-    def main(self) -> np.ndarray:
+    def cider(self) -> np.ndarray:
         """Return each image's CIDEr, float64 [images]."""
         return self.statistics[MAIN][:, 0]
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluation with its images."""
+    """An evaluation with its captions."""
 
     evaluation: Evaluation
     predictions: Predictions
@@ -134,25 +130,24 @@ class EvaluationResult:
     def read(cls, folder: str) -> Self:
         """Read what `write` wrote; `UserError` if there is none, or something else."""
         evaluation, uri = Evaluation.read(folder), storage.join(folder, "predictions.parquet")
-        predictions = _read_predictions(uri)
-        if len(predictions.image_ids) != evaluation.images:
-            raise UserError(
-                f"{uri}: has {len(predictions.image_ids)} images, and scores.json beside it "
-                f"{evaluation.images}; "
-                "evaluate again"
-            )
+        predictions = read_predictions(uri)
+        images = len(predictions.image_ids)
+        if images != evaluation.images:
+            counts = f"{images} images, and scores.json beside it {evaluation.images}"
+            raise UserError(f"{uri}: has {counts}; evaluate again")
         return cls(evaluation, predictions)
 
     def write(self, folder: str, report: str) -> None:
-        """Write the folder's files, `report` the HTML page; until all are there, the folder has no
-        `scores.json`."""
-        storage.remove(
-            storage.join(folder, "scores.json")
-        )  # of an evaluation before, which is not of these images
+        """Write the folder's files, with `report` as the HTML page.
+
+        The folder has no `scores.json`, also none of an evaluation before, until all are there.
+        """
+        storage.remove(storage.join(folder, "scores.json"))
         rows = zip(self.predictions.image_ids, self.predictions.captions, strict=True)
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in rows]
         storage.write_json(storage.join(folder, "results.json"), results)
-        storage.write_bytes(storage.join(folder, "predictions.parquet"), _parquet(self.predictions))
+        parquet = encode_predictions(self.predictions)
+        storage.write_bytes(storage.join(folder, "predictions.parquet"), parquet)
         storage.write_bytes(storage.join(folder, "report.html"), report.encode())
         storage.write_json(storage.join(folder, "scores.json"), self.evaluation.to_dict())
 
@@ -163,13 +158,14 @@ class Decision:
 
     promote: bool
     reason: str
-    """In a sentence."""
+    """One sentence."""
     comparisons: list[Comparison] = field(default_factory=list)
-    """With the champion, score by score; none where there was no champion."""
+    """With the champion, score by score; empty if there was no champion."""
 
 
-def _parquet(predictions: Predictions) -> bytes:
-    shown = [predictions.views.get(image_id) for image_id in predictions.image_ids]
+def encode_predictions(predictions: Predictions) -> bytes:
+    """Return the content of `predictions.parquet`."""
+    views = [predictions.views.get(image_id) for image_id in predictions.image_ids]
     columns: dict[str, Any] = {
         "image_id": pa.array(predictions.image_ids, pa.int64()),
         "file_name": pa.array(predictions.file_names, pa.string()),
@@ -181,30 +177,27 @@ def _parquet(predictions: Predictions) -> bytes:
             columns[name] = pa.array(counts[:, 0], pa.float64())
         else:
             columns[COUNTS + name] = pa.array(counts.tolist(), pa.list_(pa.float64()))
-    columns["thumbnail"] = pa.array([view and view.thumbnail for view in shown], pa.binary())
-    columns["words"] = pa.array(
-        [view and [word for word, _ in view.words] for view in shown], pa.list_(pa.string())
-    )
-    columns["attention"] = pa.array(
-        [view and [weights.tobytes() for _, weights in view.words] for view in shown],
-        pa.list_(pa.binary()),
-    )
+    words = [view and [word for word, _ in view.words] for view in views]
+    attention = [view and [weights.tobytes() for _, weights in view.words] for view in views]
+    columns["thumbnail"] = pa.array([view and view.thumbnail for view in views], pa.binary())
+    columns["words"] = pa.array(words, pa.list_(pa.string()))
+    columns["attention"] = pa.array(attention, pa.list_(pa.binary()))
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file, compression="zstd")
     return file.getvalue()
 
 
-def _read_predictions(uri: str) -> Predictions:
+def read_predictions(uri: str) -> Predictions:
+    """Read a `predictions.parquet`; `UserError` if it is missing, or something else."""
     what = "what captioner evaluate writes; evaluate again"
     table = read_parquet(uri, COLUMNS, what, others=True)
+    texts = ["image_id", "file_name", "caption", "references"]
     with input_errors(uri, what):
-        require_values(table, ["image_id", "file_name", "caption", "references"])
+        require_values(table, texts)
         values = {name: table[name].to_pylist() for name in table.column_names}
         statistics = {
-            name.removeprefix(COUNTS): np.asarray(values[name], np.float64).reshape(
-                table.num_rows, -1
-            )
-            for name in table.column_names
+            name.removeprefix(COUNTS): np.array(column, np.float64).reshape(table.num_rows, -1)
+            for name, column in values.items()
             if name not in COLUMNS
         }
         for name, counts in statistics.items():
@@ -212,29 +205,20 @@ def _read_predictions(uri: str) -> Predictions:
                 raise ValueError(f"column {name} holds something else than scores")
         if MAIN not in statistics or not table.num_rows:
             raise ValueError(f"has no {MAIN}")
-        shown = zip(
-            values["image_id"],
-            values["thumbnail"],
-            values["words"],
-            values["attention"],
-            strict=True,
-        )
-        views = {
-            row[0]: View(row[1], _words(row[2], row[3])) for row in shown if row[1] is not None
-        }
+        views = {}
+        columns = (values[name] for name in ("image_id", "thumbnail", "words", "attention"))
+        for image_id, jpeg, words, maps in zip(*columns, strict=True):
+            if jpeg is not None:
+                views[image_id] = View(jpeg, list(zip(words, map(_square, maps), strict=True)))
         return Predictions(
-            values["image_id"],
-            values["file_name"],
-            values["caption"],
-            values["references"],
-            statistics,
-            views,
+            image_ids=values["image_id"],
+            file_names=values["file_name"],
+            captions=values["caption"],
+            references=values["references"],
+            statistics=statistics,
+            views=views,
         )
 
 
-def _words(words: list[str], maps: list[bytes]) -> list[tuple[str, np.ndarray]]:
-    flat = [np.frombuffer(weights, np.uint8) for weights in maps]
-    return [
-        (word, one.reshape(round(len(one) ** 0.5), -1))
-        for word, one in zip(words, flat, strict=True)
-    ]
+def _square(weights: bytes) -> np.ndarray:
+    return np.frombuffer(weights, np.uint8).reshape(round(len(weights) ** 0.5), -1)

@@ -1,5 +1,4 @@
-"""Line charts for web pages: where on the drawing everything lies. The template `chart.svg` draws
-them."""
+"""Line charts: their layout. The template `chart.svg` draws them."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +6,9 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 40
-"""Margins around the plot, where the axes' texts stand."""
+"""Margins around the plot, for the axes' texts."""
 MOST_POINTS = 150
-"""Of a line; of more, some are left out, spread evenly."""
+"""Points of a line; longer ones are thinned evenly."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class Line:
     label: str
     colour: int
     faint: bool
-    corners: list[tuple[float, float, str]]
-    """Place on the drawing and what is said of it."""
+    points: list[tuple[float, float, str]]
+    """Position on the drawing, and title."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing of `WIDTH` by `HEIGHT`; ticks are a place on their axis and a text."""
+    """A drawing of `WIDTH` by `HEIGHT`; a tick is a position on its axis and a text."""
 
     title: str
     horizontal: str
@@ -55,18 +54,15 @@ def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart |
     """Lay out a chart; None if no curve has a finite point. Points that are not finite are left
     out.
 
-    The horizontal axis starts at 0, the vertical one where the values do.
+    The horizontal axis starts at 0, the vertical one at the lowest value.
     """
-    kept = [
-        (one, thinned([point for point in one.points if all(map(math.isfinite, point))]))
-        for one in series
-    ]
-    kept = [(one, points) for one, points in kept if points]
-    if not kept:
+    finite = [[p for p in curve.points if all(map(math.isfinite, p))] for curve in series]
+    curves = [(c, thinned(points)) for c, points in zip(series, finite, strict=True) if points]
+    if not curves:
         return None
-    everything = [point for _, points in kept for point in points]
-    x_low, x_high, x_ticks = _axis([0, *(x for x, _ in everything)], 6, whole=True)
-    y_low, y_high, y_ticks = _axis([y for _, y in everything], 5, whole=False)
+    every = [point for _, points in curves for point in points]
+    x_low, x_high, x_ticks = _axis([0, *(x for x, _ in every)], 6, whole=True)
+    y_low, y_high, y_ticks = _axis([y for _, y in every], 5, whole=False)
 
     def across(x: float) -> float:
         return round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1)
@@ -74,18 +70,11 @@ def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart |
     def down(y: float) -> float:
         return round(TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    lines = [
-        Line(
-            one.label,
-            one.colour,
-            one.faint,
-            [
-                (across(x), down(y), f"{one.label}: {y:.4g} at {horizontal} {x:,.0f}")
-                for x, y in points
-            ],
-        )
-        for one, points in kept
-    ]
+    lines = []
+    for curve, points in curves:
+        titles = (f"{curve.label}: {y:.4g} at {horizontal} {x:,.0f}" for x, y in points)
+        drawn = [(across(x), down(y), text) for (x, y), text in zip(points, titles, strict=True)]
+        lines.append(Line(curve.label, curve.colour, curve.faint, drawn))
     return Chart(
         title,
         horizontal,
@@ -96,8 +85,7 @@ def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart |
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most `MOST_POINTS` of the points, spread evenly, among them the first and the
-    last."""
+    """Return at most `MOST_POINTS` of the points, spread evenly, with the first and the last."""
     if len(points) <= MOST_POINTS:
         return list(points)
     return [points[round(n * (len(points) - 1) / (MOST_POINTS - 1))] for n in range(MOST_POINTS)]
@@ -113,8 +101,8 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _axis(values: Sequence[float], most: int, *, whole: bool) -> tuple[float, float, list[float]]:
-    """Return an axis' ends and ticks: ends at the values themselves for `whole` numbers, else at
-    round ones."""
+    """Return an axis' ends and ticks; it ends at the values if they are `whole` numbers, else at
+    round numbers."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(1.0, abs(high)):  # one point, or a flat line
         low, high = low - 0.5, high + 0.5

@@ -1,4 +1,4 @@
-"""From a template to a page; what it says of people's data is text, whatever that holds."""
+"""Pages from templates. Values from people's data are escaped: they show as text."""
 
 import io
 from pathlib import Path
@@ -9,23 +9,25 @@ from PIL import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-"""Control characters, to the images that stand for them: a browser shows nothing or refuses the
-page."""
+"""Control characters and their visible symbols; browsers hide them or refuse the page."""
 THUMBNAIL = 240
-"""Longest side of a shown image in pixels."""
+"""Longest side of a thumbnail in pixels."""
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Return a page made of a template in `templates`; all values stand in it as text."""
-    loader = jinja2.FileSystemLoader(TEMPLATES)
+    """Return an HTML page from a template in `templates`; all values are escaped."""
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, finalize=_visible, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
 
 
 def render_markdown(template: str, **values: Any) -> str:
-    """Return a Markdown text made of a template in `templates`."""
+    """Return a Markdown text from a template in `templates`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True
     )
@@ -41,6 +43,5 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def _visible(value: Any) -> Any:
-    return (
-        value.translate(CONTROLS) if type(value) is str else value
-    )  # other kinds hold markup or no text
+    # Subclasses of str hold markup.
+    return value.translate(CONTROLS) if type(value) is str else value

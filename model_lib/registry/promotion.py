@@ -83,7 +83,7 @@ def decide(
     if one.gain <= 0 or one.gain < policy.min_gain:
         needed = "more" if policy.min_gain == 0 else f"{policy.min_gain:+.4f}"
         reason, promote = f"{said}; it needed {needed}", False
-    elif not one.real:
+    elif not one.significant:
         reason, promote = f"{said}; that may be chance", False
     elif guarded := _guards(
         champion.evaluation, challenger.evaluation, list(compared.values()), policy

@@ -1,1 +1,4 @@
-"""What captions are worth: each metric, and how sure its figures are."""
+"""Caption metrics and their confidence intervals.
+
+Needs no model but the CLIP of CLIPScore, and knows nothing of files of results or of MLflow.
+"""

@@ -1,11 +1,10 @@
-"""CIDEr-D: how much a caption has in common with what people say of the image and not of every
-other one.
+"""CIDEr-D: the n-grams that a caption shares with its image's references, rare ones counting most.
 
 Vedantam et al., 2015, "CIDEr: Consensus-based Image Description Evaluation", in the form of the
 official COCO toolkit (which calls it CIDEr): n-grams of one to four words, weighted by how rare
 they are among the images' references, compared by a clipped cosine with a penalty for other
 lengths. Training evaluates its checkpoints and rewards its samples by it; the scores of `captioner
-evaluate` are the official toolkit's own.
+evaluate` come from the official toolkit itself.
 """
 
 import math
@@ -55,8 +54,8 @@ class CiderD:
     """Scores captions against references.
 
     Args:
-        references: of each image of the corpus, lists of words; how many images say an n-gram is
-            counted in them.
+        references: of each image of the corpus, lists of words; an n-gram's document
+            frequency is the number of images with it.
     """
 
     def __init__(self, references: Iterable[Sequence[Sequence[str]]]) -> None:
@@ -82,14 +81,13 @@ class CiderD:
         total = math.log(self.images)
         length = 0
         for ngram, count in _ngrams(caption).items():
-            weights[len(ngram) - 1][ngram] = count * (
-                total - math.log(max(1, self.frequency[ngram]))
-            )
+            rarity = total - math.log(max(1, self.frequency[ngram]))
+            weights[len(ngram) - 1][ngram] = count * rarity
             length += count if len(ngram) == 2 else 0  # the toolkit's measure of length
-        return weights, [math.sqrt(sum(w * w for w in one.values())) for one in weights], length
+        return weights, [math.sqrt(sum(w * w for w in order.values())) for order in weights], length
 
     def score(self, caption: Vector, references: Sequence[Vector]) -> float:
-        """Return the score of a caption against an image's references: 0 to 10 or so."""
+        """Return the score of a caption against an image's references: from 0 to about 10."""
         total = 0.0
         for reference in references:
             penalty = math.exp(-((caption[2] - reference[2]) ** 2) / (2 * SIGMA**2))

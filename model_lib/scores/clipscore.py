@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore: how well a caption fits its image in the eyes of another CLIP.
+"""CLIPScore and RefCLIPScore: how well a caption fits its image, by another CLIP.
 
 Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning": with CLIP
 ViT-B/32, which is not the encoder that feeds the captioner, 2.5 times the cosine of image and
@@ -6,16 +6,14 @@ caption, where that is above 0; and the harmonic mean of this and of the largest
 and references. Texts get the prefix of the definition.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from model_lib.errors import UserError, first_line
-from model_lib.io.images import decode_image, to_pixels
 from model_lib.model.captioner import normalise
 from model_lib.model.precision import choose_device
 from model_lib.model.sources import folder_or_hub_name
@@ -49,9 +47,8 @@ class ClipScorer:
             raise UserError(
                 f"{source}: no tokenizer of a CLIP can be loaded: {first_line(error)}"
             ) from error
-        if (
-            len(self.tokenizer) != self.model.config.text_config.vocab_size
-        ):  # transformers makes up an empty one
+        # Without tokenizer files transformers makes an empty one.
+        if len(self.tokenizer) != self.model.config.text_config.vocab_size:
             raise UserError(
                 f"{source}: has no tokenizer of its text model, with vocab.json and merges.txt"
             )
@@ -59,63 +56,55 @@ class ClipScorer:
         self.device = choose_device(device)
         self.model.eval().to(self.device)
 
+    @torch.inference_mode()
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Return unit vectors, float32 [B, D], of RGB images, uint8 [B, 3, size, size]."""
+        inputs = torch.from_numpy(pixels).to(self.device)
+        normalised = normalise(inputs, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        return _unit_vectors(self.model.get_image_features(pixel_values=normalised))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return unit vectors, float32 [texts, D].
+
+        Equal texts are encoded once, and texts of similar length together.
+        """
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))
+        vectors: dict[str, np.ndarray] = {}
+        for start in range(0, len(distinct), TEXTS):
+            batch = distinct[start : start + TEXTS]
+            tokens = self.tokenizer(
+                [PREFIX + text for text in batch],
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            )
+            encoded = _unit_vectors(self.model.get_text_features(**tokens.to(self.device)))
+            vectors.update(zip(batch, encoded, strict=True))
+        return np.stack([vectors[text] for text in texts])
+
     def score(
-        self,
-        captions: Sequence[str],
-        references: Sequence[Sequence[str]],
-        images: Iterable[Sequence[bytes]],
+        self, captions: Sequence[str], references: Sequence[Sequence[str]], images: np.ndarray
     ) -> dict[str, np.ndarray]:
         """Return CLIPScore and RefCLIPScore of each caption, float64 [images].
 
         Args:
             captions: one per image.
             references: some per image.
-            images: batches of the images' files, in the captions' order.
-
-        Raises:
-            ImageError: a file is no image.
+            images: the images' vectors, as `encode_images` returns them.
         """
-        said = self._texts(captions)
-        shown = torch.cat([self._images(batch) for batch in images])
-        flat = self._texts([text for texts in references for text in texts])
+        vectors = self.encode_texts(captions)
+        flat = self.encode_texts([text for texts in references for text in texts])
         ends = np.cumsum([len(texts) for texts in references])
-        groups = zip(said, np.split(flat, ends[:-1]), strict=True)
-        nearest = np.array([float((group @ one).max()) for one, group in groups])
-        own = WEIGHT * np.maximum((shown.numpy() * said).sum(1, dtype=np.float64), 0)
+        groups = zip(vectors, np.split(flat, ends[:-1]), strict=True)
+        nearest = np.array([float((group @ vector).max()) for vector, group in groups])
+        own = WEIGHT * np.maximum((images * vectors).sum(1, dtype=np.float64), 0)
         total = own + nearest
         harmonic = np.divide(2 * own * nearest, total, out=np.zeros_like(own), where=total != 0)
         return {"CLIPScore": own, "RefCLIPScore": harmonic}
 
-    @torch.inference_mode()
-    def _texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Return unit vectors, float32 [texts, D]; equal texts are encoded once, those of like
-        length together."""
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))
-        found: dict[str, np.ndarray] = {}
-        longest = self.model.config.text_config.max_position_embeddings
-        for start in range(0, len(distinct), TEXTS):
-            some = distinct[start : start + TEXTS]
-            tokens = self.tokenizer(
-                [PREFIX + text for text in some],
-                padding=True,
-                truncation=True,
-                max_length=longest,
-                return_tensors="pt",
-            )
-            vectors = _unit(self.model.get_text_features(**tokens.to(self.device)))
-            found.update(zip(some, vectors.numpy(), strict=True))
-        return np.stack([found[text] for text in texts])
 
-    @torch.inference_mode()
-    def _images(self, files: Sequence[bytes]) -> Tensor:
-        """Return unit vectors, float32 [images, D]."""
-        pixels = torch.from_numpy(
-            np.stack([to_pixels(decode_image(file), self.size) for file in files])
-        )
-        normalised = normalise(pixels.to(self.device), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        return _unit(self.model.get_image_features(pixel_values=normalised))
-
-
-def _unit(features: Any) -> Tensor:
+def _unit_vectors(features: Any) -> np.ndarray:
     vectors = getattr(features, "pooler_output", features)  # transformers 5 wraps them
-    return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
+    return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()

@@ -19,7 +19,7 @@ import numpy as np
 from model_lib.errors import UserError, WorkError
 from model_lib.scores.cider import words
 from model_lib.scores.significance import BLEU, METEOR
-from model_lib.scores.spice import spice_scores
+from model_lib.scores.spice import require_spice, spice_scores
 
 METEOR_MEMORY = "2G"
 NO_JAVA = "needs Java (apt-get install default-jre-headless)"
@@ -27,13 +27,13 @@ NO_JAVA = "needs Java (apt-get install default-jre-headless)"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of captions scores, image by image in the order of their ids."""
+    """The scores of captions, image by image in the order of their ids."""
 
     statistics: dict[str, np.ndarray]
     """For each score its counts, float64 [images, counts]; see `significance`."""
     shuffled_cider: float
-    """CIDEr with the images shuffled among the captions' owners: what a model that never looks
-    would get."""
+    """CIDEr with each caption scored against another image's references: what a model that ignores
+    the image would get."""
     tokenizer: str
     """"PTB" for the official one, "plain" without Java."""
     missing: dict[str, str]
@@ -48,7 +48,7 @@ def score_captions(
     Args:
         captions: by image id.
         references: by image id, at least those of `captions`.
-        spice: a folder with SPICE's models, or None to do without.
+        spice: a folder with SPICE's models; None: no SPICE.
 
     Returns:
         BLEU (Papineni et al. 2002), METEOR (Denkowski and Lavie 2014), ROUGE-L (Lin 2004) and CIDEr
@@ -62,18 +62,15 @@ def score_captions(
     java = shutil.which("java") is not None
     missing = {} if java else {"METEOR": NO_JAVA}
     plain = {i: " ".join(captions[i].split()) for i in ids}
-    with ThreadPoolExecutor(1) as pool:  # METEOR's Java is at work while Python counts the others
-        res, gts = _tokenize(
-            [{i: [plain[i]] for i in ids}, {i: list(references[i]) for i in ids}], java
-        )
+    texts = [{i: [plain[i]] for i in ids}, {i: list(references[i]) for i in ids}]
+    res, gts = _tokenize(texts, java)
+    with ThreadPoolExecutor(1) as pool:  # METEOR's Java runs while Python computes the others
         meteor = pool.submit(_meteor, gts, res) if java else None
         statistics = {BLEU: _bleu_counts(gts, res)}
         rouge = Rouge().compute_score(gts, res)[1]
         cider = Cider().compute_score(gts, res)[1]
-        owners = np.random.default_rng(0).permutation(len(ids))
-        shuffled = {
-            ids[a]: res[ids[b]] for a, b in zip(owners, np.roll(owners, 1), strict=True)
-        }  # none keeps its own
+        order = np.random.default_rng(0).permutation(len(ids))  # rolled, no caption keeps its image
+        shuffled = {ids[a]: res[ids[b]] for a, b in zip(order, np.roll(order, 1), strict=True)}
         shuffled_cider, _ = Cider().compute_score(gts, shuffled)
         if meteor is not None:
             statistics[METEOR] = meteor.result()
@@ -112,12 +109,9 @@ def _meteor(gts: dict, res: dict) -> np.ndarray:
     for i, (caption,) in res.items():
         texts = (*gts[i], caption.replace("|||", "").replace("  ", " "))
         lines.append(" ||| ".join(("SCORE", *texts)))
-    counted = _java(
-        "METEOR",
-        [f"-Xmx{METEOR_MEMORY}", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"],
-        lines,
-    )
-    counts = np.asarray([[float(count) for count in line.split()] for line in counted])
+    command = [f"-Xmx{METEOR_MEMORY}", "-jar", str(jar), *["-", "-", "-stdio", "-l", "en", "-norm"]]
+    answers = _java("METEOR", command, lines)
+    counts = np.asarray([[float(count) for count in line.split()] for line in answers])
     # METEOR does not count the chunk of a caption that matches a whole reference, also not in sums
     # of captions.
     matched = counts[:, 4:20].reshape(-1, 4, 2, 2).sum((1, 2))
@@ -129,19 +123,9 @@ def _tokenize(
     sets: Sequence[Mapping[int, Sequence[str]]], java: bool
 ) -> list[dict[int, list[str]]]:
     """Return the sets of captions by image, split into words with spaces between."""
-    if java:
-        lines = iter(
-            _penn_treebank(
-                [text for captions in sets for texts in captions.values() for text in texts]
-            )
-        )
-        return [
-            {i: [next(lines) for _ in texts] for i, texts in captions.items()} for captions in sets
-        ]
-    return [
-        {i: [" ".join(words(text)) for text in texts] for i, texts in captions.items()}
-        for captions in sets
-    ]
+    every = [text for captions in sets for texts in captions.values() for text in texts]
+    split = iter(_penn_treebank(every) if java else [" ".join(words(text)) for text in every])
+    return [{i: [next(split) for _ in texts] for i, texts in captions.items()} for captions in sets]
 
 
 def _penn_treebank(texts: Sequence[str]) -> list[str]:
@@ -153,13 +137,8 @@ def _penn_treebank(texts: Sequence[str]) -> list[str]:
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    command = [
-        "-cp",
-        str(jar),
-        "edu.stanford.nlp.process.PTBTokenizer",
-        "-preserveLines",
-        "-lowerCase",
-    ]
+    program = "edu.stanford.nlp.process.PTBTokenizer"
+    command = ["-cp", str(jar), program, "-preserveLines", "-lowerCase"]
     tokenized = _java("the tokeniser", command, [" ".join(text.split()) for text in texts])
     punctuation = set(ptbtokenizer.PUNCTUATIONS)
     return [
@@ -169,27 +148,23 @@ def _penn_treebank(texts: Sequence[str]) -> list[str]:
 
 
 def _java(name: str, command: Sequence[str], lines: Sequence[str]) -> list[str]:
-    """Return what a Java program answers, a line for each of `lines`; `WorkError` if it fails."""
-    done = subprocess.run(
-        ["java", *command],
-        input="\n".join(lines).encode() + b"\n",
-        capture_output=True,
-        check=False,
-    )
-    answered = done.stdout.decode().split("\n")
-    if done.returncode or len(answered) < len(lines):
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise WorkError(
-            f"{name}: Java ended with exit code {done.returncode} on {len(lines)} captions: "
-            f"{said[-1]}"
-        )
-    return answered[: len(lines)]
+    """Return a Java program's output line for each of `lines`; `WorkError` if it fails."""
+    text = "\n".join(lines).encode() + b"\n"
+    process = subprocess.run(["java", *command], input=text, capture_output=True, check=False)
+    answers = process.stdout.decode().split("\n")
+    if process.returncode or len(answers) < len(lines):
+        errors = process.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        code = f"Java ended with exit code {process.returncode}"
+        raise WorkError(f"{name}: {code} on {len(lines)} captions: {errors[-1]}")
+    return answers[: len(lines)]
 
 
-def require_scorers() -> None:
-    """Raise `UserError` if pycocoevalcap is not installed."""
+def require_scorers(spice: str | None) -> None:
+    """Raise `UserError` if pycocoevalcap is not installed, or SPICE's models are not in `spice`."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise UserError(
-            "the caption scores need pycocoevalcap, which is not installed: pip install "
-            "pycocoevalcap"
+            "the caption scores need pycocoevalcap, which is not installed: "
+            "pip install pycocoevalcap"
         )
+    if spice is not None:
+        require_spice(spice)

@@ -1,4 +1,4 @@
-"""How sure a score is: intervals and paired comparisons by bootstrap over images.
+"""How certain a score is: intervals and paired comparisons by bootstrap over images.
 
 Each score of a set of captions is a function of sums over its images: means of the images' own
 scores, BLEU and METEOR of the sums of their counts. Drawing the images anew, with replacement, and
@@ -16,7 +16,7 @@ ROUNDS = 10_000
 """Times the images are drawn anew."""
 CHUNK = 250
 """Rounds that are held in memory together."""
-SURE = 0.95
+CONFIDENCE = 0.95
 """Share of the rounds that an interval holds."""
 BLEU, METEOR = "Bleu", "METEOR"
 BLEU_COUNTS = (
@@ -32,7 +32,7 @@ alone."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better one model is than another on the same images."""
+    """A new model's score beside an old one's, on the same images."""
 
     metric: str
     new: float
@@ -41,15 +41,15 @@ class Comparison:
     """With `high`, the 95 % interval of the difference."""
     high: float
     p: float
-    """How often a difference of no meaning would look as large, in either direction."""
+    """Probability of so large a difference, in either direction, between equal models."""
 
     @property
     def gain(self) -> float:
         return self.new - self.old
 
     @property
-    def real(self) -> bool:
-        """Whether the difference would be there with other images too, in 95 of 100 cases."""
+    def significant(self) -> bool:
+        """Whether the 95 % interval of the difference excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -63,33 +63,29 @@ def corpus_scores(statistics: Statistics) -> dict[str, float]:
 
 def intervals(statistics: Statistics, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Return each score's 95 % interval: lowest and highest value."""
-    drawn = _redrawn(statistics, seed)
-    return {name: _middle(values) for name, values in drawn.items()}
+    return {name: _interval(values) for name, values in _redrawn(statistics, seed).items()}
 
 
 def compare(new: Statistics, old: Statistics, seed: int = 0) -> dict[str, Comparison]:
     """Compare two models on each score that both have.
 
     Args:
-        new: of the one model.
-        old: of the other, on the same images in the same order.
-        seed: of the drawing; both get the same images in each round, so what makes an image hard
-            cancels out.
+        new: of the new model.
+        old: of the old model, on the same images in the same order.
+        seed: of the drawing. Both get the same images in each round, so that an image which is hard
+            for both does not count.
     """
-    ours, theirs = corpus_scores(new), corpus_scores(old)
-    ours_drawn, theirs_drawn = _redrawn(new, seed), _redrawn(old, seed)
-    found = {}
-    for name in (name for name in ours if name in theirs):
-        gains = (ours_drawn[name] - theirs_drawn[name]).round(
-            12
-        )  # equal scores differ in their last bits
-        p = min(
-            1.0,
-            2
-            * min((1 + (gains <= 0).sum()) / (1 + ROUNDS), (1 + (gains >= 0).sum()) / (1 + ROUNDS)),
-        )
-        found[name] = Comparison(name, ours[name], theirs[name], *_middle(gains), float(p))
-    return found
+    new_scores, old_scores = corpus_scores(new), corpus_scores(old)
+    new_drawn, old_drawn = _redrawn(new, seed), _redrawn(old, seed)
+    comparisons = {}
+    for name in (name for name in new_scores if name in old_scores):
+        # Equal scores differ in their last bits.
+        gains = (new_drawn[name] - old_drawn[name]).round(12)
+        smaller = min((gains <= 0).sum(), (gains >= 0).sum())
+        p = min(1.0, float(2 * (1 + smaller) / (1 + ROUNDS)))
+        interval = _interval(gains)
+        comparisons[name] = Comparison(name, new_scores[name], old_scores[name], *interval, p)
+    return comparisons
 
 
 def meteor(counts: np.ndarray) -> np.ndarray:
@@ -105,15 +101,10 @@ def meteor(counts: np.ndarray) -> np.ndarray:
     """
     alpha, beta, gamma, delta = 0.85, 0.20, 0.60, 0.75
     kinds = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
-    lengths, functions, chunks, matched = (
-        counts[..., :2],
-        counts[..., 2:4],
-        counts[..., 20],
-        counts[..., 21:23],
-    )
-    matches = counts[..., 4:20].reshape(
-        *counts.shape[:-1], 4, 2, 2
-    )  # kind, content or function, caption or reference
+    lengths, functions = counts[..., :2], counts[..., 2:4]
+    chunks, matched = counts[..., 20], counts[..., 21:23]
+    # [..., kind, content or function, caption or reference]
+    matches = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)
     weighted = np.einsum("...kwt,k,w->...t", matches, kinds, np.array([delta, 1 - delta]))
     with np.errstate(divide="ignore", invalid="ignore"):
         precision_recall = weighted / (delta * (lengths - functions) + (1 - delta) * functions)
@@ -140,22 +131,20 @@ def bleu(counts: np.ndarray) -> np.ndarray:
 
 
 def _combine(statistics: Statistics, sums: Statistics) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each score's name and its values for sums over so many images as `statistics` has,
-    [..., counts]."""
+    """Yield each score's name and values from sums, [..., counts], over as many images as
+    `statistics` has."""
     for name, values in sums.items():
         if name == BLEU:
-            yield from (
-                (f"{BLEU}_{n + 1}", value)
-                for n, value in enumerate(np.moveaxis(bleu(values), -1, 0))
-            )
+            for n, value in enumerate(np.moveaxis(bleu(values), -1, 0), 1):
+                yield f"{BLEU}_{n}", value
         elif name == METEOR:
             yield name, meteor(values)
         else:
             yield name, values[..., 0] / len(statistics[name])
 
 
-def _middle(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - SURE) / 2, (1 + SURE) / 2])
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
@@ -166,14 +155,8 @@ def _redrawn(statistics: Statistics, seed: int) -> dict[str, np.ndarray]:
     parts: list[dict[str, np.ndarray]] = []
     for _ in range(ROUNDS // CHUNK):
         drawn = rng.integers(0, images, (CHUNK, images)) + images * np.arange(CHUNK)[:, None]
-        times = (
-            np.bincount(drawn.ravel(), minlength=CHUNK * images)
-            .reshape(CHUNK, images)
-            .astype(np.float64)
-        )
-        parts.append(
-            dict(
-                _combine(statistics, {name: times @ values for name, values in statistics.items()})
-            )
-        )
+        times = np.bincount(drawn.ravel(), minlength=CHUNK * images).astype(np.float64)
+        times = times.reshape(CHUNK, images)
+        sums = {name: times @ values for name, values in statistics.items()}
+        parts.append(dict(_combine(statistics, sums)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

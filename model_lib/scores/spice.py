@@ -1,5 +1,5 @@
-"""SPICE, by pycocoevalcap's jar and the models of Stanford CoreNLP 3.6.0, which are fetched only
-when asked for.
+"""SPICE, by pycocoevalcap's jar and the models of Stanford CoreNLP 3.6.0, which `captioner download
+spice` fetches.
 
 Anderson et al. 2016, "SPICE: Semantic Propositional Image Caption Evaluation".
 """
@@ -26,35 +26,37 @@ OPENED = ("java.lang", "java.math", "java.net", "java.text", "java.util", "java.
 version 16."""
 
 
+def unpack_models(archive: str, output: str) -> None:
+    """Extract SPICE's models, which Java wants as files, from CoreNLP's archive.
+
+    Args:
+        archive: path or URI of the zip archive.
+        output: folder or URI for `MODELS`.
+
+    Raises:
+        WorkError: they are not in the archive.
+    """
+    with storage.open_file(archive) as file, zipfile.ZipFile(file) as zipped:
+        members = {Path(name).name: name for name in zipped.namelist()}
+        for name in MODELS:
+            if name not in members:
+                raise WorkError(f"{archive}: has no {name} in it; use another --base")
+            with (
+                zipped.open(members[name]) as member,
+                storage.atomic_file(storage.join(output, name)) as part,
+                Path(part).open("wb") as model,
+            ):
+                shutil.copyfileobj(member, model)
+
+
 def require_spice(folder: str) -> None:
     """Raise `UserError` unless `folder` has SPICE's models and there is Java."""
     if shutil.which("java") is None:
         raise UserError("SPICE needs Java (apt-get install default-jre-headless)")
     for name in MODELS:
         if not Path(folder, name).is_file():
-            raise UserError(
-                f"spice {folder}: has no {name}; fetch it: captioner download spice --output "
-                f"{folder}"
-            )
-
-
-def unpack_models(archive: str, folder: str) -> None:
-    """Put SPICE's models, which Java wants as files, from CoreNLP's zip archive into `folder`.
-
-    Raises:
-        WorkError: the archive is another one.
-    """
-    with storage.open_file(archive, 2**23) as file, zipfile.ZipFile(file) as zipped:
-        members = {Path(name).name: name for name in zipped.namelist()}
-        for name in MODELS:
-            if name not in members:
-                raise WorkError(f"{archive}: has no {name} in it; use another --base")
-            with (
-                zipped.open(members[name]) as model,
-                storage.atomic_file(storage.join(folder, name)) as part,
-                Path(part).open("wb") as target,
-            ):
-                shutil.copyfileobj(model, target)
+            remedy = f"captioner download spice --output {folder}"
+            raise UserError(f"spice {folder}: has no {name}; fetch it: {remedy}")
 
 
 def spice_scores(
@@ -76,59 +78,31 @@ def spice_scores(
 
     require_spice(folder)
     home = Path(spice.__file__).parent
-    classes = [
-        home / spice.SPICE_JAR,
-        *sorted((home / "lib").glob("*.jar")),
-        *(Path(folder, name) for name in MODELS),
-    ]
+    models = [Path(folder, name) for name in MODELS]
+    classes = [home / spice.SPICE_JAR, *sorted((home / "lib").glob("*.jar")), *models]
     rows = [
         {"image_id": i, "test": text, "refs": list(references[i])} for i, text in captions.items()
     ]
     opens = " ".join(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED)
+    java_options = f"{os.environ.get('JDK_JAVA_OPTIONS', '')} {opens}"  # Java 8 ignores it
     with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch, "captions.json"), Path(scratch, "scores.json")
-        asked.write_text(json.dumps(rows))
-        options = [
-            str(asked),
-            "-cache",
-            f"{scratch}/cache",
-            "-out",
-            str(answered),
-            "-subset",
-            "-silent",
-        ]
-        done = subprocess.run(
-            [
-                "java",
-                f"-Xmx{MEMORY}",
-                "-cp",
-                os.pathsep.join(map(str, classes)),
-                "edu.anu.spice.SpiceScorer",
-                *options,
-            ],
-            env={
-                **os.environ,
-                "JDK_JAVA_OPTIONS": f"{os.environ.get('JDK_JAVA_OPTIONS', '')} {opens}",
-            },  # 8 ignores it
+        inputs, outputs = Path(scratch, "captions.json"), Path(scratch, "scores.json")
+        inputs.write_text(json.dumps(rows))
+        command = ["java", f"-Xmx{MEMORY}", "-cp", os.pathsep.join(map(str, classes))]
+        command += ["edu.anu.spice.SpiceScorer", str(inputs), "-cache", f"{scratch}/cache"]
+        command += ["-out", str(outputs), "-subset", "-silent"]
+        process = subprocess.run(
+            command,
+            env={**os.environ, "JDK_JAVA_OPTIONS": java_options},
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode or not answered.exists():
-            said = next(
-                (
-                    line
-                    for line in done.stderr.splitlines()
-                    if "Exception" in line or "Error" in line
-                ),
-                "",
-            )
-            raise WorkError(
-                f"SPICE: Java ended with exit code {done.returncode}: "
-                f"{said.strip() or 'it said nothing'}"
-            )
-        found = {
-            row["image_id"]: float(row["scores"]["All"]["f"])
-            for row in json.loads(answered.read_text())
-        }
-    return np.asarray([0.0 if math.isnan(found[i]) else found[i] for i in captions])
+        if process.returncode or not outputs.exists():
+            lines = process.stderr.splitlines()
+            errors = [line.strip() for line in lines if "Exception" in line or "Error" in line]
+            reason = errors[0] if errors else "no message"
+            raise WorkError(f"SPICE: Java ended with exit code {process.returncode}: {reason}")
+        document = json.loads(outputs.read_text())
+    scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in document}
+    return np.asarray([0.0 if math.isnan(scores[i]) else scores[i] for i in captions])

@@ -154,7 +154,7 @@ def test_memory_that_is_used_up_is_one_line(scenes: Path, tmp_path: Path) -> Non
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("captioner: failed: the memory is used up"), done.stderr
+    assert done.stderr.startswith("captioner: failed: out of memory"), done.stderr
 
 
 # ---- clocks --------------------------------------------------------------------------------------

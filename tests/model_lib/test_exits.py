@@ -41,7 +41,7 @@ def raising(error: Exception) -> Callable[[], None]:
         (
             raising(MemoryError()),
             1,
-            "captioner: failed: the memory is used up; give it more, or less to do at once",
+            "captioner: failed: out of memory; use a larger machine, or less at once",
         ),
     ],
     ids=["step", "mistake", "failure", "memory"],

@@ -4,12 +4,12 @@
   const sort = document.getElementById("sort");
   const filter = document.getElementById("filter");
   const count = document.getElementById("count");
-  const cards = Array.from(gallery.children, (element, place) => ({
+  const cards = Array.from(gallery.children, (element, index) => ({
     element,
-    place,
+    index,
     cider: Number(element.dataset.cider),
     gain: Number(element.dataset.gain ?? 0),
-    text: Array.from(element.querySelectorAll(".said"), (said) => said.textContent).join("\n").toLowerCase(),
+    text: Array.from(element.querySelectorAll(".said"), (text) => text.textContent).join("\n").toLowerCase(),
   }));
 
   function order() {
@@ -17,24 +17,24 @@
     const sign = direction === "up" ? 1 : -1;
     gallery.append(
       ...cards
-        .toSorted((one, other) => sign * (one[key] - other[key]) || one.place - other.place)
+        .toSorted((a, b) => sign * (a[key] - b[key]) || a.index - b.index)
         .map((card) => card.element),
     );
   }
 
   function select() {
-    const wanted = filter.value.toLowerCase().split(/\s+/);
+    const words = filter.value.toLowerCase().split(/\s+/);
     let shown = 0;
     for (const card of cards) {
-      const found = wanted.every((word) => card.text.includes(word));
-      card.element.hidden = !found;
-      shown += found;
+      const matches = words.every((word) => card.text.includes(word));
+      card.element.hidden = !matches;
+      shown += matches;
     }
     count.textContent = `${shown} of ${cards.length} shown`;
     document.getElementById("none").hidden = shown > 0;
   }
 
-  // Where the model looked: the image is darkened by the word's map for as long as the word is pointed at.
+  // While a word is pointed at, its attention map darkens the image.
   let lit = null;
 
   function show(word) {
@@ -82,6 +82,6 @@
   const controls = document.getElementById("controls");
   controls.addEventListener("submit", (event) => event.preventDefault());
   controls.hidden = false;
-  order(); // a browser may remember what was chosen before
+  order(); // a browser may restore an earlier choice
   select();
 })();

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from model_lib.model.explain import render_explanation, word_attention
 from PIL import Image, UnidentifiedImageError
 
 from model_lib import Caption, Captioner, UserError, generate_caption
@@ -18,7 +19,6 @@ from model_lib.errors import WorkError
 from model_lib.io.images import ImageError
 from model_lib.model.captioning import caption_each, find_images, load_pixels
 from model_lib.model.config import DecodeConfig
-from model_lib.model.explain import render_explanation, word_attention
 
 
 @pytest.fixture()

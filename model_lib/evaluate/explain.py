@@ -1,5 +1,4 @@
-"""Where the model looked for each word: an image with the attention laid over it, word by word, as
-one HTML file."""
+"""The model's attention: the parts of an image from which it took each word of its caption."""
 
 import base64
 import io
@@ -21,19 +20,18 @@ def word_attention(
 
     Args:
         model: the captioner.
-        pixels: the model's view of the image, uint8 [3, image_size, image_size].
-        caption: what the model said of it.
+        pixels: the model's own, uint8 [3, image_size, image_size].
+        caption: the model's caption of the image.
 
     Returns:
         For each word its text and float32 [P, P], the mean over its tokens, layers and heads; P
-        patches a side. They
-        sum to less than one: the rest is on CLIP's class token.
+        patches a side. They sum to less than one: the rest is on CLIP's class token.
     """
     end = model.tokenizer.eos_token_id
-    fed = torch.tensor([[[end, *caption.tokens[:-1]]]], device=model.device)
+    inputs = torch.tensor([[[end, *caption.tokens[:-1]]]], device=model.device)
     with torch.inference_mode():
         features = model.encode(torch.from_numpy(pixels).unsqueeze(0).to(model.device))
-        maps = model.attention(features, fed)[0, 0, :, 1:].cpu().numpy()
+        maps = model.attention(features, inputs)[0, 0, :, 1:].cpu().numpy()
     side = round(maps.shape[1] ** 0.5)
     words: list[tuple[str, list[np.ndarray]]] = []
     for token, weights in zip(caption.tokens, maps.reshape(-1, side, side), strict=True):
@@ -47,15 +45,15 @@ def word_attention(
     return [(text.strip(), np.mean(weights, axis=0)) for text, weights in words]
 
 
-def render_explanation(model: Captioner, captions: Sequence[tuple[object, Caption]]) -> str:
-    """Return an HTML page for images and their captions, without anything loaded from elsewhere."""
-    shown = []
-    for image, caption in captions:
-        pixels = load_pixels(image, model.image_size)
-        looked = word_attention(model, pixels, caption)
-        words = [(text, _overlay(pixels.transpose(1, 2, 0), weights)) for text, weights in looked]
-        shown.append({"name": str(image), "caption": caption.text, "words": words})
-    return render_page("explain.html", captions=shown)
+def render_explanation(model: Captioner, captions: Sequence[tuple[str, Caption]]) -> str:
+    """Return an HTML page of images, by path or URI, with the attention for each word."""
+    rows = []
+    for uri, caption in captions:
+        pixels = load_pixels(uri, model.image_size)
+        attention = word_attention(model, pixels, caption)
+        words = [(text, _overlay(pixels.transpose(1, 2, 0), map)) for text, map in attention]
+        rows.append({"name": uri, "caption": caption.text, "words": words})
+    return render_page("explain.html", captions=rows)
 
 
 def _overlay(pixels: np.ndarray, weights: np.ndarray) -> str:
@@ -66,6 +64,6 @@ def _overlay(pixels: np.ndarray, weights: np.ndarray) -> str:
         pixels.shape[1::-1], Image.Resampling.BICUBIC
     )
     strength = 0.25 + 0.75 * np.asarray(light, dtype=np.float32)[..., None] / 255
-    out = io.BytesIO()
-    Image.fromarray((pixels * strength).astype(np.uint8)).save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    encoded = io.BytesIO()
+    Image.fromarray((pixels * strength).astype(np.uint8)).save(encoded, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
