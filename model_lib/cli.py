@@ -34,7 +34,7 @@ from model_lib.model.config import DecodeConfig
 from model_lib.options import Precision, StageConfig, option
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ModelsConfig, RegisterConfig, RollbackConfig
-from model_lib.tracking.model_uris import CHAMPION_URI
+from model_lib.registry.model_uris import CHAMPION_URI
 from model_lib.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -211,8 +211,8 @@ def register(config: RegisterConfig) -> Output:
 
 
 def models(config: ModelsConfig) -> Output:
+    from model_lib.registry.model_uris import MODEL
     from model_lib.registry.versions import list_versions, versions_table
-    from model_lib.tracking.model_uris import MODEL
     from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     tracking = require_mlflow(tracking_from_environment())

@@ -13,7 +13,7 @@ from components.merge.component import merge
 from components.plan.component import plan
 from components.preflight.component import preflight
 from model_lib.batch.config import BatchConfig
-from model_lib.tracking.model_uris import CHAMPION_URI
+from model_lib.registry.model_uris import CHAMPION_URI
 from pipelines import placement
 from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place, place_preflight
 

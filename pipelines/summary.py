@@ -10,7 +10,7 @@ from typing import Any
 from model_lib.batch.merging import examples
 from model_lib.errors import WorkError, printable
 from model_lib.evaluate.result import FEW_IMAGES, Evaluation
-from model_lib.tracking.model_uris import CHAMPION_URI
+from model_lib.registry.model_uris import CHAMPION_URI
 
 LOOKING = 3
 """How many times the shuffled CIDEr a model reaches that uses its images."""

@@ -26,12 +26,12 @@ def register(
     from model_lib.exits import exit_in_one_line
     from model_lib.io.storage import read_bytes, write_bytes
     from model_lib.registry.config import RegisterConfig
+    from model_lib.registry.model_uris import version_uri
     from model_lib.registry.registry import register as run
     from model_lib.steps.artifacts import set_metadata, write_model
     from model_lib.steps.closing import finish_pipeline
     from model_lib.steps.kfp_runs import run_title
-    from model_lib.steps.outcome import decision_markdown, serving_model, tell_outcome
-    from model_lib.tracking.model_uris import version_uri
+    from model_lib.steps.outcome import decision_markdown, log_outcome, serving_model
     from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():
@@ -56,7 +56,7 @@ def register(
             version=registered.version,
             champion=registered.promoted,
         )
-        tell_outcome(registered, tracking)
+        log_outcome(registered, tracking)
         serving = serving_model(registered)
         finish_pipeline(run_title(run_name), tracking, last=not images)
         return serving

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model_lib import __version__
+from model_lib.data.shards import read_manifest
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.gallery import select_images
+from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions, View
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.evaluate.scoring import score_predictions
@@ -23,7 +25,8 @@ from model_lib.pages.page import thumbnail
 from model_lib.progress import Progress
 from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import require_scorers
-from model_lib.tracking.mlflow_run import reason
+from model_lib.tracking.errors import reason
+from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import NO_TRACKING, Tracking
 
 if TYPE_CHECKING:
@@ -49,82 +52,48 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
     """
     require_scorers(config.spice)
     with output_lock(config.output):
-        if _left_unsent(config):
-            log.warning(
-                "%s: was evaluated before, and only its scores are to be sent", config.output
-            )
-            return _send(config, Evaluation.read(config.output), tracking)
-        return _write(config, _evaluate(config), tracking)
-
-
-def _write(config: EvaluateConfig, result: EvaluationResult, tracking: Tracking) -> Evaluation:
-    """Write the output folder, and log a model's scores to its run."""
-    from model_lib.evaluate.report import render_report
-
-    assert config.output is not None
-    evaluation, run_id = result.evaluation, result.evaluation.mlflow_run_id
-    curves = {run_id: tracking.curves(run_id)} if run_id is not None else None
-    storage.remove(
-        storage.join(config.output, UNSENT)
-    )  # of an evaluation before, which this one replaces
-    result.write(config.output, render_report(result, curves=curves))
-    if run_id is not None:
-        storage.write_json(storage.join(config.output, UNSENT), {"key": _key(config)})
-        _send(config, evaluation, tracking)
-    return evaluation
+        unsent, mark = storage.join(config.output, UNSENT), {"key": _key(config)}
+        if storage.exists(unsent) and storage.read_json(unsent) == mark:
+            log.warning("%s: was evaluated before, only its scores are sent", config.output)
+            evaluation = Evaluation.read(config.output)
+        else:
+            result = _evaluate(config)
+            evaluation = result.evaluation
+            storage.remove(unsent)
+            run_id = evaluation.mlflow_run_id
+            curves = {run_id: read_curves(config.model)} if run_id is not None else None
+            result.write(config.output, render_report(result, curves=curves))
+            storage.write_json(unsent, mark)
+        if evaluation.mlflow_run_id is not None:
+            _log_scores(config.output, evaluation, tracking)
+        storage.remove(unsent)
+        return evaluation
 
 
 def _key(config: EvaluateConfig) -> str:
-    """Return what changes with the options, the data, the model and this program."""
-    assert config.model is not None and config.data is not None
-    from model_lib.data.shards import read_manifest
-
-    record = storage.join(
-        config.model, "training.json"
-    )  # changes with each model that training keeps
+    """Return a key of the options, the data, the model and this program."""
+    record = storage.join(config.model, "training.json")  # changes with each model that is kept
     about = storage.read_bytes(record).decode() if storage.exists(record) else ""
     return config.key(read_manifest(config.data).fingerprint, about, __version__)
 
 
-def _left_unsent(config: EvaluateConfig) -> bool:
-    """Whether the output holds this very evaluation, and MLflow was away when it was to be
-    logged."""
-    assert config.output is not None
-    file, scores = (storage.join(config.output, name) for name in (UNSENT, "scores.json"))
-    return (
-        storage.exists(file)
-        and storage.exists(scores)
-        and storage.read_json(file) == {"key": _key(config)}
-    )
-
-
-def _send(config: EvaluateConfig, evaluation: Evaluation, tracking: Tracking) -> Evaluation:
-    """Log an evaluation that is written to the model's run; its folder remembers if that fails."""
-    assert config.output is not None and evaluation.mlflow_run_id is not None
-    run_id, report = (
-        evaluation.mlflow_run_id,
-        storage.read_bytes(storage.join(config.output, "report.html")),
-    )
+def _log_scores(folder: str, evaluation: Evaluation, tracking: Tracking) -> None:
+    """Log an evaluation that is written to the model's run."""
+    report = {"evaluation/report.html": storage.read_bytes(storage.join(folder, "report.html"))}
+    metrics, tags = evaluation_metrics(evaluation), evaluation_tags(evaluation)
+    assert evaluation.mlflow_run_id is not None
     try:
-        tracking.add(
-            run_id,
-            evaluation_metrics(evaluation),
-            evaluation_tags(evaluation),
-            {"evaluation/report.html": report},
-        )
+        tracking.add(evaluation.mlflow_run_id, metrics, tags, report)
     except Exception as error:
         raise WorkError(
-            f"{config.output}: is written, but its scores are not in MLflow ({reason(error)}); "
-            "the same command sends "
-            "them, and evaluates nothing again"
+            f"{folder}: is written, but its scores are not in MLflow ({reason(error)}); the same "
+            "command sends them, and evaluates nothing again"
         ) from error
-    storage.remove(storage.join(config.output, UNSENT))
-    return evaluation
 
 
 def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     from model_lib.data.leaks import require_unseen
-    from model_lib.data.shards import SplitReader, read_manifest
+    from model_lib.data.shards import SplitReader
     from model_lib.model.captioner import Captioner
     from model_lib.model.captioning import caption_pixels
     from model_lib.model.sources import lasting_source, source_digest

@@ -1,9 +1,10 @@
-"""Where models come from: a hub name, a local folder, an fsspec URI or the MLflow registry.
+"""Where models come from: a hub name, a local folder, an fsspec URI or a model registry.
 
 Needs no torch.
 """
 
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.remote_cache import cached_folder
 from model_lib.io.validation import read_record
+
+REGISTRIES = {"models:/": "model_lib.registry.model_uris"}
+"""By prefix of a source the module that resolves it, imported when a source has that prefix, as
+fsspec does with protocols. It has `pin_version(source)` and `download_model(source)`."""
+
+
+def _registry_of(source: str) -> Any:
+    """Return the module of the registry that a source belongs to, or None."""
+    names = (module for prefix, module in REGISTRIES.items() if source.startswith(prefix))
+    name = next(names, None)
+    return None if name is None else importlib.import_module(name)
 
 
 def folder_or_hub_name(source: str) -> str:
@@ -32,10 +44,8 @@ def folder_or_hub_name(source: str) -> str:
 def resolve_captioner(source: str) -> str:
     """Return a local folder (or a hub name) that holds a captioner; `UserError` if it does not."""
     source = str(source)
-    if source.startswith("models:/"):
-        from model_lib.tracking.model_uris import download_model
-
-        return download_model(source)
+    if (registry := _registry_of(source)) is not None:
+        return str(registry.download_model(source))
     folder = folder_or_hub_name(source)
     if Path(folder).is_dir():
         config = Path(folder) / "config.json"
@@ -63,7 +73,7 @@ def source_digest(source: str) -> str | None:
     None for a registry's version, which never changes, and for a hub name. Raises as
     `resolve_captioner`.
     """
-    if source.startswith("models:/"):
+    if _registry_of(source) is not None:
         return None
     folder = resolve_captioner(source)
     return weights_digest(folder) if Path(folder).is_dir() else None
@@ -71,10 +81,8 @@ def source_digest(source: str) -> str | None:
 
 def lasting_source(source: str) -> str:
     """Return a source that means the same later: an alias as its version, a path as absolute."""
-    if source.startswith("models:/"):
-        from model_lib.tracking.model_uris import pin_version
-
-        return pin_version(source)
+    if (registry := _registry_of(source)) is not None:
+        return str(registry.pin_version(source))
     return storage.absolute(source) if storage.is_folder(source) else source
 
 

@@ -21,7 +21,7 @@ from model_lib.model.config import DecodeConfig
 from model_lib.model.sources import read_training, weights_digest
 from model_lib.pages.page import render_markdown
 from model_lib.presets import PRESETS
-from model_lib.tracking.model_uris import captioner_in
+from model_lib.registry.model_uris import captioner_in
 from model_lib.tracking.server import MlflowTracking
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.result import Evaluation
 from model_lib.io import storage
 from model_lib.registry.config import NO_CHAMPION
+from model_lib.registry.model_uris import version_uri
 from model_lib.registry.registry import champion_version
-from model_lib.tracking.model_uris import version_uri
 from model_lib.tracking.server import NO_TRACKING, Tracking, require_mlflow
 
 

@@ -1,12 +1,10 @@
-"""What came of a pipeline's candidates: told on its page and in its MLflow run, and passed on to
-what follows."""
+"""The outcome of a pipeline's candidates, for its page, its MLflow run and the steps after it."""
 
 from model_lib.errors import WorkError
 from model_lib.evaluate.result import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
+from model_lib.registry.model_uris import CHAMPION, MODEL, version_uri
 from model_lib.registry.registry import Registered
-from model_lib.registry.turns import CHAMPION
-from model_lib.tracking.model_uris import MODEL, version_uri
 from model_lib.tracking.server import Tracking
 
 
@@ -27,17 +25,14 @@ def decision_markdown(registered: Registered, tracking: Tracking) -> str:
     return head + "\n".join(rows) + "\n"
 
 
-def tell_outcome(registered: Registered, tracking: Tracking) -> None:
-    """Say in the pipeline's run what came of it: the decision, and the winner's scores, by which
-    parents are sorted."""
-    winner = Evaluation.read(registered.evaluation)
+def log_outcome(registered: Registered, tracking: Tracking) -> None:
+    """Add the decision and the winner's scores to the pipeline's MLflow run."""
+    winner, champion = Evaluation.read(registered.evaluation), registered.champion_version
     tags = {
         "captioner.winner": registered.winner,
         "captioner.winner_run_id": winner.mlflow_run_id or "",
         "captioner.winner_model": version_uri(registered.version),
-        "captioner.champion_model": version_uri(registered.champion_version)
-        if registered.champion_version
-        else "",
+        "captioner.champion_model": champion and version_uri(champion),
         "captioner.promoted": str(registered.promoted).lower(),
         "captioner.decision": registered.reason,
     }
@@ -49,8 +44,8 @@ def serving_model(registered: Registered) -> str:
     """Return the champion's model URI, for the steps that follow; `WorkError` if none serves."""
     if not registered.champion_version:
         raise WorkError(
-            f"models:/{MODEL}@{CHAMPION}: nothing serves: the champion was taken away while its "
-            "successor was evaluated, "
-            f"and version {registered.version} is a challenger; submit the run again"
+            f"models:/{MODEL}@{CHAMPION}: nothing serves: the champion was removed while its "
+            f"successor was evaluated, and version {registered.version} is a challenger; "
+            "submit the run again"
         )
     return version_uri(registered.champion_version)

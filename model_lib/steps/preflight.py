@@ -176,7 +176,7 @@ def _tracking(uri: str | None) -> None:
 
 def _weights(source: str) -> str | None:
     if source.startswith("models:/"):
-        from model_lib.tracking.model_uris import require_version
+        from model_lib.registry.model_uris import require_version
 
         require_version(source)
         return None

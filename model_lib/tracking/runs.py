@@ -1,33 +1,52 @@
-"""Runs as training and evaluation see them: what takes curves, parameters and tags, or nothing at
-all."""
+"""Runs as training and evaluation see them; here without a tracking server."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-Point = tuple[str, float, int, int]
-"""A metric's name, its value, when it was measured (ms since 1970), and the step of training."""
+from model_lib.errors import UserError, WorkError
+from model_lib.tracking.metrics import MetricsFile
 
 RunState = Callable[[str], str | None]
-"""Returns the state of a pipeline run, given Kubeflow's id of it, or None where that cannot be
-known."""
+"""Returns the state of a pipeline run, given its id in Kubeflow, or None if it is not known."""
 
 
 def unknown_state(run_id: str) -> str | None:
-    """Return None: a `RunState` where there is nobody to ask."""
+    """Return None: a `RunState` where there is no Kubeflow to ask."""
     return None
 
 
 class Run:
-    """A run being tracked; this one tracks nothing."""
+    """A run whose points go to `metrics.jsonl` in its folder.
+
+    Args:
+        folder: the training's output, a path or URI; None: points go nowhere, as in all processes
+            of a training but the first.
+        step: at which the training starts, see `MetricsFile`.
+    """
 
     run_id: str | None = None
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a point to each metric's curve, without waiting for it to arrive; all have when the
-        run is closed."""
+    def __init__(self, folder: str | None = None, step: int = 0) -> None:
+        self.folder, self.step = folder, step
+        self.metrics: MetricsFile | None = None
 
     def __enter__(self) -> Self:
+        if self.folder is not None:
+            self.metrics = MetricsFile(self.folder, self.step)
         return self
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add a point to each metric's curve."""
+        if self.metrics is not None:
+            self.metrics.append(metrics, step)
+
+    def flush(self) -> None:
+        """Write the points to the folder if that is in a bucket; call it before each checkpoint.
+
+        What was logged before a checkpoint is not logged again by a training that resumes from it.
+        """
+        if self.metrics is not None:
+            self.metrics.flush()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Close the run: finished, killed if the body was stopped, or failed if it raised.
@@ -35,14 +54,18 @@ class Run:
         Raises:
             WorkError: the body ended well, but not all points could be sent.
         """
+        try:
+            self.flush()
+        except (UserError, WorkError):
+            if kind is None:  # else the body's own exception is the one to raise
+                raise
 
 
 class Tracking:
-    """Where runs are tracked; this one is nowhere."""
+    """Where runs are tracked; this one has no server."""
 
     def require_answer(self) -> None:
-        """Raise `WorkError` now if runs cannot be tracked, rather than after the data and the model
-        were read."""
+        """Raise `WorkError` if the server does not answer, before any work is done."""
 
     def start(
         self,
@@ -50,16 +73,23 @@ class Tracking:
         key: str | None,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
-        folder: str | None = None,
+        folder: str,
         step: int = 0,
     ) -> Run:
-        """Start the run `name`, or go on with the one that was started with the same `key`, if
-        there is a key.
+        """Start a run, or go on with the one that was started with the same key.
 
-        One that a pipeline run goes on with moves under it, so that it is closed with it; unless it
-        had finished, and nothing more is logged.
+        A run that a pipeline run goes on with moves under it, so that it is closed with it; unless
+        it had finished, and nothing more is logged.
+
+        Args:
+            name: for people.
+            key: by which the run is found again; None: always a new one.
+            params: the configuration.
+            tags: by name.
+            folder: the training's output, see `Run`.
+            step: at which the training starts.
         """
-        return Run()
+        return Run(folder, step)
 
     def add(
         self,
@@ -70,25 +100,20 @@ class Tracking:
     ) -> None:
         """Add final metrics, tags and files (content by path) to a run that has ended."""
 
-    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
-        """Return a run's curves of training, each its steps and values; {} if they cannot be
-        had."""
-        return {}
-
     def open_pipeline(self, name: str, run_state: RunState = unknown_state) -> None:
-        """Make the pipeline run's own run, unless it is there, and end those of pipeline runs that
-        are over."""
+        """Create the pipeline run's own run, unless it is there, and end those of pipeline runs
+        that are over."""
 
     def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
-        """Say in the pipeline run's own run what came of it; the note is Markdown."""
+        """Add the outcome to the pipeline run's own run; the note is Markdown."""
 
     def close_pipeline(self, succeeded: bool) -> str | None:
         """End the pipeline run's own run, and as failed those that its steps left open; return
-        where to see it."""
+        its address."""
         return None
 
     def parent(self) -> str | None:
-        """Return the pipeline run's own run, or None if there is none."""
+        """Return the id of the pipeline run's own run, or None."""
         return None
 
     def succeeded(self) -> bool:
@@ -96,14 +121,14 @@ class Tracking:
         return False
 
     def notified(self) -> str | None:
-        """Return the outcome of the pipeline run that its webhook has taken, or None."""
+        """Return the outcome of the pipeline run that the webhook has accepted, or None."""
         return None
 
     def set_notified(self, state: str) -> None:
-        """Remember the outcome that the webhook has taken."""
+        """Remember the outcome that the webhook has accepted."""
 
     def run_url(self, run_id: str) -> str | None:
-        """Return the address at which people see a run, or None if there is none."""
+        """Return the address at which people see a run, or None."""
         return None
 
 

@@ -136,6 +136,7 @@ class Trainer:
         self.train_step = TrainStep(model, objective, config, world, self.steps)
         self.validator = Validator(config, manifest, model.image_size, world)
         self.saver = Saver(config, self.train_step)
+        self.logged = Run()
         self.step, self.validated, self.stale = 0, 0, 0
         self.best: ValidationScore | None = None
 
@@ -158,6 +159,7 @@ class Trainer:
         progress = Progress(
             f"train {self.config.name}", self.steps, "steps", self.step, shown=self.world.is_main
         )
+        self.logged = run
         with run, progress, self.saver, self.stop_request.defer_stop():
             metrics = MetricLogger(run, progress, self.world, bool(self.reward))
             try:
@@ -257,6 +259,7 @@ class Trainer:
     def _checkpoint(self, best: tuple[dict[str, Tensor], Any] | None = None) -> None:
         if not self.world.is_main:
             return
+        self.logged.flush()  # points before a checkpoint are not logged again
         position = checkpoint.Position(
             step=self.step,
             validated=self.validated,

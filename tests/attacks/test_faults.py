@@ -13,6 +13,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from model_lib.registry.turns import draw, turn
 from torch import Tensor
 
 from model_lib.batch.batching import batch
@@ -23,7 +24,6 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
-from model_lib.registry.turns import draw, turn
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig

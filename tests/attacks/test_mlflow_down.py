@@ -21,9 +21,9 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
+from model_lib.registry.model_uris import download_model
 from model_lib.registry.registry import register
 from model_lib.tracking.mlflow_run import FAIL_FAST
-from model_lib.tracking.model_uris import download_model
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.step import TrainStep

@@ -10,13 +10,13 @@ from typing import Any
 
 import mlflow
 import pytest
+from model_lib.registry.turns import draw, turn
 
 from model_lib.errors import WorkError
 from model_lib.evaluate.result import Decision
 from model_lib.registry import turns
+from model_lib.registry.model_uris import MODEL
 from model_lib.registry.registry import champion_version, settle
-from model_lib.registry.turns import draw, turn
-from model_lib.tracking.model_uris import MODEL
 from tests.helpers.services import mlflow_server
 from tests.model_lib.registry.test_promotion import evaluated
 

@@ -13,9 +13,9 @@ import pytest
 
 from model_lib import UserError
 from model_lib.registry.config import RegisterConfig
+from model_lib.registry.model_uris import MODEL
 from model_lib.registry.registry import register
 from model_lib.registry.versions import rollback
-from model_lib.tracking.model_uris import MODEL
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from tests.model_lib.registry.test_promotion import evaluated
 

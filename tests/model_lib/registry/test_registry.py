@@ -17,11 +17,11 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.result import Evaluation, EvaluationResult
 from model_lib.registry.config import RegisterConfig
+from model_lib.registry.model_uris import pin_version
 from model_lib.registry.registry import champion_version, register
 from model_lib.steps.candidates import candidate_config, configure_candidates
 from model_lib.steps.evaluation import evaluate_champion, evaluate_model
 from model_lib.steps.outcome import decision_markdown
-from model_lib.tracking.model_uris import pin_version
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
