@@ -109,11 +109,11 @@ def main() -> None:
                 list(pool.map(lambda file: load_pixels(file, model.image_size), files))
             )
             decoding = len(files) / (time.perf_counter() - began)
-        config = BatchConfig(images="-", output="-", **common)
-        caption_pixels(model, pixels[: options.batch_size], config)  # warm
+        config = BatchConfig.from_options(images="-", output="-", **common)
+        caption_pixels(model, pixels[: options.batch_size], config.decode)  # warm
         began = time.perf_counter()
         for start in range(0, len(pixels), options.batch_size):
-            caption_pixels(model, pixels[start : start + options.batch_size], config)
+            caption_pixels(model, pixels[start : start + options.batch_size], config.decode)
         alone = len(files) / (time.perf_counter() - began)
         batches = f"{len(files)} images, batches of {options.batch_size}"
         print(f"\n{name}, torch {torch.__version__}; {batches}\n")
@@ -123,7 +123,7 @@ def main() -> None:
             for case, images in (("folder", str(folder)), ("bucket", uri)):
                 if images is None:
                     continue
-                config = BatchConfig(images=images, output=str(work / case), **common)
+                config = BatchConfig.from_options(images=images, output=str(work / case), **common)
                 rates: list[float] = []
                 measure = partial(end_to_end, config, model)
                 memory = peak_gb(lambda m=measure, r=rates: r.append(m()), device)

@@ -68,7 +68,7 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
     assert evaluated["images"] == 12 and fs.exists("images/j/report.html")
     annotations = f"{uri}/scenes/annotations/captions_val2017.json"
     options = ("--results", f"{uri}/j/results.json", "--annotations", annotations)
-    assert run("evaluate", *options)["images"] == 12
+    assert run("score", *options)["images"] == 12
     assert run("register", "--evaluations", f"{uri}/j")["promoted"]
     assert fs.exists("images/j/decision.html")
     assert [version["aliases"] for version in run("models")] == [["champion"]]

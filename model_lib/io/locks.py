@@ -30,7 +30,7 @@ def output_lock(folder: str) -> Iterator[None]:
         yield
         return
     path = storage.filesystem(folder)[1]
-    with store_errors(folder, "written to"):
+    with store_errors(folder, "written"):
         os.makedirs(path, exist_ok=True)
         lock = filelock.FileLock(Path(path, LOCK))
         try:

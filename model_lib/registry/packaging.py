@@ -55,7 +55,7 @@ def render_card(winner: Evaluation, folder: str) -> str:
         "card.md",
         evaluation=winner,
         training=training,
-        learned=record.get("data_fingerprint"),
+        data_fingerprint=record.get("data_fingerprint"),
         names=names,
         scratch=config.get("train_everything", False),
         vision=config.get("vision_config", {}),

@@ -56,7 +56,7 @@ def test_answers_that_break_off_are_asked_for_again(
         "output": str(tmp_path / "out"),
         "model": str(saved_model),
     }
-    expected = batch(BatchConfig(**local, shard_images=8, num_beams=1))
+    expected = batch(BatchConfig(**local, shard_images=8))
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         for file in sorted(scenes.rglob("*")):
@@ -69,7 +69,7 @@ def test_answers_that_break_off_are_asked_for_again(
             "output": "gs://b/out",
             "model": str(saved_model),
         }
-        remote_summary = batch(BatchConfig(**remote, shard_images=8, num_beams=1))
+        remote_summary = batch(BatchConfig(**remote, shard_images=8))
         faults.cut = 0.0
         files = fs.glob("b/out/*/captions/*.parquet")
         rows = [row for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()]

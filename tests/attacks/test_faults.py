@@ -24,6 +24,7 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
+from model_lib.model.config import DecodeConfig
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.checkpoint import Checkpoints
 from model_lib.train.config import TrainConfig
@@ -74,7 +75,7 @@ def test_a_batch_on_a_full_disk_keeps_its_shards_and_goes_on(
 ) -> None:
     output = small_disk / "out"
     options = {"images": str(scenes / "val2017"), "output": str(output), "model": str(saved_model)}
-    config = BatchConfig(**options, shard_images=2, num_beams=1)
+    config = BatchConfig(**options, shard_images=2)
     filler = fill(small_disk, 45_000)
     with pytest.raises(WorkError, match=FULL):
         batch(config)
@@ -118,7 +119,7 @@ def test_an_evaluation_on_a_full_disk_leaves_whole_files_and_is_written_after_ro
         "data": str(data),
         "output": str(small_disk / "evaluated"),
     }
-    config = EvaluateConfig(**options, num_beams=1, limit=4)
+    config = EvaluateConfig(**options, decode=DecodeConfig(), limit=4)
     filler = fill(small_disk, 20_000)
     with pytest.raises(WorkError, match=rf"{small_disk}/evaluated/[a-z]+\.[a-z]+: {FULL}"):
         evaluate(config)

@@ -20,7 +20,7 @@ from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.data.coco import read_captions
 from model_lib.errors import LONGEST, UserError
-from model_lib.evaluate import evaluation, result
+from model_lib.evaluate import result, scoring
 from model_lib.ingest.annotations import read_listing
 from model_lib.ingest.config import IngestConfig
 from model_lib.io import storage
@@ -43,7 +43,7 @@ JSON: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "manifest.json": (samples.MANIFEST, lambda file: shards.read_manifest(str(file))),
     "plan.json": (samples.PLAN, lambda file: planning.read_plan(str(file.parent))),
     "scores.json": (samples.SCORES, lambda file: result.Evaluation.read(str(file.parent))),
-    "results.json": (samples.RESULTS, lambda file: evaluation.read_results(str(file))),
+    "results.json": (samples.RESULTS, lambda file: scoring.read_results(str(file))),
     "captions.json": (samples.COCO, lambda file: read_captions(str(file))),
     "listed.json": (samples.COCO, lambda file: listed("annotations", file)),
     "karpathy.json": (samples.KARPATHY, lambda file: listed("karpathy", file)),
@@ -134,7 +134,7 @@ def test_a_manifest_names_its_own_folders_files_by_their_whole_address_too(tmp_p
 
 def test_halves_of_surrogate_pairs_do_not_reach_results(tmp_path: Path) -> None:
     write(tmp_path / "results.json", [{"image_id": 1, "caption": "a \ud800dog"}])
-    assert evaluation.read_results(str(tmp_path / "results.json")) == {1: "a dog"}
+    assert scoring.read_results(str(tmp_path / "results.json")) == {1: "a dog"}
     notes = [{"id": 1, "image_id": 1, "caption": "a \ud800dog"}]
     document = {"images": [{"id": 1, "file_name": "\ud800.jpg"}], "annotations": notes}
     write(tmp_path / "captions.json", document)
@@ -173,7 +173,7 @@ PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str
     "train-00000.parquet": (samples.shard, read_split, list(shards.COLUMNS)),
     "predictions.parquet": (
         samples.images,
-        lambda file: result._read_predictions(str(file)),
+        lambda file: result.read_predictions(str(file)),
         [*result.COLUMNS, "CIDEr"],
     ),
     "part-0.parquet": (samples.captions, lambda file: rows.read_shard(str(file)), merging.COLUMNS),
@@ -308,4 +308,4 @@ def test_a_line_that_quotes_a_whole_file_is_cut(tmp_path: Path) -> None:
         str(tmp_path / "results.json"),
         json.dumps([{"image_id": "x" * 10**6, "caption": 1}]).encode(),
     )
-    refused(lambda: evaluation.read_results(str(tmp_path / "results.json")), tmp_path)
+    refused(lambda: scoring.read_results(str(tmp_path / "results.json")), tmp_path)

@@ -18,6 +18,7 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
+from model_lib.model.config import DecodeConfig
 from model_lib.model.tokens import train_tokenizer
 from model_lib.tracking.server import MlflowTracking, embedded_uri, tracking_from_environment
 from model_lib.train.config import TrainConfig
@@ -45,7 +46,8 @@ def test_stages_work_in_a_folder_of_any_name(strange: Path, scenes: Path) -> Non
     options = {"preset": "tiny", "epochs": 1, "batch_size": 32}
     trained = train(TrainConfig(data=str(strange / "data"), output=str(strange / "out"), **options))
     assert str(strange) in trained.model
-    options = {"model": trained.model, "num_beams": 1, "max_new_tokens": 5}
+    decode = DecodeConfig(max_new_tokens=5)
+    options = {"model": trained.model, "decode": decode}
     evaluate(
         EvaluateConfig(
             data=str(strange / "data"), output=str(strange / "evaluated"), limit=4, **options
@@ -81,7 +83,10 @@ def test_images_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_model
     for name in names:
         Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(image)
     config = BatchConfig(
-        images=str(folder), output=str(tmp_path / "out"), model=str(saved_model), max_new_tokens=5
+        images=str(folder),
+        output=str(tmp_path / "out"),
+        model=str(saved_model),
+        decode=DecodeConfig(max_new_tokens=5),
     )
     summary = batch(config)
     rows = [

@@ -16,6 +16,7 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
+from model_lib.model.config import DecodeConfig
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 from tests.helpers.services import Faults, faulty_bucket
@@ -95,7 +96,10 @@ def test_a_model_is_trained_and_evaluated_though_listings_are_old(
     trained = train(config)
     evaluated = evaluate(
         EvaluateConfig(
-            model=trained.model, data="gs://b/data", output="gs://b/evaluated", num_beams=1
+            model=trained.model,
+            data="gs://b/data",
+            output="gs://b/evaluated",
+            decode=DecodeConfig(),
         )
     )
     expected = evaluate(
@@ -103,7 +107,7 @@ def test_a_model_is_trained_and_evaluated_though_listings_are_old(
             model=str(finished / "best"),
             data=str(data),
             output=str(tmp_path / "evaluated"),
-            num_beams=1,
+            decode=DecodeConfig(),
         )
     )
     assert faults.outdated and evaluated.scores == expected.scores

@@ -64,10 +64,10 @@ STAGES: dict[str, Callable[[dict, str], object]] = {
         TrainConfig(**options, output=output), _tracking(output)
     ),
     "evaluate": lambda options, output: evaluate(
-        EvaluateConfig(**options, output=output), _tracking(output)
+        EvaluateConfig.from_options(**options, output=output), _tracking(output)
     ),
     "register": _register,
-    "batch": lambda options, output: batch(BatchConfig(**options, output=output)),
+    "batch": lambda options, output: batch(BatchConfig.from_options(**options, output=output)),
 }
 
 

@@ -17,7 +17,7 @@ from model_lib.batch import listing, planning, rows
 from model_lib.batch.config import BatchConfig
 from model_lib.data import coco, shards
 from model_lib.errors import UserError
-from model_lib.evaluate import evaluation, result
+from model_lib.evaluate import result, scoring
 from model_lib.ingest import annotations, image_source
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.journal import Journal
@@ -49,7 +49,7 @@ def listed(file: Path, option: str) -> None:
 
 
 def results(file: Path) -> None:
-    evaluation.read_results(str(file))
+    scoring.read_results(str(file))
 
 
 def scores(file: Path) -> None:
@@ -119,7 +119,7 @@ def shard(file: Path) -> None:
 
 
 def images(file: Path) -> None:
-    result._read_predictions(str(file))
+    result.read_predictions(str(file))
 
 
 def captions(file: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib.data.shards import FORMAT_VERSION
-from model_lib.evaluate.result import Predictions, View, _parquet
+from model_lib.evaluate.result import Predictions, View, encode_predictions
 from tests.helpers.hostile_images import encoded, image
 
 ROWS = 6
@@ -141,7 +141,7 @@ def images() -> bytes:
     references = [["an image", "another"]] * ROWS
     counts = {"CIDEr": np.ones((ROWS, 1)), "Bleu": np.ones((ROWS, 10))}
     views = {0: View(JPEG, [("a", np.zeros((2, 2), np.uint8))])}
-    return _parquet(
+    return encode_predictions(
         Predictions(list(range(ROWS)), NAMES, ["an image"] * ROWS, references, counts, views)
     )
 

@@ -12,11 +12,13 @@ import pytest
 
 from model_lib import UserError
 from model_lib.errors import WorkError
-from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.config import EvaluateConfig, ScoreConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import Evaluation, EvaluationResult
 from model_lib.evaluate.scorecard import evaluation_metrics
+from model_lib.evaluate.scoring import score
+from model_lib.model.config import DecodeConfig
 from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import Scores, score_captions
@@ -66,14 +68,8 @@ def test_anyones_results_have_the_official_scores(
     expected = json.loads((coco_eval / "expected_scores.json").read_text())
     files = [coco_eval / expected[name] for name in ("results", "annotations")]
     done = captioner(
-        "evaluate",
-        "--results",
-        files[0],
-        "--annotations",
-        files[1],
-        "--output",
-        "evaluated",
-        "--json",
+        *("score", "--results", files[0], "--annotations", files[1]),
+        *("--output", "evaluated", "--json"),
     )
     assert json.loads(done.stdout)["scores"] == pytest.approx(
         expected["pycocoevalcap_1_2"], abs=1e-6
@@ -105,10 +101,16 @@ def test_meteor_is_the_official_one_where_captions_are_word_for_word_right(
     assert meteor(counts.sum(0)) == pytest.approx(official, abs=1e-12) and each[0] == 1
 
 
-def test_diversity_tells_what_is_said_again_and_again_and_by_heart() -> None:
+def test_diversity_counts_repeated_and_memorised_captions() -> None:
     captions = ["A red circle.", "a red circle", "two blue squares", "three"]
-    found = describe(captions, [True, True, False, True], ["a Red circle", "four green stars"])
-    assert found == {"distinct": 0.75, "vocabulary": 7, "words": 2.5, "ended": 0.75, "learned": 0.5}
+    training = ["a Red circle", "four green stars"]
+    assert describe(captions, [True, True, False, True], training) == {
+        "distinct": 0.75,
+        "vocabulary": 7,
+        "words": 2.5,
+        "ended": 0.75,
+        "memorised": 0.5,
+    }
     assert set(describe(captions, [], None)) == {"distinct", "vocabulary", "words"}
 
 
@@ -146,10 +148,9 @@ def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     trained = train(
         TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=2, name="x")
     )
-    config = EvaluateConfig(
-        model=trained.model, data=str(data), output=str(folder / "evaluated"), num_beams=2
-    )
-    return folder / "evaluated", evaluate(config)
+    output, decode = folder / "evaluated", DecodeConfig(num_beams=2)
+    config = EvaluateConfig(model=trained.model, data=str(data), output=str(output), decode=decode)
+    return output, evaluate(config)
 
 
 def test_a_model_is_evaluated_on_every_image_of_the_split(
@@ -166,7 +167,7 @@ def test_a_model_is_evaluated_on_every_image_of_the_split(
     )
     assert evaluation.frequencies == "the reference captions of these 12 images"
     assert evaluation.images_per_second is not None and evaluation.images_per_second > 0
-    assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "learned"}
+    assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "memorised"}
     assert all(
         low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items()
     )
@@ -178,14 +179,14 @@ def test_every_image_is_kept_and_some_with_where_the_model_looked(
     evaluated: tuple[Path, Evaluation],
 ) -> None:
     folder, evaluation = evaluated
-    images = EvaluationResult.read(str(folder)).images
+    predictions = EvaluationResult.read(str(folder)).predictions
     results = {
         row["image_id"]: row["caption"] for row in json.loads((folder / "results.json").read_text())
     }
-    assert dict(zip(images.image_ids, images.captions, strict=True)) == results
-    assert images.main().mean() == pytest.approx(evaluation.scores["CIDEr"])
-    assert sorted(images.views) == images.image_ids
-    for image_id, view in images.views.items():
+    assert dict(zip(predictions.image_ids, predictions.captions, strict=True)) == results
+    assert predictions.cider().mean() == pytest.approx(evaluation.scores["CIDEr"])
+    assert sorted(predictions.views) == predictions.image_ids
+    for image_id, view in predictions.views.items():
         assert " ".join(word for word, _ in view.words) == results[image_id]
         assert all(weights.shape == (4, 4) and weights.max() == 255 for _, weights in view.words)
 
@@ -210,20 +211,20 @@ def test_a_folder_of_another_version_is_refused_in_one_line(
 ) -> None:
     folder = shutil.copytree(evaluated[0], tmp_path / "evaluated")
     document = json.loads((folder / "scores.json").read_text())
-    (folder / "scores.json").write_text(json.dumps({**document, "novelty": 1}))
+    (folder / "scores.json").write_text(json.dumps({**document, "images": "12"}))
     with pytest.raises(
-        UserError, match=r"scores\.json: is not what this captioner evaluate writes .*novelty"
+        UserError, match=r"scores\.json: is not what this captioner evaluate writes .*images"
     ):
         EvaluationResult.read(str(folder))
     (folder / "scores.json").write_text(json.dumps(document))
     (folder / "predictions.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match=r"images\.parquet: is not what captioner evaluate writes"):
+    with pytest.raises(UserError, match=r"predictions\.parquet: is not what captioner evaluate"):
         EvaluationResult.read(str(folder))
 
 
 def test_the_command_says_how_sure_it_is(captioner: Run, tmp_path: Path) -> None:
     results, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
-    done = captioner("evaluate", "--results", results, "--annotations", annotations)
+    done = captioner("score", "--results", results, "--annotations", annotations)
     assert (
         done.returncode == 0 and "3 images of" in done.stdout and "CIDEr            " in done.stdout
     )
@@ -236,7 +237,7 @@ def test_its_results_file_scores_the_same_without_the_model(
 ) -> None:
     folder, evaluation = evaluated
     annotations = str(scenes / "annotations" / "captions_val2017.json")
-    alone = evaluate(EvaluateConfig(results=str(folder / "results.json"), annotations=annotations))
+    alone = score(ScoreConfig(results=str(folder / "results.json"), annotations=annotations))
     assert alone.scores == pytest.approx(evaluation.scores)
 
 
@@ -247,26 +248,22 @@ def test_the_report_is_self_contained_and_shows_text_as_text(
     page = (folder / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 12
     assert "http://" not in page and "https://" not in page
-    found = EvaluationResult.read(str(folder))
     hostile = "<script>alert(1)</script>"
-    images = replace(
-        found.images,
+    predictions = replace(
+        EvaluationResult.read(str(folder)).predictions,
         captions=[hostile] * 12,
         file_names=[hostile] * 12,
         references=[[hostile]] * 12,
     )
-    page = render_report(EvaluationResult(replace(evaluation, name=hostile), images))
+    page = render_report(EvaluationResult(replace(evaluation, name=hostile), predictions))
     assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
 
 
 class Remembering(Tracking):
-    """Tracking with one curve, which remembers what is added."""
+    """Tracking that remembers what is added."""
 
     def __init__(self) -> None:
         self.added: dict[str, float] = {}
-
-    def curves(self, run_id: str) -> dict[str, list[tuple[int, float]]]:
-        return {"val_loss": [(1, 2.0), (2, 1.0)]}
 
     def add(
         self,
@@ -279,18 +276,28 @@ class Remembering(Tracking):
         assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
 
 
+def tracked_copy(model: str, folder: Path) -> tuple[str, str]:
+    """Return a copy of a model that has an MLflow run and curves, and its data."""
+    copy = shutil.copytree(model, folder / "run" / "best")
+    about = json.loads((copy / "training.json").read_text())
+    (copy / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
+    points = [
+        {"step": 1, "time_ms": 1, "val_loss": 2.0},
+        {"step": 2, "time_ms": 2, "val_loss": 1.0},
+    ]
+    lines = "".join(f"{json.dumps(point)}\n" for point in points)
+    (folder / "run" / "metrics.jsonl").write_text(lines)
+    return str(copy), str(about["configuration"]["data"])
+
+
 def test_a_tracked_models_report_has_its_curves(
     evaluated: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
     _, evaluation = evaluated
-    model = tmp_path / "model"
-    shutil.copytree(evaluation.model, model)
-    about = json.loads((model / "training.json").read_text())
-    (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
-    data = str(about["configuration"]["data"])
+    model, data = tracked_copy(evaluation.model, tmp_path)
     tracking = Remembering()
     again = evaluate(
-        EvaluateConfig(model=str(model), data=data, output=str(tmp_path / "evaluated")), tracking
+        EvaluateConfig(model=model, data=data, output=str(tmp_path / "evaluated")), tracking
     )
     assert "<polyline" in (tmp_path / "evaluated" / "report.html").read_text()
     assert tracking.added == evaluation_metrics(again)
@@ -313,21 +320,15 @@ def test_what_one_evaluation_still_had_to_send_is_gone_with_the_next(
     evaluated: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
     _, other = evaluated
-    shutil.copytree(other.model, model := tmp_path / "model")
-    about = json.loads((model / "training.json").read_text())
-    (model / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
-    options = {
-        "data": str(about["configuration"]["data"]),
-        "output": str(tmp_path / "evaluated"),
-        "limit": 4,
-    }
+    model, data = tracked_copy(other.model, tmp_path)
+    options = {"data": data, "output": str(tmp_path / "evaluated"), "limit": 4}
     with pytest.raises(WorkError, match="its scores are not in MLflow"):
-        evaluate(EvaluateConfig(model=str(model), **options), Away())
+        evaluate(EvaluateConfig(model=model, **options), Away())
     assert (tmp_path / "evaluated" / "unsent.json").exists()
     evaluate(EvaluateConfig(model=other.model, **options))
     assert not (tmp_path / "evaluated" / "unsent.json").exists()
-    again = evaluate(EvaluateConfig(model=str(model), **options), Remembering())
-    assert again.model == str(model), "and not what the other one was found to be"
+    again = evaluate(EvaluateConfig(model=model, **options), Remembering())
+    assert again.model == model, "and not what the other one was found to be"
 
 
 @pytest.mark.parametrize(
@@ -346,14 +347,14 @@ def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
     _, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(UserError, match=r"results\.json"):
-        evaluate(EvaluateConfig(results=str(tmp_path / "results.json"), annotations=annotations))
+        score(ScoreConfig(results=str(tmp_path / "results.json"), annotations=annotations))
 
 
 def test_results_for_unknown_images_or_twice_are_refused(tmp_path: Path) -> None:
     results, annotations = write_coco(tmp_path, {**CAPTIONS, 9: "a ghost"}, REFERENCES)
     with pytest.raises(UserError, match="image_id 9 has no reference captions"):
-        evaluate(EvaluateConfig(results=results, annotations=annotations))
+        score(ScoreConfig(results=results, annotations=annotations))
     rows = [{"image_id": 1, "caption": "a"}] * 2
     Path(results).write_text(json.dumps(rows))
     with pytest.raises(UserError, match="image_id 1 occurs twice"):
-        evaluate(EvaluateConfig(results=results, annotations=annotations))
+        score(ScoreConfig(results=results, annotations=annotations))

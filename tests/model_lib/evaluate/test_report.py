@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Frame, Page
 
-from model_lib.evaluate.gallery import cards, to_show
+from model_lib.evaluate.gallery import make_cards, select_images
 from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions, View
 from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
@@ -51,15 +51,15 @@ def evaluated(
     """Return a result with these CIDEr values, an image each, whose maps are dark but for the top
     left patch."""
     count = len(cider)
-    said = list(captions) or [f"{name} caption {n} of a dog" for n in range(count)]
+    texts = list(captions) or [f"{name} caption {n} of a dog" for n in range(count)]
     rng = np.random.default_rng(0)
     statistics = {"CIDEr": np.array(cider, float)[:, None], "ROUGE_L": rng.random((count, 1))}
-    looked = np.zeros((4, 4), np.uint8)
-    looked[0, 0] = 255
+    weights = np.zeros((4, 4), np.uint8)
+    weights[0, 0] = 255
     file = io.BytesIO()
     Image.new("RGB", size, (200, 200, 200)).save(file, "JPEG")
     shown = {
-        n: View(file.getvalue(), [(word, looked) for word in said[n].split()])
+        n: View(file.getvalue(), [(word, weights) for word in texts[n].split()])
         for n in range(min(count, views))
     }
     evaluation = Evaluation(
@@ -79,13 +79,15 @@ def evaluated(
         images_per_second=12.5,
         data_fingerprint="f00d" * 16,
     )
-    names, references = (
-        [f"{n:04}.jpg" for n in range(count)],
-        [[f"reference {n}", "a cat"] for n in range(count)],
+    predictions = Predictions(
+        image_ids=list(range(count)),
+        file_names=[f"{n:04}.jpg" for n in range(count)],
+        captions=texts,
+        references=[[f"reference {n}", "a cat"] for n in range(count)],
+        statistics=statistics,
+        views=shown,
     )
-    return EvaluationResult(
-        evaluation, Predictions(list(range(count)), names, said, references, statistics, shown)
-    )
+    return EvaluationResult(evaluation, predictions)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +282,7 @@ def test_whatever_it_is_told_stands_there_as_text(
     assert not troubles
 
 
-def test_a_real_difference_is_told_from_chance(page: Page, tmp_path: Path) -> None:
+def test_a_significant_difference_is_marked(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     base = rng.random(150)
     new, old = evaluated("new", base + 1, views=3), evaluated("old", base)
@@ -288,13 +290,13 @@ def test_a_real_difference_is_told_from_chance(page: Page, tmp_path: Path) -> No
         page, tmp_path, render_report(new, champion=old, decision=decide(old, new, Policy()))
     )
     verdicts = frame.locator(".verdict").all_inner_texts()
-    assert verdicts == ["real gain", "may be chance"], "CIDEr and ROUGE-L"
+    assert verdicts == ["significant gain", "not significant"], "CIDEr and ROUGE-L"
     assert "Becomes the champion" in frame.locator(".decision").inner_text()
     assert frame.locator(".warning").count() == 0
     frame = show(
         page, tmp_path, render_report(old, champion=new, decision=decide(new, old, Policy()))
     )
-    assert frame.locator(".verdict").first.inner_text() == "real loss"
+    assert frame.locator(".verdict").first.inner_text() == "significant loss"
     assert "Does not become the champion" in frame.locator(".decision").inner_text()
     assert "it needed more" in frame.locator(".decision").inner_text()
 
@@ -367,10 +369,10 @@ def test_120_photographs_stay_below_4_megabytes() -> None:
 
 def test_the_worst_are_shown_and_some_of_the_rest() -> None:
     cider = np.random.default_rng(0).random(1000)
-    shown = to_show(cider)
+    shown = select_images(cider)
     assert len(set(shown)) == 120 and shown[:60] == np.argsort(cider)[:60].tolist()
     assert cider[shown].max() == cider.max()
-    assert to_show(cider[:7]) == np.argsort(cider[:7]).tolist()
+    assert select_images(cider[:7]) == np.argsort(cider[:7]).tolist()
 
 
 def test_models_of_one_name_have_their_own_curves() -> None:
@@ -378,7 +380,7 @@ def test_models_of_one_name_have_their_own_curves() -> None:
         replace(evaluated("same", [1.0]).evaluation, mlflow_run_id=run)
         for run in ("ours", "theirs")
     )
-    images = evaluated("same", [1.0]).images
+    images = evaluated("same", [1.0]).predictions
     curves = {
         "theirs": {"val_loss": [(1, 9.0), (2, 8.0)]},
         "ours": {"val_loss": [(1, 1.0), (2, 0.5)]},
@@ -391,7 +393,7 @@ def test_models_of_one_name_have_their_own_curves() -> None:
 
 def test_cards_pair_captions_by_image() -> None:
     new, old = evaluated("new", [2.0, 1.0]), evaluated("old", [0.5])
-    first, second = cards(new.images, old.images)
+    first, second = make_cards(new.predictions, old.predictions)
     assert (first.name, first.rival) == ("0001.jpg", None)
     assert (
         second.rival is not None
@@ -408,4 +410,4 @@ def test_axes_end_at_round_numbers() -> None:
     assert len(kept) == MOST_POINTS and kept[0] == points[0] and kept[-1] == points[-1]
     assert line_chart("", "step", [Series("a", 0, False, [(1, float("nan"))])]) is None
     flat = line_chart("", "step", [Series("a", 0, False, [(0, 2.0)])])
-    assert flat is not None and len(flat.lines[0].corners) == 1 and len(flat.y_ticks) > 1
+    assert flat is not None and len(flat.lines[0].points) == 1 and len(flat.y_ticks) > 1

@@ -15,8 +15,8 @@ import pytest
 from model_lib import cli
 from model_lib.data.shards import read_manifest
 from model_lib.errors import UserError, WorkError
-from model_lib.evaluate.config import EvaluateConfig
-from model_lib.evaluate.evaluation import evaluate
+from model_lib.evaluate.config import ScoreConfig
+from model_lib.evaluate.scoring import score
 from model_lib.ingest.config import DownloadConfig, IngestConfig
 from model_lib.ingest.download import ARCHIVES, download, fetch
 from model_lib.ingest.ingesting import ingest
@@ -133,9 +133,9 @@ def test_the_models_of_spice_are_fetched_only_when_asked_for(
     )
     results.write_text(json.dumps([{"image_id": n, "caption": "a circle"} for n in range(1, 13)]))
     output = tmp_path / "spice"
-    config = EvaluateConfig(results=str(results), annotations=str(annotations), spice=str(output))
+    config = ScoreConfig(results=str(results), annotations=str(annotations), spice=str(output))
     with pytest.raises(UserError, match="fetch it: captioner download spice"):
-        evaluate(config)
+        score(config)
     (path,) = ARCHIVES["spice"]
     with zipfile.ZipFile(tmp_path / "made.zip", "w") as made:
         for name in MODELS:

@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 
 from model_lib import Captioner, UserError
-from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.config import EvaluateConfig, ScoreConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.result import Evaluation, EvaluationResult
+from model_lib.evaluate.scoring import score
+from model_lib.model.config import DecodeConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.model_uris import pin_version
 from model_lib.registry.registry import champion_version, register
@@ -91,9 +93,7 @@ def test_a_champion_reigns_until_a_better_one_comes(
         str(Path(first, "results.json")),
         str(scenes / "annotations" / "captions_val2017.json"),
     )
-    evaluate(
-        EvaluateConfig(results=results, annotations=annotations, output=str(tmp_path / "alone"))
-    )
+    score(ScoreConfig(results=results, annotations=annotations, output=str(tmp_path / "alone")))
     with pytest.raises(UserError, match=r"results\.json: no such folder"):
         register(RegisterConfig(evaluations=(str(tmp_path / "alone"),)), tracking)
 
@@ -109,7 +109,7 @@ def test_a_champion_reigns_until_a_better_one_comes(
         model="models:/captioner@champion",
         data=str(data),
         output=str(tmp_path / "by_alias"),
-        num_beams=1,
+        decode=DecodeConfig(),
     )
     assert evaluate(by_alias).model == "models:/captioner/1"
     made = register(RegisterConfig(evaluations=(second,), champion_evaluation=champion), tracking)

@@ -10,8 +10,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizerFast
 
 from model_lib import UserError
-from model_lib.evaluate.config import EvaluateConfig
-from model_lib.evaluate.evaluation import evaluate
+from model_lib.evaluate.config import ScoreConfig
+from model_lib.evaluate.scoring import score
+from model_lib.io.images import decode_image, to_pixels
 from model_lib.scores.clipscore import ClipScorer
 
 CAPTIONS = ["a red circle", "two blue squares on a white background", "a red circle"]
@@ -94,11 +95,13 @@ def by_hand(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
 
 
 def test_scores_are_those_of_the_definition(clip: Path, files: list[Path]) -> None:
-    images = [[files[0].read_bytes(), files[1].read_bytes()], [files[2].read_bytes()]]
-    found = ClipScorer(str(clip), "cpu").score(CAPTIONS, REFERENCES, images)
+    scorer = ClipScorer(str(clip), "cpu")
+    pixels = [to_pixels(decode_image(file.read_bytes()), scorer.size) for file in files]
+    vectors = scorer.encode_images(np.stack(pixels))
+    scores = scorer.score(CAPTIONS, REFERENCES, vectors)
     own, with_references = by_hand(clip, files)
-    assert found["CLIPScore"] == pytest.approx(own, abs=1e-5)
-    assert found["RefCLIPScore"] == pytest.approx(with_references, abs=1e-5)
+    assert scores["CLIPScore"] == pytest.approx(own, abs=1e-5)
+    assert scores["RefCLIPScore"] == pytest.approx(with_references, abs=1e-5)
     assert max(own) > 0.1  # random weights, but not nothing
 
 
@@ -121,8 +124,8 @@ def test_a_results_file_and_its_images_are_enough(
         "results": str(tmp_path / "results.json"),
         "annotations": str(tmp_path / "annotations.json"),
     }
-    config = EvaluateConfig(**given, images=str(files[0].parent), clip=str(clip), device="cpu")
-    evaluation = evaluate(config)
+    config = ScoreConfig(**given, images=str(files[0].parent), clip=str(clip), device="cpu")
+    evaluation = score(config)
     assert evaluation.scores["CLIPScore"] == pytest.approx(
         np.mean(by_hand(clip, files)[0]), abs=1e-5
     )
@@ -132,7 +135,7 @@ def test_a_results_file_and_its_images_are_enough(
 
     files[0].rename(files[0].with_suffix(".gone"))
     with pytest.raises(UserError, match=r"1\.png"):
-        evaluate(config)
+        score(config)
     files[0].with_suffix(".gone").rename(files[0])
 
 
@@ -141,5 +144,5 @@ def test_half_a_clip_is_refused(parts: tuple[Path, Path]) -> None:
         ClipScorer(str(parts[0]))
     with pytest.raises(UserError, match="gpt2"):
         ClipScorer(str(parts[1]))
-    with pytest.raises(UserError, match="sees images"):
-        EvaluateConfig(results="r.json", annotations="a.json", clip="openai/clip-vit-base-patch32")
+    with pytest.raises(UserError, match="name the images by --images"):
+        ScoreConfig(results="r.json", annotations="a.json", clip="openai/clip-vit-base-patch32")
