@@ -1,5 +1,4 @@
-"""Captioning a folder: one row for each image listed, whatever is wrong with some, killed or not,
-once or again."""
+"""Captioning a folder: each listed image has one row, also after faults, kills and second runs."""
 
 import json
 import shutil
@@ -33,33 +32,18 @@ def test_every_image_has_one_row_with_a_status(
 ) -> None:
     summary = batch(batch_config(odd_images, tmp_path, saved_model))
     table = pq.read_table(summary.captions)
-    names = [
-        "uri",
-        "status",
-        "caption",
-        "score",
-        "error",
-        "width",
-        "height",
-        "bytes",
-        "model",
-        "captioned_at",
-    ]
+    names = ["uri", "status", "caption", "score", "error", "width", "height", "bytes", "model"]
+    names += ["captioned_at"]
     kinds = ["string"] * 3 + ["float", "string", "int32", "int32", "int64", "string"]
     kinds += ["timestamp[us, tz=UTC]"]
     assert [(f.name, str(f.type)) for f in table.schema] == list(zip(names, kinds, strict=True))
-    assert [row["uri"] for row in read_rows(summary)] == sorted(
-        str(file) for file in odd_images.iterdir()
-    )
-    for row in read_rows(summary):
+    rows = read_rows(summary)
+    assert [row["uri"] for row in rows] == sorted(map(str, odd_images.iterdir()))
+    for row in rows:
         assert row["model"] == str(saved_model) and row["bytes"] == Path(row["uri"]).stat().st_size
         if row["status"] == "ok":
-            assert (
-                row["caption"] is not None
-                and row["score"] < 0
-                and row["error"] is None
-                and row["width"] > 0
-            )
+            assert row["caption"] is not None and row["error"] is None
+            assert row["score"] < 0 and row["width"] > 0
         else:
             assert row["status"] == "error" and row["caption"] is None and row["error"]
     assert summary.images == 26 and summary.ok == 19
@@ -84,20 +68,19 @@ def test_a_file_says_how_its_captions_can_be_made_again(
     summary = batch(batch_config(images, tmp_path / "out", saved_model, **options))
     (file, *_) = Path(summary.captions).iterdir()
     metadata = json.loads(pq.ParquetFile(file).schema_arrow.metadata[METADATA_KEY])
-    again = BatchConfig.from_options(
-        **{**metadata["configuration"], "output": str(tmp_path / "again")}
+    again = batch(
+        BatchConfig.from_options(**{**metadata["configuration"], "output": str(tmp_path / "again")})
     )
-    expected = [(row["uri"], row["captions"], row["scores"]) for row in read_rows(summary)]
-    assert [
-        (row["uri"], row["captions"], row["scores"]) for row in read_rows(batch(again))
-    ] == expected
-    assert any(len(set(captions)) > 1 for _, captions, _ in expected)
-    for row in read_rows(summary):
+    rows = read_rows(summary)
+    for key in ("uri", "captions", "scores"):
+        assert [row[key] for row in rows] == [row[key] for row in read_rows(again)]
+    assert any(len(set(row["captions"])) > 1 for row in rows)
+    for row in rows:
         assert row["scores"] == sorted(row["scores"], reverse=True) and len(row["captions"]) == 3
         assert (row["caption"], row["score"]) == (row["captions"][0], row["scores"][0])
 
 
-def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_reason(
+def test_an_image_that_cannot_be_read_has_its_reason(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = batch_config(images, tmp_path / "out", saved_model, shard_images=20)
@@ -123,7 +106,7 @@ def test_what_may_not_be_read_or_is_gone_or_changed_since_it_was_listed_has_its_
     assert (summary.images, summary.ok) == (13, 9)
 
 
-def test_an_image_that_goes_while_it_is_read_has_its_row_too(
+def test_an_image_removed_while_it_is_read_has_its_row_too(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = captions_module.read_image
@@ -142,7 +125,7 @@ def test_an_image_that_goes_while_it_is_read_has_its_row_too(
 # ---- again ---------------------------------------------------------------------------------------
 
 
-def test_broken_off_and_started_again_only_the_missing_is_done(
+def test_a_run_that_was_interrupted_does_only_the_missing_shards_again(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = batch_config(scenes / "val2017", tmp_path, saved_model)
@@ -228,7 +211,7 @@ def test_images_whose_store_failed_for_all_are_tried_again(
     assert batch(options).ok == 12
 
 
-def test_what_somebody_put_right_is_tried_again(
+def test_a_missing_image_that_was_added_is_tried_again(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "list.txt").write_text(f"{images}/000000000001.jpg\n{images}/later.jpg\n")
@@ -288,7 +271,7 @@ def test_other_images_take_no_captions_place(
     assert json.loads((tmp_path / "out" / "latest.json").read_text())["captions"] == other.captions
 
 
-def test_who_stops_it_waits_for_no_more_than_one_read_a_thread(
+def test_a_stop_waits_for_no_more_than_one_read_a_thread(
     images: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
@@ -339,7 +322,7 @@ def test_one_request_in_twenty_failing_loses_nothing(
 
 
 @pytest.mark.soak
-def test_killed_at_random_moments_nothing_is_lost_and_nothing_is_there_twice(
+def test_killed_at_random_moments_each_image_has_one_row(
     bucket: tuple[fsspec.AbstractFileSystem, Faults], saved_model: Path, tmp_path: Path
 ) -> None:
     fs, _ = bucket

@@ -1,5 +1,4 @@
-"""What is listed to be captioned: folders, stores and lists, by patterns and depth, in shards; all,
-or an error."""
+"""The images to caption: of folders, stores and lists, by patterns and depth, in shards."""
 
 import os
 import shutil
@@ -62,7 +61,7 @@ def test_a_list_of_images_is_captioned_too(
     assert (summary.images, summary.ok, summary.errors) == (3, 2, {"missing": 1})
 
 
-def test_a_table_says_in_which_column_its_images_are(
+def test_the_column_of_images_is_known_by_its_heading(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "list.csv"

@@ -1,5 +1,4 @@
-"""Planned, captioned and merged apart, as a pipeline's steps do it; and the page that merging
-leaves."""
+"""Planned, captioned and merged apart, as a pipeline's steps do it; and the report."""
 
 import re
 import shutil

@@ -74,8 +74,8 @@ def test_grey_arrays_are_grey_images(model: Captioner) -> None:
     assert model.caption([grey]) == model.caption([np.stack([grey] * 3, -1)])
 
 
-def test_an_image_of_pillow_is_seen_as_its_file_is(odd_images: Path) -> None:
-    seen = 0
+def test_a_pillow_image_has_the_pixels_of_its_file(odd_images: Path) -> None:
+    readable = 0
     for file in sorted(odd_images.iterdir()):
         try:
             by_path = load_pixels(file, 32)
@@ -88,8 +88,8 @@ def test_an_image_of_pillow_is_seen_as_its_file_is(odd_images: Path) -> None:
         else:
             with Image.open(file) as image:
                 assert np.array_equal(load_pixels(image, 32), by_path), file
-            seen += 1
-    assert seen == 19
+            readable += 1
+    assert readable == 19
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
@@ -102,7 +102,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
         assert image.tile, "which is empty once it is decoded"
 
 
-def test_one_path_is_one_image_and_what_is_none_is_said(model: Captioner, scenes: Path) -> None:
+def test_one_path_is_one_image_and_other_types_are_refused(model: Captioner, scenes: Path) -> None:
     file = scenes / "val2017" / "000000000001.jpg"
     assert model.caption(str(file)) == model.caption(file) == model.caption([file])
     with pytest.raises(UserError, match="image given as NoneType: expected a path"):
@@ -139,42 +139,33 @@ def test_captions_come_as_they_are_ready(model: Captioner, scenes: Path) -> None
     assert isinstance(next(ready), list) and len(taken) <= 6
 
 
-def test_names_stand_for_images(
+def test_names_are_expanded_to_images(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a.jpg", "b.PNG", "notes.txt", "sub/c.webp", "odd[1].jpg"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).touch()
     monkeypatch.chdir(tmp_path)
-    assert list(find_images(["set"], [])) == [
-        "set/a.jpg",
-        "set/b.PNG",
-        "set/odd[1].jpg",
-        "set/sub/c.webp",
-    ]
-    assert next(find_images([str(tmp_path / "set" / "*.jpg")], [])) == str(
-        tmp_path / "set" / "a.jpg"
-    )
-    assert list(find_images(["set/*/*"], [])) == ["set/sub/c.webp"]
-    assert list(find_images(["gone.jpg", "set/odd[1].jpg"], [])) == ["gone.jpg", "set/odd[1].jpg"]
-    listed = io.StringIO("x.jpg\n\ngs://b/y.jpg\n")
-    assert list(find_images(["http://a/b?c=*", "-", "z.jpg"], listed)) == [
-        "http://a/b?c=*",
-        "x.jpg",
-        "gs://b/y.jpg",
-        "z.jpg",
-    ]
-    fsspec.filesystem("memory").pipe_file("/found/a.jpg", b"")
-    assert list(find_images(["memory://found"], [])) == ["memory:///found/a.jpg"]
+    fsspec.filesystem("memory").pipe_file("/folder/a.jpg", b"")
     (tmp_path / "sub").mkdir()
-    found = [
-        str(name) for name in find_images(["set/*.gif", "a.jpg", "sub", "nowhere://x", "b.jpg"], [])
-    ]
-    assert found[:3] == ["set/*.gif: matches nothing", "a.jpg", "sub: has no images in it"]
-    assert found[3].startswith("nowhere://x: ") and found[4] == "b.jpg"
+
+    def images(*names: str, lines: str = "") -> list[str]:
+        return list(map(str, find_images(names, io.StringIO(lines))))
+
+    assert images("set") == ["set/a.jpg", "set/b.PNG", "set/odd[1].jpg", "set/sub/c.webp"]
+    assert images(f"{tmp_path}/set/*.jpg")[0] == f"{tmp_path}/set/a.jpg"
+    assert images("set/*/*") == ["set/sub/c.webp"]
+    assert images("gone.jpg", "set/odd[1].jpg") == ["gone.jpg", "set/odd[1].jpg"]
+    address, lines = "http://a/b?c=*", "x.jpg\n\ngs://b/y.jpg\n"
+    expected = [address, "x.jpg", "gs://b/y.jpg", "z.jpg"]
+    assert images(address, "-", "z.jpg", lines=lines) == expected
+    assert images("memory://folder") == ["memory:///folder/a.jpg"]
+    results = images("set/*.gif", "a.jpg", "sub", "nowhere://x", "b.jpg")
+    assert results[:3] == ["set/*.gif: matches nothing", "a.jpg", "sub: has no images in it"]
+    assert results[3].startswith("nowhere://x: ") and results[4] == "b.jpg"
 
 
-def test_what_cannot_be_had_costs_the_others_nothing(
+def test_images_that_fail_do_not_affect_the_others(
     model: Captioner, scenes: Path, web: str
 ) -> None:
     good = f"{web}/val2017/000000000001.jpg"

@@ -1,5 +1,4 @@
-"""Decoding against transformers' `generate` on the same weights, and sampling against the exact
-probabilities."""
+"""Decoding against transformers' `generate`, and sampling against the exact probabilities."""
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ def test_token_ids_are_those_of_transformers_generate(
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_captions": 2}])
-def test_finished_images_leave_and_the_others_go_on_the_same(
+def test_finished_images_are_dropped_and_the_others_continue_the_same(
     options: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = ending_model()
@@ -80,29 +79,29 @@ def test_finished_images_leave_and_the_others_go_on_the_same(
     assert sizes and sizes[0] <= 8 and sizes == sorted(sizes, reverse=True)
     for image, captions in enumerate(together):
         (alone,) = decode(model, features[image : image + 1], config)
-        assert [one.tokens for one in captions] == [one.tokens for one in alone]
-        assert [one.score for one in captions] == pytest.approx(
-            [one.score for one in alone], rel=1e-4
-        )
+        assert [caption.tokens for caption in captions] == [caption.tokens for caption in alone]
+        scores = [caption.score for caption in alone]
+        assert [caption.score for caption in captions] == pytest.approx(scores, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "options", [{"no_repeat_ngram_size": n} for n in (1, 2, 3)] + [{"min_new_tokens": 9}]
 )
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_what_may_not_come_next_is_what_transformers_rules_out(
+def test_the_tokens_ruled_out_are_those_of_transformers(
     num_beams: int, options: dict[str, int]
 ) -> None:
     model, features = ending_model()
     config = {"num_beams": num_beams, "max_new_tokens": 14, **options}
     start = torch.zeros(IMAGES, 1, dtype=torch.int64)
-    given = {
-        "attention_mask": torch.ones_like(start),
-        "encoder_hidden_states": features,
-        "do_sample": False,
-    }
     expected = reference_decoder(model).generate(
-        start, eos_token_id=0, pad_token_id=96, **given, **config
+        start,
+        attention_mask=torch.ones_like(start),
+        encoder_hidden_states=features,
+        do_sample=False,
+        eos_token_id=0,
+        pad_token_id=96,
+        **config,
     )[:, 1:]
     free = decode(model, features, DecodeConfig(num_beams=num_beams, max_new_tokens=14))
     decoded = decode(model, features, DecodeConfig(**config))
@@ -215,14 +214,14 @@ def test_samples_follow_the_distribution(options: dict) -> None:
     assert (drawn[probs == 0] == 0).all()
     common = probs * count >= 5
     expected = torch.cat([probs[common], probs[~common].sum().reshape(1)]) * count
-    seen = torch.cat([drawn[common], drawn[~common].sum().reshape(1)])
-    chi_square = float(((seen - expected) ** 2 / expected.clamp_min(1e-9))[expected > 0].sum())
+    observed = torch.cat([drawn[common], drawn[~common].sum().reshape(1)])
+    chi_square = float(((observed - expected) ** 2 / expected.clamp_min(1e-9))[expected > 0].sum())
     freedom = int((expected > 0).sum()) - 1
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5, (chi_square, freedom)
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.001, 0.015])
-def test_a_nucleus_that_draws_miss_is_found_all_the_same(top_p: float) -> None:
+def test_a_nucleus_that_all_draws_miss_is_computed(top_p: float) -> None:
     """Drawn again and again until one lies in it, a billionth would take a billion draws."""
     probs = torch.tensor([0.01, 0.02, 0.01, *[0.96 / 960] * 960]).repeat(2_000, 1)
     drawn = draw(probs.log(), DecodeConfig(top_p=top_p), torch.Generator().manual_seed(0))
@@ -231,7 +230,7 @@ def test_a_nucleus_that_draws_miss_is_found_all_the_same(top_p: float) -> None:
     assert set(drawn.tolist()) == {0, 1, 2}, "and those as likely as its last"
 
 
-def test_weights_that_are_no_numbers_draw_tokens_of_the_vocabulary() -> None:
+def test_logits_of_nan_draw_tokens_of_the_vocabulary() -> None:
     for options in ({"temperature": 1.0}, {"top_p": 0.5}, {"top_k": 3}):
         drawn = draw(
             torch.full((4, 8), torch.nan), DecodeConfig(**options), torch.Generator().manual_seed(0)
@@ -268,6 +267,6 @@ def test_more_tokens_than_positions_is_refused(model: Captioner) -> None:
         {"min_new_tokens": 31},
     ],
 )
-def test_options_without_a_meaning_are_refused(options: dict) -> None:
+def test_options_that_make_no_sense_are_refused(options: dict) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         DecodeConfig(**options)

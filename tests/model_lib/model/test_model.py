@@ -1,5 +1,4 @@
-"""The captioner against transformers' own GPT-2 and CLIP, and the design's promises about what is
-trained."""
+"""The captioner against transformers' own GPT-2 and CLIP, and which weights are trained."""
 
 import re
 from pathlib import Path
@@ -14,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
     CLIPVisionModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -42,16 +40,15 @@ TRAINED = re.compile(
 )
 
 
-def test_full_size_has_the_designs_parameter_counts() -> None:
+CROSS = re.compile(r"\.(crossattention|ln_cross_attn|ln_visual)\.")
+"""Weights that GPT-2 does not have."""
+
+
+def test_full_size_has_the_designs_parameters_and_trains_the_same() -> None:
     with torch.device("meta"):
         model = Captioner(CaptionerConfig.from_preset(PRESETS["clip-l-gpt2-medium"]))
     assert sum(p.numel() for p in model.parameters()) == 810_326_016
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 353_823_744
-
-
-def test_trained_parameters_are_those_of_the_design() -> None:
-    with torch.device("meta"):
-        model = Captioner(CaptionerConfig.from_preset(PRESETS["clip-l-gpt2-medium"]))
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == bool(TRAINED.fullmatch(name)), name
 
@@ -60,15 +57,9 @@ def test_untrained_full_depth_decoder_is_gpt2_for_any_image() -> None:
     torch.manual_seed(0)
     config = GPT2Config(**{**PRESETS["clip-l-gpt2-medium"].decoder_shape, "n_embd": 128})
     gpt2 = GPT2LMHeadModel(config).eval()
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=28,
-        patch_size=14,
-    )
-    model = Captioner(Captioner.config_class(vision_config=vision, decoder_config=config)).eval()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=config)).eval()
     assert len(model.decoder.h) == 24
     model.decoder.load_state_dict(gpt2.transformer.state_dict(), strict=False)
     model.head.weight.data.copy_(gpt2.lm_head.weight)
@@ -196,41 +187,35 @@ def test_images_are_encoded_as_clip_encodes_what_its_processor_makes(layers: int
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_16_bits_it_says_nearly_the_same(model: Captioner, dtype: torch.dtype) -> None:
+def test_in_16_bits_the_logits_are_nearly_the_same(model: Captioner, dtype: torch.dtype) -> None:
     tokens = torch.randint(0, 200, (2, 2, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact = model(pixels(model, 2), tokens)
         assert relative(model.to(dtype)(pixels(model, 2), tokens), exact) < 5e-2
 
 
-def test_attention_says_where_each_token_looked(model: Captioner) -> None:
+def test_attention_is_that_of_the_layers(model: Captioner) -> None:
     features = model.encode(pixels(model, 2))
     tokens = torch.randint(0, 200, (2, 3, 5))
     maps = model.attention(features, tokens)
-    assert maps.shape == (2, 3, 5, features.shape[1]) and torch.allclose(
-        maps.sum(-1), torch.ones(2, 3, 5)
-    )
-    # By hand, for the first layer: what attends to a place gives that place's value its weight.
+    assert maps.shape == (2, 3, 5, features.shape[1])
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 3, 5))
+    # The first layer's, computed apart: its output is the mean of the values, weighted so.
     block = model.decoder.h[0]
-    seen = []
+    calls = []
     hook = block.crossattention.register_forward_hook(
-        lambda m, inputs, output: seen.append((*inputs, output))
+        lambda m, inputs, output: calls.append((*inputs, output))
     )
     with torch.no_grad():
         model.decoder(tokens, model.decoder.cross_cache(features))
         hook.remove()
-        x, (key, value), output = seen[0]
+        x, (key, value), output = calls[0]
         q = block.crossattention.q_attn(x).view(2, 15, 4, -1).transpose(1, 2)
         weights = (q @ key.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
-        expected = block.crossattention.c_proj(
-            (weights @ value).transpose(1, 2).reshape(2, 3, 5, -1)
-        )
-        assert torch.allclose(expected, output, atol=1e-5)
-        assert torch.allclose(
-            block.crossattention.weights(x, (key, value)),
-            weights.mean(1).view(2, 3, 5, -1),
-            atol=1e-6,
-        )
+        mixed = (weights @ value).transpose(1, 2).reshape(2, 3, 5, -1)
+        assert torch.allclose(block.crossattention.c_proj(mixed), output, atol=1e-5)
+        ours = block.crossattention.weights(x, (key, value))
+        assert torch.allclose(ours, weights.mean(1).view(2, 3, 5, -1), atol=1e-6)
 
 
 def test_a_training_step_moves_every_trained_weight_and_no_frozen_one(model: Captioner) -> None:
@@ -289,14 +274,9 @@ def test_trained_weights_alone_load_over_their_frozen_parts(
     parts: tuple[Path, Path], data: Path, tmp_path: Path
 ) -> None:
     clip, gpt2 = map(str, parts)
-    options = {
-        "vision": clip,
-        "decoder": gpt2,
-        "precision": "float32",
-        "batch_size": 32,
-        "max_tokens": 8,
-    }
-    config = TrainConfig(data=str(data), output=str(tmp_path / "run"), epochs=1, **options)
+    options = {"vision": clip, "decoder": gpt2, "batch_size": 32, "max_tokens": 8, "epochs": 1}
+    options |= {"precision": "float32"}
+    config = TrainConfig(data=str(data), output=str(tmp_path / "run"), **options)
     trained = Captioner.from_pretrained(train(config).model, device="cpu", precision="float32")
     (newest,) = (tmp_path / "run" / "checkpoints").iterdir()
     alone = Captioner.from_trained_weights(str(newest / "state.safetensors"), clip, gpt2)
@@ -333,10 +313,9 @@ def test_parts_load_from_a_uri(
         upload_folder(str(folder), f"memory://weights/{name}")
     remote = Captioner.from_parts("memory://weights/clip", "memory://weights/gpt2")
     local = Captioner.from_parts(*map(str, parts))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(remote.vision.parameters(), local.vision.parameters(), strict=True)
-    )
+    for name, parameter in local.named_parameters():
+        if not CROSS.search(name):
+            assert torch.equal(parameter, remote.get_parameter(name)), name
 
 
 def test_a_pickle_is_never_loaded(parts: tuple[Path, Path]) -> None:

@@ -52,8 +52,7 @@ def test_packed_it_computes_and_saves_the_same(dtype: torch.dtype, tmp_path: Pat
     assert (ours - theirs).norm() / theirs.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
     model.save_pretrained(tmp_path)
     loaded = Captioner.from_pretrained(str(tmp_path), device="cpu", dtype=dtype)
-    for one in (model, loaded):
-        state = one.state_dict()
+    for state in (model.state_dict(), loaded.state_dict()):
         assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
 
     assert model.train() is model and not any(
