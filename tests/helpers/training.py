@@ -50,8 +50,9 @@ class Curve(Tracking, Run):
     """Keeps what training logs."""
 
     def __init__(self) -> None:
+        Run.__init__(self)
         self.points: dict[str, list[float]] = {}
-        self.key, self.step = "", 0
+        self.key = ""
 
     def start(self, name: str, key: str | None, *_: object, step: int = 0, **__: object) -> Run:
         self.key, self.step = str(key), step

@@ -19,7 +19,6 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from model_lib.batch.config import BatchConfig
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.config import IngestConfig
-from model_lib.options import StageConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import caption_bucket, train_captioner
@@ -242,11 +241,15 @@ def test_parameters_have_the_names_and_defaults_of_the_stages_options(
     name: str, parameter: str
 ) -> None:
     prefix, _, option = parameter.partition("_")
-    stage: type[StageConfig] = STAGES[prefix]
-    assert option in stage.__dataclass_fields__, parameter
+    stage: Any = STAGES[prefix]
+    fields = stage.__dataclass_fields__
+    defaults = {field.name: field.default for field in fields.values()}
+    if "decode" in fields:
+        defaults |= fields["decode"].default.to_dict()
+    assert option in defaults, parameter
     about = parameters(name)[parameter]
     if about.is_optional:
-        default = stage.__dataclass_fields__[option].default
+        default = defaults[option]
         value = json_format.MessageToDict(about.default_value)
         if isinstance(default, int | float | str):
             assert value == default, parameter

@@ -11,7 +11,6 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from model_lib.model.explain import render_explanation, word_attention
 from PIL import Image, UnidentifiedImageError
 
 from model_lib import Caption, Captioner, UserError, generate_caption
@@ -182,17 +181,3 @@ def test_images_that_fail_do_not_affect_the_others(
     kinds = [UserError, WorkError, WorkError, UserError]
     for name, result, kind in zip(names[1:5], results[1:5], kinds, strict=True):
         assert type(result) is kind and str(result).startswith(f"{name}: "), result
-
-
-def test_each_word_has_its_attention_over_the_patches(model: Captioner, scenes: Path) -> None:
-    file = scenes / "val2017" / "000000000001.jpg"
-    tokens = model.tokenizer("a red circle")["input_ids"]
-    caption = Caption("a red circle", -1.0, [*tokens, model.tokenizer.eos_token_id])
-    words = word_attention(model, load_pixels(file, model.image_size), caption)
-    assert [text for text, _ in words] == ["a", "red", "circle"]
-    side = model.image_size // model.config.vision_config.patch_size
-    assert all(weights.shape == (side, side) and 0 < weights.sum() < 1 for _, weights in words)
-
-    page = render_explanation(model, [(str(file), Caption("<script>x", -1.0, caption.tokens))])
-    assert page.count("<figure>") == 3 and "data:image/jpeg;base64," in page
-    assert "://" not in page and "<script>" not in page and "&lt;script&gt;x" in page

@@ -367,8 +367,8 @@ def test_preflight_says_what_is_refused(
     cluster.webhook_fails = True
     assert re.search(r"failed calling webhook .* \(500\); try again later$", refusal(WorkError))
     cluster.forbidden = True
-    assert re.search(r"is forbidden: .* \(403\); install .*trainer\.yaml", refusal(UserError))
+    assert re.search(r"is forbidden: .* \(403\); if .*docs/cluster\.md", refusal(UserError))
     cluster.trainer = cluster.forbidden = False
-    assert "this cluster has no Kubeflow Trainer; install" in refusal(UserError)
+    assert "this cluster has no Kubeflow Trainer; if" in refusal(UserError)
     monkeypatch.setenv("KUBECONFIG", os.devnull)
     assert "train_nodes: there is no Kubernetes cluster here" in refusal(UserError)
