@@ -109,7 +109,7 @@ def main() -> None:
                 list(pool.map(lambda file: load_pixels(file, model.image_size), files))
             )
             decoding = len(files) / (time.perf_counter() - began)
-        config = BatchConfig.from_options(images="-", output="-", **common)
+        config = BatchConfig(images="-", output="-", **common)
         caption_pixels(model, pixels[: options.batch_size], config.decode)  # warm
         began = time.perf_counter()
         for start in range(0, len(pixels), options.batch_size):
@@ -123,7 +123,7 @@ def main() -> None:
             for case, images in (("folder", str(folder)), ("bucket", uri)):
                 if images is None:
                     continue
-                config = BatchConfig.from_options(images=images, output=str(work / case), **common)
+                config = BatchConfig(images=images, output=str(work / case), **common)
                 rates: list[float] = []
                 measure = partial(end_to_end, config, model)
                 memory = peak_gb(lambda m=measure, r=rates: r.append(m()), device)

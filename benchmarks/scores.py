@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from model_lib.data.coco import read_captions
-from model_lib.evaluate.evaluation import read_results
+from model_lib.evaluate.scoring import read_results
 from model_lib.scores.metrics import score_captions
 from model_lib.scores.significance import corpus_scores, intervals
 
@@ -28,9 +28,9 @@ References = Mapping[int, list[str]]
 
 
 def ours(captions: Captions, references: References) -> dict[str, float]:
-    found = score_captions(captions, references)
-    assert intervals(found.statistics)
-    return corpus_scores(found.statistics)
+    statistics = score_captions(captions, references).statistics
+    assert intervals(statistics)
+    return corpus_scores(statistics)
 
 
 def theirs(captions: Captions, references: References) -> dict[str, float]:
@@ -60,11 +60,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    once, said = read_results(options.results), read_captions(options.annotations)[1]
+    once, texts = read_results(options.results), read_captions(options.annotations)[1]
     captions = {
         i * options.repeat + n: text for i, text in once.items() for n in range(options.repeat)
     }
-    references = {i: said[i // options.repeat] for i in captions}
+    references = {i: texts[i // options.repeat] for i in captions}
     cases: dict[str, Callable[[Captions, References], dict[str, float]]] = {
         "ours": ours,
         "theirs": theirs,
@@ -85,13 +85,9 @@ def main() -> None:
     )
     print(f"{'case':<10}{'baseline':<16}{'ours':>8}{'theirs':>9}{'ratio':>7}")
     print(f"{'scoring':<10}{'pycocoevalcap':<16}{mine:>7.1f}s{other:>8.1f}s{other / mine:>7.2f}")
-    row = {
-        "case": f"{len(captions)} images",
-        "baseline": "pycocoevalcap",
-        "unit": "s",
-        "ours": round(mine, 2),
-    }
-    row |= {"theirs": round(other, 2), "ratio": round(other / mine, 2), "largest_difference": gap}
+    row = {"case": f"{len(captions)} images", "baseline": "pycocoevalcap", "unit": "s"}
+    row |= {"ours": round(mine, 2), "theirs": round(other, 2), "ratio": round(other / mine, 2)}
+    row["largest_difference"] = gap
     print(json.dumps({"benchmark": "scores", "device": device, "torch": None, "results": [row]}))
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -24,7 +23,11 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """Base of all configurations: checks each number against its `minimum`."""
+    """Base of all configurations: checks each number against its `minimum`.
+
+    A field may be a configuration itself, with a default. On the command line and in JSON its
+    options stand beside the others, so their names differ.
+    """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -48,29 +51,45 @@ class StageConfig:
         """
         from model_lib.io.validation import parse  # needs pyarrow, which the command line does not
 
-        names = [field.name for field in dataclasses.fields(cls)]
-        options = nest_options(cls, {name: _whole(value) for name, value in options.items()})
+        defaults = _defaults(cls)
+        known = ", ".join(sorted(defaults))
         for name in options:
-            known = ", ".join(sorted(option_names(cls)))
-            require(name in names, f"{cls.__name__}: unknown option {name!r}; one of {known}")
+            require(name in defaults, f"{cls.__name__}: unknown option {name!r}; one of {known}")
+        values = {name: _whole(value) for name, value in options.items()}
+        for field in dataclasses.fields(cls):
+            if isinstance(field.default, StageConfig):
+                nested = field.default.to_dict()
+                nested |= {name: values.pop(name) for name in nested if name in values}
+                values[field.name] = nested
         try:
-            return parse(cls, options)
+            return parse(cls, values)
         except ValueError as error:
             raise UserError(f"{cls.__name__}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return the options, those of a nested configuration beside its own."""
+        return _flatten({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
     def key(self, *more: str) -> str:
         """Return 16 hex digits of the options that shape the result, and of `more`."""
-        options = self.to_dict()
         shaping = {
-            field.name: options[field.name]
+            field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.metadata.get("shapes", True)
         }
-        document = json.dumps([shaping, *more], sort_keys=True)
+        document = json.dumps([_flatten(shaping), *more], sort_keys=True)
         return hashlib.sha256(document.encode()).hexdigest()[:16]
+
+
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= value.to_dict() if isinstance(value, StageConfig) else {name: value}
+    return flat
+
+
+def _defaults(cls: type[StageConfig]) -> dict[str, Any]:
+    return _flatten({field.name: field.default for field in dataclasses.fields(cls)})
 
 
 def _whole(value: Any) -> Any:
@@ -85,48 +104,14 @@ def option(
     return dataclasses.field(default=default, metadata={"minimum": minimum, "shapes": shapes})
 
 
-def option_names(cls: type[StageConfig]) -> list[str]:
-    """Return the names of a configuration's options, with those of a nested one beside its own."""
-    names: list[str] = []
-    for field in dataclasses.fields(cls):
-        default: Any = field.default
-        is_nested = isinstance(default, StageConfig)
-        names += option_names(type(default)) if is_nested else [field.name]
-    return names
-
-
-def nest_options(cls: type[StageConfig], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options, of which those of a nested configuration may be given flat, as the fields.
-
-    What is not given of a nested configuration is as in the field's default.
-    """
-    fields = dict(options)
-    for field in dataclasses.fields(cls):
-        default: Any = field.default
-        nested = fields.get(field.name, {})
-        if isinstance(default, StageConfig) and isinstance(nested, dict):
-            flat = {n: fields.pop(n) for n in option_names(type(default)) if n in fields}
-            fields[field.name] = {**default.to_dict(), **nested, **flat}
-    return fields
-
-
-def as_arguments(config: StageConfig, defaults: StageConfig | None = None) -> list[str]:
-    """Return the command line of a configuration, without options that have their default.
-
-    Args:
-        config: the configuration.
-        defaults: of a nested configuration, if they are not its class's.
-    """
-    arguments: list[str] = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        default: Any = field.default if defaults is None else getattr(defaults, field.name)
-        if value is None or value == default:
+def as_arguments(config: StageConfig) -> list[str]:
+    """Return the command line of a configuration, without options that have their default."""
+    arguments, defaults = [], _defaults(type(config))
+    for name, value in config.to_dict().items():
+        if value is None or value == defaults[name]:
             continue
-        if isinstance(value, StageConfig):
-            arguments += as_arguments(value, default)
-        elif isinstance(field.default, bool):
-            arguments.append(f"--{field.name}" if value else f"--no-{field.name}")
+        if isinstance(defaults[name], bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
         else:
-            arguments.append(f"--{field.name}={value}")
+            arguments.append(f"--{name}={value}")
     return arguments

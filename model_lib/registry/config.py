@@ -30,8 +30,8 @@ class Policy(StageConfig):
     metric: str = "CIDEr"
     """The score that decides; higher is better."""
     min_gain: float = option(0.0, minimum=0)
-    """How much better than the champion a candidate must be; it must be really better, beyond
-    chance, too."""
+    """How much better than the champion a candidate must be; the gain must be statistically
+    significant, too."""
     max_regression: float = option(0.05, minimum=0)
     """Share by which another score than the deciding one may fall below the champion's, if it falls
     for certain."""

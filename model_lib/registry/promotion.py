@@ -56,7 +56,7 @@ def decide(
     """Compare the challenger with the champion, both evaluated on the same images with the same
     code.
 
-    It is promoted if it is better by the minimum gain, if the difference is real, and if no guard
+    It is promoted if it is better by the minimum gain, if the gain is significant, and if no guard
     says no: another score that falls for certain and by more than the policy allows, or captioning
     that is much slower.
 
@@ -84,7 +84,7 @@ def decide(
         needed = "more" if policy.min_gain == 0 else f"{policy.min_gain:+.4f}"
         reason, promote = f"{said}; it needed {needed}", False
     elif not one.significant:
-        reason, promote = f"{said}; that may be chance", False
+        reason, promote = f"{said}; that is not statistically significant", False
     elif guarded := _guards(
         champion.evaluation, challenger.evaluation, list(compared.values()), policy
     ):

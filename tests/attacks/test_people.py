@@ -46,8 +46,7 @@ def test_stages_work_in_a_folder_of_any_name(strange: Path, scenes: Path) -> Non
     options = {"preset": "tiny", "epochs": 1, "batch_size": 32}
     trained = train(TrainConfig(data=str(strange / "data"), output=str(strange / "out"), **options))
     assert str(strange) in trained.model
-    decode = DecodeConfig(max_new_tokens=5)
-    options = {"model": trained.model, "decode": decode}
+    options = {"model": trained.model, "decode": DecodeConfig(max_new_tokens=5)}
     evaluate(
         EvaluateConfig(
             data=str(strange / "data"), output=str(strange / "evaluated"), limit=4, **options

@@ -96,7 +96,8 @@ STATE = {
 OPTIONS = {
     "TrainConfig": {"data": "d", "output": "o", "epochs": 2, "learning_rate": 0.1},
     "BatchConfig": {"images": "i", "output": "o", "model": "m", "include": ["*.jpg"]},
-    "EvaluateConfig": {"model": "m", "data": "d", "output": "o"},
+    "EvaluateConfig": {"model": "m", "data": "d", "output": "o", "num_beams": 3},
+    "ScoreConfig": {"results": "r", "annotations": "a"},
     "IngestConfig": {"dataset": "d", "output": "o", "split": "auto"},
     "ScenesConfig": {"output": "o", "train": 3},
     "CaptionConfig": {"files": ["a.jpg"], "top_p": 0.9, "temperature": 0.5},
@@ -141,8 +142,9 @@ def images() -> bytes:
     references = [["an image", "another"]] * ROWS
     counts = {"CIDEr": np.ones((ROWS, 1)), "Bleu": np.ones((ROWS, 10))}
     views = {0: View(JPEG, [("a", np.zeros((2, 2), np.uint8))])}
+    captions = ["an image"] * ROWS
     return encode_predictions(
-        Predictions(list(range(ROWS)), NAMES, ["an image"] * ROWS, references, counts, views)
+        Predictions(list(range(ROWS)), NAMES, captions, references, counts, views)
     )
 
 

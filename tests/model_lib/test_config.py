@@ -1,4 +1,4 @@
-"""Configurations: checked when made, made from loose options, keyed by what shapes the result."""
+"""Configurations: their checks, JSON, command lines and keys."""
 
 import dataclasses
 import inspect
@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 
 from model_lib import UserError
-from model_lib.cli import COMMANDS, config_class
+from model_lib.cli import COMMANDS, config_class, evaluate, parse
+from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.config import IngestConfig
+from model_lib.model.config import DecodeConfig
+from model_lib.options import as_arguments
 from model_lib.train.config import TrainConfig, resolve
 
 BASE = {"data": "d", "output": "o", "preset": "tiny"}
@@ -24,7 +27,7 @@ def test_numbers_from_json_become_the_options_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"epoch": 3}, "unknown option 'epoch'"),
         ({"epochs": "many"}, "epochs: Input should be a valid integer"),
@@ -51,10 +54,10 @@ def test_numbers_from_json_become_the_options_kind() -> None:
         ({"seed": 2**63}, "seed: 9223372036854775808 is not at most"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict, said: str) -> None:
+def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError) as refused:
         TrainConfig.from_options(**{**BASE, **options})
-    assert said in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_missing_option_is_named() -> None:
@@ -89,11 +92,26 @@ def test_the_key_changes_with_what_shapes_the_result_only() -> None:
     assert key != TrainConfig(**BASE).key("other")
 
 
-def test_two_ways_to_name_the_input_are_not_mixed() -> None:
-    with pytest.raises(UserError, match="give either"):
-        IngestConfig(output="o")
-    with pytest.raises(UserError, match="give either"):
-        IngestConfig(output="o", annotations="a")
+def test_two_ways_to_say_the_input_are_not_mixed() -> None:
+    for inputs in ({}, {"annotations": "a"}):
+        with pytest.raises(UserError, match="give either"):
+            IngestConfig(output="o", **inputs)
+
+
+def test_options_of_a_nested_configuration_stand_beside_the_others() -> None:
+    base = {"model": "m", "data": "d", "output": "o"}
+    config = EvaluateConfig.from_options(**base, top_k=7.0, num_beams=1, limit=3)
+    assert config.decode == DecodeConfig(num_beams=1, top_k=7) and config.limit == 3
+    assert config.to_dict()["top_k"] == 7 and "decode" not in config.to_dict()
+    assert EvaluateConfig.from_options(**config.to_dict()) == config
+    command = [*(f"--{name}={value}" for name, value in base.items()), "--limit=3"]
+    assert sorted(as_arguments(config)) == sorted([*command, "--num_beams=1", "--top_k=7"])
+    assert parse(evaluate, "evaluate", as_arguments(config)) == config
+    assert config.key() == EvaluateConfig.from_options(**config.to_dict() | {"output": "x"}).key()
+    assert config.key() != EvaluateConfig.from_options(**config.to_dict() | {"top_k": 8}).key()
+    assert EvaluateConfig.from_options(**base, max_new_tokens=9).decode.num_beams == 5
+    with pytest.raises(UserError, match="num_captions: an image is scored by one caption"):
+        EvaluateConfig.from_options(**base, num_captions=2)
 
 
 def test_every_option_is_explained() -> None:

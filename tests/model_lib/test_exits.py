@@ -1,5 +1,4 @@
-"""How a step of a pipeline ends: one line and an exit code, and in its pod the line is what
-Kubernetes keeps of it."""
+"""The end of a pipeline's step: an exit code and one line, which Kubernetes keeps."""
 
 from collections.abc import Callable
 from pathlib import Path

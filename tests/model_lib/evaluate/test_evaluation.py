@@ -1,4 +1,4 @@
-"""Scores that everyone else would get, and what an evaluation leaves behind."""
+"""Evaluations of models and of results files: the official scores, and the folder's content."""
 
 import json
 import os
@@ -49,15 +49,16 @@ REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly hi
 def write_coco(
     folder: Path, captions: dict[int, str], references: dict[int, list[str]]
 ) -> tuple[str, str]:
-    notes = [{"image_id": i, "caption": text} for i, texts in references.items() for text in texts]
+    texts = [(image_id, text) for image_id in references for text in references[image_id]]
     document = {
         "images": [{"id": i, "file_name": f"{i}.jpg"} for i in references],
-        "annotations": [{"id": n, **note} for n, note in enumerate(notes)],
+        "annotations": [
+            {"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)
+        ],
     }
+    results = [{"image_id": i, "caption": text} for i, text in captions.items()]
     (folder / "annotations.json").write_text(json.dumps(document))
-    (folder / "results.json").write_text(
-        json.dumps([{"image_id": i, "caption": c} for i, c in captions.items()])
-    )
+    (folder / "results.json").write_text(json.dumps(results))
     return str(folder / "results.json"), str(folder / "annotations.json")
 
 
@@ -66,15 +67,13 @@ def test_anyones_results_have_the_official_scores(
     coco_eval: Path, captioner: Run, tmp_path: Path
 ) -> None:
     expected = json.loads((coco_eval / "expected_scores.json").read_text())
-    files = [coco_eval / expected[name] for name in ("results", "annotations")]
-    done = captioner(
-        *("score", "--results", files[0], "--annotations", files[1]),
-        *("--output", "evaluated", "--json"),
-    )
+    results, annotations = (coco_eval / expected[name] for name in ("results", "annotations"))
+    options = ("--results", results, "--annotations", annotations, "--output", "scored")
+    done = captioner("score", *options, "--json")
     assert json.loads(done.stdout)["scores"] == pytest.approx(
         expected["pycocoevalcap_1_2"], abs=1e-6
     ), done.stderr
-    evaluation = Evaluation.read(str(tmp_path / "evaluated"))
+    evaluation = Evaluation.read(str(tmp_path / "scored"))
     assert json.loads(json.dumps(evaluation.to_dict())) == json.loads(done.stdout)
     assert evaluation.tokenizer == "PTB" and evaluation.images == 1000
     assert evaluation.shuffled_cider < 0.2 * evaluation.scores["CIDEr"]
@@ -104,13 +103,9 @@ def test_meteor_is_the_official_one_where_captions_are_word_for_word_right(
 def test_diversity_counts_repeated_and_memorised_captions() -> None:
     captions = ["A red circle.", "a red circle", "two blue squares", "three"]
     training = ["a Red circle", "four green stars"]
-    assert describe(captions, [True, True, False, True], training) == {
-        "distinct": 0.75,
-        "vocabulary": 7,
-        "words": 2.5,
-        "ended": 0.75,
-        "memorised": 0.5,
-    }
+    values = describe(captions, [True, True, False, True], training)
+    shares = {"distinct": 0.75, "ended": 0.75, "memorised": 0.5}
+    assert values == {**shares, "vocabulary": 7, "words": 2.5}
     assert set(describe(captions, [], None)) == {"distinct", "vocabulary", "words"}
 
 
@@ -129,11 +124,9 @@ def test_empty_captions_score_nothing_and_break_nothing() -> None:
     scores = score_captions({1: "", 2: "a cat sits", 3: "..."}, REFERENCES)
     cider = scores.statistics["CIDEr"][:, 0]
     assert cider[0] == 0 and cider[1] > 0 and cider[2] == 0
-    assert all(
-        0 <= value < 1
-        for name, value in corpus_scores(scores.statistics).items()
-        if name != "CIDEr"
-    )
+    others = corpus_scores(scores.statistics)
+    del others["CIDEr"]
+    assert 0 <= min(others.values()) <= max(others.values()) < 1
 
 
 def test_shuffled_captions_never_stay_with_their_owner() -> None:
@@ -145,12 +138,11 @@ def test_shuffled_captions_never_stay_with_their_owner() -> None:
 @pytest.fixture(scope="module")
 def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
     folder = tmp_path_factory.mktemp("evaluated")
-    trained = train(
-        TrainConfig(data=str(data), output=str(folder), preset="tiny", epochs=2, name="x")
-    )
-    output, decode = folder / "evaluated", DecodeConfig(num_beams=2)
-    config = EvaluateConfig(model=trained.model, data=str(data), output=str(output), decode=decode)
-    return output, evaluate(config)
+    options = {"preset": "tiny", "epochs": 2, "name": "x"}
+    trained = train(TrainConfig(data=str(data), output=str(folder), **options))
+    output, decode = str(folder / "evaluated"), DecodeConfig(num_beams=2)
+    config = EvaluateConfig(model=trained.model, data=str(data), output=output, decode=decode)
+    return folder / "evaluated", evaluate(config)
 
 
 def test_a_model_is_evaluated_on_every_image_of_the_split(
@@ -158,40 +150,37 @@ def test_a_model_is_evaluated_on_every_image_of_the_split(
 ) -> None:
     folder, evaluation = evaluated
     results = json.loads((folder / "results.json").read_text())
+    assert [sorted(row) for row in results] == [["caption", "image_id"]] * 12
     assert [row["image_id"] for row in results] == list(range(1, 13))
-    assert all(set(row) == {"image_id", "caption"} for row in results)
-    assert (
-        evaluation.split == "val"
-        and evaluation.images == 12
-        and evaluation.decoding["num_beams"] == 2
-    )
+    assert evaluation.split == "val" and evaluation.images == 12
+    assert evaluation.decoding["num_beams"] == 2
     assert evaluation.frequencies == "the reference captions of these 12 images"
     assert evaluation.images_per_second is not None and evaluation.images_per_second > 0
     assert set(evaluation.diversity) == {"distinct", "vocabulary", "words", "ended", "memorised"}
-    assert all(
-        low <= evaluation.scores[name] <= high for name, (low, high) in evaluation.intervals.items()
-    )
+    assert evaluation.intervals.keys() == evaluation.scores.keys()
+    for name, (low, high) in evaluation.intervals.items():
+        assert low <= evaluation.scores[name] <= high
     assert evaluation.weights == weights_digest(evaluation.model)
     assert Evaluation.read(str(folder)) == evaluation
 
 
-def test_every_image_is_kept_and_some_with_where_the_model_looked(
+def test_every_prediction_is_kept_and_some_with_their_attention(
     evaluated: tuple[Path, Evaluation],
 ) -> None:
     folder, evaluation = evaluated
     predictions = EvaluationResult.read(str(folder)).predictions
-    results = {
-        row["image_id"]: row["caption"] for row in json.loads((folder / "results.json").read_text())
-    }
-    assert dict(zip(predictions.image_ids, predictions.captions, strict=True)) == results
+    rows = json.loads((folder / "results.json").read_text())
+    captions = dict(zip(predictions.image_ids, predictions.captions, strict=True))
+    assert captions == {row["image_id"]: row["caption"] for row in rows}
     assert predictions.cider().mean() == pytest.approx(evaluation.scores["CIDEr"])
     assert sorted(predictions.views) == predictions.image_ids
     for image_id, view in predictions.views.items():
-        assert " ".join(word for word, _ in view.words) == results[image_id]
-        assert all(weights.shape == (4, 4) and weights.max() == 255 for _, weights in view.words)
+        assert " ".join(word for word, _ in view.words) == captions[image_id]
+        for _, weights in view.words:
+            assert weights.shape == (4, 4) and weights.max() == 255
 
 
-def test_a_folder_that_is_half_another_evaluations_is_none(
+def test_a_folder_that_is_written_in_part_is_none(
     evaluated: tuple[Path, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(evaluated[0], tmp_path / "evaluated")
@@ -210,35 +199,35 @@ def test_a_folder_of_another_version_is_refused_in_one_line(
     evaluated: tuple[Path, Evaluation], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(evaluated[0], tmp_path / "evaluated")
-    document = json.loads((folder / "scores.json").read_text())
-    (folder / "scores.json").write_text(json.dumps({**document, "images": "12"}))
-    with pytest.raises(
-        UserError, match=r"scores\.json: is not what this captioner evaluate writes .*images"
-    ):
+    content = (folder / "scores.json").read_text()
+    (folder / "scores.json").write_text(content.replace("shuffled_cider", "cider_shuffled"))
+    message = r"scores\.json: is not what this captioner evaluate writes .*shuffled_cider"
+    with pytest.raises(UserError, match=message):
         EvaluationResult.read(str(folder))
-    (folder / "scores.json").write_text(json.dumps(document))
+    (folder / "scores.json").write_text(content)
     (folder / "predictions.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match=r"predictions\.parquet: is not what captioner evaluate"):
         EvaluationResult.read(str(folder))
 
 
-def test_the_command_says_how_sure_it_is(captioner: Run, tmp_path: Path) -> None:
+def test_the_command_prints_scores_with_intervals_and_warnings(
+    captioner: Run, tmp_path: Path
+) -> None:
     results, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
     done = captioner("score", "--results", results, "--annotations", annotations)
-    assert (
-        done.returncode == 0 and "3 images of" in done.stdout and "CIDEr            " in done.stdout
-    )
+    assert done.returncode == 0, done.stderr
+    assert "3 images of" in done.stdout and "CIDEr            " in done.stdout
     assert "only 3 images: CIDEr means little on so few" in done.stderr
     assert "n-grams' frequencies are from the reference captions of these 3 images" in done.stdout
 
 
-def test_its_results_file_scores_the_same_without_the_model(
+def test_a_models_results_file_has_the_models_scores(
     evaluated: tuple[Path, Evaluation], scenes: Path
 ) -> None:
     folder, evaluation = evaluated
     annotations = str(scenes / "annotations" / "captions_val2017.json")
-    alone = score(ScoreConfig(results=str(folder / "results.json"), annotations=annotations))
-    assert alone.scores == pytest.approx(evaluation.scores)
+    scored = score(ScoreConfig(results=str(folder / "results.json"), annotations=annotations))
+    assert scored.scores == pytest.approx(evaluation.scores)
 
 
 def test_the_report_is_self_contained_and_shows_text_as_text(
@@ -259,11 +248,11 @@ def test_the_report_is_self_contained_and_shows_text_as_text(
     assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
 
 
-class Remembering(Tracking):
-    """Tracking that remembers what is added."""
+class Recording(Tracking):
+    """Tracking that records what is added."""
 
     def __init__(self) -> None:
-        self.added: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
 
     def add(
         self,
@@ -272,76 +261,57 @@ class Remembering(Tracking):
         tags: Mapping[str, str],
         files: Mapping[str, bytes],
     ) -> None:
-        self.added |= metrics
+        self.metrics |= metrics
         assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
 
 
-def tracked_copy(model: str, folder: Path) -> tuple[str, str]:
-    """Return a copy of a model that has an MLflow run and curves, and its data."""
-    copy = shutil.copytree(model, folder / "run" / "best")
-    about = json.loads((copy / "training.json").read_text())
-    (copy / "training.json").write_text(json.dumps({**about, "mlflow_run_id": "7"}))
-    points = [
-        {"step": 1, "time_ms": 1, "val_loss": 2.0},
-        {"step": 2, "time_ms": 2, "val_loss": 1.0},
-    ]
-    lines = "".join(f"{json.dumps(point)}\n" for point in points)
-    (folder / "run" / "metrics.jsonl").write_text(lines)
-    return str(copy), str(about["configuration"]["data"])
-
-
-def test_a_tracked_models_report_has_its_curves(
-    evaluated: tuple[Path, Evaluation], tmp_path: Path
-) -> None:
-    _, evaluation = evaluated
-    model, data = tracked_copy(evaluation.model, tmp_path)
-    tracking = Remembering()
-    again = evaluate(
-        EvaluateConfig(model=model, data=data, output=str(tmp_path / "evaluated")), tracking
-    )
-    assert "<polyline" in (tmp_path / "evaluated" / "report.html").read_text()
-    assert tracking.added == evaluation_metrics(again)
-    assert {
-        "CIDEr",
-        "CIDEr_shuffled",
-        "diversity_distinct",
-        "images_per_second",
-    } <= again.figures().keys()
-
-
-class Away(Remembering):
+class Unreachable(Tracking):
     """Tracking by a server that fails."""
 
     def add(self, *_: object) -> None:
         raise ConnectionError("no answer")
 
 
-def test_what_one_evaluation_still_had_to_send_is_gone_with_the_next(
-    evaluated: tuple[Path, Evaluation], tmp_path: Path
+@pytest.fixture()
+def tracked(evaluated: tuple[Path, Evaluation], tmp_path: Path) -> dict[str, str]:
+    """The options to evaluate a model with an MLflow run and a curve."""
+    model = shutil.copytree(evaluated[1].model, tmp_path / "run" / "best")
+    record = json.loads((model / "training.json").read_text())
+    (model / "training.json").write_text(json.dumps({**record, "mlflow_run_id": "7"}))
+    rows = [{"step": n, "time_ms": n, "val_loss": loss} for n, loss in ((1, 2.0), (2, 1.0))]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    data = record["configuration"]["data"]
+    return {"model": str(model), "data": data, "output": str(tmp_path / "evaluated")}
+
+
+def test_a_tracked_model_has_curves_in_its_report_and_scores_in_its_run(
+    tracked: dict[str, str],
 ) -> None:
-    _, other = evaluated
-    model, data = tracked_copy(other.model, tmp_path)
-    options = {"data": data, "output": str(tmp_path / "evaluated"), "limit": 4}
+    tracking = Recording()
+    evaluation = evaluate(EvaluateConfig(**tracked), tracking)
+    assert "<polyline" in Path(tracked["output"], "report.html").read_text()
+    assert tracking.metrics == evaluation_metrics(evaluation)
+    names = {"CIDEr", "CIDEr_shuffled", "diversity_distinct", "images_per_second"}
+    assert names <= evaluation.figures().keys()
+
+
+def test_scores_that_were_not_sent_are_not_sent_for_another_model(
+    evaluated: tuple[Path, Evaluation], tracked: dict[str, str]
+) -> None:
+    config = EvaluateConfig(**tracked, limit=4)
+    unsent = Path(tracked["output"], "unsent.json")
     with pytest.raises(WorkError, match="its scores are not in MLflow"):
-        evaluate(EvaluateConfig(model=model, **options), Away())
-    assert (tmp_path / "evaluated" / "unsent.json").exists()
-    evaluate(EvaluateConfig(model=other.model, **options))
-    assert not (tmp_path / "evaluated" / "unsent.json").exists()
-    again = evaluate(EvaluateConfig(model=model, **options), Remembering())
-    assert again.model == model, "and not what the other one was found to be"
+        evaluate(config, Unreachable())
+    assert unsent.exists()
+    evaluate(replace(config, model=evaluated[1].model))
+    assert not unsent.exists()
+    assert evaluate(config, Recording()).model == tracked["model"]
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "{",
-        "{}",
-        "[]",
-        "[1]",
-        '[{"image_id": "1", "caption": "a"}]',
-        '[{"image_id": 1}]',
-        '[{"caption": "a"}]',
-    ],
+    ["{", "{}", "[]", "[1]", '[{"image_id": "1", "caption": "a"}]', '[{"image_id": 1}]'],
 )
 def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
     _, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)

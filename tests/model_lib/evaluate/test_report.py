@@ -1,4 +1,4 @@
-"""The evaluation report: a page that works alone, in a sandboxed frame, whatever it is told."""
+"""The evaluation report: it works alone and in a sandboxed frame, with any text in it."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -98,15 +98,15 @@ def page() -> Iterator[Page]:
 
 
 @pytest.fixture()
-def troubles(page: Page) -> Iterator[list[str]]:
-    """What the page says to the console or asks for, but for itself and what it holds."""
+def incidents(page: Page) -> Iterator[list[str]]:
+    """Messages on the console, dialogs, and requests beyond the page itself."""
     seen: list[str] = []
     listeners = {
         "console": lambda message: seen.append(message.text),
         "pageerror": lambda error: seen.append(str(error)),
         "dialog": lambda dialog: seen.append(dialog.message),
-        "request": lambda asked: (
-            None if asked.url.startswith(("file:", "data:")) else seen.append(asked.url)
+        "request": lambda request: (
+            None if request.url.startswith(("file:", "data:")) else seen.append(request.url)
         ),
     }
     for event, listener in listeners.items():
@@ -146,19 +146,19 @@ def compared() -> str:
 
 @pytest.mark.parametrize("framed", [False, True], ids=["alone", "sandboxed"])
 def test_it_sorts_filters_and_asks_for_nothing(
-    page: Page, troubles: list[str], tmp_path: Path, compared: str, framed: bool
+    page: Page, incidents: list[str], tmp_path: Path, compared: str, framed: bool
 ) -> None:
     frame = show(page, tmp_path, compared, framed=framed)
     assert shown_names(frame) == ["0001.jpg", "0002.jpg", "0000.jpg", "0003.jpg"], "the worst first"
-    for order, wanted in (
+    for order, numbers in (
         ("cider down", "3021"),
         ("gain up", "1203"),
         ("gain down", "3021"),
         ("cider up", "1203"),
     ):
         frame.select_option("#sort", order)
-        assert shown_names(frame) == [f"000{n}.jpg" for n in wanted]
-    for text, wanted in (
+        assert shown_names(frame) == [f"000{n}.jpg" for n in numbers]
+    for text, numbers in (
         ("0002.JPG", "2"),
         ("REFERENCE 3", "3"),
         ("old caption 1", "1"),
@@ -166,10 +166,10 @@ def test_it_sorts_filters_and_asks_for_nothing(
         ("x", ""),
     ):
         frame.fill("#filter", text)
-        assert shown_names(frame) == [f"000{n}.jpg" for n in wanted]
-        assert frame.locator("#count").inner_text() == f"{len(wanted)} of 4 shown"
+        assert shown_names(frame) == [f"000{n}.jpg" for n in numbers]
+        assert frame.locator("#count").inner_text() == f"{len(numbers)} of 4 shown"
     assert frame.locator("#none").is_visible()
-    assert not troubles
+    assert not incidents
 
 
 def test_the_browser_forbids_what_comes_from_elsewhere(
@@ -177,9 +177,9 @@ def test_the_browser_forbids_what_comes_from_elsewhere(
 ) -> None:
     frame = show(page, tmp_path, compared)
     forbidden = """
-        new Promise((tell) => {
+        new Promise((resolve) => {
           const name = "securitypolicyviolation";
-          document.addEventListener(name, (event) => tell(event.effectiveDirective));
+          document.addEventListener(name, (event) => resolve(event.effectiveDirective));
           ASK;
         })
     """
@@ -196,7 +196,7 @@ def test_the_browser_forbids_what_comes_from_elsewhere(
 
 @pytest.mark.parametrize("size", [(80, 40), (40, 80), (40, 40), (300, 40)], ids=str)
 def test_a_words_map_lies_on_the_centre_square(
-    page: Page, troubles: list[str], tmp_path: Path, size: tuple[int, int]
+    page: Page, incidents: list[str], tmp_path: Path, size: tuple[int, int]
 ) -> None:
     frame = show(page, tmp_path, render_report(evaluated("new", [1.0], size=size)))
     word, overlay = frame.locator(".word", has_text="dog"), frame.locator(".map")
@@ -219,7 +219,7 @@ def test_a_words_map_lies_on_the_centre_square(
     )
     assert isinstance(bright, int) and isinstance(dark, int) and bright > 150 and dark < 80
     page.mouse.move(1, 1)
-    assert not overlay.is_visible() and not troubles
+    assert not overlay.is_visible() and not incidents
 
 
 def test_the_keyboard_goes_from_word_to_word(page: Page, tmp_path: Path, compared: str) -> None:
@@ -238,16 +238,14 @@ def test_the_keyboard_goes_from_word_to_word(page: Page, tmp_path: Path, compare
     assert frame.locator(".map:visible").count() == 0
 
 
-def test_whatever_it_is_told_stands_there_as_text(
-    page: Page, troubles: list[str], tmp_path: Path
-) -> None:
+def test_any_text_is_shown_as_text(page: Page, incidents: list[str], tmp_path: Path) -> None:
     count = len(HOSTILE)
     result = evaluated("x", [1.0 + n for n in range(count)], captions=HOSTILE)
     images = replace(
         result.predictions, file_names=HOSTILE, references=[[text] for text in HOSTILE]
     )
     for n, text in enumerate(HOSTILE):
-        told = {
+        fields = {
             "name": text,
             "model": text,
             "split": text,
@@ -255,12 +253,14 @@ def test_whatever_it_is_told_stands_there_as_text(
             "missing": {text: text},
             "clip": text,
         }
-        one = EvaluationResult(
-            replace(result.evaluation, **told, decoding={"num_beams": 1, text: text}), images
+        hostile = EvaluationResult(
+            replace(result.evaluation, **fields, decoding={"num_beams": 1, text: text}), images
         )
         curves = {f"run of {text}": CURVES["run of new"]}
-        decision = replace(decide(None, one, Policy()), reason=text)
-        report = render_report(one, others=[one], champion=one, decision=decision, curves=curves)
+        decision = replace(decide(None, hostile, Policy()), reason=text)
+        report = render_report(
+            hostile, others=[hostile], champion=hostile, decision=decision, curves=curves
+        )
         frame = show(page, tmp_path, report)
         visible = "".join(
             chr(0x2400 + ord(letter)) if ord(letter) < 32 else letter for letter in text
@@ -279,7 +279,7 @@ def test_whatever_it_is_told_stands_there_as_text(
             and frame.locator("img[src=x], [onerror], [onmouseover]").count() == 0
         )
         assert page.title() == f"Captions of {visible}"
-    assert not troubles
+    assert not incidents
 
 
 def test_a_significant_difference_is_marked(page: Page, tmp_path: Path) -> None:

@@ -71,11 +71,11 @@ def test_the_champion_falls_only_to_a_better_one(
 def test_a_difference_that_other_images_would_not_show_is_chance() -> None:
     champion = evaluated(1.0, "champion")
     noisy = decide(champion, evaluated(1.02, "noisy", noise=0.5), Policy())
-    assert not noisy.promote and "that may be chance" in noisy.reason
+    assert not noisy.promote and "not statistically significant" in noisy.reason
     steady = decide(champion, evaluated(1.02, "steady", noise=0.05), Policy())
     assert steady.promote
     (found,) = (one for one in steady.comparisons if one.metric == "CIDEr")
-    assert found.real and found.low < 0.02 < found.high and found.p < 0.05
+    assert found.significant and found.low < 0.02 < found.high and found.p < 0.05
 
 
 def test_a_guard_keeps_the_champion() -> None:

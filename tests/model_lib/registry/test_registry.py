@@ -52,8 +52,8 @@ def rescore(folder: str, cider: float) -> str:
     found = EvaluationResult.read(folder)
     scores = {**found.evaluation.scores, "CIDEr": cider}
     evaluation = replace(found.evaluation, scores=scores, images_per_second=10.0)
-    each = {**found.images.statistics, "CIDEr": np.full((found.evaluation.images, 1), cider)}
-    EvaluationResult(evaluation, replace(found.images, statistics=each)).write(folder, "")
+    each = {**found.predictions.statistics, "CIDEr": np.full((found.evaluation.images, 1), cider)}
+    EvaluationResult(evaluation, replace(found.predictions, statistics=each)).write(folder, "")
     return folder
 
 

@@ -68,7 +68,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @torch.inference_mode()
-def by_hand(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
+def step_by_step(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
     model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
@@ -96,10 +96,9 @@ def by_hand(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
 
 def test_scores_are_those_of_the_definition(clip: Path, files: list[Path]) -> None:
     scorer = ClipScorer(str(clip), "cpu")
-    pixels = [to_pixels(decode_image(file.read_bytes()), scorer.size) for file in files]
-    vectors = scorer.encode_images(np.stack(pixels))
-    scores = scorer.score(CAPTIONS, REFERENCES, vectors)
-    own, with_references = by_hand(clip, files)
+    pixels = np.stack([to_pixels(decode_image(file.read_bytes()), scorer.size) for file in files])
+    scores = scorer.score(CAPTIONS, REFERENCES, scorer.encode_images(pixels))
+    own, with_references = step_by_step(clip, files)
     assert scores["CLIPScore"] == pytest.approx(own, abs=1e-5)
     assert scores["RefCLIPScore"] == pytest.approx(with_references, abs=1e-5)
     assert max(own) > 0.1  # random weights, but not nothing
@@ -120,14 +119,14 @@ def test_a_results_file_and_its_images_are_enough(
     (tmp_path / "results.json").write_text(
         json.dumps([{"image_id": n, "caption": t} for n, t in enumerate(CAPTIONS)])
     )
-    given = {
+    inputs = {
         "results": str(tmp_path / "results.json"),
         "annotations": str(tmp_path / "annotations.json"),
     }
-    config = ScoreConfig(**given, images=str(files[0].parent), clip=str(clip), device="cpu")
+    config = ScoreConfig(**inputs, images=str(files[0].parent), clip=str(clip), device="cpu")
     evaluation = score(config)
     assert evaluation.scores["CLIPScore"] == pytest.approx(
-        np.mean(by_hand(clip, files)[0]), abs=1e-5
+        np.mean(step_by_step(clip, files)[0]), abs=1e-5
     )
     low, high = evaluation.intervals["RefCLIPScore"]
     assert low <= evaluation.scores["RefCLIPScore"] <= high
@@ -144,5 +143,5 @@ def test_half_a_clip_is_refused(parts: tuple[Path, Path]) -> None:
         ClipScorer(str(parts[0]))
     with pytest.raises(UserError, match="gpt2"):
         ClipScorer(str(parts[1]))
-    with pytest.raises(UserError, match="name the images by --images"):
+    with pytest.raises(UserError, match="CLIPScore needs both"):
         ScoreConfig(results="r.json", annotations="a.json", clip="openai/clip-vit-base-patch32")

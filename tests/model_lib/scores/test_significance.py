@@ -21,7 +21,7 @@ def test_intervals_of_a_mean_are_those_of_scipy() -> None:
 
 
 def test_intervals_of_bleu_are_those_of_its_definition() -> None:
-    """Drawn one by one, scored anew each time."""
+    """Each round draws the images and computes the score."""
     rng = np.random.default_rng(2)
     length = rng.integers(5, 15, 80)
     ngrams = np.maximum(length[:, None] - np.arange(4), 0)
@@ -55,13 +55,13 @@ def test_equal_and_unrelated_models_do_not_differ() -> None:
     same = compare({"CIDEr": values}, {"CIDEr": values.copy()})["CIDEr"]
     assert not same.significant and same.gain == 0 and same.p == 1
     rng = np.random.default_rng(5)
-    real = sum(
+    significant = sum(
         compare({"CIDEr": rng.gamma(1, 1, (100, 1))}, {"CIDEr": rng.gamma(1, 1, (100, 1))})[
             "CIDEr"
         ].significant
         for _ in range(60)
     )
-    assert real <= 9  # about 3 of 60 by chance
+    assert significant <= 9  # about 3 of 60 by chance
 
 
 def test_nothing_said_scores_nothing() -> None:
