@@ -143,7 +143,6 @@ def scenes(config: ScenesConfig) -> Output:
 
 def download(config: DownloadConfig) -> Output:
     from model_lib.ingest.download import download as run
-    from model_lib.scores.spice import unpack_models
 
     archives = run(config)
     if config.dataset == "spice":
