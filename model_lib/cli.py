@@ -206,7 +206,7 @@ def register(config: RegisterConfig) -> Output:
     tracking.require_answer()  # at a prompt, fail at once; a step of a pipeline waits
     registered = run(config, tracking)
     version = f"version {registered.version} ({registered.winner})"
-    return Output(registered.to_dict(), [f"{version} {registered.fate}: {registered.reason}"])
+    return Output(registered.to_dict(), [f"{version} {registered.outcome}: {registered.reason}"])
 
 
 def models(config: ModelsConfig) -> Output:

@@ -88,7 +88,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"{INDENT}on {first['images']:,} images of {first['split']}; shuffled: captions swapped",
         *_doubts(next(row for row in summary["candidates"] if row["name"] == winner)),
         "",
-        f"Winner      {winner}, version {registered['version']}, {registered['fate']}:",
+        f"Winner      {winner}, version {registered['version']}, {registered['outcome']}:",
         f"{INDENT}{registered['reason']}",
         f"Champion    version {registered['champion_version']}  ({CHAMPION_URI})",
         "",

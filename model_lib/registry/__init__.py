@@ -1,1 +1,4 @@
-"""Who becomes champion, and the model as MLflow keeps and serves it."""
+"""The model in MLflow's registry: promotion, packaging, serving and rollback.
+
+mlflow is imported inside functions; only `serving.py`, which MLflow loads, imports it at the top.
+"""

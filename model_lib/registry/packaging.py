@@ -1,5 +1,7 @@
-"""The captioner as a self-contained MLflow model: weights, code, signature, example, requirements
-and model card."""
+"""The captioner as a self-contained MLflow model.
+
+It has weights, code, signature, input example, requirements and model card.
+"""
 
 import base64
 import importlib.metadata
@@ -28,29 +30,22 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 STORES = ("aiohttp", "requests", "gcsfs", "s3fs")
-"""Packages that read web addresses and buckets, pinned where they are installed."""
+"""Packages that read http addresses and buckets, pinned if they are installed."""
 LONGEST_CARD = 5000
-"""Characters of a description that MLflow's database holds."""
+"""Characters that MLflow's database holds of a description."""
 
 
 def render_card(winner: Evaluation, folder: str) -> str:
-    """Return the model card, Markdown.
-
-    Args:
-        winner: the model's evaluation.
-        folder: the model's.
-    """
+    """Return the model card, Markdown, of the model in `folder` with its evaluation."""
     config = storage.read_json(storage.join(folder, "config.json")) if Path(folder).is_dir() else {}
     record = read_training(folder)
     training = record.get("configuration", {})
     preset = PRESETS.get(training.get("preset", ""))
     start = training.get("init_from")
-    names = {
-        part: f"as in {start}"
-        if start
-        else training.get(part) or (preset and getattr(preset, part)) or "of its own"
-        for part in ("vision", "decoder")
-    }
+    names = {}
+    for part in ("vision", "decoder"):
+        name = training.get(part) or getattr(preset, part, None) or "of its own"
+        names[part] = f"as in {start}" if start else name
     return render_markdown(
         "card.md",
         evaluation=winner,
@@ -66,24 +61,17 @@ def render_card(winner: Evaluation, folder: str) -> str:
 
 
 def signature() -> "ModelSignature":
-    """Return the model's signature: a column of images in, captions out, and the options of
-    decoding."""
+    """Return the signature: a column of images in, captions out, and the options of decoding."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    kinds = get_type_hints(DecodeConfig)
-    params = [
-        ParamSpec(
-            field.name,
-            "long" if int in get_args(kinds[field.name] | None) else "double",
-            field.default,
-        )
-        for field in fields(DecodeConfig)
-        if field.name != "num_captions"  # a row has one answer
-    ]
-    strings = Schema(
-        [ColSpec("string")]
-    )  # a column without a name takes lists and data frames alike
+    types = get_type_hints(DecodeConfig)
+    params = []
+    for field in fields(DecodeConfig):
+        if field.name != "num_captions":  # a row has one caption
+            dtype = "long" if int in get_args(types[field.name] | None) else "double"
+            params.append(ParamSpec(field.name, dtype, field.default))
+    strings = Schema([ColSpec("string")])  # without a name it takes lists and data frames alike
     return ModelSignature(inputs=strings, outputs=strings, params=ParamSchema(params))
 
 
@@ -95,21 +83,20 @@ def example() -> list[str]:
 
 
 def requirements(winner: Evaluation) -> list[str]:
-    """Return the pinned packages with which the model was evaluated, and those that read addresses
-    and buckets."""
+    """Return the pinned packages with which the model was evaluated, and `STORES`."""
     versions = {"mlflow": importlib.metadata.version("mlflow-skinny"), **winner.packages}
     for package in STORES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return [f"{package}=={at}" for package, at in versions.items()]
+    return [f"{package}=={version}" for package, version in versions.items()]
 
 
 def log_model(
     name: str, winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking
 ) -> str:
-    """Upload the model to its MLflow run; return the id that MLflow gave it.
+    """Upload the model to its MLflow run; return its id there.
 
-    MLflow's own way of logging would predict the example, for which a process that registers has no
+    `mlflow.pyfunc.log_model` would caption the input example, and a process that registers has no
     torch.
 
     Args:
@@ -149,25 +136,20 @@ def log_model(
         model.artifact_path = logged.artifact_location
         model.save(str(files / "MLmodel"))
         (files / "README.md").write_text(card)
-        ended = LoggedModelStatus.FAILED
+        status = LoggedModelStatus.FAILED
         try:
             client.log_model_artifacts(logged.model_id, str(files))
-            ended = LoggedModelStatus.READY
+            status = LoggedModelStatus.READY
         finally:
-            client.finalize_logged_model(logged.model_id, ended)
+            client.finalize_logged_model(logged.model_id, status)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return str(logged.model_id)
 
 
 def _require_evaluated(winner: Evaluation, files: Path) -> None:
-    """Raise `UserError` if the copy that is to be uploaded holds other weights than those with the
-    winner's scores."""
+    """Raise `UserError` if the copy to be uploaded has other weights than those with the scores."""
     copy = captioner_in(files)
-    if (
-        winner.weights is not None
-        and copy is not None
-        and weights_digest(str(copy)) != winner.weights
-    ):
-        raise UserError(
-            f"{winner.model}: holds other weights than those that were evaluated; evaluate it again"
-        )
+    if winner.weights is None or copy is None or weights_digest(str(copy)) == winner.weights:
+        return
+    message = "holds other weights than those that were evaluated; evaluate it again"
+    raise UserError(f"{winner.model}: {message}")

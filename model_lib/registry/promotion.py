@@ -1,5 +1,7 @@
-"""The promotion rule: which candidate wins, and whether it takes the champion's place. Pure
-functions."""
+"""The promotion rule: which candidate wins, and whether it replaces the champion.
+
+Pure functions.
+"""
 
 from collections.abc import Sequence
 
@@ -9,15 +11,17 @@ from model_lib.registry.config import Policy
 from model_lib.scores.significance import Comparison, compare
 
 COMPARABLE = ("data_fingerprint", "split", "images", "tokenizer", "decoding", "clip")
-"""What two evaluations must have in common before their scores may be compared."""
+"""Fields of two evaluations that must be equal before their scores may be compared."""
 
 
 def score_of(evaluation: Evaluation, metric: str) -> float:
     """Return the deciding score; `UserError` if the evaluation lacks it."""
     if metric not in evaluation.scores:
-        why = evaluation.missing.get(metric, f"only {', '.join(evaluation.scores)} were computed")
+        reason = evaluation.missing.get(
+            metric, f"only {', '.join(evaluation.scores)} were computed"
+        )
         raise UserError(
-            f"metric {metric}: the evaluation of {evaluation.model} has no such score: {why}"
+            f"metric {metric}: the evaluation of {evaluation.model} has no such score: {reason}"
         )
     return evaluation.scores[metric]
 
@@ -28,19 +32,18 @@ def require_comparable(results: Sequence[EvaluationResult]) -> None:
     for other in results[1:]:
         both = f"evaluations of {first.evaluation.model} and {other.evaluation.model}"
         for name in COMPARABLE:
-            ours, theirs = getattr(first.evaluation, name), getattr(other.evaluation, name)
-            if ours != theirs:
+            values = getattr(first.evaluation, name), getattr(other.evaluation, name)
+            if values[0] != values[1]:
                 raise UserError(
-                    f"{both} differ in {name} ({ours} and {theirs}); evaluate both on the same "
-                    "data with the same options"
+                    f"{both} differ in {name} ({values[0]} and {values[1]}); evaluate both on the "
+                    "same data with the same options"
                 )
         if first.predictions.image_ids != other.predictions.image_ids:
-            raise UserError(f"{both} are of other images; evaluate both on the same data")
+            raise UserError(f"{both} are of different images; evaluate both on the same data")
 
 
 def choose_winner(candidates: Sequence[EvaluationResult], metric: str) -> EvaluationResult:
-    """Return the candidate with the highest score; among equals the first by name, then by
-    place."""
+    """Return the candidate with the highest score; among equals the first by name and model."""
     require_comparable(candidates)
 
     def rank(candidate: EvaluationResult) -> tuple[float, str, str]:
@@ -53,60 +56,57 @@ def choose_winner(candidates: Sequence[EvaluationResult], metric: str) -> Evalua
 def decide(
     champion: EvaluationResult | None, challenger: EvaluationResult, policy: Policy
 ) -> Decision:
-    """Compare the challenger with the champion, both evaluated on the same images with the same
-    code.
+    """Decide whether the challenger replaces the champion, both evaluated on the same images.
 
-    It is promoted if it is better by the minimum gain, if the gain is significant, and if no guard
-    says no: another score that falls for certain and by more than the policy allows, or captioning
-    that is much slower.
+    It does if its deciding score is higher by `policy.min_gain`, if that gain is statistically
+    significant, and if nothing forbids it: another score that falls significantly and by more than
+    the policy allows, or captioning that is much slower.
 
     Args:
         champion: None if there is none yet.
         challenger: the winner among the candidates.
-        policy: what is asked of it.
+        policy: for the promotion.
 
     Raises:
-        UserError: the two cannot be compared, or lack the score that decides.
+        UserError: the two cannot be compared, or lack the deciding score.
     """
     name, metric = challenger.evaluation.name, policy.metric
-    new = score_of(challenger.evaluation, metric)
+    score = score_of(challenger.evaluation, metric)
     if champion is None:
-        return Decision(True, f"{name} has {metric} {new:.4f} and there was no champion yet")
+        return Decision(True, f"{name} has {metric} {score:.4f} and there was no champion yet")
     require_comparable([champion, challenger])
     score_of(champion.evaluation, metric)
     compared = compare(challenger.predictions.statistics, champion.predictions.statistics)
-    one = compared[metric]
-    said = (
-        f"{name} has {metric} {one.new:.4f}, the champion {one.old:.4f} on the same images "
-        f"({one.gain:+.4f}, 95 % interval {one.low:+.4f} to {one.high:+.4f})"
+    comparisons = list(compared.values())
+    gain = compared[metric]
+    reason = (
+        f"{name} has {metric} {gain.new:.4f}, the champion {gain.old:.4f} on the same images "
+        f"({gain.gain:+.4f}, 95 % interval {gain.low:+.4f} to {gain.high:+.4f})"
     )
-    if one.gain <= 0 or one.gain < policy.min_gain:
+    if gain.gain <= 0 or gain.gain < policy.min_gain:
         needed = "more" if policy.min_gain == 0 else f"{policy.min_gain:+.4f}"
-        reason, promote = f"{said}; it needed {needed}", False
-    elif not one.significant:
-        reason, promote = f"{said}; that is not statistically significant", False
-    elif guarded := _guards(
-        champion.evaluation, challenger.evaluation, list(compared.values()), policy
-    ):
-        reason, promote = f"{said}, but {'; '.join(guarded)}", False
-    else:
-        reason, promote = said, True
-    return Decision(promote, reason, list(compared.values()))
+        return Decision(False, f"{reason}; it needed {needed}", comparisons)
+    if gain.low <= 0:
+        return Decision(False, f"{reason}; that is not statistically significant", comparisons)
+    if regressions := _regressions(champion.evaluation, challenger.evaluation, comparisons, policy):
+        return Decision(False, f"{reason}, but {'; '.join(regressions)}", comparisons)
+    return Decision(True, reason, comparisons)
 
 
-def _guards(
-    champion: Evaluation, challenger: Evaluation, compared: Sequence[Comparison], policy: Policy
+def _regressions(
+    champion: Evaluation, challenger: Evaluation, comparisons: list[Comparison], policy: Policy
 ) -> list[str]:
     """Return what forbids the promotion."""
-    found = [
-        f"its {one.metric} falls from {one.old:.4f} to {one.new:.4f}, by more than "
+    regressions = [
+        f"its {other.metric} falls from {other.old:.4f} to {other.new:.4f}, by more than "
         f"{policy.max_regression:.0%}"
-        for one in compared
-        if one.metric != policy.metric
-        and one.high < 0
-        and one.new < one.old * (1 - policy.max_regression)
+        for other in comparisons
+        if other.metric != policy.metric
+        and other.high < 0
+        and other.new < other.old * (1 - policy.max_regression)
     ]
     old, new = champion.images_per_second, challenger.images_per_second
     if old is not None and new is not None and new < old * (1 - policy.max_slowdown):
-        found.append(f"it captions {new:,.1f} images per second where the champion does {old:,.1f}")
-    return found
+        speeds = f"{new:,.1f} images per second where the champion does {old:,.1f}"
+        regressions.append(f"it captions {speeds}")
+    return regressions

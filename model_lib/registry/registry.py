@@ -2,11 +2,13 @@
 
 The alias `champion` is on the version that serves, `challenger` on the latest one that did not win.
 MLflow has no compare-and-swap. So a version becomes champion only if the champion is still the one
-that it was compared with, read again right before the alias is set, and after.
+that it was compared with, read again right before the alias is set, and again when another process
+that read the same has set it as well.
 """
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
 
 CHALLENGER = "challenger"
+SETTLE = 0.5
+"""Seconds between setting the alias and reading it again. It is far longer than another process
+needs between its last look and its own call."""
 NONE = "none"
 # Tags of a version.
 DECISION = "decision"
@@ -39,7 +44,7 @@ EVALUATION = "evaluation"
 COMPARED_WITH = "compared_with"
 """The champion's version, or none."""
 POLICY = "policy"
-"""What it had to show, as JSON."""
+"""The conditions of its promotion, as JSON."""
 REMEDY = (
     f"captioner evaluate --model models:/{MODEL}@{CHAMPION} --data … --output …, then "
     "--champion_evaluation"
@@ -57,7 +62,7 @@ class Registered:
     champion_version: str
     """The version that serves now; empty if none does."""
     model: str
-    """Where the winner's model lies."""
+    """Source of the winner's model."""
     evaluation: str
     """Folder of the winner's evaluation."""
     page: str
@@ -66,8 +71,8 @@ class Registered:
     """Every candidate's name, scores and MLflow run."""
 
     @property
-    def fate(self) -> str:
-        """The outcome in words, to stand behind the version's name."""
+    def outcome(self) -> str:
+        """The outcome in words, which follow the version's name."""
         if self.promoted:
             return "is the champion now"
         if not self.champion_version:
@@ -75,7 +80,7 @@ class Registered:
         return f"does not replace version {self.champion_version}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fate": self.fate}
+        return {**asdict(self), "outcome": self.outcome}
 
 
 def champion_version(uri: str) -> str | None:
@@ -179,10 +184,10 @@ def _find_version(
     compared with the same champion under the same policy, and never was champion.
     """
     condition = f"name = '{MODEL}' and tags.`{EVALUATION}` = '{_digest(winner)}'"
-    question = {COMPARED_WITH: _compared_with(champion), POLICY: _policy(config)}
+    tags = {COMPARED_WITH: _compared_with(champion), POLICY: _policy(config)}
     for version in tracking.client.search_model_versions(condition):
-        is_same = question.items() <= version.tags.items()
-        if str(version.version) == present or (is_same and version.tags.get(DECISION) != CHAMPION):
+        is_same = tags.items() <= version.tags.items() and version.tags.get(DECISION) != CHAMPION
+        if is_same or str(version.version) == present:
             return version
     return None
 
@@ -252,8 +257,9 @@ def _set_alias(
     """Make a version champion or challenger; return the decision as it was carried out."""
     client, number = tracking.client, str(version.version)
     if decision.promote and (present := champion_version(tracking.uri)) != number:
-        if present == (None if champion is None else _compared_with(champion)):
+        if (present or NONE) == _compared_with(champion):
             client.set_registered_model_alias(MODEL, CHAMPION, number)
+            time.sleep(SETTLE)
             present = champion_version(tracking.uri)
         if present != number:
             reason = _overtaken(present, _compared_with(champion))

@@ -1,8 +1,8 @@
 """The captioner as an MLflow model:
 `mlflow.pyfunc.load_model("models:/captioner@champion").predict(["a.jpg"])`.
 
-Input: a column of image paths, URIs or base64. Output: the captions. A server opens for whoever
-asks only what `url_policy.py` allows. MLflow loads this file as the model's code.
+Input: a column of base64, or of image paths and URIs, of which a server opens only those that
+`url_policy.py` allows. Output: the captions. MLflow loads this file as the model's code.
 """
 
 import base64
@@ -17,15 +17,13 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UN
 from mlflow.pyfunc import PythonModel
 
 SHOWN = 80
-"""Characters of a row that an error names: base64 may be megabytes."""
+"""Characters of a row in an error: base64 may be megabytes."""
 NAMED = 5
-"""Rows that an error names."""
+"""Rows in an error."""
 MOST_ROWS = 256
-"""Rows of a request to a server: all of them wait for the last."""
-MOST_BEAMS = 16
-"""Beams that a server keeps an image: the memory of decoding grows with them …"""
-MOST_TOKENS = 200
-"""… and with the tokens of the longest caption."""
+"""Rows of a request to a server: all of them wait for the last one."""
+LIMITS = {"num_beams": 16, "max_new_tokens": 200}
+"""Highest values, in a request to a server, of options with which the memory of decoding grows."""
 
 
 class Refused(MlflowException):
@@ -34,12 +32,11 @@ class Refused(MlflowException):
 
     def __init__(self, message: str, error_code: int = INVALID_PARAMETER_VALUE) -> None:
         super().__init__(message, error_code)
-        self.said = message
+        self.reason = message
 
     def serialize_as_json(self) -> str:
-        """Return the answer's body; MLflow's server puts all of the request's data before the
-        message."""
-        return json.dumps({"error_code": self.error_code, "message": self.said})
+        """Return the answer's body; MLflow's server puts the whole request before the message."""
+        return json.dumps({"error_code": self.error_code, "message": self.reason})
 
 
 class CaptionerModel(PythonModel):
@@ -53,105 +50,93 @@ class CaptionerModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """Return a caption for each row of the first column; `Refused` names the rows that are no
-        images."""
+        """Return a caption for each row of the first column.
+
+        Raises:
+            Refused: some rows are no images, which the message names; or options are out of range.
+        """
         from model_lib.errors import UserError, WorkError
         from model_lib.model.captioning import caption_each
         from model_lib.model.config import DecodeConfig
 
         try:
             config = DecodeConfig.from_options(**(params or {}))
-            _require_modest(len(model_input), config)
-            rows = [_allowed(_image(row)) for row in model_input.iloc[:, 0]]
+            _require_limits(len(model_input), config)
+            rows = [_decode_row(row) for row in model_input.iloc[:, 0]]
             results = list(caption_each(self.model, rows, config, redirects=False))
         except UserError as error:
             raise Refused(str(error)) from error
-        captions, problems = [], []
+        captions: list[str] = []
+        problems: dict[str, bool] = {}  # and whether asking again may help
         for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
             if isinstance(result, list):
                 captions.append(result[0].text)
             else:
-                problems.append(
-                    (
-                        f"row {number} of {len(rows)}: {_said(row, result)}",
-                        isinstance(result, WorkError),
-                    )
-                )
+                message = f"row {number} of {len(rows)}: {_describe(row, result)}"
+                problems[message] = isinstance(result, WorkError)
         if problems:
-            more = [f"{len(problems) - NAMED} more rows"] if len(problems) > NAMED else []
-            said = "; ".join([text for text, _ in problems[:NAMED]] + more)
-            passing = all(
-                passing for _, passing in problems
-            )  # if any row is wrong, asking again is of no use
-            raise Refused(said, TEMPORARILY_UNAVAILABLE if passing else INVALID_PARAMETER_VALUE)
+            messages = [*problems][:NAMED]
+            if len(problems) > NAMED:
+                messages.append(f"{len(problems) - NAMED} more rows")
+            is_transient = all(problems.values())
+            code = TEMPORARILY_UNAVAILABLE if is_transient else INVALID_PARAMETER_VALUE
+            raise Refused("; ".join(messages), code)
         return captions
 
 
-def _require_modest(rows: int, config: Any) -> None:
-    """Raise `UserError` if a stranger asks for more than a server does at once."""
+def _require_limits(rows: int, config: Any) -> None:
+    """Raise `UserError` if a request to a server asks for too much at once."""
     from model_lib.io.url_policy import is_serving
     from model_lib.options import require
 
     if is_serving():
-        many = (
-            f"{rows} rows: are more than the {MOST_ROWS} that a request may have here; send several"
-        )
-        require(rows <= MOST_ROWS, many)
-        for name, most in (("num_beams", MOST_BEAMS), ("max_new_tokens", MOST_TOKENS)):
-            asked = getattr(config, name)
-            require(
-                asked <= most,
-                f"{name}: {asked} is more than the {most} that a request may have here",
-            )
+        limit = f"more than the {MOST_ROWS} that a request may have here; send several"
+        require(rows <= MOST_ROWS, f"{rows} rows: are {limit}")
+        for name, most in LIMITS.items():
+            value = getattr(config, name)
+            limit = f"more than the {most} that a request may have here"
+            require(value <= most, f"{name}: {value} is {limit}")
 
 
-def _image(row: Any) -> Any:
-    """Return the bytes that base64 stands for (bare, with line breaks, or a data URI); a path or
-    URI unchanged."""
+def _decode_row(row: Any) -> Any:
+    """Return the image in a row's base64 (bare, with line breaks, or a data URI) as bytes; a path
+    or URI unchanged; or the error of a row that is neither, or that a server does not open."""
     from model_lib.errors import UserError
     from model_lib.io.images import is_image
+    from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
 
     if not isinstance(row, str) or not row.strip():
         return UserError("is not the path, URI or base64 of an image")
-    encoded = "".join((row.partition(",")[2] if row.startswith("data:") else row).split())
+    is_data = row.startswith("data:")
+    encoded = "".join((row.partition(",")[2] if is_data else row).split())
     try:
         content = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
-        return UserError("a data URI, but not of base64") if row.startswith("data:") else row
-    if is_image(content):
-        return content
-    # A path may be valid base64 by chance, but then it is short.
-    return (
-        row
-        if len(row) < 4 * SHOWN and not row.startswith("data:")
-        else UserError("base64, but not of an image")
-    )
-
-
-def _allowed(row: Any) -> Any:
-    """Return a row unchanged, or why a server does not open it for whoever asks."""
-    from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
-
-    if isinstance(row, str) and is_serving():
-        try:
+        if is_data:
+            return UserError("a data URI, but not of base64")
+    else:
+        if is_image(content):
+            return content
+        # A path may be valid base64 by chance, but then it is short.
+        if is_data or len(row) >= 4 * SHOWN:
+            return UserError("base64, but not of an image")
+    try:
+        if is_serving():
             require_allowed(row)
-        except UrlNotAllowed as error:
-            return error
+    except UrlNotAllowed as error:
+        return error
     return row
 
 
-def _said(row: Any, problem: Exception) -> str:
+def _describe(row: Any, problem: Exception) -> str:
+    """Return what is wrong with a row, in one line."""
     from model_lib.io.images import ImageError
 
     message = " ".join(str(problem).split())
-    if isinstance(row, str):
-        short = row if len(row) <= SHOWN else f"{row[: SHOWN // 2]}…{row[-SHOWN // 2 :]}"
-        message = (
-            f"{short}: {message}"
-            if isinstance(problem, ImageError)
-            else message.replace(row, short)
-        )
-    return message
+    if not isinstance(row, str):
+        return message
+    short = row if len(row) <= SHOWN else f"{row[: SHOWN // 2]}…{row[-SHOWN // 2 :]}"
+    return f"{short}: {message}" if isinstance(problem, ImageError) else message.replace(row, short)
 
 
 mlflow.models.set_model(CaptionerModel())

@@ -1,1 +1,3 @@
-"""What only a pipeline does: its first and its last step, and what it makes of its candidates."""
+"""Parts of a pipeline's steps that no other command has: preflight, candidates, outcome, closing.
+
+Nothing here imports kfp."""

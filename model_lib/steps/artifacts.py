@@ -1,4 +1,4 @@
-"""What a step writes of its artifacts for the pages of Kubeflow Pipelines."""
+"""Artifacts of a step, for the pages of Kubeflow Pipelines."""
 
 import math
 from typing import Any
@@ -7,25 +7,23 @@ from model_lib.io.storage import write_bytes
 
 
 def set_metadata(artifact: Any, **values: Any) -> None:
-    """Set an artifact's metadata, without what is None or not finite.
+    """Set an artifact's metadata, without values that are None or not finite, at any depth.
 
-    Kubeflow Pipelines (2.17) refuses such values only once the step's work is done, and then fails
-    the step.
+    Kubeflow Pipelines (2.17) refuses these after the step's work, and then fails the step.
 
     Args:
         artifact: of kfp.
-        values: by name, as JSON has them: also lists and dictionaries, which may hold more of them.
+        values: JSON values by name.
     """
     artifact.metadata.update(_storable(values))
 
 
 def write_model(artifact: Any, *, model: str, **values: Any) -> None:
-    """Write where a model lies into its artifact, which people see, and into the metadata beside
-    `values`.
+    """Write a model's source into its artifact, which people see, and into its metadata.
 
-    The artifact's own URI cannot lead there: the launcher of Kubeflow Pipelines (2.17) fails a step
-    after its work if an artifact lies outside of the run's own folder, and inside it would be a
-    copy of gigabytes.
+    The artifact's own URI cannot be the model's: the launcher of Kubeflow Pipelines (2.17) fails a
+    step after its work if an artifact is outside of the run's folder, and inside it would be a copy
+    of gigabytes.
     """
     write_bytes(artifact.path, f"{model}\n".encode())
     set_metadata(artifact, model=model, **values)

@@ -1,5 +1,4 @@
-"""Candidates' configurations: from a pipeline's parameters, checked, and as documents with a keyed
-place for each."""
+"""Candidates' configurations: from a pipeline's parameters to documents with an output for each."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,12 +13,11 @@ from model_lib.train.config import TrainConfig, resolve
 
 def require_same_data(data: str, fingerprint: str) -> None:
     """Raise `UserError` if the data set at `data` is not the one that this run ingested."""
-    found = read_manifest(data).fingerprint
-    if found != fingerprint:
+    present = read_manifest(data).fingerprint
+    if present != fingerprint:
         raise UserError(
-            f"{data}: holds data {found[:12]} instead of the {fingerprint[:12]} that this run "
-            "ingested; another run "
-            "wrote there since: give each run a data_output of its own"
+            f"{data}: holds data {present[:12]} instead of the {fingerprint[:12]} that this run "
+            "ingested; another run wrote there since: give each run a data_output of its own"
         )
 
 
@@ -27,28 +25,23 @@ def candidate_configs(candidates: Any, **common: Any) -> list[TrainConfig]:
     """Return each candidate's configuration, with placeholders for data and output.
 
     Args:
-        candidates: each one's own options, over the common ones.
+        candidates: options of each candidate, which override the common ones.
         common: options from the pipeline's form; 0 and "" stand for None, the preset's value.
 
     Raises:
         UserError: an option is unknown or out of range, or two candidates have one name.
     """
-    if (
-        not isinstance(candidates, list)
-        or not candidates
-        or not all(isinstance(c, dict) for c in candidates)
-    ):
-        raise UserError(
-            'candidates: expected a JSON list of objects, [{"name": "a", "learning_rate": 1e-3}]'
-        )
+    is_list = isinstance(candidates, list) and len(candidates) > 0
+    if not is_list or not all(isinstance(candidate, dict) for candidate in candidates):
+        example = '[{"name": "a", "learning_rate": 1e-3}]'
+        raise UserError(f"candidates: expected a JSON list of objects, {example}")
     form = {name: value for name, value in common.items() if value}
     configs = []
     for candidate in candidates:
-        for fixed in ("data", "output"):
-            if fixed in candidate:
-                raise UserError(
-                    f"candidate {candidate}: {fixed} is set by the pipeline; leave it out"
-                )
+        for name in ("data", "output"):
+            if name in candidate:
+                message = f"{name} is set by the pipeline; leave it out"
+                raise UserError(f"candidate {candidate}: {message}")
         options = form | candidate | {"data": "-", "output": "-"}
         configs.append(TrainConfig.from_options(**options))
     names = [config.name for config in configs]
@@ -65,19 +58,17 @@ def configure_candidates(
     candidates: list[dict[str, Any]],
     **common: Any,
 ) -> list[dict[str, Any]]:
-    """Return each candidate's configuration as a document: `{"fingerprint", "options",
-    "cache_key"}`.
+    """Return each candidate's configuration as a document {"fingerprint", "options", "cache_key"}.
 
-    Its output is keyed by what shapes the result, so that a retry and a rerun find the same
-    checkpoints, and another configuration or other data never does.
+    The name of its output contains a hash of its options and data. A retry and a rerun find the
+    same checkpoints; another configuration or other data does not.
 
     Args:
         data: the data set's manifest.
         fingerprint: the data set's.
-        root: folder or URI under which candidates are kept.
-        cache_key: any text; another one lets Kubeflow Pipelines, which looks at the document, run
-            the steps again.
-        candidates: each one's own options, over the common ones.
+        root: folder or URI of the candidates' outputs.
+        cache_key: any text; with another one Kubeflow Pipelines does not take steps from its cache.
+        candidates: options of each candidate, which override the common ones.
         common: see `candidate_configs`.
 
     Raises:
@@ -90,14 +81,13 @@ def configure_candidates(
         config = resolve(config)
         output = storage.join(root, f"{config.name}-{config.key(fingerprint)}")
         options = replace(config, data=data, output=output).to_dict()
-        given = {name: value for name, value in options.items() if value is not None}
-        documents.append({"fingerprint": fingerprint, "options": given, "cache_key": cache_key})
+        options = {name: value for name, value in options.items() if value is not None}
+        documents.append({"fingerprint": fingerprint, "options": options, "cache_key": cache_key})
     return documents
 
 
 def candidate_config(document: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration in a candidate's document; `UserError` if its data set is not the
-    same any more."""
+    """Return the configuration in a candidate's document; `UserError` if its data set changed."""
     config = TrainConfig.from_options(**document["options"])
     require_same_data(config.data, document["fingerprint"])
     return config

@@ -1,9 +1,8 @@
-"""The end of a pipeline run: its MLflow runs are ended and a webhook is told, by the last step or
-by the exit handler.
+"""The end of a pipeline run: its MLflow runs are ended, and a webhook is notified.
 
-The last step does it for a run that succeeded, the exit handler for the others: Kubeflow Pipelines
-(2.17) runs that once, so not again after a *Retry* that succeeded, and not at all where Argo gives
-a workflow up.
+The last step does it for a run that succeeded, the exit handler for the others. Kubeflow Pipelines
+(2.17) runs the exit handler once: not again after a *Retry* that succeeded, and not at all where
+Argo gives a workflow up.
 """
 
 import http.client
@@ -23,31 +22,31 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 SUCCEEDED, FAILED, UNKNOWN = "SUCCEEDED", "FAILED", "UNKNOWN"
 COMPLETE = ("COMPLETE", "SUCCEEDED")
-"""What Kubeflow Pipelines calls a run that got to its end, and kfp.local."""
+"""States of a run that succeeded, in Kubeflow Pipelines and in kfp.local."""
 
 
 def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> None:
-    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL, if there is one; at
-    most once each.
+    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL.
+
+    Called again, it notifies no second time.
 
     Args:
         run_name: the pipeline run's name.
-        tracking: where its runs are.
-        last: whether the step that calls it is the run's last; else nothing is done.
+        tracking: of its runs.
+        last: whether the calling step is the run's last; else nothing is done.
     """
     if last:
         _end(run_name, SUCCEEDED, tracking)
 
 
 def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tracking]) -> None:
-    """End the MLflow runs that a pipeline run left open, as failed, and notify WEBHOOK_URL of what
-    it does not know.
+    """End as failed the MLflow runs that a pipeline run left open, and notify WEBHOOK_URL unless
+    that was done.
 
     Args:
         run_name: the pipeline run's name.
-        kfp_state: as Kubeflow Pipelines (2.17) gives it to an exit handler: that of its
-            bookkeeping, RUNNING still where the last steps were skipped or cached. It counts where
-            MLflow does not know.
+        kfp_state: as Kubeflow Pipelines (2.17) gives it to an exit handler: still RUNNING where the
+            last steps were skipped or cached. It counts only where MLflow does not know.
         find_tracking: returns the tracking; called here, as it may fail.
     """
     try:
@@ -55,11 +54,11 @@ def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tr
         if tracking.parent() is not None:
             _end(run_name, SUCCEEDED if tracking.succeeded() else FAILED, tracking)
             return
-        state = FAILED  # the first step makes the run, or ends the pipeline
+        state = FAILED  # the first step creates the run, or fails
     except Exception as error:  # MLflow may be why the run failed
-        log.warning("MLflow's runs were not closed: %s", printable(first_line(error)))
+        log.warning("MLflow's runs were not ended: %s", printable(first_line(error)))
         state = FAILED if kfp_state == FAILED else UNKNOWN
-    if kfp_state not in COMPLETE:  # else the last step has said so
+    if kfp_state not in COMPLETE:  # else the last step has notified
         _notify(run_name, state, None)
 
 
@@ -68,27 +67,25 @@ def _end(run_name: str, state: str, tracking: Tracking) -> None:
     if tracking.notified() != state and _notify(run_name, state, address):
         try:
             tracking.set_notified(state)
-        except Exception as error:  # at worst it is told a second time
-            log.warning(
-                "MLflow does not know that the webhook was told: %s", printable(first_line(error))
-            )
+        except Exception as error:  # at worst it is notified a second time
+            log.warning("the notification is not in MLflow: %s", printable(first_line(error)))
 
 
 def _notify(run_name: str, state: str, address: str | None) -> bool:
-    """Post the outcome to WEBHOOK_URL: `text` for chat rooms, and its parts; return whether it was
-    taken."""
+    """Post the outcome to WEBHOOK_URL, as `text` for chat rooms and its parts.
+
+    Return whether the webhook accepted it.
+    """
     webhook = os.environ.get("WEBHOOK_URL")
     if not webhook:
         return False
-    text = f"captioner: {run_name} " + (
-        "ended, MLflow does not say how" if state == UNKNOWN else state.lower()
-    )
-    document = {"run": run_name, "state": state, "mlflow": address}
-    return _post(webhook, {**document, "text": text + (f" ({address})" if address else "")})
+    outcome = "ended, MLflow does not say how" if state == UNKNOWN else state.lower()
+    text = f"captioner: {run_name} {outcome}" + (f" ({address})" if address else "")
+    return _post(webhook, {"run": run_name, "state": state, "mlflow": address, "text": text})
 
 
 def _post(webhook: str, document: dict[str, Any]) -> bool:
-    """Post JSON; return whether it was taken. The address is a secret, so it is not in the log."""
+    """Post JSON; return whether it was accepted. The log does not show the address, a secret."""
     for attempt in range(ATTEMPTS):
         try:
             request = urllib.request.Request(
@@ -96,13 +93,12 @@ def _post(webhook: str, document: dict[str, Any]) -> bool:
             )
             with urllib.request.urlopen(request, timeout=10):
                 return True
-        except (OSError, ValueError, http.client.HTTPException) as failure:
-            if isinstance(failure, urllib.error.HTTPError):
-                reason = f"status {failure.code}"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                reason = f"status {error.code}"
             else:
-                reason = type(getattr(failure, "reason", failure)).__name__
-            log.warning(
-                "the webhook did not take the outcome (attempt %d): %s", attempt + 1, reason
-            )
+                reason = type(getattr(error, "reason", error)).__name__
+            message = "the webhook did not accept the outcome (attempt %d): %s"
+            log.warning(message, attempt + 1, reason)
             time.sleep(2**attempt)
     return False

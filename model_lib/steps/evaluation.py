@@ -1,6 +1,6 @@
-"""Evaluating in a pipeline: a candidate, or the champion on the same data, in a folder keyed by
-data and options."""
+"""Evaluating in a pipeline: a candidate, or the champion on the same data."""
 
+from dataclasses import replace
 from typing import Any
 
 from model_lib.data.shards import read_manifest
@@ -17,21 +17,20 @@ from model_lib.tracking.server import NO_TRACKING, Tracking, require_mlflow
 def evaluate_model(
     model: str, data: str, root: str, tracking: Tracking, **options: Any
 ) -> tuple[Evaluation, str]:
-    """Evaluate a model; return the evaluation and its folder under `root`, keyed by data and
-    options."""
+    """Evaluate a model; return the evaluation and its folder under `root`.
+
+    The folder's name contains a hash of the options and the data.
+    """
     config = EvaluateConfig.from_options(model=model, data=data, output=root, **options)
     folder = storage.join(root, f"evaluation-{config.key(read_manifest(data).fingerprint)}")
-    return evaluate(
-        EvaluateConfig.from_options(model=model, data=data, output=folder, **options), tracking
-    ), folder
+    return evaluate(replace(config, output=folder), tracking), folder
 
 
 def evaluate_champion(data: str, root: str, tracking: Tracking, **options: Any) -> str:
-    """Evaluate the present champion on `data`; return its evaluation's folder, or none if there is
+    """Evaluate the champion on `data`; return its evaluation's folder, `NO_CHAMPION` if there is
     no champion yet."""
     version = champion_version(require_mlflow(tracking).uri)
     if version is None:
         return NO_CHAMPION
-    return evaluate_model(
-        version_uri(version), data, storage.join(root, "champions"), NO_TRACKING, **options
-    )[1]
+    root = storage.join(root, "champions")
+    return evaluate_model(version_uri(version), data, root, NO_TRACKING, **options)[1]

@@ -1,37 +1,36 @@
-"""What a step knows of its run, and of other runs, of the Kubeflow Pipelines server that started
-its pod."""
+"""A step's own run and other runs of the Kubeflow Pipelines server that started its pod."""
 
-import http.client
 import json
 import os
+import urllib.error
 import urllib.request
 
 TIMEOUT = 5.0
-"""Seconds for which an answer is waited for."""
+"""Seconds to wait for an answer."""
 
 
 def run_title(name: str) -> str:
-    """Return a run's name for people: its workflow's if it has none, as scheduled runs in Kubeflow
-    Pipelines (2.17)."""
+    """Return a run's name for people; that of its workflow if it has none, as a scheduled run in
+    Kubeflow Pipelines (2.17)."""
     return name or os.environ.get("KFP_WORKFLOW", "")
 
 
 def run_state(run_id: str) -> str | None:
-    """Return a run's state, "SUCCEEDED" or "RUNNING" …; None where no server knows it: it may be
-    another cluster's.
+    """Return a run's state, such as SUCCEEDED or RUNNING; None if there is no server, or it has no
+    such run: it may be another cluster's.
 
-    The server is found as Kubernetes tells a pod of a service in its namespace.
+    The server is found by the variables that Kubernetes sets for a service in the pod's namespace.
+
+    Raises:
+        OSError: the server does not answer.
     """
-    host, port = (
-        os.environ.get("ML_PIPELINE_SERVICE_HOST"),
-        os.environ.get("ML_PIPELINE_SERVICE_PORT"),
-    )
+    host = os.environ.get("ML_PIPELINE_SERVICE_HOST")
+    port = os.environ.get("ML_PIPELINE_SERVICE_PORT")
     if not host or not port:
         return None
+    url = f"http://{host}:{port}/apis/v2beta1/runs/{run_id}"
     try:
-        with urllib.request.urlopen(
-            f"http://{host}:{port}/apis/v2beta1/runs/{run_id}", timeout=TIMEOUT
-        ) as answer:
-            return str(json.load(answer)["state"])
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            return str(json.load(response)["state"])
+    except (urllib.error.HTTPError, ValueError, KeyError):
         return None

@@ -16,13 +16,10 @@ def decision_markdown(registered: Registered, tracking: Tracking) -> str:
     for candidate in registered.candidates:
         run_id = candidate["mlflow_run_id"]
         address = tracking.run_url(run_id) if run_id else None
-        shown = f"[{candidate['name']}]({address})" if address else candidate["name"]
-        rows.append(f"| {shown} | {' | '.join(f'{candidate[name]:.4f}' for name in names)} |")
-    head = (
-        f"## Version {registered.version} ({registered.winner}) "
-        f"{registered.fate}\n\n{registered.reason}\n\n"
-    )
-    return head + "\n".join(rows) + "\n"
+        title = f"[{candidate['name']}]({address})" if address else candidate["name"]
+        rows.append(f"| {title} | {' | '.join(f'{candidate[name]:.4f}' for name in names)} |")
+    heading = f"## Version {registered.version} ({registered.winner}) {registered.outcome}"
+    return "\n\n".join([heading, registered.reason, "\n".join(rows)]) + "\n"
 
 
 def log_outcome(registered: Registered, tracking: Tracking) -> None:
@@ -41,11 +38,10 @@ def log_outcome(registered: Registered, tracking: Tracking) -> None:
 
 
 def serving_model(registered: Registered) -> str:
-    """Return the champion's model URI, for the steps that follow; `WorkError` if none serves."""
+    """Return the champion's model URI for the steps that follow; `WorkError` if there is none."""
     if not registered.champion_version:
         raise WorkError(
-            f"models:/{MODEL}@{CHAMPION}: nothing serves: the champion was removed while its "
-            f"successor was evaluated, and version {registered.version} is a challenger; "
-            "submit the run again"
+            f"models:/{MODEL}@{CHAMPION}: there is no champion: it was removed while its successor "
+            f"was evaluated, and version {registered.version} is a challenger; submit the run again"
         )
     return version_uri(registered.champion_version)

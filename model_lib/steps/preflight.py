@@ -1,8 +1,7 @@
-"""What a pipeline needs, checked before anything is started: all that is missing is named at once,
-within a minute.
+"""Checks of everything that a pipeline needs, before it starts; one message names all problems.
 
-Every check is tried even if others failed, each in a thread of its own, because a bucket or server
-that cannot be reached tends not to answer at all.
+Each check runs in a thread of its own, because a bucket or server that cannot be reached tends not
+to answer at all. Together they take less than a minute.
 """
 
 import os
@@ -20,43 +19,45 @@ from model_lib.io import storage
 from model_lib.io.errors import is_transient
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
+from model_lib.registry.model_uris import require_version
 from model_lib.train.config import TrainConfig
 from model_lib.train.trainjob import Machines, require_trainer
 
+Check = Callable[[], None]
+"""Raises an error if something is missing."""
 TIMEOUT = 40.0
-"""Seconds after which a check that has no answer counts as failed."""
+"""Seconds after which a check without an answer counts as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What must be there before a pipeline starts; empty strings are left out."""
+    """Everything that a pipeline needs; empty strings are left out."""
 
     dataset: str = ""
-    """Folder or URI in COCO's layout, or with its archives, that is read."""
+    """Folder or URI in COCO's layout, or with its archives, to read."""
     folders: Sequence[str] = ()
-    """Folders or URIs that are read."""
+    """Folders or URIs to read."""
     outputs: Sequence[str] = ()
-    """Folders or URIs that are written."""
+    """Folders or URIs to write."""
     weights: Sequence[str] = ()
     """Models: hub names, folders, URIs or `models:/…`."""
     tokenizers: Sequence[str] = ()
-    """Tokenizers that lie apart from their models: hub names, folders or URIs."""
+    """Tokenizers apart from their models: hub names, folders or URIs."""
     candidates: Sequence[TrainConfig] = ()
-    """Candidates that are trained …"""
+    """Candidates to train."""
     machines: Machines | None = None
-    """… and the machines that train each: more than one need Kubeflow Trainer."""
+    """Machines on which each is trained; more than one need Kubeflow Trainer."""
     pairs: Mapping[str, str] = field(default_factory=dict)
-    """Parameters by name, of which all or none are to be given."""
+    """Parameters by name: either all are set or none."""
     secret: str = "captioner"
-    """Name of the Kubernetes secret from which the steps' environment comes …"""
+    """Name of the Kubernetes secret with the steps' variables."""
     keys: Sequence[str] = ()
-    """… and the keys that it must have."""
+    """Keys that the secret must have."""
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
 
 def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list[str]]:
-    """Return the sources of the weights, and of the tokenizers apart, that the candidates start
-    from."""
+    """Return the sources of the weights, and of tokenizers apart, from which candidates start."""
     weights: set[str] = set()
     tokenizers: set[str] = set()
     for config in candidates:
@@ -70,14 +71,13 @@ def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list
 
 
 def require_evaluation(policy: Policy, **evaluating: Any) -> None:
-    """Raise `UserError` if the options of evaluating are out of range, or do not give the score
-    that decides."""
-    given = {name: value for name, value in evaluating.items() if value != ""}
-    config = EvaluateConfig.from_options(model="-", data="-", output="-", **given)
+    """Raise `UserError` if the options of evaluating are out of range, or do not give the deciding
+    score."""
+    options = {name: value for name, value in evaluating.items() if value != ""}
+    config = EvaluateConfig.from_options(model="-", data="-", output="-", **options)
     if policy.metric == "SPICE":
-        raise UserError(
-            "register_metric SPICE: is not computed in a pipeline; choose another score"
-        )
+        message = "is not computed in a pipeline; choose another score"
+        raise UserError(f"register_metric SPICE: {message}")
     if policy.metric.endswith("CLIPScore") and config.clip is None:
         raise UserError(f"register_metric {policy.metric}: needs eval_clip")
 
@@ -90,69 +90,68 @@ def preflight(needs: Needs) -> None:
         WorkError: nothing is known to be missing, but a server failed or did not answer, which may
             pass.
     """
-    trainer: list[tuple[str, Callable[[], None]]] = []
-    if needs.machines is not None and needs.machines.nodes > 1:
-        trainer = [("Kubeflow Trainer", partial(require_trainer, needs.candidates, needs.machines))]
-    checks: list[tuple[str, Callable[[], str | None]]] = [
-        ("MLflow", partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))),
-        *(
-            [(f"reading {needs.dataset}", partial(_dataset, needs.dataset))]
-            if needs.dataset
-            else []
-        ),
-        *((f"reading {folder}", partial(_readable, folder)) for folder in needs.folders if folder),
-        *(
-            (f"writing to {output}", partial(storage.require_writable, output))
-            for output in needs.outputs
-            if output
-        ),
-        *((f"weights {source}", partial(_weights, source)) for source in needs.weights if source),
-        *((f"tokenizer {source}", partial(_tokenizer, source)) for source in needs.tokenizers),
-        *trainer,
-    ]
+    secret = f"secret {needs.secret}: no key"
     missing = [
-        f"secret {needs.secret}: no key {key} in the pipeline's namespace, or none that the steps "
-        "read"
+        f"{secret} {key} in the pipeline's namespace, or none that the steps read"
         for key in needs.keys
         if not needs.environment.get(key)
     ]
     if any(needs.pairs.values()):
         missing += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
-    outcomes: list[UserError | WorkError | None] = [
-        WorkError(f"{name}: no answer within {TIMEOUT:.0f} seconds") for name, _ in checks
-    ]
-
-    def attempt(number: int, name: str, check: Callable[[], str | None]) -> None:
-        try:
-            problem = check()
-            outcomes[number] = UserError(problem) if problem else None
-        except (UserError, WorkError) as error:
-            outcomes[number] = error
-        except Exception as error:  # whatever a driver raises: its reason is the answer
-            outcomes[number] = WorkError(f"{name}: {type(error).__name__}: {first_line(error)}")
-
-    # Daemons, so that one which hangs does not keep the step from ending.
-    threads = [
-        threading.Thread(target=attempt, args=(number, *check), daemon=True)
-        for number, check in enumerate(checks)
-    ]
-    deadline = time.monotonic() + TIMEOUT
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    problems = [outcome for outcome in outcomes if outcome is not None]
+    problems = _run_checks(_checks(needs))
     if missing or problems:
         is_mistake = missing or any(isinstance(problem, UserError) for problem in problems)
-        raise (UserError if is_mistake else WorkError)("; ".join([*missing, *map(str, problems)]))
+        message = "; ".join([*missing, *map(str, problems)])
+        raise UserError(message) if is_mistake else WorkError(message)
 
 
-def _readable(folder: str) -> str | None:
-    return (
-        None
-        if storage.exists(folder)
-        else f"{folder}: not there, or these credentials may not see it"
-    )
+def _checks(needs: Needs) -> dict[str, Check]:
+    checks: dict[str, Check] = {
+        "MLflow": partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))
+    }
+    if needs.dataset:
+        checks[f"reading {needs.dataset}"] = partial(_dataset, needs.dataset)
+    for folder in filter(None, needs.folders):
+        checks[f"reading {folder}"] = partial(_readable, folder)
+    for output in filter(None, needs.outputs):
+        checks[f"writing to {output}"] = partial(storage.require_writable, output)
+    for source in filter(None, needs.weights):
+        checks[f"weights {source}"] = partial(_weights, source)
+    for source in needs.tokenizers:
+        checks[f"tokenizer {source}"] = partial(_tokenizer, source)
+    if needs.machines is not None and needs.machines.nodes > 1:
+        checks["Kubeflow Trainer"] = partial(require_trainer, needs.candidates, needs.machines)
+    return checks
+
+
+def _run_checks(checks: Mapping[str, Check]) -> list[Exception]:
+    """Run all checks at the same time; return their errors."""
+    problems: dict[str, Exception | None] = {
+        name: WorkError(f"{name}: no answer within {TIMEOUT:.0f} seconds") for name in checks
+    }
+
+    def attempt(name: str, check: Check) -> None:
+        try:
+            check()
+            problems[name] = None
+        except (UserError, WorkError) as error:
+            problems[name] = error
+        except Exception as error:  # of any driver
+            problems[name] = WorkError(f"{name}: {type(error).__name__}: {first_line(error)}")
+
+    # Daemons: one that hangs must not keep the step from ending.
+    threads = [threading.Thread(target=attempt, args=item, daemon=True) for item in checks.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + TIMEOUT
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return [problem for problem in problems.values() if problem is not None]
+
+
+def _readable(folder: str) -> None:
+    if not storage.exists(folder):
+        raise UserError(f"{folder}: not there, or these credentials may not see it")
 
 
 def _dataset(dataset: str) -> None:
@@ -174,46 +173,41 @@ def _tracking(uri: str | None) -> None:
         raise kind(f"MLflow at {uri}: {first_line(error)}") from error
 
 
-def _weights(source: str) -> str | None:
+def _weights(source: str) -> None:
     if source.startswith("models:/"):
-        from model_lib.registry.model_uris import require_version
-
         require_version(source)
-        return None
-    if "://" not in source and not storage.exists(source):
-        return _on_hub(source)
-    names = storage.list_names(source)
-    whole = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    return None if whole else f"{source}: holds no model (config.json and safetensors weights)"
+    elif "://" not in source and not storage.exists(source):
+        _require_on_hub(source)
+    else:
+        names = storage.list_names(source)
+        has_weights = any(name.endswith(".safetensors") for name in names)
+        if "config.json" not in names or not has_weights:
+            raise UserError(f"{source}: holds no model (config.json and safetensors weights)")
 
 
-def _tokenizer(source: str) -> str | None:
+def _tokenizer(source: str) -> None:
     if "://" not in source and not storage.exists(source):
-        return _on_hub(source)
+        _require_on_hub(source)
+        return
     names = set(storage.list_names(source))
-    whole = "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names
-    return (
-        None
-        if whole
-        else f"{source}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
-    )
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        files = "tokenizer.json, or vocab.json and merges.txt"
+        raise UserError(f"{source}: holds no tokenizer ({files})")
 
 
-def _on_hub(name: str) -> str | None:
+def _require_on_hub(name: str) -> None:
     """Ask the hub for a repository's configuration."""
     from huggingface_hub import file_exists
     from huggingface_hub.errors import RepositoryNotFoundError
 
     remedy = "mirror it into the bucket and name that URI, or let the cluster reach the hub"
     try:
-        found = file_exists(name, "config.json")
-    except RepositoryNotFoundError:
-        return (
-            f"{name}: no such folder, and no such model on the hub (or HF_TOKEN may not read it); "
-            f"{remedy}"
-        )
+        exists = file_exists(name, "config.json")
+    except RepositoryNotFoundError as error:
+        problem = "no such folder, and no such model on the hub (or HF_TOKEN may not read it)"
+        raise UserError(f"{name}: {problem}; {remedy}") from error
     except Exception as error:
-        raise WorkError(
-            f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}"
-        ) from error
-    return None if found else f"{name}: that hub repository holds no model"
+        problem = f"the hub cannot be reached ({type(error).__name__})"
+        raise WorkError(f"{name}: {problem}; {remedy}") from error
+    if not exists:
+        raise UserError(f"{name}: that hub repository holds no model")

@@ -64,12 +64,12 @@ class MlflowRun(Run):
     def _begin(self) -> None:
         from mlflow.entities import Param, RunTag
 
-        self.finished = False
         params = [Param(name, str(value)[:6000]) for name, value in self.params.items()]
         tags = [RunTag(name, value) for name, value in self.tags.items()]
         with mlflow_errors(self.server):
             self.client.update_run(self.run_id, status="RUNNING")
             self.client.log_batch(self.run_id, params=params, tags=tags)
+        self.finished = False
         self.stack.enter_context(fail_fast())
         # A daemon: a call that hangs must not keep the process from ending.
         self.uploader = threading.Thread(target=self._keep_uploading, name="mlflow", daemon=True)

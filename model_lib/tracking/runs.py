@@ -7,7 +7,8 @@ from model_lib.errors import UserError, WorkError
 from model_lib.tracking.metrics import MetricsFile
 
 RunState = Callable[[str], str | None]
-"""Returns the state of a pipeline run, given its id in Kubeflow, or None if it is not known."""
+"""Returns the state of a pipeline run, given its id in Kubeflow, or None if Kubeflow does not know
+it. Raises OSError if Kubeflow does not answer."""
 
 
 def unknown_state(run_id: str) -> str | None:

@@ -190,13 +190,18 @@ class MlflowTracking(Tracking):
         it is running all the same, its steps still end their runs as they would have.
         """
         oldest = int(time.time() * 1000) - ABANDONED * 24 * 3600 * 1000
-        run_state = functools.cache(run_state)  # a pipeline run has several
+        states: dict[str, str | None] = {}  # a pipeline run has several runs
         for run in list(self._search("attributes.status = 'RUNNING'")):
             tags, run_id = run.data.tags, str(run.info.run_id)
             pipeline = tags.get(PIPELINE_RUN_TAG)
             if pipeline in (None, self.pipeline_run_id) or VERSION_TAG not in tags:
                 continue
-            state = run_state(pipeline)
+            if pipeline not in states:
+                try:
+                    states[pipeline] = run_state(pipeline)
+                except OSError:  # it does not answer: ask no more
+                    states[pipeline], run_state = None, unknown_state
+            state = states[pipeline]
             if state is None and run.info.start_time < oldest:
                 state = "FAILED"
             if state not in ENDED:

@@ -13,6 +13,7 @@ from typing import Any
 from model_lib.exits import catch_signals
 from model_lib.io import storage
 from model_lib.options import as_arguments, require
+from model_lib.tracking.server import FROM_SECRET
 from model_lib.train.config import TrainConfig
 from model_lib.train.job_view import follow
 from model_lib.train.kubernetes import GROUP, NODE, VERSION, Cluster
@@ -23,7 +24,7 @@ again and again."""
 MANAGER = "captioner.example/train"
 """Manager of our patch of the runtime; Kubeflow Trainer's webhook requires a domain and a path."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
-"""Variables of the step that its machines need too; what is in the secret comes from there."""
+"""Variables of the step that its machines need too, unless they have them from the secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,12 @@ def job_document(
     resources = {"memory": f"{machines.memory}Gi"}
     if gpus:
         resources[machines.gpu_resource] = str(gpus)
-    variables: list[dict[str, Any]] = [
-        {"name": name, "value": os.environ[name]} for name in PASSED_ON if name in os.environ
-    ]
+    variables: list[dict[str, Any]] = []
+    for key in PASSED_ON:
+        value = os.environ.get(key)
+        # A step that adopted its secret's variables has them under these names as well.
+        if value is not None and value != os.environ.get(FROM_SECRET + key):
+            variables.append({"name": key, "value": value})
     for key, variable in machines.secret_variables.items():
         reference = {"name": machines.secret_name, "key": key, "optional": True}
         variables.append({"name": variable, "valueFrom": {"secretKeyRef": reference}})

@@ -28,8 +28,8 @@ from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.step import TrainStep
 from model_lib.train.training import train
+from tests.helpers.evaluations import evaluated
 from tests.helpers.services import Faults, faulty_proxy, free_port, mlflow_server
-from tests.model_lib.registry.test_promotion import evaluated
 
 
 class Server:

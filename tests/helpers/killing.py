@@ -30,7 +30,6 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
-from model_lib.registry import turns
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking, tracking_from_environment
@@ -52,7 +51,6 @@ def _tracking(output: str) -> MlflowTracking:
 
 def _register(options: dict, output: str) -> None:
     """Register a copy of the evaluations, OUTPUT."""
-    turns.SILENCE, turns.POLL = 1.0, 0.05  # a killed one is passed over after minutes
     if not Path(output).exists():
         shutil.copytree(options["evaluations"], output)
     register(RegisterConfig(evaluations=(output,)), _tracking(output))

@@ -17,8 +17,8 @@ from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.run import RunConfig, dataset_or_scenes, validation_images
 from tests.conftest import zipped
+from tests.helpers.evaluations import evaluated
 from tests.helpers.kfp_server import take_output
-from tests.model_lib.registry.test_promotion import evaluated
 
 Run = Callable[..., CompletedProcess]
 RUN = ("run", "--workdir", "work", "--scenes", "48", "--num_beams", "1")

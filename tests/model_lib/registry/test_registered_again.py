@@ -1,5 +1,5 @@
-"""A registration that is started again, as Argo does with a pod that is lost: it finds the version
-it made."""
+"""A registration that is started again, as Argo does with a pod that is lost: it finds its version
+again."""
 
 import os
 import signal
@@ -8,81 +8,73 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import mlflow
 import pytest
 
 from model_lib import UserError
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.model_uris import MODEL
-from model_lib.registry.registry import register
+from model_lib.registry.registry import champion_version, register
 from model_lib.registry.versions import rollback
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
-from tests.model_lib.registry.test_promotion import evaluated
+from tests.helpers.evaluations import write_evaluation
 
 KILLED = """
 import os, signal, sys
+from mlflow import MlflowClient
 from model_lib.registry import registry
 from model_lib.registry.config import RegisterConfig
 from model_lib.tracking.server import tracking_from_environment
-def killed(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
-setattr(registry, sys.argv[1], killed)
+def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+def kill_at_decision(client, name, version, key, value, set_tag=MlflowClient.set_model_version_tag):
+    kill() if key == "decision" else set_tag(client, name, version, key, value)
+if sys.argv[1] == "decision tag":
+    MlflowClient.set_model_version_tag = kill_at_decision
+else:
+    setattr(registry, sys.argv[1], kill)
 registry.register(RegisterConfig(evaluations=(sys.argv[2],)), tracking_from_environment())
 """
 
 
 @pytest.fixture()
 def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowTracking:
+    monkeypatch.setattr("model_lib.registry.registry.SETTLE", 0.0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return require_mlflow(tracking_from_environment())
 
 
-@pytest.fixture()
-def evaluation(saved_model: Path, tmp_path: Path) -> str:
-    evaluated(0.5, "first", model=str(saved_model)).write(str(tmp_path / "first"), "")
-    return str(tmp_path / "first")
-
-
-def versions(tracking: MlflowTracking) -> dict[str, str]:
-    found = tracking.client.search_model_versions(f"name = '{MODEL}'")
-    return {str(version.version): version.tags["decision"] for version in found}
+def decisions(tracking: MlflowTracking) -> dict[str, str | None]:
+    """Return the tag `decision` of each version."""
+    versions = tracking.client.search_model_versions(f"name = '{MODEL}'")
+    return {str(version.version): version.tags.get("decision") for version in versions}
 
 
 def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
-    saved_model: Path, evaluation: str, tracking: MlflowTracking, tmp_path: Path
+    saved_model: Path, tracking: MlflowTracking, tmp_path: Path
 ) -> None:
-    def written(name: str, cider: float, model: object = saved_model) -> str:
-        evaluated(cider, name, model=str(model)).write(str(tmp_path / name), "")
-        return str(tmp_path / name)
-
-    first = RegisterConfig(evaluations=(evaluation,))
+    first = RegisterConfig(evaluations=(write_evaluation(tmp_path, 0.5, "a", model=saved_model),))
     won = register(first, tracking)
     assert register(first, tracking) == won and won.promoted
 
     # A second run: Train and Evaluate come from KFP's cache, and the champion that is evaluated is
-    # the very model.
-    champion = written("champion", 0.5, f"models:/{MODEL}/1")
+    # the same model.
+    champion = write_evaluation(tmp_path, 0.5, "champion", model=f"models:/{MODEL}/1")
     assert register(replace(first, champion_evaluation=champion), tracking) == won
-    assert versions(tracking) == {"1": "champion"}
+    assert decisions(tracking) == {"1": "champion"}
 
-    second = RegisterConfig(evaluations=(written("second", 0.45),), champion_evaluation=champion)
+    worse = write_evaluation(tmp_path, 0.45, "worse", model=saved_model)
+    second = RegisterConfig(evaluations=(worse,), champion_evaluation=champion)
     lost = register(second, tracking)
-    (tmp_path / "second" / "decision.html").unlink()
+    Path(lost.page).unlink()
     assert register(second, tracking) == lost and not lost.promoted
-    assert (tmp_path / "second" / "decision.html").exists()
-    assert versions(tracking) == {"1": "champion", "2": "challenger"}
+    assert Path(lost.page).exists()
+    assert decisions(tracking) == {"1": "champion", "2": "challenger"}
 
-    third = replace(second, evaluations=(written("third", 0.6),))
+    better = write_evaluation(tmp_path, 0.6, "better", model=saved_model)
+    third = replace(second, evaluations=(better,))
     assert not register(replace(third, min_gain=0.2), tracking).promoted
     assert register(third, tracking).promoted, "another policy is another question"
-    assert versions(tracking) == {
-        "1": "champion",
-        "2": "challenger",
-        "3": "challenger",
-        "4": "champion",
-    }
-    with pytest.raises(
-        UserError, match="there is a champion, version 4, to be evaluated on the same data first"
-    ):
+    assert [*decisions(tracking).values()].count("challenger") == 2
+    with pytest.raises(UserError, match="there is a champion, version 4, to be evaluated on the"):
         register(first, tracking)  # it was champion once, and is not now
 
     rollback(tracking)
@@ -90,18 +82,19 @@ def test_the_same_evaluation_finds_its_version_whether_it_won_or_not(
     assert (again.version, again.promoted) == ("5", True), "it is decided anew"
 
 
-@pytest.mark.parametrize("moment", ["settle", "render_report"])
-def test_one_that_was_killed_goes_on_with_its_version(
-    evaluation: str, tracking: MlflowTracking, moment: str
+@pytest.mark.parametrize(
+    ("moment", "present"), [("_set_alias", None), ("decision tag", "1"), ("render_report", "1")]
+)
+def test_a_registration_that_was_killed_goes_on_with_its_version(
+    saved_model: Path, tracking: MlflowTracking, tmp_path: Path, moment: str, present: str | None
 ) -> None:
+    evaluation = write_evaluation(tmp_path, 0.5, "first", model=saved_model)
     command = [sys.executable, "-c", KILLED, moment, evaluation]
-    assert subprocess.run(command, env=dict(os.environ), timeout=120).returncode == -signal.SIGKILL
-    assert set(versions(tracking).values()) == {"pending" if moment == "settle" else "champion"}
+    process = subprocess.run(command, env=dict(os.environ), timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert champion_version(tracking.uri) == present
+    assert decisions(tracking) == {"1": "champion" if moment == "render_report" else None}
     registered = register(RegisterConfig(evaluations=(evaluation,)), tracking)
-    assert (registered.version, registered.promoted) == ("1", True) and versions(tracking) == {
-        "1": "champion"
-    }
-    assert (
-        mlflow.MlflowClient(tracking.uri).get_model_version_by_alias(MODEL, "champion").version == 1
-    )
+    assert (registered.version, registered.promoted) == ("1", True)
+    assert decisions(tracking) == {"1": "champion"} and champion_version(tracking.uri) == "1"
     assert Path(registered.page).exists()

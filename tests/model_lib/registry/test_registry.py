@@ -27,7 +27,7 @@ from model_lib.steps.outcome import decision_markdown
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
-from tests.model_lib.registry.test_promotion import evaluated
+from tests.helpers.evaluations import evaluated
 
 
 @pytest.fixture()

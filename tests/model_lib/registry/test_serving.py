@@ -22,8 +22,8 @@ from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
+from tests.helpers.evaluations import evaluated
 from tests.helpers.services import free_port, running
-from tests.model_lib.registry.test_promotion import evaluated
 
 PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
 

@@ -1,86 +1,70 @@
-"""Going back to the champion before, and the list of versions, through the command line on a real
-store."""
+"""The list of versions and rollback, through the command line on a real store."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from model_lib.evaluate.result import EvaluationResult
+import pytest
+
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from tests.model_lib.registry.test_promotion import evaluated
-
-Run = Callable[..., CompletedProcess]
-
-
-def written(folder: Path, name: str, result: EvaluationResult) -> str:
-    result.write(str(folder / name), "")
-    return str(folder / name)
+from tests.helpers.evaluations import write_evaluation
 
 
 def test_rolling_back_goes_back_version_by_version(
-    captioner: Run, saved_model: Path, tmp_path: Path
+    captioner: Callable[..., CompletedProcess],
+    saved_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def said(*arguments: object, code: int = 0) -> str:
-        done = captioner(*arguments)
-        assert done.returncode == code, done.stderr
-        return done.stdout if code == 0 else done.stderr
+    def output(*arguments: object, code: int = 0) -> str:
+        process = captioner(*arguments)
+        assert process.returncode == code, process.stderr
+        return process.stdout if code == 0 else process.stderr
 
-    none = said("models")
-    assert (
-        none.startswith("no versions of captioner in the model registry at sqlite:///")
-        and none.count("\n") == 1
-    )
-    assert json.loads(said("models", "--json")) == []
-    assert said("rollback", code=2).startswith(
-        "captioner: error: models:/captioner@champion: there is no champion at"
-    )
+    def versions() -> list[dict]:
+        return json.loads(output("models", "--json"))
 
+    empty = output("models")
+    assert empty.startswith("no versions of captioner in the model registry at sqlite:///")
+    assert empty.count("\n") == 1 and versions() == []
+    error = "captioner: error: models:/captioner@champion: there is no champion at"
+    assert output("rollback", code=2).startswith(error)
+
+    monkeypatch.setattr("model_lib.registry.registry.SETTLE", 0.0)
     tracking = require_mlflow(tracking_from_environment(str(tmp_path / "runs")))
-    for number, cider in enumerate((0.5, 0.6, 0.55, 0.7)):
-        candidate = written(
-            tmp_path, f"e{number}", evaluated(cider, f"model-{number}", model=str(saved_model))
-        )
-        champion = {1: (1, 0.5), 2: (2, 0.6), 3: (2, 0.6)}.get(number)
+    scores = (0.5, 0.6, 0.55, 0.7)
+    for number, champion in enumerate((None, 1, 2, 2)):
+        model = f"model-{number}"
+        candidate = write_evaluation(tmp_path, scores[number], model, model=saved_model)
         options = {}
-        if champion:
-            version, before = champion
-            result = evaluated(before, "before", model=f"models:/captioner/{version}")
-            options = {"champion_evaluation": written(tmp_path, f"c{number}", result)}
+        if champion is not None:
+            source, score = f"models:/captioner/{champion}", scores[champion - 1]
+            evaluation = write_evaluation(tmp_path, score, f"champion-{number}", model=source)
+            options = {"champion_evaluation": evaluation}
         register(RegisterConfig(evaluations=(candidate,), **options), tracking)
 
-    listed = json.loads(said("models", "--json"))
-    assert [(one["version"], one["name"]) for one in listed] == [
-        (str(n + 1), f"model-{n}") for n in (3, 2, 1, 0)
-    ]
-    assert [one["decision"] for one in listed] == ["champion", "challenger", "champion", "champion"]
-    assert [one["aliases"] for one in listed] == [["champion"], ["challenger"], [], []]
-    assert [one["replaced"] for one in listed] == ["2", None, "1", None]
-    assert listed[0]["score"] == 0.7 and listed[0]["interval"][0] < 0.7 < listed[0]["interval"][1]
-    table = said("models").splitlines()
-    assert table[0].split() == [
-        "version",
-        "name",
-        "deciding",
-        "score",
-        "ROUGE_L",
-        "data",
-        "aliases",
-        "decision",
-    ]
-    assert (
-        table[1].split()[:4] == ["4", "model-3", "CIDEr", "0.7000"]
-        and "200 of val in f" in table[1]
-    )
-    assert "model-3 has CIDEr 0.7000, the champion 0.6000" in table[2] and len(table) == 9
+    rows = versions()
+    assert [row["version"] for row in rows] == ["4", "3", "2", "1"]
+    assert [row["name"] for row in rows] == ["model-3", "model-2", "model-1", "model-0"]
+    assert [row["decision"] for row in rows] == ["champion", "challenger", "champion", "champion"]
+    assert [row["aliases"] for row in rows] == [["champion"], ["challenger"], [], []]
+    assert [row["compared_with"] for row in rows] == ["2", "2", "1", None]
+    assert rows[0]["score"] == 0.7 and rows[0]["interval"][0] < 0.7 < rows[0]["interval"][1]
+    table = output("models").splitlines()
+    header = "version name deciding score ROUGE_L data aliases decision"
+    assert " ".join(table[0].split()) == header and len(table) == 9
+    assert table[1].split()[:4] == ["4", "model-3", "CIDEr", "0.7000"]
+    assert "200 of val in f" in table[1]
+    assert "model-3 has CIDEr 0.7000, the champion 0.6000" in table[2]
 
-    assert said("rollback") == "version 2 is the champion again; version 4 was rolled back\n"
-    assert json.loads(said("rollback", "--json")) == {"champion": "1", "rolled_back": "2"}
-    assert "version 1: is the champion and replaced none" in said("rollback", code=2)
-    listed = json.loads(said("models", "--json"))
-    assert [one["aliases"] for one in listed] == [[], ["challenger"], [], ["champion"]]
-    assert listed[0]["rolled_back"].startswith("version 2 is champion again since 20")
-    assert listed[1]["rolled_back"] is None and listed[2]["rolled_back"].startswith("version 1 is")
-    assert "  champion, rolled back" in said("models")
+    assert output("rollback") == "version 2 is the champion again; version 4 was rolled back\n"
+    assert json.loads(output("rollback", "--json")) == {"champion": "1", "rolled_back": "2"}
+    assert "version 1: is the champion and replaced none" in output("rollback", code=2)
+    rows = versions()
+    assert [row["aliases"] for row in rows] == [[], ["challenger"], [], ["champion"]]
+    assert rows[0]["rolled_back"].startswith("version 2 is champion again since 20")
+    assert rows[2]["rolled_back"].startswith("version 1 is") and rows[1]["rolled_back"] is None
+    assert "  champion, rolled back" in output("models")

@@ -14,7 +14,7 @@ from model_lib.data.shards import read_manifest
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from tests.model_lib.registry.test_promotion import evaluated
+from tests.helpers.evaluations import evaluated
 
 Registers = Callable[[str, str], str]
 

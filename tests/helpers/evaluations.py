@@ -1,0 +1,58 @@
+"""Results of evaluations whose scores a test chooses."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions
+from model_lib.scores.significance import corpus_scores, intervals
+
+IMAGES = 200
+
+
+def evaluated(
+    cider: float, name: str = "a", noise: float = 0.0, rouge: float = 0.3, **changes: Any
+) -> EvaluationResult:
+    """Return a model's result.
+
+    Args:
+        cider, rouge: the mean scores of its images. How hard each image is, is the same for all
+            models.
+        noise: standard deviation of what else its images' CIDEr differ in, of each name's own.
+        changes: other values of its `Evaluation`.
+    """
+    difficulty = np.random.default_rng(0).normal(0, 0.3, (IMAGES, 1))
+    own = np.random.default_rng(len(name) + 1).normal(0, 1, (IMAGES, 1)) * noise
+    statistics = {
+        "CIDEr": cider + (difficulty - difficulty.mean()) + (own - own.mean()),
+        "ROUGE_L": np.full((IMAGES, 1), rouge),
+    }
+    evaluation = Evaluation(
+        name=name,
+        model=f"runs/{name}",
+        split="val",
+        images=IMAGES,
+        scores=corpus_scores(statistics),
+        intervals=intervals(statistics),
+        shuffled_cider=0.1,
+        frequencies="these",
+        diversity={},
+        tokenizer="PTB",
+        missing={},
+        decoding={"num_beams": 5},
+        images_per_second=10.0,
+        data_fingerprint="f",
+    )
+    texts = ["a dog"] * IMAGES
+    predictions = Predictions(list(range(IMAGES)), texts, texts, [texts[:1]] * IMAGES, statistics)
+    return EvaluationResult(replace(evaluation, **changes), predictions)
+
+
+def write_evaluation(
+    folder: Path, cider: float, name: str, *, model: object, **changes: Any
+) -> str:
+    """Write the folder of an evaluation, FOLDER/NAME, as evaluate does; return its path."""
+    evaluated(cider, name, model=str(model), **changes).write(str(folder / name), "")
+    return str(folder / name)
