@@ -22,7 +22,9 @@ def code_version() -> dict[str, str]:
         try:
             # Fails if the repository around the package is another one's.
             _git(package, "ls-files", "--error-unmatch", "__init__.py")
-            revision = _git(package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+            revision = _git(
+                package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"
+            )
         except (OSError, subprocess.SubprocessError):
             revision = ""
     return tags | ({"mlflow.source.git.commit": revision} if revision else {})
