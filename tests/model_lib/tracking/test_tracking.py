@@ -14,14 +14,14 @@ import mlflow
 import pytest
 
 from model_lib import __version__
+from model_lib.tracking.metrics import read_curves
+from model_lib.tracking.runs import Run
 from model_lib.tracking.server import (
-    NO_TRACKING,
-    MlflowTracking,
     adopt_secret,
     require_mlflow,
     tracking_from_environment,
 )
-from tests.helpers.services import free_port, mlflow_server, postgres_programs, postgres_server
+from tests.helpers.services import mlflow_server, postgres_programs, postgres_server
 from tests.helpers.tracked import step
 
 
@@ -38,15 +38,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Where a training writes its metrics."""
+    (tmp_path / "training").mkdir()
+    return str(tmp_path / "training")
+
+
 def test_candidates_are_nested_under_the_pipelines_run(
-    server: str, environment: pytest.MonkeyPatch
+    server: str, environment: pytest.MonkeyPatch, folder: str
 ) -> None:
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-1")
     tracking.open_pipeline("train-captioner 1")
     tracking.open_pipeline("train-captioner 1")  # a retry
-    with tracking.start("one", None, params={"epochs": 3}, tags={"a": "b"}) as one:
+    with tracking.start("one", None, params={"epochs": 3}, tags={"a": "b"}, folder=folder) as one:
         one.log({"loss": 1.0}, 1)
-    left_open = tracking.start("two", None, params={}, tags={})
+    left_open = tracking.start("two", None, params={}, tags={}, folder=folder)
 
     client = mlflow.MlflowClient(server)
     parent = tracking.parent()
@@ -68,42 +75,30 @@ def test_candidates_are_nested_under_the_pipelines_run(
     assert left_open.run_id is not None
 
 
-def test_curves_are_read_as_the_last_try_logged_them(
-    server: str, environment: pytest.MonkeyPatch
-) -> None:
-    tracking = step(environment, MLFLOW_TRACKING_URI=server)
-    with tracking.start("curves", "key", params={}, tags={}) as run:
+def test_curves_are_read_as_the_last_try_logged_them(folder: str) -> None:
+    with Run(folder) as run:
         run.log({"train_loss": 3.0, "gradient_norm": 1.0}, 10)
         run.log({"train_loss": 2.0, "val_loss": 2.5}, 20)
-    with tracking.start(
-        "curves", "key", params={}, tags={}
-    ) as run:  # resumed before the second point
-        time.sleep(0.01)
+    with Path(folder, "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "tim')  # killed while it wrote
+    with Run(folder, step=10) as run:
         run.log({"train_loss": 1.5}, 20)
-    assert run.run_id is not None
-    assert tracking.curves(run.run_id) == {
+    assert read_curves(f"{folder}/best") == {
+        "gradient_norm": [(10, 1.0)],
         "train_loss": [(10, 3.0), (20, 1.5)],
-        "val_loss": [(20, 2.5)],
     }
-    assert tracking.curves("0" * 32) == {} and NO_TRACKING.curves(run.run_id) == {}
-
-
-def test_without_a_server_there_are_no_curves(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert MlflowTracking(f"http://127.0.0.1:{free_port()}").curves("0" * 32) == {}
-    assert "cannot be read" in caplog.text
+    assert read_curves(f"{folder}/other/best") == {}
 
 
 def test_nested_runs_are_closed_however_many_pages_they_fill(
-    server: str, environment: pytest.MonkeyPatch
+    server: str, environment: pytest.MonkeyPatch, folder: str
 ) -> None:
     environment.setattr("model_lib.tracking.server.PAGE", 2)
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-many")
     tracking.open_pipeline("many")
     runs = [
-        str(tracking.start(f"candidate-{n}", None, params={}, tags={}).run_id) for n in range(7)
+        str(tracking.start(f"candidate-{n}", None, params={}, tags={}, folder=folder).run_id)
+        for n in range(7)
     ]
     client = mlflow.MlflowClient(server)
     client.set_terminated(runs[0])
@@ -113,26 +108,31 @@ def test_nested_runs_are_closed_however_many_pages_they_fill(
 
 
 KILLED = """
-import os, signal, time
+import os, signal, sys, time
 import model_lib.tracking.mlflow_run
 from model_lib.tracking.server import tracking_from_environment
 model_lib.tracking.mlflow_run.INTERVAL = 0.05
-with tracking_from_environment().start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
-    run.log({"loss": 2.0}, 1)
-    while run.unsent():
+folder, step = sys.argv[1], int(sys.argv[2])
+with tracking_from_environment().start(
+    "killed", "key-of-killed", {"epochs": 3}, {}, folder, step
+) as run:
+    run.log({"loss": 2.0}, step + 1)
+    while run.metrics.read(run.cursor):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
-    server: str, environment: pytest.MonkeyPatch
+    server: str, environment: pytest.MonkeyPatch, folder: str
 ) -> None:
     client = mlflow.MlflowClient(server)
 
-    def killed() -> str:
-        """Let a process start or go on with the candidate, and die; return its run."""
-        done = subprocess.run([sys.executable, "-c", KILLED], env=dict(os.environ), timeout=120)
+    def killed(at: int) -> str:
+        """Let a process start or go on with the candidate at a step, and die after the next one;
+        return its run."""
+        command = [sys.executable, "-c", KILLED, folder, str(at)]
+        done = subprocess.run(command, env=dict(os.environ), timeout=120)
         assert done.returncode == -signal.SIGKILL
         (run,) = client.search_runs(
             [tracking.experiment_id], "tags.`captioner.run` = 'key-of-killed'"
@@ -143,21 +143,21 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-first")
     tracking.open_pipeline("first")
     first = tracking.parent()
-    run_id = killed()
-    assert killed() == run_id, "a retry goes on in the same run"
+    run_id = killed(at=0)
+    assert killed(at=1) == run_id, "a retry goes on in the same run"
     tracking.close_pipeline(succeeded=False)
     assert client.get_run(run_id).info.status == "FAILED"
 
     tracking = step(environment, KFP_RUN_ID="kfp-second")
     tracking.open_pipeline("second")
-    assert killed() == run_id
+    assert killed(at=2) == run_id
     tracking.close_pipeline(succeeded=False)
     assert client.get_run(run_id).info.status == "FAILED", (
         "it is closed with the pipeline run that went on with it"
     )
-    with tracking.start("killed", "key-of-killed", {"epochs": 3}, {}) as run:
+    with tracking.start("killed", "key-of-killed", {"epochs": 3}, {}, folder, step=3) as run:
         assert client.get_run(run_id).info.status == "RUNNING"
-        run.log({"loss": 1.0}, 2)
+        run.log({"loss": 1.0}, 4)
     found = client.get_run(run_id)
     assert (
         run.run_id == run_id
@@ -166,36 +166,32 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
     )
     assert found.data.tags["mlflow.parentRunId"] == tracking.parent() != first
     assert found.data.tags["kfp.pipeline_run_id"] == "kfp-second"
-    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [
-        2.0,
-        2.0,
-        2.0,
-        1.0,
-    ]
+    # Each start sent the whole file, and MLflow has each point once.
+    points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
+    assert sorted(points) == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 1.0)]
 
 
 def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
-    server: str, environment: pytest.MonkeyPatch
+    server: str, environment: pytest.MonkeyPatch, folder: str
 ) -> None:
     client = mlflow.MlflowClient(server)
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-trains")
     tracking.open_pipeline("trains")
-    with tracking.start("done", "key-of-done", {}, {}) as run:
+    with tracking.start("done", "key-of-done", {}, {}, folder=folder) as run:
         run.log({"loss": 2.0}, 1)
     before = client.get_run(run.run_id)
     parent = tracking.parent()
     tracking = step(environment, KFP_RUN_ID="kfp-reruns")
     tracking.open_pipeline("reruns")
-    with tracking.start("done", "key-of-done", {}, {}) as again:
+    with tracking.start("done", "key-of-done", {}, {}, folder=folder) as again:
         pass
     after = client.get_run(run.run_id)
     assert (again.run_id, after.info.end_time) == (
         run.run_id,
         before.info.end_time,
     ) and after.data.tags == before.data.tags
-    with tracking.start(
-        "done", "key-of-done", {}, {}
-    ) as again:  # its checkpoints were lost: it trains again
+    # Its checkpoints were lost: it trains again.
+    with tracking.start("done", "key-of-done", {}, {}, folder=folder) as again:
         again.log({"loss": 2.0}, 1)
         assert client.get_run(run.run_id).info.status == "RUNNING"
     assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == tracking.parent() != parent
@@ -247,7 +243,7 @@ def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
 
 
 def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
-    server: str, environment: pytest.MonkeyPatch
+    server: str, environment: pytest.MonkeyPatch, folder: str
 ) -> None:
     client = mlflow.MlflowClient(server)
     address = "https://kfp.example.com/#/runs/details/kfp-tags"
@@ -260,7 +256,7 @@ def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-tags")
     parent = client.create_run(tracking.experiment_id, run_name="theirs", tags=kfp).info.run_id
     tracking.open_pipeline("ours")
-    with tracking.start("one", None, {}, {}) as run:
+    with tracking.start("one", None, {}, {}, folder=folder) as run:
         pass
     assert kfp.items() <= client.get_run(run.run_id).data.tags.items()
     assert tracking.parent() == parent, "a nested run with the same tags is not the parent"
@@ -277,7 +273,7 @@ def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
 
 
 def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
-    server: str, environment: pytest.MonkeyPatch
+    server: str, environment: pytest.MonkeyPatch, folder: str
 ) -> None:
     """Kubeflow Pipelines 2.17 with its MLflow plugin: parent and nested run are there before the
     step starts."""
@@ -293,7 +289,9 @@ def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
     tracking = step(environment, MLFLOW_TRACKING_URI=server, **given)
     tracking.open_pipeline("ours")
     assert tracking.parent() == parent.run_id, "no second parent"
-    with tracking.start("five-captions", None, params={"epochs": 3}, tags={"a": "b"}) as run:
+    with tracking.start(
+        "five-captions", None, params={"epochs": 3}, tags={"a": "b"}, folder=folder
+    ) as run:
         run.log({"loss": 1.0}, 1)
     assert run.run_id == own.run_id
     found = client.get_run(own.run_id)
@@ -352,11 +350,13 @@ def test_the_secrets_variables_give_way_to_the_servers() -> None:
     )
 
 
-def test_a_run_knows_its_code_and_its_machine(server: str, environment: pytest.MonkeyPatch) -> None:
+def test_a_run_knows_its_code_and_its_machine(
+    server: str, environment: pytest.MonkeyPatch, folder: str
+) -> None:
     environment.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
     client, deadline = mlflow.MlflowClient(server), time.monotonic() + 120
-    with tracking.start("alone", None, params={}, tags={"data": "d"}) as run:
+    with tracking.start("alone", None, params={}, tags={"data": "d"}, folder=folder) as run:
         while (
             "system/cpu_utilization_percentage" not in client.get_run(str(run.run_id)).data.metrics
         ):
