@@ -22,7 +22,7 @@ from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
-from tests.helpers.evaluations import evaluated
+from tests.helpers.evaluations import write_evaluation
 from tests.helpers.services import free_port, running
 
 PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
@@ -32,15 +32,11 @@ PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
 def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An embedded store in which the small captioner is champion; its tracking URI."""
     folder = tmp_path_factory.mktemp("registry")
-    evaluated(0.5, "small", model=str(saved_model), packages=PACKAGES).write(
-        str(folder / "evaluation"), ""
-    )
+    evaluation = write_evaluation(folder, 0.5, "small", model=saved_model, packages=PACKAGES)
     uri = f"sqlite:///{folder}/mlflow.db"
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("captioner", artifact_location=str(folder / "artifacts"))
-    register(
-        RegisterConfig(evaluations=(str(folder / "evaluation"),)), MlflowTracking(uri, experiment)
-    )
+    register(RegisterConfig(evaluations=(evaluation,)), MlflowTracking(uri, experiment))
     mlflow.set_tracking_uri(None)  # registering names the store in the environment
     yield uri
 
@@ -61,30 +57,20 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
         "CC BY 4.0",
     ):
         assert words in card, card
-    assert (
-        "data `f`" in card
-        and "OpenAI's model card" in card
-        and "modified MIT" in card
-        and "torch 2.11.0" in card
-    )
+    for words in ("data `f`", "OpenAI's model card", "modified MIT", "torch 2.11.0"):
+        assert words in card
     pinned = (files / "requirements.txt").read_text().split()
     assert {"torch==2.11.0", "transformers==5.17.0", f"mlflow=={mlflow.__version__}"} <= set(pinned)
-    assert all("==" in line for line in pinned) and any(
-        line.startswith("aiohttp==") for line in pinned
-    )
+    assert all("==" in line for line in pinned)
+    assert any(line.startswith("aiohttp==") for line in pinned)
     assert (files / "code" / "model_lib" / "pages" / "templates" / "card.md").is_file()
 
     model = yaml.safe_load((files / "MLmodel").read_text())
     assert json.loads(model["signature"]["inputs"]) == [{"type": "string", "required": True}]
-    params = {
-        one["name"]: (one["type"], one["default"])
-        for one in json.loads(model["signature"]["params"])
-    }
-    assert (
-        params["num_beams"] == ("long", 1)
-        and params["top_p"] == ("double", None)
-        and "num_captions" not in params
-    )
+    params = {row["name"]: row for row in json.loads(model["signature"]["params"])}
+    assert (params["num_beams"]["type"], params["num_beams"]["default"]) == ("long", 1)
+    assert (params["top_p"]["type"], params["top_p"]["default"]) == ("double", None)
+    assert "num_captions" not in params
     loaded = mlflow.pyfunc.load_model(str(files))
     (caption,) = loaded.predict(loaded.input_example)
     assert isinstance(caption, str)
@@ -100,21 +86,15 @@ def test_weights_that_were_not_evaluated_are_not_registered(
     model = shutil.copytree(saved_model, tmp_path / "model")
     tracking = MlflowTracking(registry)
     client = mlflow.MlflowClient(registry)
-    evaluated(0.9, "better", model=str(model), weights=weights_digest(str(model))).write(
-        str(tmp_path / "evaluation"), ""
-    )
+    digest = weights_digest(str(model))
+    evaluation = write_evaluation(tmp_path, 0.9, "better", model=model, weights=digest)
     weights = bytearray((model / "model.safetensors").read_bytes())
     weights[-1] ^= 1  # training went on
     (model / "model.safetensors").write_bytes(weights)
     before = client.search_logged_models([tracking.experiment_id])
-    with pytest.raises(
-        UserError,
-        match=r"/model: holds other weights than those that were evaluated; evaluate it again$",
-    ):
-        register(
-            RegisterConfig(evaluations=(str(tmp_path / "evaluation"),), champion_evaluation="none"),
-            tracking,
-        )
+    message = r"/model: holds other weights than those that were evaluated; evaluate it again$"
+    with pytest.raises(UserError, match=message):
+        register(RegisterConfig(evaluations=(evaluation,), champion_evaluation="none"), tracking)
     assert len(client.search_logged_models([tracking.experiment_id])) == len(before)
     assert len(client.search_model_versions("name = 'captioner'")) == 1
 
@@ -142,27 +122,11 @@ def served(registry: str, web: str, tmp_path_factory: pytest.TempPathFactory) ->
     environment = [
         f"CAPTIONER_ALLOW={tmp_path_factory.getbasetemp()}/, {web}/",
         f"MLFLOW_TRACKING_URI={registry}",
+        f"PATH={Path(sys.executable).parent}:/usr/bin:/bin",
     ]
-    environment += [f"PATH={Path(sys.executable).parent}:/usr/bin:/bin"]
-    command = [
-        "env",
-        *environment,
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "--env-manager",
-        "local",
-    ]
-    command += [
-        "--model-uri",
-        "models:/captioner@champion",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    serve = "-m mlflow models serve --model-uri models:/captioner@champion --env-manager local"
+    command = ["env", *environment, sys.executable, *serve.split()]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path_factory.mktemp("served") / "serve.log"
     with running(command, f"http://127.0.0.1:{port}/ping", log):
         yield f"http://127.0.0.1:{port}/invocations"
@@ -200,13 +164,13 @@ def test_a_path_an_address_and_base64_are_captioned(
     assert ask(served, asked) == (200, {"predictions": [beams]})
 
 
-def test_what_is_no_image_is_refused_by_row(
+def test_rows_that_are_no_images_are_refused_with_their_numbers(
     served: str, web: str, scenes: Path, tmp_path: Path
 ) -> None:
     image = str(scenes / "val2017" / "000000000001.jpg")
     (tmp_path / "text.jpg").write_text("no image")
     junk = base64.b64encode(b"no image at all " * 1000).decode()
-    for bad, said in (
+    for bad, message in (
         (str(tmp_path / "text.jpg"), ": unreadable: not an image in a format known here"),
         (str(tmp_path / "gone.jpg"), "gone.jpg: no such file"),
         (f"{web}/gone.jpg", "/gone.jpg: no such file"),
@@ -222,10 +186,7 @@ def test_what_is_no_image_is_refused_by_row(
         ("nowhere://x/y.jpg", "nowhere"),
         (
             "/etc/passwd",
-            (
-                "/etc/passwd: not allowed here, a path; send base64, or set CAPTIONER_ALLOW on the "
-                "server"
-            ),
+            "/etc/passwd: not allowed here, a path; its prefix must be in CAPTIONER_ALLOW",
         ),
         ("http://169.254.169.254/a.jpg", "not allowed here, http://"),
         (base64.b64encode(Path(image).read_bytes()[:-300]).decode(), "row 2 of 3: truncated"),
@@ -234,18 +195,12 @@ def test_what_is_no_image_is_refused_by_row(
             served, {"dataframe_split": {"columns": ["image"], "data": [[image], [bad], [image]]}}
         )
         assert (status, body["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), body
-        assert body["message"].startswith("row 2 of 3: ") and said in body["message"], body
-        assert (
-            "\n" not in body["message"]
-            and len(body["message"]) < 400
-            and "Traceback" not in str(body)
-        )
+        assert body["message"].startswith("row 2 of 3: ") and message in body["message"], body
+        assert "\n" not in body["message"] and len(body["message"]) < 400
+        assert "Traceback" not in str(body)
     status, body = ask(served, {"inputs": [*["gone.jpg"] * 7, image]})
-    assert (
-        status == 400
-        and body["message"].startswith("row 1 of 8: ")
-        and body["message"].endswith("; 2 more rows")
-    )
+    assert status == 400 and body["message"].startswith("row 1 of 8: ")
+    assert body["message"].endswith("; 2 more rows")
 
 
 def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> None:
@@ -275,18 +230,15 @@ def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> Non
 
 def test_a_request_has_an_upper_bound(served: str, scenes: Path) -> None:
     image = str(scenes / "val2017" / "000000000001.jpg")
-    for rows, params, said in (
-        (1, {"num_beams": 17}, "num_beams: 17 is more than the 16 that a request may have here"),
-        (
-            1,
-            {"max_new_tokens": 201},
-            "max_new_tokens: 201 is more than the 200 that a request may have here",
-        ),
-        (257, {}, "257 rows: are more than the 256 that a request may have here; send several"),
+    limit = "that a request may have here"
+    for rows, params, message in (
+        (1, {"num_beams": 17}, f"num_beams: 17 is more than the 16 {limit}"),
+        (1, {"max_new_tokens": 201}, f"max_new_tokens: 201 is more than the 200 {limit}"),
+        (257, {}, f"257 rows: are more than the 256 {limit}; send several"),
     ):
         status, body = ask(served, {"inputs": [image] * rows, "params": params})
-        assert (status, body) == (400, {"error_code": "INVALID_PARAMETER_VALUE", "message": said})
-    status, body = ask(
-        served, {"inputs": [image], "params": {"num_beams": 16, "max_new_tokens": 3}}
-    )
+        assert status == 400
+        assert body == {"error_code": "INVALID_PARAMETER_VALUE", "message": message}
+    params = {"num_beams": 16, "max_new_tokens": 3}
+    status, body = ask(served, {"inputs": [image], "params": params})
     assert status == 200 and len(body["predictions"]) == 1

@@ -1,8 +1,9 @@
 """The pipeline's steps Candidates and Register as pipelines run them: with a secret, after a kill,
 late."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -14,43 +15,56 @@ from model_lib.data.shards import read_manifest
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from tests.helpers.evaluations import evaluated
+from tests.helpers.evaluations import write_evaluation
 
-Registers = Callable[[str, str], str]
+Registers = Callable[..., str]
 
 
 @pytest.fixture()
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[mlflow.MlflowClient]:
-    """A registry of its own, that the environment names."""
-    for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID", "KFP_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    yield mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+def store(tmp_path: Path, environment: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+    """A registry of its own, which the environment names."""
+    environment.setattr("model_lib.registry.registry.SETTLE", 0.0)
+    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.fixture()
 def registers(tmp_path: Path) -> Registers:
     """A function that runs the step on a winner's evaluation and the champion's."""
 
-    def run(winner: str, champion: str) -> str:
-        made = [
-            kind(uri=str(tmp_path / kind.__name__)) for kind in (dsl.Markdown, dsl.HTML, dsl.Model)
-        ]
-        for artifact in made:
-            artifact.path = artifact.uri
-        rule = {"metric": "CIDEr", "min_gain": 0.0, "max_regression": 0.05, "max_slowdown": 0.5}
-        outputs = dict(zip(("decision", "page", "model"), made, strict=True))
-        run = {"run_name": "nightly", "images": ""}
-        return str(
-            step.python_func(
-                **run, evaluations=[winner], champion_evaluation=champion, **rule, **outputs
-            )
-        )
+    def run(winner: str, champion: str, images: str = "") -> str:
+        outputs: dict[str, Any] = {}
+        types = {"decision": dsl.Markdown, "page": dsl.HTML, "model": dsl.Model}
+        for name, artifact_type in types.items():
+            outputs[name] = artifact_type(uri=str(tmp_path / name))
+            outputs[name].path = outputs[name].uri
+        policy = {"metric": "CIDEr", "min_gain": 0.0, "max_regression": 0.05, "max_slowdown": 0.5}
+        evaluations = {"evaluations": [winner], "champion_evaluation": champion}
+        return step.python_func(run_name="r", images=images, **evaluations, **policy, **outputs)
 
     return run
 
 
-def test_register_is_run_again_runs_late_and_runs_where_nobody_serves(
+@pytest.mark.parametrize(("images", "status"), [("", "FINISHED"), ("x", "RUNNING")])
+def test_register_ends_the_pipelines_run_if_it_is_the_last_step(
+    images: str,
+    status: str,
+    store: mlflow.MlflowClient,
+    registers: Registers,
+    saved_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "kfp-1")
+    tracking = require_mlflow(tracking_from_environment())
+    tracking.open_pipeline("nightly")
+    registers(write_evaluation(tmp_path, 0.5, "a", model=saved_model), NO_CHAMPION, images)
+    run = store.get_run(tracking.parent())
+    assert run.info.status == status
+    assert run.data.tags["captioner.champion_model"] == "models:/captioner/1"
+
+
+def test_register_is_run_again_runs_late_and_runs_without_a_champion(
     store: mlflow.MlflowClient,
     registers: Registers,
     saved_model: Path,
@@ -58,70 +72,56 @@ def test_register_is_run_again_runs_late_and_runs_where_nobody_serves(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def evaluation(name: str, cider: float, model: object = saved_model) -> str:
-        evaluated(cider, name, model=str(model)).write(str(tmp_path / name), "")
-        return str(tmp_path / name)
+        return write_evaluation(tmp_path, cider, name, model=model)
 
-    def decision_page() -> str:
-        return (tmp_path / "Markdown").read_text()
+    def decision() -> str:
+        return (tmp_path / "decision").read_text()
 
     assert registers(evaluation("first", 0.5), NO_CHAMPION) == "models:/captioner/1"
-    assert "## Version 1 (first) is the champion now" in decision_page()
+    assert "## Version 1 (first) is the champion now" in decision()
 
     # It is killed when the second is champion. Submitted again, the winner's evaluation comes from
-    # KFP's cache, and the evaluate finds the second to be champion.
-    second, first_evaluated = (
-        evaluation("second", 0.6),
-        evaluation("first-evaluated", 0.5, "models:/captioner/1"),
-    )
-    config = RegisterConfig(evaluations=(second,), champion_evaluation=first_evaluated)
-    made = register(config, require_mlflow(tracking_from_environment()))
-    assert made.promoted and "champion until now" in Path(made.page).read_text()
-    second_evaluated = evaluation("second-evaluated", 0.6, "models:/captioner/2")
-    for page_was_written in (True, False):
-        if not page_was_written:
-            Path(made.page).unlink()
-        store.set_model_version_tag("captioner", "2", "decision", "pending")
-        assert registers(second, second_evaluated) == "models:/captioner/2"
-        assert decision_page().startswith(
-            f"## Version 2 (second) is the champion now\n\n{made.reason}\n"
-        )
-        page = (tmp_path / "HTML").read_text()
-        assert made.reason[:20] in page and ("champion until now" in page) == page_was_written
+    # KFP's cache, and the second is evaluated as the champion.
+    second = evaluation("second", 0.6)
+    champion_1 = evaluation("champion-1", 0.5, "models:/captioner/1")
+    config = RegisterConfig(evaluations=(second,), champion_evaluation=champion_1)
+    registered = register(config, require_mlflow(tracking_from_environment()))
+    assert registered.promoted and "champion until now" in Path(registered.page).read_text()
+    champion_2 = evaluation("champion-2", 0.6, "models:/captioner/2")
+    for has_page in (True, False):
+        if not has_page:
+            Path(registered.page).unlink()
+        store.delete_model_version_tag("captioner", "2", "decision")
+        assert registers(second, champion_2) == "models:/captioner/2"
+        heading = "## Version 2 (second) is the champion now"
+        assert decision().startswith(f"{heading}\n\n{registered.reason}\n")
+        page = (tmp_path / "page").read_text()
+        assert registered.reason[:20] in page and ("champion until now" in page) == has_page
         tags = store.get_model_version("captioner", "2").tags
-        assert (tags["decision"], tags["replaced"], tags["reason"]) == (
-            "champion",
-            "1",
-            made.reason,
-        )
+        assert (tags["decision"], tags["compared_with"]) == ("champion", "1")
+        assert tags["reason"] == registered.reason
     assert len(store.search_model_versions("name = 'captioner'")) == 2
 
-    # Another run's winner became champion after the evaluate had looked.
-    for name, champion, against in (
-        ("third", first_evaluated, "version 1"),
+    # Another run's winner became champion after the champion was evaluated.
+    for name, champion, compared_with in (
+        ("third", champion_1, "version 1"),
         ("fourth", NO_CHAMPION, "none"),
     ):
         assert registers(evaluation(name, 0.9), champion) == "models:/captioner/2"
-        reason = (
-            f"version 2 became champion while this one was evaluated against {against}: evaluate "
-            "them again"
-        )
-        assert f"({name}) does not replace version 2\n\n{reason}\n" in decision_page()
-        assert reason in (tmp_path / "HTML").read_text()
+        reason = f"version 2 became champion while it was compared with {compared_with}"
+        assert f"({name}) does not replace version 2\n\n{reason}: evaluate again\n" in decision()
+        assert reason in (tmp_path / "page").read_text()
 
     store.delete_registered_model_alias("captioner", "champion")
     with pytest.raises(SystemExit, match="1"):
-        registers(evaluation("fifth", 0.9), second_evaluated)
-    assert "models:/captioner@champion: nothing serves: " in (line := capsys.readouterr().err)
-    assert "version 5 is a challenger" in line
-    reason = (
-        "version 2 is not the champion any more, against which this one was evaluated: "
-        "evaluate them again"
-    )
-    assert (
-        f"## Version 5 (fifth) is a challenger, and there is no champion\n\n{reason}\n"
-        in decision_page()
-    )
-    assert reason in (tmp_path / "HTML").read_text()
+        registers(evaluation("fifth", 0.9), champion_2)
+    error = capsys.readouterr().err
+    assert "models:/captioner@champion: there is no champion: " in error
+    assert "version 5 is a challenger" in error
+    reason = "version 2, with which it was compared, is not the champion any more: evaluate again"
+    heading = "## Version 5 (fifth) is a challenger, and there is no champion"
+    assert f"{heading}\n\n{reason}\n" in decision()
+    assert reason in (tmp_path / "page").read_text()
     assert registers(evaluation("sixth", 0.3), NO_CHAMPION) == "models:/captioner/6"
 
 
@@ -133,8 +133,7 @@ def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluated(0.5, "first", model=str(saved_model)).write(str(tmp_path / "first"), "")
-    registers(str(tmp_path / "first"), NO_CHAMPION)
+    registers(write_evaluation(tmp_path, 0.5, "first", model=saved_model), NO_CHAMPION)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # as in a pod
     monkeypatch.setenv("CAPTIONER_MLFLOW_TRACKING_URI", store.tracking_uri)
     mlflow.set_tracking_uri(None)

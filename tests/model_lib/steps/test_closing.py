@@ -1,5 +1,5 @@
-"""A pipeline run ends in MLflow and tells a webhook, each once, whoever ends it: its last step, or
-the exit handler."""
+"""A pipeline run ends in MLflow and notifies a webhook, each once: by its last step, or by the exit
+handler."""
 
 from collections.abc import Iterator
 
@@ -21,11 +21,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture()
-def told(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
-    """What the webhook in the environment has been told."""
-    with webhook() as (address, told):
+def posts(environment: pytest.MonkeyPatch) -> Iterator[list[dict]]:
+    """What was posted to the webhook in the environment."""
+    with webhook() as (address, posts):
         environment.setenv("WEBHOOK_URL", address)
-        yield told
+        yield posts
 
 
 def outcome(server: str, tracking: MlflowTracking) -> str:
@@ -40,7 +40,7 @@ def outcome(server: str, tracking: MlflowTracking) -> str:
 def test_the_last_step_ends_a_run_and_the_exit_handler_what_did_not_get_there(
     server: str,
     environment: pytest.MonkeyPatch,
-    told: list[dict],
+    posts: list[dict],
     caplog: pytest.LogCaptureFixture,
     last: bool,
     state: str,
@@ -48,23 +48,19 @@ def test_the_last_step_ends_a_run_and_the_exit_handler_what_did_not_get_there(
 ) -> None:
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID=f"kfp-3-{last}")
     tracking.open_pipeline("nightly")
-    finish_pipeline(
-        "nightly", tracking, last
-    )  # a pod that is lost is made again, and does it again
     finish_pipeline("nightly", tracking, last)
-    assert outcome(server, tracking) == ("FINISHED" if last else "RUNNING") and len(told) == last
+    finish_pipeline("nightly", tracking, last)  # by a pod in place of one that was lost
+    assert outcome(server, tracking) == ("FINISHED" if last else "RUNNING")
+    assert len(posts) == last
     close_pipeline("nightly", "RUNNING", tracking_from_environment)
-    (post,) = told
+    (post,) = posts
     assert (post["state"], post["run"], outcome(server, tracking)) == (state, "nightly", status)
-    assert (
-        post["text"].startswith(f"captioner: nightly {state.lower()} (http")
-        and post["mlflow"] in post["text"]
-    )
-    assert "s3cret" not in caplog.text
+    assert post["text"].startswith(f"captioner: nightly {state.lower()} (http")
+    assert post["mlflow"] in post["text"] and "s3cret" not in caplog.text
 
 
 def test_a_retry_that_succeeds_ends_the_run_well_although_it_was_closed_as_failed(
-    server: str, environment: pytest.MonkeyPatch, told: list[dict]
+    server: str, environment: pytest.MonkeyPatch, posts: list[dict]
 ) -> None:
     """Kubeflow Pipelines' Retry runs what failed, and the exit handler not a second time."""
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-retried")
@@ -73,10 +69,10 @@ def test_a_retry_that_succeeds_ends_the_run_well_although_it_was_closed_as_faile
     assert outcome(server, tracking) == "FAILED"
     finish_pipeline("nightly", tracking)
     assert outcome(server, tracking) == "FINISHED"
-    assert [post["state"] for post in told] == ["FAILED", "SUCCEEDED"]
+    assert [post["state"] for post in posts] == ["FAILED", "SUCCEEDED"]
 
 
-def test_a_webhook_that_was_away_at_the_last_step_hears_from_the_exit_handler(
+def test_a_webhook_that_was_away_at_the_last_step_is_notified_by_the_exit_handler(
     server: str, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)
@@ -84,11 +80,11 @@ def test_a_webhook_that_was_away_at_the_last_step_hears_from_the_exit_handler(
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-unheard")
     tracking.open_pipeline("nightly")
     finish_pipeline("nightly", tracking)
-    with webhook() as (address, told):
+    with webhook() as (address, posts):
         environment.setenv("WEBHOOK_URL", address)
         close_pipeline("nightly", "RUNNING", tracking_from_environment)
         close_pipeline("nightly", "RUNNING", tracking_from_environment)
-        assert [post["state"] for post in told] == ["SUCCEEDED"]
+        assert [post["state"] for post in posts] == ["SUCCEEDED"]
 
 
 def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(
@@ -125,48 +121,66 @@ def test_the_next_run_ends_those_that_kubeflow_knows_to_be_over(
         step(environment, KFP_RUN_ID="kfp-after").open_pipeline("after", run_state)
     assert {state: client.get_run(run).info.status for state, run in runs.items()} == states
     assert client.get_run(nested).info.status == "FAILED", "a candidate that a Retry went on with"
-    assert run_state("kfp-RUNNING") is None, "a server that is away knows nothing"
+
+
+def test_a_kubeflow_that_does_not_answer_is_asked_once(
+    server: str, environment: pytest.MonkeyPatch
+) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-now")
+    client = mlflow.MlflowClient(server)
+    runs = []
+    for number in range(3):
+        tags = {"captioner.version": "1", "kfp.pipeline_run_id": f"kfp-before-{number}"}
+        runs.append(client.create_run(tracking.experiment_id, tags=tags).info.run_id)
+    environment.setenv("ML_PIPELINE_SERVICE_HOST", "127.0.0.1")
+    environment.setenv("ML_PIPELINE_SERVICE_PORT", str(free_port()))
+    questions = []
+
+    def counting(run_id: str) -> str | None:
+        questions.append(run_id)
+        return run_state(run_id)
+
+    tracking.open_pipeline("now", counting)
+    assert len(questions) == 1
+    assert {client.get_run(run).info.status for run in runs} == {"RUNNING"}
 
 
 def test_a_run_that_never_began_has_failed(
-    server: str, environment: pytest.MonkeyPatch, told: list[dict]
+    server: str, environment: pytest.MonkeyPatch, posts: list[dict]
 ) -> None:
     step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-never")
     close_pipeline("nightly", "RUNNING", tracking_from_environment)
-    assert told[0]["text"] == "captioner: nightly failed"
+    assert posts[0]["text"] == "captioner: nightly failed"
 
 
-def test_where_mlflow_has_no_run_a_good_one_is_told_of_once(
-    server: str, environment: pytest.MonkeyPatch, told: list[dict]
+def test_where_mlflow_has_no_run_a_success_is_posted_once(
+    server: str, environment: pytest.MonkeyPatch, posts: list[dict]
 ) -> None:
     """Without a server each step has a store of its own, in its pod."""
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-alone")
     finish_pipeline("nightly", tracking)
     close_pipeline("nightly", "COMPLETE", tracking_from_environment)
-    assert [post["state"] for post in told] == ["SUCCEEDED"]
+    assert [post["state"] for post in posts] == ["SUCCEEDED"]
 
 
-def test_with_mlflow_away_the_webhook_is_told_what_is_known(
-    environment: pytest.MonkeyPatch, told: list[dict], caplog: pytest.LogCaptureFixture
+def test_with_mlflow_away_the_webhook_gets_what_is_known(
+    environment: pytest.MonkeyPatch, posts: list[dict], caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@127.0.0.1:{free_port()}")
     environment.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     environment.setenv("KFP_RUN_ID", "kfp-away")
     close_pipeline("nightly", "RUNNING", tracking_from_environment)
     close_pipeline("nightly", "COMPLETE", tracking_from_environment)
-    assert (
-        len(told) == 1
-        and told[0]["state"] == "UNKNOWN"
-        and "MLflow does not say how" in told[0]["text"]
-    )
-    assert "MLflow's runs were not closed" in caplog.text and "s3cret" not in caplog.text
+    (post,) = posts
+    assert post["state"] == "UNKNOWN" and "MLflow does not say how" in post["text"]
+    assert "MLflow's runs were not ended" in caplog.text and "s3cret" not in caplog.text
 
 
 @pytest.mark.parametrize(
     "address",
     ["http://127.0.0.1:9/s3cret", "http://127.0.0.1:s3cret/", "s3cret://x", "http://[s3cret"],
 )
-def test_a_webhook_that_is_away_or_none_is_tried_again_and_never_shown(
+def test_a_webhook_that_is_away_or_invalid_is_tried_again_and_never_logged(
     address: str, environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment.setattr("model_lib.steps.closing.time.sleep", lambda seconds: None)

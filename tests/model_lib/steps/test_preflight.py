@@ -1,5 +1,5 @@
-"""What a pipeline needs is checked at once, against a real MLflow server: all that is missing is
-named in one line."""
+"""The needs of a pipeline are checked at once, against a real MLflow server: one line names all
+problems."""
 
 import os
 import time
@@ -16,6 +16,7 @@ from model_lib.steps.candidates import candidate_configs
 from model_lib.steps.preflight import Needs, training_sources
 from model_lib.tracking.server import do_not_wait_long
 from model_lib.train.trainjob import Machines
+from tests.helpers.kube_server import KubeServer
 from tests.helpers.services import free_port, mlflow_server
 
 SEVERAL = Machines(
@@ -118,7 +119,7 @@ def test_a_tracking_server_that_is_not_there_is_named_within_a_minute(
         preflight.preflight(Needs(environment={"MLFLOW_TRACKING_URI": address}))
 
 
-def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_without_an_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket behind a firewall answers neither yes nor no."""
     monkeypatch.setattr(preflight, "TIMEOUT", 0.5)
     monkeypatch.setattr(preflight, "_readable", lambda folder: time.sleep(30))
@@ -126,7 +127,27 @@ def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
         preflight.preflight(Needs(folders=["gs://far/away"], environment={}))
 
 
-def test_the_hubs_absence_is_said_with_the_remedy() -> None:
+def test_the_rehearsed_trainjob_has_nothing_from_the_secret_in_plain_text(
+    data: Path, tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    """It is the document that the step sends, which does not adopt its secret's variables."""
+    environment.setenv("CAPTIONER_MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/secret.db")
+    environment.setenv("KFP_RUN_ID", "kfp-1")
+    environment.setenv("KFP_POD_NAME", "step")
+    options = {name: getattr(SEVERAL, name) for name in ("nodes", "image", "cpu", "memory")}
+    secret = {"secret_name": "s", "secret_keys": [], "secret_variables": {"hub": "HF_TOKEN"}}
+    candidate = {"candidates": [{"name": "a"}], "preset": "tiny"}
+    with KubeServer(tmp_path) as cluster:
+        environment.setenv("KUBECONFIG", str(cluster.kubeconfig))
+        component.python_func(
+            run_name="r", gpu_resource="nvidia.com/gpu", **candidate, **options, **secret
+        )
+    (document,) = cluster.checked
+    variables = {row["name"]: row.get("value") for row in document["spec"]["trainer"]["env"]}
+    assert variables == {"KFP_RUN_ID": "kfp-1", "HF_TOKEN": None}
+
+
+def test_a_hub_that_is_away_is_named_with_the_remedy() -> None:
     with pytest.raises(
         WorkError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"
     ):
@@ -150,7 +171,7 @@ def test_the_weights_that_candidates_start_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"precision": "fp16"}, "precision: Input should be 'auto', 'bfloat16'"),
         ({"learning_rate": -1.0}, "learning_rate: -1.0"),
@@ -164,8 +185,8 @@ def test_the_weights_that_candidates_start_from() -> None:
         ({"candidates": [{"name": "a", "colour": "red"}]}, "unknown option 'colour'"),
     ],
 )
-def test_options_that_make_no_sense_are_told_before_any_work(
-    options: dict, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_options_out_of_range_are_refused_before_any_work(
+    options: dict, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "preflight", None)
     for name in (
@@ -174,7 +195,7 @@ def test_options_that_make_no_sense_are_told_before_any_work(
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
     ):
         monkeypatch.setenv(name, "1")
-    given = {
+    required = {
         "run_name": "r",
         "secret_name": "s",
         "secret_keys": [],
@@ -182,8 +203,8 @@ def test_options_that_make_no_sense_are_told_before_any_work(
         "preset": "tiny",
     }
     with pytest.raises(SystemExit, match="2"):
-        component.python_func(**{**given, **options})
-    assert said in capsys.readouterr().err
+        component.python_func(**{**required, **options})
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,19 +38,15 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowTrackin
         tracking.open_pipeline("nightly")
         for name, captions in (("five-captions", 5), ("one-caption", 1)):
             config = TrainConfig(data="data", output=name, name=name, captions_per_image=captions)
-            with tracking.start(
-                name, None, config.to_dict(), {"captioner.data_fingerprint": "d"}
-            ) as run:
-                for at in range(10):
-                    run.log({"train_loss": 5.0 / (at + captions)}, at)
-            evaluated = evaluation(name)
-            tracking.add(
-                str(run.run_id), evaluation_metrics(evaluated), evaluation_tags(evaluated), {}
-            )
-        evaluated = evaluation("five-captions")
-        tracking.conclude(
-            evaluation_metrics(evaluated), {"captioner.winner": "five-captions"}, "## Version 1"
-        )
+            tags = {"captioner.data_fingerprint": "d"}
+            output = str(tmp_path_factory.mktemp(name))
+            with tracking.start(name, None, config.to_dict(), tags, output) as run:
+                for number in range(10):
+                    run.log({"train_loss": 5.0 / (number + captions)}, number)
+            metrics, tags = evaluation_metrics(evaluation(name)), evaluation_tags(evaluation(name))
+            tracking.add(str(run.run_id), metrics, tags, {})
+        metrics = evaluation_metrics(evaluation("five-captions"))
+        tracking.conclude(metrics, {"captioner.winner": "five-captions"}, "## Version 1")
         tracking.close_pipeline(succeeded=True)
         yield tracking
 

@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 
 from model_lib import __version__
-from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.runs import Run
 from model_lib.tracking.server import (
+    MlflowTracking,
     adopt_secret,
     require_mlflow,
     tracking_from_environment,
@@ -38,68 +39,56 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield stack.enter_context(mlflow_server(tmp_path_factory.mktemp("mlflow"), store))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> str:
-    """Where a training writes its metrics."""
-    (tmp_path / "training").mkdir()
-    return str(tmp_path / "training")
+@pytest.fixture()
+def start(tmp_path: Path) -> Callable[..., Run]:
+    """A function that starts a candidate's run, with an output folder for each key or name."""
+
+    def start(
+        tracking: MlflowTracking,
+        name: str,
+        key: str | None = None,
+        params: Mapping[str, Any] = {},
+        tags: Mapping[str, str] = {},
+        step: int = 0,
+    ) -> Run:
+        folder = tmp_path / (key or name)
+        folder.mkdir(exist_ok=True)
+        return tracking.start(name, key, params, tags, str(folder), step)
+
+    return start
 
 
 def test_candidates_are_nested_under_the_pipelines_run(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
 ) -> None:
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-1")
     tracking.open_pipeline("train-captioner 1")
     tracking.open_pipeline("train-captioner 1")  # a retry
-    with tracking.start("one", None, params={"epochs": 3}, tags={"a": "b"}, folder=folder) as one:
-        one.log({"loss": 1.0}, 1)
-    left_open = tracking.start("two", None, params={}, tags={}, folder=folder)
+    with start(tracking, "one", params={"epochs": 3}, tags={"a": "b"}) as run:
+        run.log({"loss": 1.0}, 1)
+    start(tracking, "two")
 
-    client = mlflow.MlflowClient(server)
+    def runs() -> dict[str, mlflow.entities.Run]:
+        runs = mlflow.MlflowClient(server).search_runs([tracking.experiment_id])
+        return {run.info.run_name: run for run in runs}
+
     parent = tracking.parent()
-    runs = {run.info.run_name: run for run in client.search_runs([tracking.experiment_id])}
-    assert (
-        set(runs) == {"train-captioner 1", "one", "two"}
-        and runs["train-captioner 1"].info.run_id == parent
-    )
-    assert {runs[name].data.tags["mlflow.parentRunId"] for name in ("one", "two")} == {parent}
-
-    assert (
-        tracking.close_pipeline(succeeded=True)
-        == f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
-    )
-    status = {
-        run.info.run_name: run.info.status for run in client.search_runs([tracking.experiment_id])
-    }
+    assert runs().keys() == {"train-captioner 1", "one", "two"}
+    assert runs()["train-captioner 1"].info.run_id == parent
+    assert {runs()[name].data.tags["mlflow.parentRunId"] for name in ("one", "two")} == {parent}
+    address = f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
+    assert tracking.close_pipeline(succeeded=True) == address
+    status = {name: run.info.status for name, run in runs().items()}
     assert status == {"train-captioner 1": "FINISHED", "one": "FINISHED", "two": "FAILED"}
-    assert left_open.run_id is not None
-
-
-def test_curves_are_read_as_the_last_try_logged_them(folder: str) -> None:
-    with Run(folder) as run:
-        run.log({"train_loss": 3.0, "gradient_norm": 1.0}, 10)
-        run.log({"train_loss": 2.0, "val_loss": 2.5}, 20)
-    with Path(folder, "metrics.jsonl").open("a") as file:
-        file.write('{"step": 30, "tim')  # killed while it wrote
-    with Run(folder, step=10) as run:
-        run.log({"train_loss": 1.5}, 20)
-    assert read_curves(f"{folder}/best") == {
-        "gradient_norm": [(10, 1.0)],
-        "train_loss": [(10, 3.0), (20, 1.5)],
-    }
-    assert read_curves(f"{folder}/other/best") == {}
 
 
 def test_nested_runs_are_closed_however_many_pages_they_fill(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
 ) -> None:
     environment.setattr("model_lib.tracking.server.PAGE", 2)
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-many")
     tracking.open_pipeline("many")
-    runs = [
-        str(tracking.start(f"candidate-{n}", None, params={}, tags={}, folder=folder).run_id)
-        for n in range(7)
-    ]
+    runs = [str(start(tracking, f"candidate-{number}").run_id) for number in range(7)]
     client = mlflow.MlflowClient(server)
     client.set_terminated(runs[0])
     tracking.close_pipeline(succeeded=False)
@@ -112,86 +101,75 @@ import os, signal, sys, time
 import model_lib.tracking.mlflow_run
 from model_lib.tracking.server import tracking_from_environment
 model_lib.tracking.mlflow_run.INTERVAL = 0.05
-folder, step = sys.argv[1], int(sys.argv[2])
-with tracking_from_environment().start(
-    "killed", "key-of-killed", {"epochs": 3}, {}, folder, step
-) as run:
-    run.log({"loss": 2.0}, step + 1)
-    while run.metrics.read(run.cursor):
+start = ("killed", "key-of-killed", {"epochs": 3}, {}, sys.argv[1], int(sys.argv[2]) - 1)
+with tracking_from_environment().start(*start) as run:
+    run.log({"loss": 2.0}, int(sys.argv[2]))
+    while run.cursor < os.path.getsize(sys.argv[1] + "/metrics.jsonl"):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+    server: str, environment: pytest.MonkeyPatch, tmp_path: Path, start: Callable[..., Run]
 ) -> None:
     client = mlflow.MlflowClient(server)
+    (tmp_path / "key-of-killed").mkdir()
 
-    def killed(at: int) -> str:
-        """Let a process start or go on with the candidate at a step, and die after the next one;
-        return its run."""
-        command = [sys.executable, "-c", KILLED, folder, str(at)]
-        done = subprocess.run(command, env=dict(os.environ), timeout=120)
-        assert done.returncode == -signal.SIGKILL
-        (run,) = client.search_runs(
-            [tracking.experiment_id], "tags.`captioner.run` = 'key-of-killed'"
-        )
+    def killed_at(step: int) -> str:
+        """Let a process start or resume the candidate, and die; return its run."""
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "key-of-killed"), str(step)]
+        process = subprocess.run(command, env=dict(os.environ), timeout=120)
+        assert process.returncode == -signal.SIGKILL
+        condition = "tags.`captioner.run` = 'key-of-killed'"
+        (run,) = client.search_runs([tracking.experiment_id], condition)
         assert run.info.status == "RUNNING", "nobody could end it"
         return str(run.info.run_id)
 
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-first")
     tracking.open_pipeline("first")
     first = tracking.parent()
-    run_id = killed(at=0)
-    assert killed(at=1) == run_id, "a retry goes on in the same run"
+    run_id = killed_at(1)
+    assert killed_at(2) == run_id, "a retry goes on in the same run"
     tracking.close_pipeline(succeeded=False)
     assert client.get_run(run_id).info.status == "FAILED"
 
     tracking = step(environment, KFP_RUN_ID="kfp-second")
     tracking.open_pipeline("second")
-    assert killed(at=2) == run_id
+    assert killed_at(3) == run_id
     tracking.close_pipeline(succeeded=False)
-    assert client.get_run(run_id).info.status == "FAILED", (
-        "it is closed with the pipeline run that went on with it"
-    )
-    with tracking.start("killed", "key-of-killed", {"epochs": 3}, {}, folder, step=3) as run:
+    status = client.get_run(run_id).info.status
+    assert status == "FAILED", "it is closed with the pipeline run that went on with it"
+    with start(tracking, "killed", "key-of-killed", {"epochs": 3}, step=3) as run:
         assert client.get_run(run_id).info.status == "RUNNING"
         run.log({"loss": 1.0}, 4)
-    found = client.get_run(run_id)
-    assert (
-        run.run_id == run_id
-        and found.info.status == "FINISHED"
-        and found.data.params == {"epochs": "3"}
-    )
-    assert found.data.tags["mlflow.parentRunId"] == tracking.parent() != first
-    assert found.data.tags["kfp.pipeline_run_id"] == "kfp-second"
-    # Each start sent the whole file, and MLflow has each point once.
-    points = [(point.step, point.value) for point in client.get_metric_history(run_id, "loss")]
-    assert sorted(points) == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 1.0)]
+    assert run.run_id == run_id
+    ended = client.get_run(run_id)
+    assert ended.info.status == "FINISHED" and ended.data.params == {"epochs": "3"}
+    assert ended.data.tags["mlflow.parentRunId"] == tracking.parent() != first
+    assert ended.data.tags["kfp.pipeline_run_id"] == "kfp-second"
+    points = client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(1, 2), (2, 2), (3, 2), (4, 1)]
 
 
 def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
 ) -> None:
     client = mlflow.MlflowClient(server)
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-trains")
     tracking.open_pipeline("trains")
-    with tracking.start("done", "key-of-done", {}, {}, folder=folder) as run:
+    with start(tracking, "done", "key-of-done") as run:
         run.log({"loss": 2.0}, 1)
     before = client.get_run(run.run_id)
     parent = tracking.parent()
     tracking = step(environment, KFP_RUN_ID="kfp-reruns")
     tracking.open_pipeline("reruns")
-    with tracking.start("done", "key-of-done", {}, {}, folder=folder) as again:
+    with start(tracking, "done", "key-of-done", step=1) as again:
         pass
     after = client.get_run(run.run_id)
-    assert (again.run_id, after.info.end_time) == (
-        run.run_id,
-        before.info.end_time,
-    ) and after.data.tags == before.data.tags
-    # Its checkpoints were lost: it trains again.
-    with tracking.start("done", "key-of-done", {}, {}, folder=folder) as again:
+    assert again.run_id == run.run_id and after.info.end_time == before.info.end_time
+    assert after.data.tags == before.data.tags
+    with start(tracking, "done", "key-of-done") as again:  # its checkpoints were lost
         again.log({"loss": 2.0}, 1)
         assert client.get_run(run.run_id).info.status == "RUNNING"
     assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == tracking.parent() != parent
@@ -204,46 +182,28 @@ def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
     handler."""
     client = mlflow.MlflowClient(server)
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
-    month = 30 * 24 * 3600 * 1000
-    ours = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-dead"}
-    begun = {
-        "dead": (ours, month + 9999),
-        "alive": (ours, month - 9999),
-        "theirs": ({"kfp.pipeline_run_id": "x"}, month * 2),
-    }
-    now = int(time.time() * 1000)
-    runs = {
-        name: client.create_run(
-            tracking.experiment_id, start_time=now - age, run_name=name, tags=tags
-        ).info.run_id
-        for name, (tags, age) in begun.items()
-    }
-    nested = {
-        name: client.create_run(
-            tracking.experiment_id, tags={"mlflow.parentRunId": runs[name]}
-        ).info.run_id
-        for name in runs
-    }
-    alone = client.create_run(
-        tracking.experiment_id, start_time=now - 2 * month, tags={"captioner.version": "1"}
-    )
+    month, now = 30 * 24 * 3600 * 1000, int(time.time() * 1000)
+
+    def create(age: int, tags: dict[str, str]) -> str:
+        run = client.create_run(tracking.experiment_id, start_time=now - age, tags=tags)
+        return str(run.info.run_id)
+
+    pipeline = {"captioner.version": "1", "kfp.pipeline_run_id": "kfp-dead"}
+    expected = {}
+    for age, tags, status in (
+        (month + 9999, pipeline, "FAILED"),
+        (month - 9999, pipeline, "RUNNING"),
+        (2 * month, {"kfp.pipeline_run_id": "of another program"}, "RUNNING"),
+    ):
+        run = create(age, tags)
+        expected |= {run: status, create(0, {"mlflow.parentRunId": run}): status}
+    expected[create(2 * month, {"captioner.version": "1"})] = "RUNNING"  # not of a pipeline
     step(environment, KFP_RUN_ID="kfp-next").open_pipeline("next")
-
-    def status(run_id: str) -> str:
-        return str(client.get_run(run_id).info.status)
-
-    assert {
-        name: status(run) for name, run in runs.items() if status(nested[name]) == status(run)
-    } == {
-        "dead": "FAILED",
-        "alive": "RUNNING",
-        "theirs": "RUNNING",
-    }
-    assert status(alone.info.run_id) == "RUNNING"
+    assert {run: client.get_run(run).info.status for run in expected} == expected
 
 
 def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
 ) -> None:
     client = mlflow.MlflowClient(server)
     address = "https://kfp.example.com/#/runs/details/kfp-tags"
@@ -256,7 +216,7 @@ def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-tags")
     parent = client.create_run(tracking.experiment_id, run_name="theirs", tags=kfp).info.run_id
     tracking.open_pipeline("ours")
-    with tracking.start("one", None, {}, {}, folder=folder) as run:
+    with start(tracking, "one") as run:
         pass
     assert kfp.items() <= client.get_run(run.run_id).data.tags.items()
     assert tracking.parent() == parent, "a nested run with the same tags is not the parent"
@@ -265,76 +225,62 @@ def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
     tracking.conclude(
         {"val_CIDEr": 1.5}, {"captioner.winner": "one", "captioner.nothing": ""}, "## Won"
     )
-    found = client.get_run(parent).data
-    assert found.tags["mlflow.note.content"] == f"{link}\n\n## Won" and found.metrics == {
-        "val_CIDEr": 1.5
-    }
-    assert found.tags["captioner.winner"] == "one" and "captioner.nothing" not in found.tags
+    data = client.get_run(parent).data
+    assert data.tags["mlflow.note.content"] == f"{link}\n\n## Won"
+    assert data.metrics == {"val_CIDEr": 1.5}
+    assert data.tags["captioner.winner"] == "one" and "captioner.nothing" not in data.tags
 
 
 def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
 ) -> None:
     """Kubeflow Pipelines 2.17 with its MLflow plugin: parent and nested run are there before the
     step starts."""
     client = mlflow.MlflowClient(server)
     experiment = client.create_experiment("theirs")
-    parent = client.create_run(
-        experiment, run_name="run of captioner", tags={"kfp.pipeline_run_id": "kfp-2"}
-    ).info
-    own = client.create_run(
-        experiment, run_name="train", tags={"mlflow.parentRunId": parent.run_id}
-    ).info
-    given = {"MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": own.run_id, "KFP_RUN_ID": "kfp-2"}
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, **given)
+    tags = {"kfp.pipeline_run_id": "kfp-2"}
+    parent = client.create_run(experiment, run_name="run of captioner", tags=tags).info
+    tags = {"mlflow.parentRunId": parent.run_id}
+    own = client.create_run(experiment, run_name="train", tags=tags).info
+    variables = {
+        "MLFLOW_EXPERIMENT_ID": experiment,
+        "MLFLOW_RUN_ID": own.run_id,
+        "KFP_RUN_ID": "kfp-2",
+    }
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, **variables)
     tracking.open_pipeline("ours")
     assert tracking.parent() == parent.run_id, "no second parent"
-    with tracking.start(
-        "five-captions", None, params={"epochs": 3}, tags={"a": "b"}, folder=folder
-    ) as run:
+    with start(tracking, "five-captions", params={"epochs": 3}, tags={"a": "b"}) as run:
         run.log({"loss": 1.0}, 1)
     assert run.run_id == own.run_id
-    found = client.get_run(own.run_id)
-    assert found.info.run_name == "five-captions" and found.info.status == "FINISHED"
-    assert (
-        found.data.params == {"epochs": "3"}
-        and found.data.tags["a"] == "b"
-        and found.data.metrics == {"loss": 1.0}
-    )
-    assert len(client.search_runs([experiment])) == 2
+    ended = client.get_run(own.run_id)
+    assert (ended.info.run_name, ended.info.status) == ("five-captions", "FINISHED")
+    assert ended.data.params == {"epochs": "3"} and ended.data.tags["a"] == "b"
+    assert ended.data.metrics == {"loss": 1.0} and len(client.search_runs([experiment])) == 2
 
 
 def test_links_lead_where_people_see_mlflow(
     server: str, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tracking = step(
-        environment, MLFLOW_TRACKING_URI=server, MLFLOW_UI_URL="https://mlflow.example.com/"
-    )
-    assert (
-        tracking.run_url("r")
-        == f"https://mlflow.example.com/#/experiments/{tracking.experiment_id}/runs/r"
-    )
+    ui = "https://mlflow.example.com"
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, MLFLOW_UI_URL=f"{ui}/")
+    assert tracking.run_url("r") == f"{ui}/#/experiments/{tracking.experiment_id}/runs/r"
     environment.delenv("MLFLOW_UI_URL")
     environment.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
-    assert (
-        step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db").run_url("r")
-        is None
-    )
+    tracking = step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    assert tracking.run_url("r") is None
 
 
-@pytest.mark.parametrize(("given", "place"), [("", "work"), ("sqlite:///mine/mlflow.db", "mine")])
+@pytest.mark.parametrize(("uri", "folder"), [("", "work"), ("sqlite:///mine/mlflow.db", "mine")])
 def test_the_embedded_store_is_the_same_wherever_a_step_runs(
-    given: str, place: str, environment: pytest.MonkeyPatch, tmp_path: Path
+    uri: str, folder: str, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     environment.chdir(tmp_path)
-    environment.setenv("MLFLOW_TRACKING_URI", given)
+    environment.setenv("MLFLOW_TRACKING_URI", uri)
     tracking = require_mlflow(tracking_from_environment("work"))
-    assert (
-        tracking.uri
-        == os.environ["MLFLOW_TRACKING_URI"]
-        == f"sqlite:///{tmp_path}/{place}/mlflow.db"
-    )
-    assert (tmp_path / place / "mlflow.db").exists()
+    assert tracking.uri == f"sqlite:///{tmp_path}/{folder}/mlflow.db"
+    assert os.environ["MLFLOW_TRACKING_URI"] == tracking.uri
+    assert (tmp_path / folder / "mlflow.db").exists()
 
 
 def test_the_secrets_variables_give_way_to_the_servers() -> None:
@@ -344,29 +290,25 @@ def test_the_secrets_variables_give_way_to_the_servers() -> None:
         "MLFLOW_TRACKING_URI": "http://theirs",
     }
     adopt_secret(variables)
-    assert (variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_UI_URL"]) == (
-        "http://theirs",
-        "http://people",
-    )
+    assert variables["MLFLOW_TRACKING_URI"] == "http://theirs"
+    assert variables["MLFLOW_UI_URL"] == "http://people"
 
 
-def test_a_run_knows_its_code_and_its_machine(
-    server: str, environment: pytest.MonkeyPatch, folder: str
+def test_a_run_has_the_version_of_its_code_and_the_load_of_its_machine(
+    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
 ) -> None:
     environment.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "1")
     tracking = step(environment, MLFLOW_TRACKING_URI=server)
     client, deadline = mlflow.MlflowClient(server), time.monotonic() + 120
-    with tracking.start("alone", None, params={}, tags={"data": "d"}, folder=folder) as run:
-        while (
-            "system/cpu_utilization_percentage" not in client.get_run(str(run.run_id)).data.metrics
-        ):
+    load = "system/cpu_utilization_percentage"
+    with start(tracking, "alone", tags={"data": "d"}) as run:
+        while load not in client.get_run(run.run_id).data.metrics:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-    found = client.get_run(str(run.run_id))
-    assert found.data.tags["captioner.version"] == __version__ and found.data.tags["data"] == "d"
+    tags = client.get_run(run.run_id).data.tags
+    assert tags["captioner.version"] == __version__ and tags["data"] == "d"
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     if head.returncode == 0:
-        commit = found.data.tags["mlflow.source.git.commit"]
-        assert commit.removesuffix("-dirty") == head.stdout.strip()
+        assert tags["mlflow.source.git.commit"].removesuffix("-dirty") == head.stdout.strip()
