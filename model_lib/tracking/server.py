@@ -334,6 +334,8 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
     adopt_secret()
     for name in ("alembic", "mlflow"):  # notes on each table of a new store, on each new version
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of each attempt; the last error is raised.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # stdout is the command's own
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

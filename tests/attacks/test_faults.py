@@ -13,7 +13,6 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from model_lib.registry.turns import draw, turn
 from torch import Tensor
 
 from model_lib.batch.batching import batch
@@ -189,27 +188,3 @@ def test_training_under_a_clock_that_jumps_ends_the_same_with_its_curves_in_orde
         point.step for point in points
     )
     assert {point.step for point in points} == {1, 2, 3, 4, 5, 6}
-
-
-def test_a_turn_under_a_clock_that_jumps_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow's own clock is this one here: a version that waits may be passed over, but two never
-    decide at once."""
-    monkeypatch.setattr("model_lib.registry.turns.POLL", 0.01)
-    monkeypatch.setattr("model_lib.registry.turns.LONGEST", 1.0)
-    jumping(monkeypatch, seed=1)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    taken = 0
-    for number in range(6):
-        left = draw(client, "m", f"file:///left-{number}", {})
-        mine = draw(client, "m", f"file:///mine-{number}", {})
-        try:
-            with turn(client, mine):
-                assert client.get_model_version("m", left.version).tags["decision"] == "abandoned"
-                client.set_model_version_tag("m", mine.version, "decision", "challenger")
-                taken += 1
-        except WorkError as error:
-            assert "run register again" in str(error)
-            client.set_model_version_tag("m", left.version, "decision", "abandoned")
-    assert taken

@@ -1,7 +1,6 @@
-"""MLflow away when training starts, while it goes on, when it ends, when an evaluation is logged or
-a model fetched."""
+"""MLflow away when a training starts, goes on or ends, when an evaluation is logged or a model is
+fetched."""
 
-import json
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -23,18 +23,18 @@ from model_lib.model.sources import weights_digest
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.model_uris import download_model
 from model_lib.registry.registry import register
-from model_lib.tracking.mlflow_run import FAIL_FAST
+from model_lib.tracking.errors import FAIL_FAST
+from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.step import TrainStep
 from model_lib.train.training import train
-from tests.helpers.evaluations import evaluated
+from tests.helpers.evaluations import write_evaluation
 from tests.helpers.services import Faults, faulty_proxy, free_port, mlflow_server
 
 
 class Server:
-    """An MLflow server that can be away: out of order behind a proxy, which is quick, or
-    stopped."""
+    """An MLflow server that can be away: unreachable behind a proxy, which is quick, or stopped."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port, self.faults = folder, free_port(), Faults(0.0, seed=0)
@@ -65,26 +65,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little patience, so that a test has it as well."""
+    """Shorten the pauses."""
     monkeypatch.setattr("model_lib.tracking.mlflow_run.INTERVAL", 0.02)
     monkeypatch.setattr("model_lib.tracking.mlflow_run.LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr("model_lib.tracking.mlflow_run.AT_START", 0.1)
     monkeypatch.setenv("CAPTIONER_RETRY_SECONDS", "0.1")
 
 
 def before_step(
     monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], None]]
 ) -> list[int]:
-    """Do things before some steps; return the list of the steps that are learned."""
-    learn, learned = TrainStep.run, list[int]()
+    """Do something before some steps; return the list of the steps that are run."""
+    run, steps = TrainStep.run, list[int]()
 
-    def acting(learner: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+    def acting(train_step: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
         actions.get(step, lambda: None)()
-        learned.append(step)
-        return learn(learner, batch, pixels, step)
+        steps.append(step)
+        return run(train_step, batch, pixels, step)
 
     monkeypatch.setattr("model_lib.train.step.TrainStep.run", acting)
-    return learned
+    return steps
 
 
 def options(data: Path, output: Path) -> TrainConfig:
@@ -101,39 +100,43 @@ def options(data: Path, output: Path) -> TrainConfig:
 
 
 def only_run(tracking: MlflowTracking, name: str) -> mlflow.entities.Run:
-    (run,) = tracking.client.search_runs(
-        [tracking.experiment_id], f"attributes.run_name = '{name}'"
-    )
+    condition = f"attributes.run_name = '{name}'"
+    (run,) = tracking.client.search_runs([tracking.experiment_id], condition)
     return run
 
 
-def curve(
-    tracking: MlflowTracking, run: mlflow.entities.Run, name: str = "train_loss"
-) -> list[int]:
-    """Return a curve's steps in the order of their times."""
-    points = tracking.client.get_metric_history(run.info.run_id, name)
-    return [point.step for point in sorted(points, key=lambda point: (point.timestamp, point.step))]
+def has_all_points(tracking: MlflowTracking, output: Path) -> bool:
+    """Whether a training's run in MLflow has each point of its file, once, in order."""
+    run_id = only_run(tracking, output.name).info.run_id
+    curves = read_curves(f"{output}/best")
+    assert [step for step, _ in curves["train_loss"]] == list(range(1, 13))
+    assert [step for step, _ in curves["val_loss"]] == [6, 12]
+    for name, curve in curves.items():
+        points = tracking.client.get_metric_history(run_id, name)
+        points.sort(key=lambda point: (point.timestamp, point.step))
+        if [(point.step, point.value) for point in points] != curve:
+            return False
+    return True
 
 
-def test_away_at_the_start_is_told_before_any_work(tmp_path: Path) -> None:
+def test_away_at_the_start_it_fails_before_any_work(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(
-        WorkError, match=rf"^MLflow at {address}: fails \(.*Connection refused\); see to the server"
-    ) as one:
-        train(TrainConfig(data="nowhere", output=str(tmp_path / "run")), MlflowTracking(address))
-    assert str(one.value).endswith("nothing was done") and not (tmp_path / "run").exists()
+    config = TrainConfig(data="nowhere", output=str(tmp_path / "run"))
+    message = rf"^MLflow at {address}: fails \(.*Connection refused\); .*nothing was done$"
+    with pytest.raises(WorkError, match=message):
+        train(config, MlflowTracking(address))
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_server_that_takes_calls_and_never_answers_is_told_too(
+def test_a_server_that_accepts_calls_and_never_answers_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FAIL_FAST, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    config = TrainConfig(data="nowhere", output=str(tmp_path / "run"))
     with socket.create_server(("127.0.0.1", 0)) as deaf:
-        address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        tracking = MlflowTracking(f"http://127.0.0.1:{deaf.getsockname()[1]}")
         with pytest.raises(WorkError, match=r"timed out.*nothing was done"):
-            train(
-                TrainConfig(data="nowhere", output=str(tmp_path / "run")), MlflowTracking(address)
-            )
+            train(config, tracking)
 
 
 def test_away_in_the_middle_training_goes_on_and_all_points_arrive(
@@ -146,12 +149,8 @@ def test_away_in_the_middle_training_goes_on_and_all_points_arrive(
     tracking = MlflowTracking(server.address)
     before_step(monkeypatch, {2: server.stop, 10: server.start})
     train(options(data, tmp_path / "middle"), tracking)
-    run = only_run(tracking, "middle")
-    assert run.info.status == "FINISHED"
-    assert curve(tracking, run) == list(range(1, 13)) and curve(tracking, run, "val_loss") == [
-        6,
-        12,
-    ]
+    assert only_run(tracking, "middle").info.status == "FINISHED"
+    assert has_all_points(tracking, tmp_path / "middle")
     assert caplog.text.count("training goes on, and its points are kept") == 1
 
 
@@ -159,27 +158,23 @@ def test_away_at_the_end_the_model_is_safe_and_the_same_command_sends_the_points
     server: Server, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking = MlflowTracking(server.address)
+    config, weights = options(data, tmp_path / "end"), tmp_path / "end/best/model.safetensors"
     with monkeypatch.context() as patched:
         before_step(patched, {7: server.away})
-        with pytest.raises(
-            WorkError, match=r"its model is safe, but \d+ points of run \w{32} were not sent"
-        ):
-            train(options(data, tmp_path / "end"), tracking)
-    best = (tmp_path / "end" / "best" / "model.safetensors").read_bytes()
+        message = r"its model is safe, but not all points of run \w{32} were sent"
+        with pytest.raises(WorkError, match=message):
+            train(config, tracking)
+    best = weights.read_bytes()
     server.back()
-    learned = before_step(monkeypatch, {})
-    trained = train(options(data, tmp_path / "end"), tracking)
-    assert not learned and trained.steps == 12
+    steps = before_step(monkeypatch, {})
+    trained = train(config, tracking)
+    assert not steps and trained.steps == 12
     run = only_run(tracking, "end")
     assert run.info.run_id == trained.run_id and run.info.status == "FINISHED"
-    assert curve(tracking, run) == list(range(1, 13)) and curve(tracking, run, "val_loss") == [
-        6,
-        12,
-    ]
-    assert best == (tmp_path / "end" / "best" / "model.safetensors").read_bytes()
-    ended = run.info.end_time
-    train(options(data, tmp_path / "end"), tracking)
-    assert only_run(tracking, "end").info.end_time == ended, "there was nothing more to send"
+    assert has_all_points(tracking, tmp_path / "end") and best == weights.read_bytes()
+    train(config, tracking)
+    end_time = only_run(tracking, "end").info.end_time
+    assert end_time == run.info.end_time, "there was nothing more to send"
 
 
 def test_killed_while_mlflow_is_away_no_point_is_lost(
@@ -192,70 +187,59 @@ def test_killed_while_mlflow_is_away_no_point_is_lost(
             train(options(data, tmp_path / "killed"), tracking)
     assert stop.value.code == 143
     server.back()
-    learned = before_step(monkeypatch, {})
+    steps = before_step(monkeypatch, {})
     train(options(data, tmp_path / "killed"), tracking)
-    assert learned == [9, 10, 11]
-    assert curve(tracking, only_run(tracking, "killed")) == list(range(1, 13))
+    assert steps == [9, 10, 11] and has_all_points(tracking, tmp_path / "killed")
 
 
-def test_a_server_that_hangs_holds_up_no_step(
+def test_a_call_that_hangs_holds_up_no_step(
     server: Server, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a call hangs, steps are learned: did one wait for it, the call would never end."""
+    """The call ends only before step 11: if a step waited for it, it would never end."""
     hanging, go = threading.Event(), threading.Event()
     tracking = MlflowTracking(server.address)
     log_batch = mlflow.MlflowClient.log_batch
 
-    def hang(
-        client: mlflow.MlflowClient, run_id: str, metrics: object = (), **others: object
-    ) -> None:
+    def hang(client: mlflow.MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> None:
         if metrics and not go.is_set():
             hanging.set()
             assert go.wait(60), "steps were held up"
         log_batch(client, run_id, metrics=metrics, **others)
 
     monkeypatch.setattr("mlflow.MlflowClient.log_batch", hang)
-
-    def hangs() -> None:
-        assert hanging.wait(60)
-
-    before_step(monkeypatch, {2: hangs, 11: go.set})
+    before_step(monkeypatch, {2: lambda: hanging.wait(60), 11: go.set})
     train(options(data, tmp_path / "hanging"), tracking)
-    assert curve(tracking, only_run(tracking, "hanging")) == list(range(1, 13))
+    assert hanging.is_set() and has_all_points(tracking, tmp_path / "hanging")
 
 
 def test_away_when_an_evaluation_is_logged_the_same_command_only_sends(
     server: Server, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking = MlflowTracking(server.address)
+    output = str(tmp_path / "run")
     model = train(
-        TrainConfig(
-            data=str(data), output=str(tmp_path / "run"), preset="tiny", epochs=1, name="e"
-        ),
-        tracking,
+        TrainConfig(data=str(data), output=output, preset="tiny", epochs=1, name="e"), tracking
     )
-    config = EvaluateConfig(model=model.model, data=str(data), output=str(tmp_path / "evaluated"))
+    folder = tmp_path / "evaluated"
+    config = EvaluateConfig(model=model.model, data=str(data), output=str(folder))
     server.away()
     with monkeypatch.context() as patched:
         patched.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        with pytest.raises(
-            WorkError,
-            match=r"evaluated: is written, but its scores are not in MLflow \(.*503.*\); the same",
-        ):
+        message = r"evaluated: is written, but its scores are not in MLflow \(.*503.*\); the same"
+        with pytest.raises(WorkError, match=message):
             evaluate(config, tracking)
-        files = {file.name: file.read_bytes() for file in (tmp_path / "evaluated").iterdir()}
-        assert {"scores.json", "results.json", "report.html", "predictions.parquet"} < files.keys()
+        scores = (folder / "scores.json").read_bytes()
+        files = {file.name for file in folder.iterdir()}
+        assert {"results.json", "report.html", "predictions.parquet"} < files
         patched.setattr("model_lib.model.captioning.caption_pixels", None)
         with pytest.raises(WorkError, match="is written, but"):
             evaluate(config, tracking)
-    server.back()
-    with monkeypatch.context() as patched:
-        patched.setattr("model_lib.model.captioning.caption_pixels", None)
+        server.back()
         evaluation = evaluate(config, tracking)
-    found = tracking.client.get_run(model.run_id).data.metrics
-    assert evaluation.scores["CIDEr"] in found.values()
-    assert json.loads(files["scores.json"]) == json.loads(json.dumps(evaluation.to_dict()))
-    assert not (tmp_path / "evaluated" / "unsent.json").exists(), "and the next one evaluates anew"
+    metrics = tracking.client.get_run(model.run_id).data.metrics
+    assert metrics["val_CIDEr"] == evaluation.scores["CIDEr"]
+    assert scores == (folder / "scores.json").read_bytes()
+    assert not (folder / "unsent.json").exists(), "the next call evaluates again"
 
 
 def test_away_while_a_model_is_fetched_nothing_is_kept_and_then_it_is_fetched_once(
@@ -265,10 +249,8 @@ def test_away_while_a_model_is_fetched_nothing_is_kept_and_then_it_is_fetched_on
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     cache = tmp_path / "cache" / "captioner"
-    evaluated(0.5, "small", model=str(saved_model)).write(str(tmp_path / "evaluated"), "")
-    register(
-        RegisterConfig(evaluations=(str(tmp_path / "evaluated"),)), MlflowTracking(server.address)
-    )
+    evaluation = write_evaluation(tmp_path, 0.5, "small", model=saved_model)
+    register(RegisterConfig(evaluations=(evaluation,)), MlflowTracking(server.address))
     (weights,) = server.folder.glob("art/**/model.safetensors")
     weights.rename(weights.parent / "moved")
     weights.symlink_to("/proc/self/mem")  # which is listed as a file, and cannot be read
@@ -278,47 +260,36 @@ def test_away_while_a_model_is_fetched_nothing_is_kept_and_then_it_is_fetched_on
 
     (weights.parent / "moved").rename(weights)
     fetched = download_model("models:/captioner@champion")
-    assert weights_digest(fetched) == weights_digest(str(saved_model)) and Path(
-        fetched
-    ).is_relative_to(cache)
+    assert weights_digest(fetched) == weights_digest(str(saved_model))
+    assert Path(fetched).is_relative_to(cache)
     assert download_model("models:/captioner/1") == fetched and len(list(cache.glob("[!.]*"))) == 1
 
 
 def test_a_registry_that_is_away_is_not_taken_for_an_empty_one(
     captioner: Callable, scenes: Path
 ) -> None:
-    """And within seconds: left alone, MLflow's client asks for four minutes."""
+    """And within seconds: MLflow's client alone would retry for four minutes."""
     address = f"http://127.0.0.1:{free_port()}"
-    given = (
-        "--images",
-        scenes / "val2017",
-        "--output",
-        "out",
-        "--model",
-        "models:/captioner@champion",
-    )
-    saying = {
-        (
-            "batch",
-            *given,
-        ): f"captioner: failed: models:/captioner@champion: MLflow at {address}: fails",
-        ("models",): f"captioner: failed: MLflow at {address}: fails",
-        ("register", "--evaluations", "gone"): f"captioner: failed: MLflow at {address}: fails",
-        ("run", "--scenes", "2"): f"captioner: failed: MLflow at {address}: fails",
-    }
-    with ThreadPoolExecutor() as both:
-        ended = both.map(lambda command: captioner(*command, MLFLOW_TRACKING_URI=address), saying)
-    for done, said in zip(ended, saying.values(), strict=True):
-        asking, last = done.stderr.splitlines()[:-1], done.stderr.splitlines()[-1]
-        assert done.returncode == 1 and last.startswith(said) and "refused" in last, done.stderr
-        assert all("asking again" in line for line in asking), done.stderr
+    batch = ("batch", "--images", scenes / "val2017", "--output", "out", "--model")
+    commands: list[tuple[object, ...]] = [
+        (*batch, "models:/captioner@champion"),
+        ("models",),
+        ("register", "--evaluations", "gone"),
+        ("run", "--scenes", "2"),
+    ]
+    with ThreadPoolExecutor() as pool:
+        processes = pool.map(lambda words: captioner(*words, MLFLOW_TRACKING_URI=address), commands)
+    for process in processes:
+        *retries, line = process.stderr.splitlines()
+        assert process.returncode == 1, process.stderr
+        assert line.startswith("captioner: failed: ") and "refused" in line
+        assert f"MLflow at {address}: fails" in line
+        assert all("next attempt" in retry for retry in retries), process.stderr
 
 
 def test_a_store_that_is_no_database_is_one_line(captioner: Callable, tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
-    done = captioner("models", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert (
-        done.stderr.splitlines()[-1].startswith("captioner: failed: ")
-        and "not a database" in done.stderr
-    )
+    process = captioner("models", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith("captioner: failed: ") and "not a database" in line
