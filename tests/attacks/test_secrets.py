@@ -1,5 +1,4 @@
-"""Secrets of the environment are in nothing that is produced: no log, YAML, database, model,
-checkpoint or page."""
+"""Secrets of the environment are in no output: log, YAML, database, model, checkpoint or page."""
 
 import base64
 import json
@@ -36,66 +35,45 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_what_the_stages_make_and_say_holds_none(scenes: Path, tmp_path: Path) -> None:
-    """Tracked by a server that lets in whoever has the password."""
+def test_outputs_and_logs_of_the_stages_hold_none(scenes: Path, tmp_path: Path) -> None:
+    """Tracked by a server that requires the password."""
+    batch = f"batch --images {scenes}/val2017 --output captions"
     stages = [
-        ["ingest", "--dataset", str(scenes), "--output", "data"],
-        ["train", "--data", "data", "--output", "out", "--preset", "tiny", "--epochs", "1"],
-        [
-            "evaluate",
-            "--model",
-            "out/best",
-            "--data",
-            "data",
-            "--output",
-            "evaluated",
-            "--limit",
-            "4",
-            "--num_beams",
-            "1",
-        ],
-        ["register", "--evaluations", "evaluated"],
-        [
-            "batch",
-            "--images",
-            str(scenes / "val2017"),
-            "--output",
-            "captions",
-            "--model",
-            "models:/captioner@champion",
-        ],
-        ["compile", "--output", "compiled"],
-        ["info", "--json"],
+        f"ingest --dataset {scenes} --output data",
+        "train --data data --output out --preset tiny --epochs 1",
+        "evaluate --model out/best --data data --output evaluated --limit 4 --num_beams 1",
+        "register --evaluations evaluated",
+        f"{batch} --model models:/captioner@champion",
+        "compile --output compiled",
+        "info --json",
     ]
     faults = Faults(0.0, seed=0)
     password = ENVIRONMENT["MLFLOW_TRACKING_PASSWORD"]
     faults.authorization = f"Basic {base64.b64encode(f'somebody:{password}'.encode()).decode()}"
-    command = [sys.executable, "-c", PROCESS, json.dumps(stages)]
+    command = [sys.executable, "-c", PROCESS, json.dumps([stage.split() for stage in stages])]
     with mlflow_server(tmp_path / "server") as server, faulty_proxy(server, faults) as address:
-        given = {"MLFLOW_TRACKING_URI": address, "MLFLOW_TRACKING_USERNAME": "somebody"}
-        environment = {**os.environ, **ENVIRONMENT, **given}
-        done = subprocess.run(
+        variables = {"MLFLOW_TRACKING_URI": address, "MLFLOW_TRACKING_USERNAME": "somebody"}
+        environment = {**os.environ, **ENVIRONMENT, **variables}
+        process = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, timeout=600
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert process.returncode == 0, process.stderr[-3000:]
         environment.pop("MLFLOW_TRACKING_PASSWORD")
-        denied = [sys.executable, "-m", "model_lib", "models"]
-        assert (
-            subprocess.run(denied, cwd=tmp_path, env=environment, capture_output=True).returncode
-            == 1
-        )
-    made = [file for file in tmp_path.rglob("*") if file.is_file()]
-    endings = {file.suffix for file in made}
-    assert {".db", ".html", ".json", ".log", ".parquet", ".safetensors", ".yaml"} <= endings
-    tables = [
-        str(pq.read_table(file).to_pylist()).encode() for file in made if file.suffix == ".parquet"
-    ]
-    for content in (done.stdout, done.stderr, *tables, *(file.read_bytes() for file in made)):
+        command = [sys.executable, "-m", "model_lib", "models"]
+        denied = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert denied.returncode == 1
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    suffixes = {file.suffix for file in files}
+    assert {".db", ".html", ".json", ".log", ".parquet", ".safetensors", ".yaml"} <= suffixes
+    contents = [process.stdout, process.stderr, *(file.read_bytes() for file in files)]
+    tables = [file for file in files if file.suffix == ".parquet"]
+    contents += [str(pq.read_table(file).to_pylist()).encode() for file in tables]
+    for content in contents:
         assert SECRET.encode() not in content and faults.authorization.encode() not in content
 
 
 @pytest.mark.parametrize(
-    ("command", "place", "names"),
+    ("command", "variable", "names"),
     [
         (["models"], "MLFLOW_TRACKING_URI", ["MLFLOW_TRACKING_TOKEN"]),
         (["caption", "-f", "x.jpg", "--model", "somebody/captioner"], "HF_ENDPOINT", ["HF_TOKEN"]),
@@ -107,50 +85,48 @@ def test_what_the_stages_make_and_say_holds_none(scenes: Path, tmp_path: Path) -
     ],
     ids=["mlflow", "hub", "s3"],
 )
-def test_what_a_server_refuses_is_not_told(
-    command: list[str], place: str, names: list[str], tmp_path: Path
+def test_a_secret_that_a_server_refuses_is_not_shown(
+    command: list[str], variable: str, names: list[str], tmp_path: Path
 ) -> None:
-    """In a process that starts from nothing: a hub's address is read when its package is
-    imported."""
+    """In a new process: a hub's address is read when its package is imported."""
     secrets = {name: ENVIRONMENT[name] for name in names}
     with refusing() as (address, proofs):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "0", place: address, **secrets}
-        given = [sys.executable, "-m", "model_lib", *command]
-        done = subprocess.run(
-            given, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", variable: address, **secrets}
+        process = subprocess.run(
+            [sys.executable, "-m", "model_lib", *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
-    assert any(secrets[names[0]] in proof for proof in proofs), (proofs, done.stderr)
-    assert (
-        done.returncode in (1, 2)
-        and "Traceback" not in done.stderr
-        and done.stderr.count("\n") == 1
-    )
-    assert SECRET not in done.stderr + done.stdout
+    assert any(secrets[names[0]] in proof for proof in proofs), (proofs, process.stderr)
+    assert process.returncode in (1, 2) and "Traceback" not in process.stderr
+    assert process.stderr.count("\n") == 1 and SECRET not in process.stderr + process.stdout
 
 
-def test_a_password_in_an_address_is_not_in_what_fails(
+def test_a_password_in_an_address_is_not_shown(
     captioner: Callable[..., CompletedProcess], data: Path
 ) -> None:
     address = f"http://user:{SECRET}@127.0.0.1:9"
-    given = ("train", "--data", data, "--output", "out", "--preset", "tiny", "--epochs", "1")
-    done = captioner(*given, MLFLOW_TRACKING_URI=address)
-    assert done.returncode == 1 and "MLflow at http://user:***@127.0.0.1:9: fails" in done.stderr, (
-        done.stderr
-    )
-    assert SECRET not in done.stderr + done.stdout
+    options = ("--data", data, "--output", "out", "--preset", "tiny", "--epochs", "1")
+    process = captioner("train", *options, MLFLOW_TRACKING_URI=address)
+    message = "MLflow at http://user:***@127.0.0.1:9: fails"
+    assert process.returncode == 1 and message in process.stderr, process.stderr
+    assert SECRET not in process.stderr + process.stdout
 
 
 @pytest.mark.parametrize("command", ["models", "rollback"])
-def test_what_mlflow_itself_says_holds_no_password(
+def test_messages_of_mlflow_hold_no_password(
     captioner: Callable[..., CompletedProcess], command: str
 ) -> None:
-    given = {
+    variables = {
         "MLFLOW_TRACKING_URI": f"http://user:{SECRET}@127.0.0.1:9",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     }
-    done = captioner(command, **given)
-    assert done.returncode == 1 and "http://user:***@127.0.0.1:9" in done.stderr, done.stderr
-    assert SECRET not in done.stderr + done.stdout
+    process = captioner(command, **variables)
+    assert process.returncode == 1 and "http://user:***@127.0.0.1:9" in process.stderr
+    assert SECRET not in process.stderr + process.stdout
 
 
 @pytest.mark.parametrize(
