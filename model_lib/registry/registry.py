@@ -214,6 +214,10 @@ def _create_version(
         run_id = tracking.create_finished_run(winner.name)
     card = render_card(winner, folder)
     model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
+    # Another pod may have registered the same evaluation meanwhile.
+    present = champion_version(tracking.uri)
+    if version := _find_version(winner, present, champion, config, tracking):
+        return version
     try:
         client.create_registered_model(MODEL)
     except MlflowException as error:
