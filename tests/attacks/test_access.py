@@ -86,11 +86,12 @@ def web(scenes: Path, requests: list[str]) -> Iterator[str]:
             requests.append(self.path)
             target = self.path.partition("?to=")[2]
             self.send_response(302 if target else 200)
-            self.send_header("Content-Length", str(len(image)))
+            body = b"" if target else image
+            self.send_header("Content-Length", str(len(body)))
             if target:
                 self.send_header("Location", target)
             self.end_headers()
-            self.wfile.write(image)
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
