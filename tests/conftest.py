@@ -56,10 +56,11 @@ SLOW_FIXTURES = frozenset(
 )
 """Fixtures that start processes, a server, a browser or a training."""
 SLOW_FILES = re.compile(
-    "test_(candidates|closing|distributed|download|journal|mlflow_ui|preflight|promotion_race|"
-    "registered_again|registry|scenes|serving|survival|tracking|training|trainjob|versions).py"
+    "test_(candidates|closing|distributed|download|faults|merging|mlflow_ui|preflight|prepacking|"
+    "promotion_race|registered_again|registry|scenes|serving|survival|tracking|training|trainjob|"
+    "two_pods|versions).py"
 )
-"""Files of tests that start servers, or train."""
+"""Files of tests that start servers or other processes, or train."""
 
 SHARED = Path(os.environ.get("CAPTIONER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
