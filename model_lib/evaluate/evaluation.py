@@ -27,7 +27,7 @@ from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import require_scorers
 from model_lib.tracking.errors import reason
 from model_lib.tracking.metrics import read_curves
-from model_lib.tracking.server import NO_TRACKING, Tracking
+from model_lib.tracking.runs import NO_TRACKING, Tracking
 
 if TYPE_CHECKING:
     from model_lib.data.shards import Batch, SplitReader

@@ -1,6 +1,6 @@
 """Images as they come: bytes of any kind to an upright RGB image, and on to the model's pixels.
 
-What cannot be shown is a `ImageError` with a reason from a short list, so that every broken image
+What cannot be shown is an `ImageError` with a reason from a short list, so that every broken image
 can be counted and reported while the others go on.
 """
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model_lib.io import storage
 
@@ -132,16 +132,15 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """Raise what Pillow says of a damaged or hostile file as a `ImageError`."""
+    """Raise what Pillow says of a damaged or hostile file as an `ImageError`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a bomb is refused by its size; other warnings are no news
+            # A bomb is refused by its size; other warnings are no news.
+            warnings.simplefilter("ignore")
             yield
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError("unreadable", "not an image in a format known here") from error
     except (ImageError, MemoryError):
         raise

@@ -45,7 +45,7 @@ def store_of(uri: str) -> str:
 def _is_below(uri: str, prefix: str) -> bool:
     """Return whether a path or address lies below another, with `..` and links resolved."""
     if _is_path(uri) and _is_path(prefix):
-        file, folder = (Path(one.removeprefix("file://")).resolve() for one in (uri, prefix))
+        file, folder = (Path(u.removeprefix("file://")).resolve() for u in (uri, prefix))
         return file.is_relative_to(folder)
     if _is_path(uri) or _is_path(prefix):
         return False

@@ -1,4 +1,5 @@
 """The model in MLflow's registry: promotion, packaging, serving and rollback.
 
-mlflow is imported inside functions; only `serving.py`, which MLflow loads, imports it at the top.
+The only place that knows what `models:/…` means. mlflow is imported inside functions, but in
+`serving.py`, which MLflow loads.
 """

@@ -26,7 +26,8 @@ from model_lib.registry.promotion import choose_winner, decide
 from model_lib.scores.significance import Comparison
 from model_lib.tracking.errors import find
 from model_lib.tracking.metrics import read_curves
-from model_lib.tracking.server import MlflowTracking, Tracking, require_mlflow
+from model_lib.tracking.runs import Tracking
+from model_lib.tracking.server import MlflowTracking, require_mlflow
 
 CHALLENGER = "challenger"
 SETTLE = 0.5

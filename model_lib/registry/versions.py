@@ -9,7 +9,8 @@ from model_lib.errors import UserError
 from model_lib.registry.model_uris import CHAMPION, MODEL
 from model_lib.registry.registry import COMPARED_WITH, DECISION, NONE, REASON, champion_version
 from model_lib.tracking.errors import find, mlflow_errors
-from model_lib.tracking.server import Tracking, require_mlflow
+from model_lib.tracking.runs import Tracking
+from model_lib.tracking.server import require_mlflow
 
 ROLLED_BACK = "rolled_back"
 """Tag of a version that was champion and was taken back: which followed it, and when."""

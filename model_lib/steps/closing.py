@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from model_lib.errors import first_line, printable
-from model_lib.tracking.server import Tracking
+from model_lib.tracking.runs import Tracking
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3

@@ -11,7 +11,8 @@ from model_lib.io import storage
 from model_lib.registry.config import NO_CHAMPION
 from model_lib.registry.model_uris import version_uri
 from model_lib.registry.registry import champion_version
-from model_lib.tracking.server import NO_TRACKING, Tracking, require_mlflow
+from model_lib.tracking.runs import NO_TRACKING, Tracking
+from model_lib.tracking.server import require_mlflow
 
 
 def evaluate_model(

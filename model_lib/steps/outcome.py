@@ -5,7 +5,7 @@ from model_lib.evaluate.result import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.registry.model_uris import CHAMPION, MODEL, version_uri
 from model_lib.registry.registry import Registered
-from model_lib.tracking.server import Tracking
+from model_lib.tracking.runs import Tracking
 
 
 def decision_markdown(registered: Registered, tracking: Tracking) -> str:

@@ -166,9 +166,9 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
         # With dropout, the model that learns would not be the one that drew.
         rate = preset.learning_rate / SELF_CRITICAL_SLOWDOWN
         defaults |= {"learning_rate": rate, "label_smoothing": 0.0, "dropout": 0.0}
-    given = {name: value for name, value in vars(config).items() if value is not None}
+    set_values = {name: value for name, value in vars(config).items() if value is not None}
     names = {field.name for field in fields(ResolvedConfig)}
-    return ResolvedConfig(**{name: defaults[name] for name in names & defaults.keys()} | given)
+    return ResolvedConfig(**{name: defaults[name] for name in names & defaults.keys()} | set_values)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from model_lib.errors import WorkError, first_line
 from model_lib.exits import exit_in_one_line
 from model_lib.io.cpus import cpu_count
-from model_lib.tracking.server import NO_TRACKING, Tracking
+from model_lib.tracking.runs import NO_TRACKING, Tracking
 from model_lib.train.config import TrainConfig, Trained
 from model_lib.train.distributed import started_by_launcher
 

@@ -23,7 +23,7 @@ from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import Scores, score_captions
 from model_lib.scores.significance import corpus_scores, meteor
-from model_lib.tracking.server import Tracking
+from model_lib.tracking.runs import Tracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 

@@ -8,7 +8,8 @@ import pytest
 
 from model_lib.steps.closing import close_pipeline, finish_pipeline
 from model_lib.steps.kfp_runs import run_state
-from model_lib.tracking.server import NO_TRACKING, MlflowTracking, tracking_from_environment
+from model_lib.tracking.runs import NO_TRACKING
+from model_lib.tracking.server import MlflowTracking, tracking_from_environment
 from tests.helpers.kfp_server import KfpServer
 from tests.helpers.services import free_port, mlflow_server, webhook
 from tests.helpers.tracked import step
