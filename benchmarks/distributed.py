@@ -143,8 +143,12 @@ def launch(options: argparse.Namespace, processes: int, kind: str) -> dict[str, 
     """Run `timed_steps` in fresh processes; return the slowest one's seconds and the largest
     memory."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
-    place = {"run_id": uuid.uuid4().hex, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(1, 1, processes, max_restarts=0, **place)
+    rendezvous = {
+        "run_id": uuid.uuid4().hex,
+        "rdzv_backend": "c10d",
+        "rdzv_endpoint": "localhost:0",
+    }
+    config = LaunchConfig(1, 1, processes, max_restarts=0, **rendezvous)
     results = elastic_launch(config, timed_steps)(options, kind).values()
     return {name: max(result[name] for result in results) for name in ("seconds", "gb")}
 

@@ -145,10 +145,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def zipped(archive: Path, folder: Path, *parts: str) -> None:
-    with zipfile.ZipFile(archive, "w") as made:
+    with zipfile.ZipFile(archive, "w") as archive_file:
         for part in parts:
             for file in sorted((folder / part).iterdir()):
-                made.write(file, f"{part}/{file.name}")
+                archive_file.write(file, f"{part}/{file.name}")
 
 
 @pytest.fixture()

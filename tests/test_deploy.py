@@ -157,11 +157,11 @@ def test_passwords_come_from_a_secret_that_the_page_makes() -> None:
     assert secret
     for variable in secret:
         reference = variable["valueFrom"]["secretKeyRef"]
-        made = (
+        produced = (
             f"create secret generic {reference['name']} --namespace mlflow "
             f"--from-literal={reference['key']}="
         )
-        assert f'{made}"$(openssl rand -hex 24)"' in PAGE
+        assert f'{produced}"$(openssl rand -hex 24)"' in PAGE
 
 
 def test_config_maps_that_pods_read_are_made_by_the_page() -> None:
@@ -204,21 +204,22 @@ def test_variables_are_set_before_they_are_used() -> None:
             for match in re.finditer(
                 r"\$\{?([A-Za-z_]+)|(?:export |\s)([A-Z]+)=|for (\w+) in", line
             ):
-                used, *made = match.groups()
+                used, *produced = match.groups()
                 assert used is None or used in known, f"{used} in: {line}"
-                known |= {name for name in made if name}
+                known |= {name for name in produced if name}
 
 
 def test_manifests_named_are_there_and_all_are_named() -> None:
     there = {f"deploy/{file.name}" for file in MANIFESTS}
-    asked = {word for line in commands("kubectl") for word in line if word.startswith("deploy/")}
-    assert asked == there
+    words = {word for line in commands("kubectl") for word in line}
+    mentioned = {word for word in words if word.startswith("deploy/")}
+    assert mentioned == there
 
 
 def test_make_targets_named_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    asked = {line[1] for line in commands("make")} | set(re.findall(r"`make ([a-z-]+)", PAGE))
-    assert asked <= targets
+    mentioned = {line[1] for line in commands("make")} | set(re.findall(r"`make ([a-z-]+)", PAGE))
+    assert mentioned <= targets
 
 
 def options(captioner: Run, command: str) -> set[str]:
@@ -230,22 +231,22 @@ def options(captioner: Run, command: str) -> set[str]:
 @pytest.mark.parametrize("command", sorted({line[1] for line in commands("captioner")}))
 def test_options_of_captioner_in_commands_are_there(captioner: Run, command: str) -> None:
     lines = [line for line in commands("captioner") if line[1] == command]
-    asked = {
+    mentioned = {
         word[2:].partition("=")[0].replace("-", "_")
         for line in lines
         for word in line
         if word.startswith("--")
     }
-    assert asked <= options(captioner, command)
+    assert mentioned <= options(captioner, command)
 
 
 def test_options_of_captioner_in_the_text_are_there(captioner: Run) -> None:
     start = PAGE.index("## 9.")
     spans = re.findall(r"`([^`\n]+)`", PAGE[start : PAGE.index("\n## 10.", start)])
-    asked = {option for span in spans for option in re.findall(r"--([a-z_]+)", span)}
+    mentioned = {option for span in spans for option in re.findall(r"--([a-z_]+)", span)}
     assert (
         {"auth", "client_id"}
-        <= asked
+        <= mentioned
         <= options(captioner, "submit") | options(captioner, "schedule")
     )
 
@@ -257,11 +258,11 @@ RUNS = [line for line in commands("captioner") if "--pipeline" in line]
 def test_runs_are_given_parameters_that_their_pipeline_takes(number: int) -> None:
     """They are the pipeline's, of the right type, and none that it needs is missing."""
     line = RUNS[number]
-    given = {word[2:]: line[at + 1] for at, word in enumerate(line[:-1]) if word.startswith("--")}
+    values = {word[2:]: line[at + 1] for at, word in enumerate(line[:-1]) if word.startswith("--")}
     params = tuple(line[at + 1] for at, word in enumerate(line) if word == "--param")
-    common = {"host": given["host"], "pipeline": given["pipeline"], "param": params}
+    common = {"host": values["host"], "pipeline": values["pipeline"], "param": params}
     if line[1] == "schedule":
-        config: Any = ScheduleConfig(**common, name=given["name"], cron=given["cron"])
+        config: Any = ScheduleConfig(**common, name=values["name"], cron=values["cron"])
     else:
         config = SubmitConfig(**common)
     assert len(config.arguments()) == len(params)
@@ -269,11 +270,11 @@ def test_runs_are_given_parameters_that_their_pipeline_takes(number: int) -> Non
 
 def test_parameters_in_the_text_are_there() -> None:
     known = {name for pipeline in PIPELINES for name in pipeline_inputs(pipeline)}
-    asked = (
+    mentioned = (
         set(re.findall(r"`((?:data|train|eval|register|caption|gpu|secret)_[a-z_]+)[`=]", PAGE))
         - PIPELINES
     )
-    assert asked and asked <= known
+    assert mentioned and mentioned <= known
 
 
 def test_secret_keys_in_the_text_are_those_of_the_steps() -> None:

@@ -28,9 +28,9 @@ def pinned() -> dict[str, Version]:
 def affected(version: Version, package: dict[str, Any]) -> bool:
     """Return whether an advisory's entry of a package, its versions and its ranges, holds a
     version."""
-    for one in package.get("versions", []):
+    for listed in package.get("versions", []):
         try:
-            if Version(one) == version:
+            if Version(listed) == version:
                 return True
         except InvalidVersion:  # some of the oldest are none
             continue
@@ -53,7 +53,7 @@ def affected(version: Version, package: dict[str, Any]) -> bool:
 
 
 def main(database: str) -> int:
-    pins, looked, found = pinned(), 0, 0
+    pins, looked, vulnerable = pinned(), 0, 0
     for name, version in pins.items():
         for file in sorted(Path(database, "vulns", name).glob("*.yaml")):
             advisory = yaml.safe_load(file.read_text())
@@ -61,15 +61,15 @@ def main(database: str) -> int:
             if "withdrawn" in advisory:
                 continue
             if any(affected(version, package) for package in advisory["affected"]):
-                found += 1
+                vulnerable += 1
                 print(
                     f"{name} {version}: {advisory['id']} {', '.join(advisory.get('aliases', []))}"
                 )
     print(
-        f"{found} of {looked} advisories for {len(pins)} pinned packages hold for the pinned "
+        f"{vulnerable} of {looked} advisories for {len(pins)} pinned packages hold for the pinned "
         "versions"
     )
-    return int(found > 0)
+    return int(vulnerable > 0)
 
 
 if __name__ == "__main__":

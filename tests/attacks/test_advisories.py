@@ -32,6 +32,6 @@ def test_an_advisory_holds_for_the_versions_in_its_ranges(
     (folder / "PYSEC-1.yaml").write_text(text)
     (folder / "PYSEC-2.yaml").write_text(f"withdrawn: 2020-01-01\n{text}")
     assert advisories.main(str(tmp_path)) == int(holds)
-    said = capsys.readouterr().out
-    assert ("made-up 2.0: PYSEC-1" in said) == holds
-    assert f"{int(holds)} of 2 advisories for 1 pinned packages hold" in said
+    printed = capsys.readouterr().out
+    assert ("made-up 2.0: PYSEC-1" in printed) == holds
+    assert f"{int(holds)} of 2 advisories for 1 pinned packages hold" in printed

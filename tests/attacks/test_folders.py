@@ -74,11 +74,11 @@ def test_an_ingest_goes_on_beside_a_record_that_lies(
 @pytest.fixture()
 def kept(tmp_path: Path) -> Checkpoints:
     """Two checkpoints."""
-    made = Checkpoints(str(tmp_path / "run"))
+    target = Checkpoints(str(tmp_path / "run"))
     for step in (1, 2):
         position = checkpoint.Position(**{**samples.STATE, "step": step})
-        made.write(f"step-0000000{step}", {"model.w": torch.full((3,), float(step))}, position)
-    return made
+        target.write(f"step-0000000{step}", {"model.w": torch.full((3,), float(step))}, position)
+    return target
 
 
 def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ class Evil:
 @pytest.fixture()
 def folder(saved_model: Path, tmp_path: Path) -> Path:
     """A model's folder to lie in."""
-    made = tmp_path / "model"
-    shutil.copytree(saved_model, made)
-    return made
+    target = tmp_path / "model"
+    shutil.copytree(saved_model, target)
+    return target
 
 
 def configure(folder: Path, **changes: Any) -> None:
@@ -327,7 +327,7 @@ def test_captions_of_other_images_or_without_what_a_row_has_are_not_merged(
     captioned: tuple[BatchConfig, Path],
 ) -> None:
     config, out = captioned
-    made = planning.read_plan(str(out))
+    target = planning.read_plan(str(out))
     file = next(out.glob("captions/*.parquet"))
     table = pq.read_table(file)
     for column, value in (
@@ -337,9 +337,11 @@ def test_captions_of_other_images_or_without_what_a_row_has_are_not_merged(
         ("score", None),
         ("status", "error"),
     ):
-        place, kind = table.column_names.index(column), table.schema.field(column).type
-        pq.write_table(table.set_column(place, column, pa.array([value] * len(table), kind)), file)
-        refused(lambda: merging.merge(made), Path(config.output), WorkError)
+        position, kind = table.column_names.index(column), table.schema.field(column).type
+        pq.write_table(
+            table.set_column(position, column, pa.array([value] * len(table), kind)), file
+        )
+        refused(lambda: merging.merge(target), Path(config.output), WorkError)
     for about in (b"[]", b"{}", b"x", b'{"seconds": "x"}'):
         pq.write_table(table.replace_schema_metadata({rows.METADATA_KEY: about}), file)
-        refused(lambda: merging.merge(made), Path(config.output))
+        refused(lambda: merging.merge(target), Path(config.output))

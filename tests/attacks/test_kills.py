@@ -47,7 +47,7 @@ def test_ingest(scenes: Path, tmp_path: Path) -> None:
         ours, theirs = files(output), files(folder / "whole")
         assert ours.keys() == theirs.keys()
         assert all(ours[name] == theirs[name] for name in theirs if name != "manifest.json"), output
-        manifests = [json.loads(one["manifest.json"]) for one in (ours, theirs)]
+        manifests = [json.loads(tree["manifest.json"]) for tree in (ours, theirs)]
         assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
         assert manifests[0]["shards"] == manifests[1]["shards"]
 
@@ -79,7 +79,7 @@ def test_evaluate(data: Path, finished: Path, tmp_path: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert all(ours[name] == theirs[name] for name in ("results.json", "predictions.parquet"))
         scores = [
-            json.loads(one["scores.json"]) | {"images_per_second": 0} for one in (ours, theirs)
+            json.loads(tree["scores.json"]) | {"images_per_second": 0} for tree in (ours, theirs)
         ]
         assert scores[0] == scores[1]
 

@@ -57,15 +57,15 @@ class Group:
 @pytest.fixture()
 def group() -> Iterator[Group]:
     try:
-        made = Group()
+        cgroup = Group()
     except OSError:
         pytest.skip("a control group can be made by root only")
     try:
-        if not made.limit.exists() or not made.peak.exists():
+        if not cgroup.limit.exists() or not cgroup.peak.exists():
             pytest.skip("the system's control groups do not limit memory")
-        yield made
+        yield cgroup
     finally:
-        made.folder.rmdir()
+        cgroup.folder.rmdir()
 
 
 def survivors(group: Group, tmp_path: Path, *arguments: object) -> list[Path]:
@@ -125,8 +125,8 @@ def test_training_under_a_limit_of_addresses_tells_or_goes_on_the_same(
     def run(megabytes: int | str, output: Path) -> subprocess.CompletedProcess:
         command[3] = str(megabytes if megabytes == "unlimited" else int(megabytes) * 1024)
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
-        given = [str(part) for part in (*command, output)]
-        return subprocess.run(given, capture_output=True, text=True, timeout=300, env=environment)
+        words = [str(part) for part in (*command, output)]
+        return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
 
     assert run("unlimited", tmp_path / "whole").returncode == 0
     for megabytes in range(2000, 3600, 100):

@@ -101,9 +101,9 @@ def mlflow_server(
 
 def postgres_programs() -> Path | None:
     """Return the folder with PostgreSQL's programs, or None."""
-    found = shutil.which("initdb")
+    initdb = shutil.which("initdb")
     folders = [
-        *([Path(found).resolve().parent] if found else []),
+        *([Path(initdb).resolve().parent] if initdb else []),
         *sorted(Path("/usr/lib/postgresql").glob("*/bin")),
     ]
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
@@ -169,8 +169,8 @@ class Faults:
         """Return what a bucket answers to a query for a listing, or what it answered a while
         ago."""
         now = time.monotonic()
-        asked, answer = self._listings.get(query, (-math.inf, (0, [], b"")))
-        if now - asked < self.stale:
+        listed_at, answer = self._listings.get(query, (-math.inf, (0, [], b"")))
+        if now - listed_at < self.stale:
             self.outdated += 1
             return answer
         answer = fetch()

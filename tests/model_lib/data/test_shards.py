@@ -72,7 +72,7 @@ def test_a_limit_takes_the_first(data: Path) -> None:
     assert ids(reader, reader.in_order(4)) == [[1, 2, 3, 4], [5, 6]]
     assert len(reader.captions()) == 6
     seen = ids(reader, reader.shuffled(4, 0, 0, np.zeros(6)))
-    assert sorted(one for batch in seen for one in batch) == [1, 2, 3, 4, 5, 6]
+    assert sorted(row_id for batch in seen for row_id in batch) == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_image_that_cannot_be_read_stops_the_reader_and_nothing_hangs(

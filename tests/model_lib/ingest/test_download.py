@@ -89,27 +89,27 @@ def server() -> Iterator[Server]:
 def archive(folder: Path, size: int = 3_000_000) -> bytes:
     """Return a zip archive of noise."""
     file = folder / "made.zip"
-    with zipfile.ZipFile(file, "w") as made:
-        made.writestr("noise", np.random.default_rng(3).bytes(size))
+    with zipfile.ZipFile(file, "w") as archive_file:
+        archive_file.writestr("noise", np.random.default_rng(3).bytes(size))
     return file.read_bytes()
 
 
 def test_cocos_archives_are_fetched_and_ingested(
     server: Server, scenes: Path, tmp_path: Path
 ) -> None:
-    for place in ARCHIVES["coco2017"]:
-        name = place.rpartition("/")[2]
+    for url in ARCHIVES["coco2017"]:
+        name = url.rpartition("/")[2]
         folder = "annotations" if name.startswith("annotations") else name.removesuffix(".zip")
-        with zipfile.ZipFile(tmp_path / name, "w") as made:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive_file:
             for file in sorted((scenes / folder).iterdir()):
-                made.write(file, f"{folder}/{file.name}")
-        server.files[place] = (tmp_path / name).read_bytes()
+                archive_file.write(file, f"{folder}/{file.name}")
+        server.files[url] = (tmp_path / name).read_bytes()
     server.breaks = [1000, 5000, 2000]
     config = DownloadConfig(dataset="coco2017", output=str(tmp_path / "coco"), base=server.address)
     fetched = download(config)
     assert [archive.files for archive in fetched] == [2, 12, 64]
     assert sorted(file.name for file in (tmp_path / "coco").glob("[!.]*")) == sorted(
-        place.rpartition("/")[2] for place in ARCHIVES["coco2017"]
+        url.rpartition("/")[2] for url in ARCHIVES["coco2017"]
     )
     assert (
         ingest(IngestConfig(dataset=str(tmp_path / "coco"), output=str(tmp_path / "data"))).counts[
@@ -137,9 +137,9 @@ def test_the_models_of_spice_are_fetched_only_when_asked_for(
     with pytest.raises(UserError, match="fetch it: captioner download spice"):
         score(config)
     (path,) = ARCHIVES["spice"]
-    with zipfile.ZipFile(tmp_path / "made.zip", "w") as made:
+    with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive_file:
         for name in MODELS:
-            made.writestr(f"stanford-corenlp-full-2015-12-09/{name}", "no Java")
+            archive_file.writestr(f"stanford-corenlp-full-2015-12-09/{name}", "no Java")
     server.files[path] = (tmp_path / "made.zip").read_bytes()
     cli.download(DownloadConfig(dataset="spice", output=str(output), base=server.address))
     assert all((output / name).read_bytes() == b"no Java" for name in MODELS)

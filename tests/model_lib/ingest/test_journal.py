@@ -77,8 +77,8 @@ def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Pat
         before = now
     assert kills >= 3
     assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path / "whole"))
-    for made in (tmp_path / "whole").glob("*.parquet"):
-        assert made.read_bytes() == (output / made.name).read_bytes(), made.name
+    for whole_file in (tmp_path / "whole").glob("*.parquet"):
+        assert whole_file.read_bytes() == (output / whole_file.name).read_bytes(), whole_file.name
     whole, resumed = (read_manifest(str(tmp_path / name)) for name in ("whole", "killed"))
     assert (
         whole.fingerprint == resumed.fingerprint

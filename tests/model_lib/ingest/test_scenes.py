@@ -18,10 +18,10 @@ from model_lib.train.training import train
 
 def captions(folder: Path, split: str) -> dict[int, list[str]]:
     document = json.loads((folder / "annotations" / f"captions_{split}2017.json").read_text())
-    found: dict[int, list[str]] = {}
+    captions_by_image: dict[int, list[str]] = {}
     for note in document["annotations"]:
-        found.setdefault(note["image_id"], []).append(note["caption"])
-    return found
+        captions_by_image.setdefault(note["image_id"], []).append(note["caption"])
+    return captions_by_image
 
 
 def test_held_out_combinations_are_in_every_validation_image_and_no_training_image(

@@ -112,7 +112,7 @@ def test_a_bucket_that_refuses_a_request_is_not_asked_again(
 ) -> None:
     caplog.set_level(logging.INFO)
     content = b"<Error><Code>InvalidRange</Code><Message>not satisfiable</Message></Error>"
-    with refusing(status, content) as (address, asked):
+    with refusing(status, content) as (address, paths):
         for name, value in {"AWS_ENDPOINT_URL": address, "STORAGE_EMULATOR_HOST": address}.items():
             monkeypatch.setenv(name, value)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -123,4 +123,4 @@ def test_a_bucket_that_refuses_a_request_is_not_asked_again(
         ):
             storage.read_bytes(f"{scheme}://bucket/a.jpg", 100)
     fsspec.get_filesystem_class(scheme).clear_instance_cache()
-    assert "next attempt" not in caplog.text and 1 <= len(asked) < 6
+    assert "next attempt" not in caplog.text and 1 <= len(paths) < 6

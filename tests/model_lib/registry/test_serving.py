@@ -160,8 +160,8 @@ def test_a_path_an_address_and_base64_are_captioned(
     ):
         assert ask(served, document) == (200, {"predictions": [expected] * 4}), list(document)
     beams = model.caption([str(image)], num_beams=3, max_new_tokens=5)[0].text
-    asked = {"inputs": rows[:1], "params": {"num_beams": 3, "max_new_tokens": 5}}
-    assert ask(served, asked) == (200, {"predictions": [beams]})
+    request_body = {"inputs": rows[:1], "params": {"num_beams": 3, "max_new_tokens": 5}}
+    assert ask(served, request_body) == (200, {"predictions": [beams]})
 
 
 def test_rows_that_are_no_images_are_refused_with_their_numbers(
@@ -221,11 +221,11 @@ def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> Non
         {"predictions": []},
     )
     # MLflow leaves out columns beyond the signature's.
-    one, two = (
+    first, two = (
         {"columns": columns, "data": [[image, "x"][: len(columns)]]}
         for columns in (["a"], ["a", "b"])
     )
-    assert ask(served, {"dataframe_split": one}) == ask(served, {"dataframe_split": two})
+    assert ask(served, {"dataframe_split": first}) == ask(served, {"dataframe_split": two})
 
 
 def test_a_request_has_an_upper_bound(served: str, scenes: Path) -> None:

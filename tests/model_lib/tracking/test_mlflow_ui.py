@@ -72,8 +72,8 @@ def evaluation(name: str) -> Evaluation:
 
 
 def runs(tracking: MlflowTracking) -> dict[str, str]:
-    found = mlflow.MlflowClient(tracking.uri).search_runs([tracking.experiment_id])
-    return {str(run.info.run_name): str(run.info.run_id) for run in found}
+    logged = mlflow.MlflowClient(tracking.uri).search_runs([tracking.experiment_id])
+    return {str(run.info.run_name): str(run.info.run_id) for run in logged}
 
 
 def test_comparing_two_candidates_shows_what_differs_and_who_is_better(

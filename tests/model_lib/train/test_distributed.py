@@ -67,7 +67,7 @@ def trained_to(step: int, output: Path, run: subprocess.Popen) -> None:
 
 def children(process: int) -> list[int]:
     lists = [file.read_text().split() for file in Path(f"/proc/{process}/task").glob("*/children")]
-    return sorted(int(child) for found in lists for child in found)
+    return sorted(int(child) for line in lists for child in line)
 
 
 def workers(run: subprocess.Popen) -> list[int]:
@@ -107,11 +107,11 @@ def test_two_processes_give_the_curves_and_weights_of_one(
         assert {step: len(values) for step, values in ours[name].items()} == dict.fromkeys(
             points, 1
         ), name
-        one, other = (
+        first, other = (
             [value for step in sorted(points) for value in curve[step]]
             for curve in (points, ours[name])
         )
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-6), name
+        assert other == pytest.approx(first, rel=1e-4, abs=1e-6), name
     weights = [
         load_file(folder / "best" / "model.safetensors") for folder in (two, tmp_path / "one")
     ]
@@ -120,12 +120,12 @@ def test_two_processes_give_the_curves_and_weights_of_one(
 
 
 def test_progress_and_validations_are_shown_once(two: Path) -> None:
-    said = two.with_suffix(".log").read_text()
+    stderr = two.with_suffix(".log").read_text()
     assert (
-        said.count("train candidate: 24/24 steps") == 1
-        and said.count("validate candidate: 14/14") == 5
+        stderr.count("train candidate: 24/24 steps") == 1
+        and stderr.count("validate candidate: 14/14") == 5
     ), "7 of 12 a split"
-    assert "Traceback" not in said and "Warning" not in said
+    assert "Traceback" not in stderr and "Warning" not in stderr
 
 
 @pytest.mark.soak
@@ -137,8 +137,8 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(
     trained_to(3, output, run)
     os.kill(workers(run)[1], signal.SIGKILL)
     assert run.wait(60) == 1
-    said = output.with_suffix(".log").read_text()
-    assert "one of 2 processes was ended by SIGKILL" in said and "Traceback" not in said
+    stderr = output.with_suffix(".log").read_text()
+    assert "one of 2 processes was ended by SIGKILL" in stderr and "Traceback" not in stderr
     run = start(command(data, output, "--processes=2"), output)
     trained_to(newest_step(output) + 2, output, run)
     run.send_signal(signal.SIGTERM)
@@ -158,8 +158,8 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(
 @pytest.mark.soak
 def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., CompletedProcess]) -> None:
     done = captioner("train", "--data=nothing", "--output=out", "--preset=tiny", "--processes=2")
-    (said,) = done.stderr.splitlines()
-    assert done.returncode == 2 and said.startswith("captioner: error: nothing: no such data set")
+    (stderr,) = done.stderr.splitlines()
+    assert done.returncode == 2 and stderr.startswith("captioner: error: nothing: no such data set")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

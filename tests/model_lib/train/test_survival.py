@@ -92,10 +92,10 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(
             time.sleep(0.005)
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 143
-    said = (tmp_path / "log").read_text()
+    log_text = (tmp_path / "log").read_text()
     assert (
-        "Traceback" not in said
-        and f"stopped by SIGTERM after step {newest_step(tmp_path / 'run')}" in said
+        "Traceback" not in log_text
+        and f"stopped by SIGTERM after step {newest_step(tmp_path / 'run')}" in log_text
     )
     assert newest_step(tmp_path / "run") < 6, "the run was over before it could be stopped"
     client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
