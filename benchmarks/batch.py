@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.timing import peak_gb
@@ -36,7 +35,7 @@ from model_lib.batch.merging import merge
 from model_lib.batch.planning import output_folder, resolve, write_plan
 from model_lib.ingest.config import ScenesConfig
 from model_lib.ingest.scenes import make_scenes
-from model_lib.model.captioning import caption_pixels, load_pixels
+from model_lib.model.captioning import load_image
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.tokens import train_tokenizer
 from model_lib.presets import PRESETS
@@ -105,15 +104,13 @@ def main() -> None:
         files = sorted(map(str, folder.iterdir()))
         with ThreadPoolExecutor(options.cores or 2 * (os.cpu_count() or 1)) as pool:
             began = time.perf_counter()
-            pixels = np.stack(
-                list(pool.map(lambda file: load_pixels(file, model.image_size), files))
-            )
+            pixels = list(pool.map(lambda file: model.preprocess(load_image(file)), files))
             decoding = len(files) / (time.perf_counter() - began)
         config = BatchConfig(images="-", output="-", **common)
-        caption_pixels(model, pixels[: options.batch_size], config.decode)  # warm
+        model.caption_pixels(pixels[: options.batch_size], config.decode)  # warm
         began = time.perf_counter()
         for start in range(0, len(pixels), options.batch_size):
-            caption_pixels(model, pixels[start : start + options.batch_size], config.decode)
+            model.caption_pixels(pixels[start : start + options.batch_size], config.decode)
         alone = len(files) / (time.perf_counter() - began)
         batches = f"{len(files)} images, batches of {options.batch_size}"
         print(f"\n{name}, torch {torch.__version__}; {batches}\n")

@@ -197,7 +197,7 @@ def train_from_parquet(preset: str, images: int, **options: Any) -> float:
             parts = {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
             CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
             GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
-            captions = SplitReader(read_manifest(str(work / "data")), "train", size=1).captions()
+            captions = SplitReader(read_manifest(str(work / "data")), "train").captions()
             train_tokenizer((text for texts in captions for text in texts), 512).save_pretrained(
                 parts["tokenizer"]
             )

@@ -19,23 +19,24 @@ from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import ListedImage
 from model_lib.batch.planning import Plan, load_plan, model_files
 from model_lib.batch.rows import FIELDS, METADATA_KEY, SEVERAL
+from model_lib.data.shards import Preprocess
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
 from model_lib.io.background import Background
 from model_lib.io.cpus import cpu_count
 from model_lib.io.errors import http_status
-from model_lib.io.images import ImageError, decode_image, read_image, require_readable, to_pixels
+from model_lib.io.images import ImageError, decode_image, read_image, require_readable
 from model_lib.io.prefetch import PREFETCH, prefetch_map
 from model_lib.io.url_policy import UrlNotAllowed, require_allowed, store_of
 from model_lib.model.captioner import Captioner
-from model_lib.model.captioning import caption_pixels
+from model_lib.model.captioning import ImageCaptioner
 from model_lib.progress import Progress
 
 RETRY_SECONDS = 60.0
 """Seconds for which reading an image is retried while its store fails."""
 
 
-def caption_shards(plan: Plan, indices: Sequence[int], model: Captioner) -> None:
+def caption_shards(plan: Plan, indices: Sequence[int], model: ImageCaptioner) -> None:
     """Caption the images of some shards and write their files.
 
     Images are prefetched, those of the next shards too, and files are written on a thread of their
@@ -61,12 +62,12 @@ def _write(table: pa.Table, uri: str) -> None:
 
 
 def _captioned(
-    plan: Plan, indices: Sequence[int], model: Captioner, progress: Progress
+    plan: Plan, indices: Sequence[int], model: ImageCaptioner, progress: Progress
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield each shard's index and rows, in order."""
     config = plan.config
     images = (image for index in indices for image in plan.images(index))
-    load = partial(_load, size=model.image_size, source=config.images)
+    load = partial(_load, preprocess=model.preprocess, source=config.images)
     workers, depth = config.workers or 2 * cpu_count(), PREFETCH * config.batch_size
     with closing(prefetch_map(load, images, workers, depth)) as loaded:
         for index in indices:
@@ -79,11 +80,13 @@ def _captioned(
 
 
 def _caption_batch(
-    loaded: list[tuple[dict[str, Any], np.ndarray | None]], model: Captioner, config: BatchConfig
+    loaded: list[tuple[dict[str, Any], np.ndarray | None]],
+    model: ImageCaptioner,
+    config: BatchConfig,
 ) -> list[dict[str, Any]]:
     """Return the rows of loaded images with their captions."""
     good = [pixels for _, pixels in loaded if pixels is not None]
-    captioned = iter(caption_pixels(model, np.stack(good), config.decode) if good else [])
+    captioned = iter(model.caption_pixels(good, config.decode) if good else [])
     rows = []
     for row, pixels in loaded:
         row |= {"model": config.model, "captioned_at": datetime.now(UTC)}
@@ -99,7 +102,9 @@ def _caption_batch(
     return rows
 
 
-def _load(image: ListedImage, size: int, source: str) -> tuple[dict[str, Any], np.ndarray | None]:
+def _load(
+    image: ListedImage, preprocess: Preprocess, source: str
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """Read and decode an image; return its row so far, and its pixels unless it cannot be used."""
     row: dict[str, Any] = {"uri": image.uri, "status": "error"}
     try:
@@ -112,7 +117,7 @@ def _load(image: ListedImage, size: int, source: str) -> tuple[dict[str, Any], n
             raise ImageError("changed", "is another file than was listed; the next run captions it")
         decoded = decode_image(content)
         row |= {"width": decoded.width, "height": decoded.height}
-        return row, to_pixels(decoded, size)
+        return row, preprocess(decoded)
     except ImageError as error:
         row["error"] = str(error)
     except (UserError, WorkError) as error:

@@ -23,7 +23,7 @@ from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
 from model_lib.io.errors import input_errors
-from model_lib.io.images import ImageError, decode_image, to_pixels
+from model_lib.io.images import ImageError, decode_image
 from model_lib.io.prefetch import PREFETCH, prefetch_map
 from model_lib.io.validation import (
     read_record,
@@ -44,8 +44,10 @@ MANIFEST = "a manifest that captioner ingest wrote; ingest anew"
 SHARD = "a shard that captioner ingest wrote; ingest anew"
 
 T = TypeVar("T")
+Preprocess = Callable[[Image.Image], np.ndarray]
+"""From an RGB image to what a model takes, for example uint8 [3, size, size]."""
 View = Callable[[Image.Image, int], np.ndarray]
-"""From an RGB image and its number in the split to pixels, uint8 [3, size, size]."""
+"""The same from an image and its number in the split."""
 BatchOrder = Sequence[np.ndarray]
 """The numbers of each batch's images, int [B]."""
 
@@ -127,8 +129,8 @@ class Batch:
     """Of the images in the split."""
     image_ids: list[int]
     file_names: list[str]
-    pixels: np.ndarray
-    """RGB, uint8 [B, 3, size, size]."""
+    pixels: list[np.ndarray]
+    """What `preprocess` makes of each image."""
     captions: list[list[str]]
     files: list[bytes]
     """The images as they are stored."""
@@ -140,16 +142,22 @@ class SplitReader:
     Args:
         manifest: the data set.
         split: "train", "val" or another that it has.
-        size: side of the pixels in each batch.
+        preprocess: the model's; None: no images are read.
         workers: threads that read and decode; 0: one a core.
         limit: number of images that are read, from the first on; 0: all.
     """
 
     def __init__(
-        self, manifest: Manifest, split: str, *, size: int, workers: int = 0, limit: int = 0
+        self,
+        manifest: Manifest,
+        split: str,
+        preprocess: Preprocess | None = None,
+        *,
+        workers: int = 0,
+        limit: int = 0,
     ) -> None:
         manifest.require_split(split)
-        self.size = size
+        self.preprocess = preprocess
         self.workers = workers or cpu_count()
         files = [_ShardReader(shard) for shard in manifest.shards if shard.split == split]
         self.groups = [(file, group) for file in files for group in range(len(file.rows))]
@@ -207,7 +215,7 @@ class SplitReader:
             yield np.concatenate(window)
 
     def batches(self, order: BatchOrder) -> Generator[Batch]:
-        """Yield the batches of an order, with CLIP's view of each image.
+        """Yield the batches of an order, with the model's view of each image.
 
         Raises:
             UserError: a shard or an image in it is damaged.
@@ -234,7 +242,7 @@ class SplitReader:
 
         Args:
             order: the numbers of each batch's images.
-            view: of each image; None: CLIP's.
+            view: of each image; None: `preprocess`.
 
         Raises:
             UserError: a shard or an image in it is damaged.
@@ -243,24 +251,28 @@ class SplitReader:
         read_rows = self._row_reader(["image"])
 
         def load(numbers: np.ndarray) -> np.ndarray:
-            return self._pixels([row["image"] for row in read_rows(numbers)], numbers, view)
+            files = [row["image"] for row in read_rows(numbers)]
+            return np.stack(self._pixels(files, numbers, view))
 
         return self._prefetch(load, order)
 
     def _prefetch(self, load: Callable[[np.ndarray], T], order: BatchOrder) -> Generator[T]:
         return prefetch_map(load, order, self.workers, max(PREFETCH, self.workers))
 
-    def _pixels(self, files: list[bytes], numbers: np.ndarray, view: View | None) -> np.ndarray:
+    def _pixels(
+        self, files: list[bytes], numbers: np.ndarray, view: View | None
+    ) -> list[np.ndarray]:
+        assert self.preprocess is not None
         images = []
         for content, number in zip(files, numbers.tolist(), strict=True):
             try:
                 image = decode_image(content)
-                images.append(view(image, number) if view else to_pixels(image, self.size))
+                images.append(view(image, number) if view else self.preprocess(image))
             except ImageError as error:
                 uri = self.groups[self._group_of(number)][0].uri
                 message = f"{uri}: image {number} of its split is {error}; ingest anew"
                 raise UserError(message) from error
-        return np.stack(images)
+        return images
 
     def _group_of(self, numbers: Any) -> Any:
         """Return the index of the row group that holds an image, or of each of several."""

@@ -19,7 +19,7 @@ from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions,
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.evaluate.scoring import score_predictions
 from model_lib.io import storage
-from model_lib.io.images import decode_image, to_pixels
+from model_lib.io.images import decode_image
 from model_lib.io.locks import output_lock
 from model_lib.pages.page import thumbnail
 from model_lib.progress import Progress
@@ -95,7 +95,6 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     from model_lib.data.leaks import require_unseen
     from model_lib.data.shards import SplitReader
     from model_lib.model.captioner import Captioner
-    from model_lib.model.captioning import caption_pixels
     from model_lib.model.sources import lasting_source, source_digest
 
     manifest = read_manifest(config.data)
@@ -104,7 +103,7 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
     record = model.training_record
     require_unseen(record, manifest, config.split)
-    reader = SplitReader(manifest, config.split, size=model.image_size, limit=config.limit)
+    reader = SplitReader(manifest, config.split, model.preprocess, limit=config.limit)
     scorer = None
     if config.clip is not None:
         from model_lib.scores.clipscore import ClipScorer
@@ -117,11 +116,11 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     with Progress(f"evaluate on {config.split}", reader.rows, "images") as progress:
         for batch in reader.batches(reader.in_order(config.batch_size)):
             began = time.perf_counter()
-            captions = [best for (best,) in caption_pixels(model, batch.pixels, config.decode)]
+            captions = [best for (best,) in model.caption_pixels(batch.pixels, config.decode)]
             seconds += time.perf_counter() - began
             rows += zip(batch.image_ids, batch.file_names, captions, batch.captions, strict=True)
             if scorer is not None:
-                vectors.append(_encode_images(scorer, batch))
+                vectors.append(_encode_images(scorer, model, batch))
             progress.advance(len(captions))
 
     order = sorted(range(len(rows)), key=lambda number: rows[number][0])
@@ -132,9 +131,9 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
         clip_scores = scorer.score(texts, references, np.concatenate(vectors)[order])
     training = None
     if config.split != "train" and manifest.counts.get("train"):
-        lists = SplitReader(manifest, "train", size=model.image_size).captions()
+        lists = SplitReader(manifest, "train").captions()
         training = [text for captions_of_image in lists for text in captions_of_image]
-    end = model.tokenizer.eos_token_id
+    end = model.end_token
     ended = [bool(caption.tokens) and caption.tokens[-1] == end for caption in captions]
     result = score_predictions(
         Predictions(ids, names, texts, references),
@@ -160,11 +159,11 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     return replace(result, predictions=replace(result.predictions, views=views))
 
 
-def _encode_images(scorer: "ClipScorer", batch: "Batch") -> np.ndarray:
-    """Return CLIP's vectors of a batch, whose pixels serve if CLIP sees as many as the model."""
-    if scorer.size == batch.pixels.shape[-1]:
-        return scorer.encode_images(batch.pixels)
-    pixels = [to_pixels(decode_image(content), scorer.size) for content in batch.files]
+def _encode_images(scorer: "ClipScorer", model: "Captioner", batch: "Batch") -> np.ndarray:
+    """Return CLIP's vectors of a batch; the model's pixels serve if CLIP takes the same."""
+    pixels = batch.pixels
+    if scorer.preprocess != model.preprocess:
+        pixels = [scorer.preprocess(decode_image(content)) for content in batch.files]
     return scorer.encode_images(np.stack(pixels))
 
 

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from model_lib.model.captioner import Captioner
-from model_lib.model.captioning import Caption, load_pixels
+from model_lib.model.captioning import Caption, load_image
+from model_lib.model.tokens import decode_tokens
+from model_lib.model.vision import class_tokens
 from model_lib.pages.page import render_page
 
 
@@ -25,31 +27,34 @@ def word_attention(
 
     Returns:
         For each word its text and float32 [P, P], the mean over its tokens, layers and heads; P
-        patches a side. They sum to less than one: the rest is on CLIP's class token.
+        patches a side. They sum to less than one: the rest is on a class token, if the tower
+        has one.
     """
-    end = model.tokenizer.eos_token_id
-    inputs = torch.tensor([[[end, *caption.tokens[:-1]]]], device=model.device)
+    inputs = torch.tensor([[[model.start_token, *caption.tokens[:-1]]]], device=model.device)
     with torch.inference_mode():
         features = model.encode(torch.from_numpy(pixels).unsqueeze(0).to(model.device))
-        maps = model.attention(features, inputs)[0, 0, :, 1:].cpu().numpy()
+        maps = model.attention(features, inputs)[0, 0].cpu().numpy()
+    maps = maps[:, class_tokens(model.config.vision_config) :]
     side = round(maps.shape[1] ** 0.5)
-    words: list[tuple[str, list[np.ndarray]]] = []
-    for token, weights in zip(caption.tokens, maps.reshape(-1, side, side), strict=True):
-        text = model.tokenizer.decode([token])
-        if token == end:
-            continue
-        if words and not text.startswith(" "):  # GPT-2's tokens carry the space before a word
-            words[-1] = (words[-1][0] + text, [*words[-1][1], weights])
-        else:
-            words.append((text, [weights]))
-    return [(text.strip(), np.mean(weights, axis=0)) for text, weights in words]
+    maps = maps.reshape(-1, side, side)
+    text = ""
+    words: list[list[np.ndarray]] = []
+    for number, weights in enumerate(maps, 1):
+        # Tokens differ in how they carry spaces, so words are counted in the text so far.
+        text = decode_tokens(model.tokenizer, caption.tokens[:number])
+        count = len(text.split())
+        if 0 < count == len(words) and caption.tokens[number - 1] != model.end_token:
+            words[-1].append(weights)
+        while count > len(words):
+            words.append([weights])
+    return list(zip(text.split(), [np.mean(word, axis=0) for word in words], strict=False))
 
 
 def render_explanation(model: Captioner, captions: Sequence[tuple[str, Caption]]) -> str:
     """Return an HTML page of images, by path or URI, with the attention for each word."""
     rows = []
     for uri, caption in captions:
-        pixels = load_pixels(uri, model.image_size)
+        pixels = model.preprocess(load_image(uri))
         attention = word_attention(model, pixels, caption)
         words = [(text, _overlay(pixels.transpose(1, 2, 0), map)) for text, map in attention]
         rows.append({"name": uri, "caption": caption.text, "words": words})

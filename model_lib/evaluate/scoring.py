@@ -16,7 +16,7 @@ from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import FEW_IMAGES, Evaluation, EvaluationResult, Predictions
 from model_lib.ingest.image_source import open_image_source
 from model_lib.io import storage
-from model_lib.io.images import ImageError, decode_image, to_pixels
+from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
 from model_lib.io.prefetch import prefetch_map
 from model_lib.scores.diversity import describe
@@ -91,7 +91,7 @@ def _encode_images(scorer: "ClipScorer", folder: str, names: list[str]) -> np.nd
 
     def load(name: str) -> np.ndarray:
         try:
-            return to_pixels(decode_image(source.read(name)), scorer.size)
+            return scorer.preprocess(decode_image(source.read(name)))
         except ImageError as error:
             raise UserError(f"{source.uri(name)}: {error}") from error
 

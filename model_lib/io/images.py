@@ -179,34 +179,6 @@ def reduced_size(width: int, height: int, shortest_side: int) -> tuple[int, int]
     return int(shortest_side * width / height), shortest_side
 
 
-def to_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """Return CLIP's view of an RGB image: shorter side resized (bicubic), centre cropped.
-
-    Args:
-        image: RGB, any size.
-        size: side of the square in pixels.
-
-    Returns:
-        uint8 [3, size, size]; `Captioner.encode` normalises it.
-    """
-    shorter, longer = sorted(image.size)
-    if (
-        longer > 32 * shorter
-    ):  # resized whole, a strip would fill the memory only to be cut down to its middle
-        cut = (longer - 4 * shorter) // 2
-        box = (
-            (0, cut, shorter, longer - cut)
-            if image.height == longer
-            else (cut, 0, longer - cut, shorter)
-        )
-        image = image.crop(box)
-    width, height = reduced_size(*image.size, size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(resized.crop((left, top, left + size, top + size)))
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
 def is_image(content: bytes) -> bool:
     """Whether bytes begin as images in the formats that are read do; the rest may be damaged all
     the same."""

@@ -1,4 +1,4 @@
-"""The captioner: a CLIP vision tower, a GPT-2 that attends to its output, and a head.
+"""The captioner: a vision tower, a GPT-2 that attends to its output, and a head.
 
 The head starts as a copy of the token embedding and is trained apart from it.
 
@@ -12,46 +12,56 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     GPT2Config,
-    GPT2Model,
+    GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.pytorch_utils import Conv1D
 
 from model_lib.errors import UserError
+from model_lib.io.pixels import Preprocessing
 from model_lib.model import prepacking, weights
 from model_lib.model.captioning import Caption, caption_images
+from model_lib.model.config import DecodeConfig
 from model_lib.model.decoder import Decoder
+from model_lib.model.decoding import decode
 from model_lib.model.precision import choose_device, inference_dtype
-from model_lib.model.sources import read_training, resolve_captioner
+from model_lib.model.sources import captioner_folder, read_training
+from model_lib.model.tokens import control_tokens, decode_tokens
+from model_lib.model.vision import (
+    build_tower,
+    load_tower,
+    preprocessing,
+    tower_config,
+    unused_modules,
+)
 from model_lib.presets import Preset
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return normalised RGB values, bit for bit those of transformers' `CLIPImageProcessorPil`.
+def normalise(
+    pixels: Tensor, mean: Sequence[float], std: Sequence[float], rescale: float = 1 / 255
+) -> Tensor:
+    """Return normalised RGB values, bit for bit those of transformers' image processors of Pillow.
 
     Each of the 256 values of a channel is looked up in a table that is computed as there: rescaled
     in float64, rounded to float32, normalised.
 
     Args:
         pixels: uint8 [..., 3, height, width], on any device.
-        mean, std: of each channel, for values in 0..1.
+        mean, std: of each channel, of rescaled values.
+        rescale: factor of the values 0 to 255.
 
     Returns:
         float32, of the same shape.
     """
-    values = (np.arange(256) * (1 / 255)).astype(np.float32)
+    values = (np.arange(256) * rescale).astype(np.float32)
     table = values - np.asarray(mean, np.float32)[:, None]
     table /= np.asarray(std, np.float32)[:, None]
     channel = torch.arange(3, device=pixels.device).view(3, 1, 1)
@@ -59,23 +69,35 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 class CaptionerConfig(PreTrainedConfig):
-    """Shapes of the parts, and which weights are trained.
+    """Shapes of the parts, what the image processor does, and which weights are trained.
 
     Args:
-        vision_config: the CLIP vision tower's `CLIPVisionConfig`, or its values as a dict.
-        decoder_config: GPT-2's `GPT2Config`, or its values as a dict.
+        vision_config: the configuration of the vision tower, or its values as a dict.
+        decoder_config: GPT-2's `GPT2Config`, or its values as a dict; bos_token_id starts a caption
+            and eos_token_id ends it.
+        vision_layer: hidden layer that the decoder attends to; -1: the tower's last.
         train_everything: train all weights, for a small model from scratch.
-        image_mean, image_std: normalisation of RGB values in 0..1.
+        image_mean, image_std: normalisation of rescaled RGB values.
+        image_rescale: factor of RGB values before.
+        image_resize: pixels to which the shorter side is resized before the centre is cut out;
+            None: the tower's size.
+        image_stretch: resize both sides, whatever the image's shape.
+        image_resample: Pillow's number of the filter.
     """
 
     model_type = "captioner"
-    sub_configs: ClassVar = {"vision_config": CLIPVisionConfig, "decoder_config": GPT2Config}
+    sub_configs: ClassVar = {"vision_config": AutoConfig, "decoder_config": GPT2Config}
 
     vision_config: Any = None
     decoder_config: Any = None
+    vision_layer: int = -1
     train_everything: bool = False
     image_mean: list | tuple = tuple(OPENAI_CLIP_MEAN)
     image_std: list | tuple = tuple(OPENAI_CLIP_STD)
+    image_rescale: float = 1 / 255
+    image_resize: int | None = None
+    image_stretch: bool = False
+    image_resample: int = 3
     tie_word_embeddings: bool = False
 
     @classmethod
@@ -88,10 +110,11 @@ class CaptionerConfig(PreTrainedConfig):
         )
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, kind in self.sub_configs.items():
-            value = getattr(self, name) or {}
-            # A copy: transformers writes into the configurations of a model's parts.
-            setattr(self, name, copy.deepcopy(value) if isinstance(value, kind) else kind(**value))
+        self.vision_config = tower_config(self.vision_config)
+        decoder = self.decoder_config or {}
+        # A copy: transformers writes into the configurations of a model's parts.
+        is_config = isinstance(decoder, GPT2Config)
+        self.decoder_config = copy.deepcopy(decoder) if is_config else GPT2Config(**decoder)
         for name in ("image_mean", "image_std"):
             values = np.asarray(getattr(self, name), np.float64)
             if values.shape != (3,) or not np.isfinite(values).all() or 0 in self.image_std:
@@ -102,39 +125,36 @@ class CaptionerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class QuickGELU(nn.Module):
-    """CLIP's x * sigmoid(1.702 x), by torch's one kernel for x * sigmoid(x)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return F.silu(1.702 * x) / 1.702
-        # In place: x is the result of the layer before, which nobody else uses.
-        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
+SOURCE_OPTIONS = {
+    "revision",
+    "subfolder",
+    "cache_dir",
+    "token",
+    "force_download",
+    "local_files_only",
+}
+"""Options of `from_pretrained` that say where a model's files are."""
 
 
 class Captioner(PreTrainedModel):
     """An image in, captions out.
 
     `Captioner.from_pretrained(source)` loads a trained one, `Captioner.from_parts(vision, decoder)`
-    starts one from CLIP and GPT-2 weights. `model.tokenizer` is saved with the model;
-    `model.training_record` is what training wrote beside the weights (see `read_training`).
+    starts one from the weights of a CLIP or SigLIP and a GPT-2. `model.tokenizer` is saved with the
+    model; `model.training_record` is what training wrote beside the weights (see `read_training`).
     """
 
     config_class = CaptionerConfig
     base_model_prefix = ""
     main_input_name = "pixels"
     _supports_sdpa = True
-    _no_split_modules: ClassVar = ["Block", "CLIPEncoderLayer"]
+    _no_split_modules: ClassVar = ["Block", "CLIPEncoderLayer", "SiglipEncoderLayer"]
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
-        vision, decoder = config.vision_config, config.decoder_config
-        self.vision = CLIPVisionModel._from_config(vision)
-        if vision.hidden_act == "quick_gelu":
-            for module in self.vision.modules():
-                if isinstance(module, CLIPMLP):
-                    module.activation_fn = QuickGELU()
-        self.decoder = Decoder(decoder, vision.hidden_size)
+        decoder = config.decoder_config
+        self.vision = build_tower(config.vision_config, config.vision_layer)
+        self.decoder = Decoder(decoder, config.vision_config.hidden_size)
         self.head = nn.Linear(decoder.n_embd, decoder.vocab_size, bias=False)
         self.tokenizer: Any = None
         self.training_record: dict[str, Any] = {}
@@ -158,7 +178,8 @@ class Captioner(PreTrainedModel):
     def freeze(self) -> None:
         """Train cross-attention, MLP, their norms, `ln_f` and the head, and nothing else."""
         self.requires_grad_(self.config.train_everything)
-        self.vision.post_layernorm.requires_grad_(False)  # of the pooled output, which is not used
+        for module in unused_modules(self.vision):
+            module.requires_grad_(False)
         trained: list[nn.Module] = [self.decoder.ln_f, self.head]
         for block in self.decoder.blocks:
             trained += [block.ln_cross_attn, block.ln_visual, block.crossattention]
@@ -185,22 +206,41 @@ class Captioner(PreTrainedModel):
         """Side of the square input in pixels."""
         return self.config.vision_config.image_size
 
+    @property
+    def preprocess(self) -> Preprocessing:
+        """From an RGB image to the model's pixels."""
+        return preprocessing(vars(self.config), self.config.vision_config)
+
+    @property
+    def start_token(self) -> int:
+        """The token that starts each caption."""
+        return self.config.decoder_config.bos_token_id
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends each caption."""
+        return self.config.decoder_config.eos_token_id
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, image_size, image_size]."""
-        mean, std = self.config.image_mean, self.config.image_std
+        config = self.config
         weight = self.vision.embeddings.patch_embedding.weight
         # On a CPU a few at a time: the layers' results then stay in memory that is there already.
         parts = pixels.split(8) if pixels.device.type == "cpu" else [pixels]
         with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
-            inputs = [normalise(part, mean, std).to(weight.dtype) for part in parts]
-            return torch.cat([self.vision(part).last_hidden_state for part in inputs])
+            inputs = [
+                normalise(part, config.image_mean, config.image_std, config.image_rescale)
+                for part in parts
+            ]
+            hidden = [self.vision(part.to(weight.dtype)).last_hidden_state for part in inputs]
+            return torch.cat(hidden)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
         """Return the next-token logits [B, N, T, V] of N rows of token ids an image.
 
         Args:
             pixels: RGB, uint8 [B, 3, image_size, image_size].
-            tokens: ids, int64 [B, N, T]; each row starts with the end-of-text token.
+            tokens: ids, int64 [B, N, T]; each row starts with the start token.
         """
         visual = self.decoder.cross_cache(self.encode(pixels))
         return self.head(self.decoder(tokens, visual))
@@ -211,11 +251,12 @@ class Captioner(PreTrainedModel):
 
         Args:
             features: visual tokens [B, S, E] from `encode`.
-            tokens: ids, int64 [B, N, T]; each row starts with the end-of-text token.
+            tokens: ids, int64 [B, N, T]; each row starts with the start token.
 
         Returns:
-            float32 [B, N, T, S], which sums to one over S: first CLIP's class token, then its
-            patches, row by row. At t it is the attention with which token t + 1 was predicted.
+            float32 [B, N, T, S], which sums to one over S: first a class token, if the tower
+            has one, then the patches, row by row. At t it is the attention with which token t + 1
+            was predicted.
         """
         maps: list[Tensor] = []
         hooks = [
@@ -231,11 +272,30 @@ class Captioner(PreTrainedModel):
                 hook.remove()
         return torch.stack(maps).mean(0)
 
+    @torch.inference_mode()
+    def caption_pixels(
+        self, pixels: Sequence[np.ndarray], config: DecodeConfig
+    ) -> list[list[Caption]]:
+        """Return each image's `num_captions` captions.
+
+        Args:
+            pixels: RGB, each uint8 [3, image_size, image_size], as `preprocess` returns them.
+            config: how to decode.
+        """
+        features = self.encode(torch.from_numpy(np.stack(pixels)).to(self.device))
+        return [
+            [
+                Caption(decode_tokens(self.tokenizer, row.tokens), row.score, row.tokens)
+                for row in rows
+            ]
+            for rows in decode(self, features, config)
+        ]
+
     def caption(self, images: Iterable[Any], **options: Any) -> list[Caption]:
         """Caption images: paths, URIs, addresses, bytes, PIL images, arrays or tensors.
 
         Args:
-            images: the images; see `model_lib.model.captioning.load_pixels`.
+            images: the images; see `model_lib.model.captioning.load_image`.
             options: those of `DecodeConfig`: num_beams, top_p, top_k, temperature, num_captions,
                 max_new_tokens, …
 
@@ -251,57 +311,78 @@ class Captioner(PreTrainedModel):
     # ---- loading and saving ----------------------------------------------------------------------
 
     @classmethod
-    def from_parts(cls, vision: str, decoder: str, tokenizer: str | None = None) -> Self:
-        """Start a captioner from CLIP and GPT-2 weights; for any image its text is GPT-2's.
+    def from_parts(
+        cls, vision: str, decoder: str, tokenizer: str | None = None, vision_layer: int = -1
+    ) -> Self:
+        """Start a captioner from pretrained parts; for any image its text is GPT-2's.
 
         Args:
-            vision: hub name, folder or URI of a CLIP model or its vision tower.
+            vision: hub name, folder or URI of a CLIP or SigLIP, or of its vision tower.
             decoder: the same of a GPT-2 of any size.
-            tokenizer: the same of a GPT-2 tokenizer; by default it is read from `decoder`.
+            tokenizer: the same of a tokenizer; by default it is read from `decoder`.
+            vision_layer: hidden layer that the decoder attends to; -1: the last.
 
         Raises:
-            UserError: a part is missing or of another kind.
+            UserError: a part is missing, of another kind, or does not fit the others.
         """
-        vision_model = weights.load_part(CLIPVisionModel, vision)
-        gpt2 = weights.load_part(GPT2Model, decoder)
-        model = cls(CaptionerConfig(vision_config=vision_model.config, decoder_config=gpt2.config))
-        model.vision.load_state_dict(vision_model.state_dict())
-        model.decoder.load_state_dict(gpt2.state_dict(), strict=False)
-        model.head.weight.data.copy_(gpt2.wte.weight)
-        model.tokenizer = weights.load_tokenizer(tokenizer or decoder)
+        config, state, numbers = load_tower(vision, vision_layer)
+        # With cross-attention of its own, as in a ViT-GPT2, a decoder would not be GPT-2.
+        gpt2 = weights.load_part(GPT2LMHeadModel, decoder, add_cross_attention=False)
+        model_tokenizer = weights.load_tokenizer(tokenizer or decoder)
+        start, end = control_tokens(model_tokenizer, gpt2.config, tokenizer or decoder)
+        gpt2.config.bos_token_id, gpt2.config.eos_token_id = start, end
+        model = cls(
+            CaptionerConfig(
+                vision_config=config,
+                decoder_config=gpt2.config,
+                vision_layer=vision_layer,
+                **numbers,
+            )
+        )
+        model.vision.load_state_dict(state, strict=False)  # without layers that are left out
+        model.decoder.load_state_dict(gpt2.transformer.state_dict(), strict=False)
+        model.head.weight.data.copy_(gpt2.lm_head.weight)
+        model.tokenizer = model_tokenizer
         return model.eval()
 
     @classmethod
     def from_pretrained(
-        cls, source: str, *args: Any, device: str = "auto", precision: str = "auto", **kwargs: Any
+        cls,
+        source: str,
+        *args: Any,
+        device: str = "auto",
+        precision: str = "auto",
+        **options: Any,
     ) -> Self:
         """Load a trained captioner with its tokenizer, ready to caption.
 
         Args:
-            source: a folder, a hub name, a URI (`gs://…`) or an MLflow model
-                (`models:/captioner@champion`).
+            source: a folder, a hub name (owner/name, or owner/name@revision), a URI (`gs://…`) or
+                an MLflow model (`models:/captioner@champion`).
             device: "auto" takes CUDA, then Apple's MPS, then the CPU.
             precision: of the weights: "bfloat16", "float16", "float32"; "auto" takes 16 bits where
                 that is fast.
-            kwargs: further options of transformers' `from_pretrained`; its `dtype` goes before
-                `precision`.
+            options: of transformers' `from_pretrained`; `revision`, `subfolder`, `cache_dir` and
+                the like hold for all files, and `dtype` goes before `precision`.
 
         Raises:
             UserError: there is no captioner at `source`.
         """
-        folder = resolve_captioner(source)
+        where = {name: options.pop(name) for name in SOURCE_OPTIONS & options.keys()}
+        folder = captioner_folder(source, **where)
         weights.require_safetensors(folder)
         with weights.loading_errors(source, "a captioner"):
             model, loading = super().from_pretrained(
-                folder, *args, use_safetensors=True, output_loading_info=True, **kwargs
+                folder, *args, use_safetensors=True, output_loading_info=True, **options
             )
         weights.require_complete(source, loading)
         model.tokenizer = weights.load_tokenizer(folder)
+        control_tokens(model.tokenizer, model.config.decoder_config, str(source))
         model.training_record = read_training(folder)
         model.freeze()
         torch_device = choose_device(device)
         dtype = model.dtype
-        if kwargs.get("dtype", "auto") == "auto":
+        if options.get("dtype", "auto") == "auto":
             width = model.config.decoder_config.n_embd
             dtype = inference_dtype(precision, torch_device, width)
         return model.for_inference(torch_device, dtype)
@@ -331,19 +412,18 @@ class Captioner(PreTrainedModel):
         return super()._apply(fn, recurse)
 
     @classmethod
-    def from_trained_weights(
-        cls, file: str, vision: str, decoder: str, tokenizer: str | None = None
-    ) -> Self:
+    def from_trained_weights(cls, file: str, vision: str, decoder: str, **options: Any) -> Self:
         """Load a training checkpoint's weights, `state.safetensors`, over the frozen parts.
 
         Args:
             file: path or URI of the weights, safetensors.
-            vision, decoder, tokenizer: the parts that training started from, as for `from_parts`.
+            vision, decoder, options: the parts that training started from, as for
+                `from_parts`.
 
         Raises:
             UserError: a part cannot be loaded, or the weights are not those of such a model.
         """
-        model = cls.from_parts(vision, decoder, tokenizer)
+        model = cls.from_parts(vision, decoder, **options)
         trained = weights.load_trained(file)
         names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if different := trained.keys() ^ names:

@@ -1,12 +1,12 @@
 """Calling the model: images of any kind in, `Caption`s out."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,14 +14,9 @@ from PIL import Image
 
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
-from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image, read_image, to_pixels
+from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image, read_image
 from model_lib.io.prefetch import prefetch_map
 from model_lib.model.config import DecodeConfig
-from model_lib.model.decoding import decode
-from model_lib.model.tokens import decode_tokens
-
-if TYPE_CHECKING:
-    from model_lib.model.captioner import Captioner
 
 
 @dataclass(frozen=True)
@@ -39,32 +34,27 @@ Problem = UserError | WorkError | ImageError
 """Why an image has no caption."""
 
 
-def caption_pixels(
-    model: "Captioner", pixels: np.ndarray | torch.Tensor, config: DecodeConfig
-) -> list[list[Caption]]:
-    """Return each image's `num_captions` captions.
+class ImageCaptioner(Protocol):
+    """What captions images: ours, or another one of transformers (`model.rivals`)."""
 
-    Args:
-        model: the captioner.
-        pixels: RGB, uint8 [B, 3, image_size, image_size].
-        config: how to decode.
-    """
-    with torch.inference_mode():
-        features = model.encode(torch.as_tensor(pixels).to(model.device))
-        decoded = decode(model, features, config)
-    return [
-        [Caption(decode_tokens(model.tokenizer, row.tokens), row.score, row.tokens) for row in rows]
-        for rows in decoded
-    ]
+    training_record: dict[str, Any]
+
+    @property
+    def preprocess(self) -> Callable[[Image.Image], np.ndarray]:
+        """From an RGB image to what `caption_pixels` takes; called by several threads."""
+
+    def caption_pixels(
+        self, pixels: Sequence[np.ndarray], config: DecodeConfig
+    ) -> list[list[Caption]]:
+        """Return each image's `num_captions` captions."""
 
 
-def load_pixels(image: Any, size: int, redirects: bool = True) -> np.ndarray:
-    """Return the pixels, uint8 [3, size, size], of an image.
+def load_image(image: Any, redirects: bool = True) -> Image.Image:
+    """Return an image, upright and RGB.
 
     Args:
         image: a path, URI, http(s) address, bytes, PIL image, or an array or tensor: uint8,
             [height, width] grey, [height, width, 3] or [3, height, width] RGB.
-        size: side of the square in pixels.
         redirects: whether a web server may send us to another address.
 
     Raises:
@@ -75,12 +65,12 @@ def load_pixels(image: Any, size: int, redirects: bool = True) -> np.ndarray:
     if isinstance(image, np.ndarray | torch.Tensor):
         image = _from_array(np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image))
     if isinstance(image, Image.Image):
-        return to_pixels(as_rgb(image), size)
+        return as_rgb(image)
     if not isinstance(image, str | bytes | os.PathLike):
         raise UserError(f"{_name(image)}: expected a path, URI, bytes, PIL image or array")
     if not isinstance(image, bytes):
         image = read_image(os.fspath(image), redirects=redirects)
-    return to_pixels(decode_image(image), size)
+    return decode_image(image)
 
 
 def _from_array(values: np.ndarray) -> Image.Image:
@@ -96,7 +86,7 @@ def _from_array(values: np.ndarray) -> Image.Image:
 
 
 def caption_each(
-    model: "Captioner",
+    model: ImageCaptioner,
     images: Iterable[Any],
     config: DecodeConfig,
     batch_size: int = 16,
@@ -112,14 +102,14 @@ def caption_each(
         if isinstance(image, Problem):
             return image
         try:
-            return load_pixels(image, model.image_size, redirects)
+            return model.preprocess(load_image(image, redirects))
         except (UserError, WorkError, ImageError) as error:
             return error
 
     with closing(prefetch_map(attempt, images, depth=2 * batch_size)) as loaded:
         while batch := list(islice(loaded, batch_size)):
             good = [pixels for pixels in batch if isinstance(pixels, np.ndarray)]
-            captions = iter(caption_pixels(model, np.stack(good), config) if good else [])
+            captions = iter(model.caption_pixels(good, config) if good else [])
             for result in batch:
                 yield next(captions) if isinstance(result, np.ndarray) else result
 
@@ -164,12 +154,12 @@ def _expand(name: str) -> list[str]:
     return [file if os.path.isabs(name) else os.path.relpath(file) for file in sorted(images)]
 
 
-def caption_images(model: "Captioner", images: Iterable[Any], **options: Any) -> list[Caption]:
+def caption_images(model: ImageCaptioner, images: Iterable[Any], **options: Any) -> list[Caption]:
     """Return `num_captions` captions for each image, those of an image side by side.
 
     Args:
         model: the captioner.
-        images: see `load_pixels`; or one path.
+        images: see `load_image`; or one path.
         options: those of `DecodeConfig`, `num_beams=5` for example.
 
     Raises:
@@ -188,7 +178,7 @@ def caption_images(model: "Captioner", images: Iterable[Any], **options: Any) ->
     return captions
 
 
-def generate_caption(model: "Captioner", image: Any, **options: Any) -> str:
+def generate_caption(model: ImageCaptioner, image: Any, **options: Any) -> str:
     """Return the caption of one image: `generate_caption(model, "image.jpg", num_beams=5)`.
 
     Arguments and errors are those of `caption_images`.

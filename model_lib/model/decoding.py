@@ -31,7 +31,6 @@ class CaptionModel(Protocol):
     config: Any
     decoder: Decoder
     head: nn.Linear
-    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,11 @@ class _DecodingState:
         self.model = model
         self.visual = visual
         self.config = config
-        tokenizer = model.tokenizer
-        self.end = shape.eos_token_id if tokenizer is None else tokenizer.eos_token_id
+        self.end = shape.eos_token_id
         keys = visual[0][0]
         self.device = keys.device
         self.cache = KVCache(shape, len(keys), rows, config.max_new_tokens, like=keys)
-        self.history = torch.full((len(keys), rows, 1), self.end, device=self.device)
+        self.history = torch.full((len(keys), rows, 1), shape.bos_token_id, device=self.device)
         """Tokens so far with the start before them, int64 [B, N, 1 + T]."""
 
     @property

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict  # pydantic refuses that of Python befor
 
 from model_lib.errors import UserError
 from model_lib.io import storage
+from model_lib.io.hub import download_model, pin_revision
 from model_lib.io.remote_cache import cached_folder
 from model_lib.io.validation import read_record
 
@@ -27,33 +28,45 @@ def _registry_of(source: str) -> Any:
     return None if name is None else importlib.import_module(name)
 
 
-def folder_or_hub_name(source: str) -> str:
-    """Return a local folder for a path or URI, and a hub name unchanged."""
-    if "://" in source:
-        return cached_folder(source)
-    if source.startswith((".", "/", "~")) or Path(source).exists():
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"{source}: no such folder")
-        return str(folder)
-    if source.count("/") > 1:
-        raise UserError(f"{source}: no such folder, and not a hub name of the form owner/name")
-    return source
+def is_hub_name(source: str) -> bool:
+    """Return whether a source is neither an address nor a local path."""
+    is_address = "://" in source or _registry_of(source) is not None
+    return not (is_address or source.startswith((".", "/", "~")) or Path(source).exists())
 
 
-def resolve_captioner(source: str) -> str:
-    """Return a local folder (or a hub name) that holds a captioner; `UserError` if it does not."""
+def model_folder(source: str, weights: bool = True, subfolder: str = "", **options: Any) -> str:
+    """Return a local folder with a model's files: of a folder, URI or hub name.
+
+    Args:
+        source: a hub name may have a revision: owner/name@revision.
+        weights: whether weights are needed, or a tokenizer alone.
+        subfolder: of the source.
+        options: of the hub's client: revision, cache_dir, token, …
+
+    Raises:
+        UserError: there is no such model.
+        WorkError: its store or the hub failed.
+    """
+    if is_hub_name(source):
+        return download_model(source, subfolder, weights, **options)
+    folder = Path(cached_folder(source) if "://" in source else source).expanduser() / subfolder
+    if not folder.is_dir():
+        raise UserError(f"{source}: no such folder")
+    return str(folder)
+
+
+def captioner_folder(source: str, **options: Any) -> str:
+    """Return a local folder that holds a captioner; options and errors as for `model_folder`."""
     source = str(source)
     if (registry := _registry_of(source)) is not None:
         return str(registry.download_model(source))
-    folder = folder_or_hub_name(source)
-    if Path(folder).is_dir():
-        config = Path(folder) / "config.json"
-        document = storage.read_json(str(config)) if config.is_file() else None
-        if not isinstance(document, dict) or document.get("model_type") != "captioner":
-            raise UserError(f"{source}: not a captioner model folder, by its config.json")
-        if not any(Path(folder).glob("*.safetensors")):
-            raise UserError(f"{source}: the model folder holds no safetensors weights")
+    folder = model_folder(source, **options)
+    config = Path(folder) / "config.json"
+    document = storage.read_json(str(config)) if config.is_file() else None
+    if not isinstance(document, dict) or document.get("model_type") != "captioner":
+        raise UserError(f"{source}: not a captioner model folder, by its config.json")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(f"{source}: the model folder holds no safetensors weights")
     return folder
 
 
@@ -70,19 +83,21 @@ def weights_digest(folder: str) -> str:
 def source_digest(source: str) -> str | None:
     """Return the digest of a model folder's weights, which somebody may replace.
 
-    None for a registry's version, which never changes, and for a hub name. Raises as
-    `resolve_captioner`.
+    None for a registry's version and a hub's commit, which never change. Raises as
+    `captioner_folder`.
     """
-    if _registry_of(source) is not None:
+    if _registry_of(source) is not None or is_hub_name(source):
         return None
-    folder = resolve_captioner(source)
-    return weights_digest(folder) if Path(folder).is_dir() else None
+    return weights_digest(captioner_folder(source))
 
 
 def lasting_source(source: str) -> str:
-    """Return a source that means the same later: an alias as its version, a path as absolute."""
+    """Return a source that means the same later: an alias as its version, a hub name with its
+    commit, a path as absolute."""
     if (registry := _registry_of(source)) is not None:
         return str(registry.pin_version(source))
+    if is_hub_name(source):
+        return pin_revision(source)
     return storage.absolute(source) if storage.is_folder(source) else source
 
 

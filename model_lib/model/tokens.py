@@ -1,7 +1,7 @@
-"""Captions as token ids: GPT-2's byte-level BPE, or a small one that is trained on the captions.
+"""Captions as token ids, by the decoder's tokenizer or a small one trained on the captions.
 
-A row of ids is end-of-text, the caption, end-of-text. The first starts the decoder; the last is a
-target, so the model learns where captions end.
+A row of ids is the start token, the caption, the end token. The first starts the decoder; the last
+is a target, so the model learns where captions end. GPT-2 has one token for both, end-of-text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +11,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+
+from model_lib.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 IGNORED = -100
@@ -40,24 +42,97 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Any:
     return GPT2Tokenizer(tokenizer_object=bpe)
 
 
+PROBES = ("two large red crosses", "개가 풀밭에 있다", "草地上有一只狗")
+"""Sentences of which a tokenizer must give back one as it was."""
+
+
+def tokenizer_problem(tokenizer: Any) -> str | None:
+    """Return why a tokenizer cannot be used; None if it can.
+
+    Where files are missing, or the tokenizer is of another class than its configuration says,
+    transformers makes up one that drops text without an error.
+    """
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        return "holds no tokenizer that can be used (tokenizer.json, or vocab.json and merges.txt)"
+    returned = [decode_tokens(tokenizer, ids) for ids in encode_texts(tokenizer, PROBES)]
+    returned.append(returned[2].replace(" ", ""))  # WordPiece writes Chinese with spaces
+    if any(text in PROBES for text in returned):
+        return None
+    return (
+        f"its tokenizer ({type(tokenizer).__name__}) makes {returned[0]!r:.60} of {PROBES[0]!r}; "
+        "give the right tokenizer_class in its tokenizer_config.json, often PreTrainedTokenizerFast"
+    )
+
+
+def control_tokens(tokenizer: Any, config: Any, source: str) -> tuple[int, int]:
+    """Return the start and the end token of a decoder's captions.
+
+    They are the configuration's. Where it leaves GPT-2's own numbers, beyond its vocabulary, they
+    are the tokenizer's, with which BERT's [CLS] and [SEP] are meant, too.
+
+    Args:
+        tokenizer: the decoder's.
+        config: the decoder's, with vocab_size, bos_token_id and eos_token_id.
+        source: of the tokenizer, for messages.
+
+    Raises:
+        UserError: tokenizer and configuration disagree, or there is no end token.
+    """
+
+    def within(token: int | None) -> int | None:
+        return token if token is not None and 0 <= token < config.vocab_size else None
+
+    own = within(tokenizer.eos_token_id)
+    end = within(config.eos_token_id)
+    if own is not None and end is not None and own != end:
+        raise UserError(
+            f"{source}: the configuration's end-of-text token is {end}, and the tokenizer's is "
+            f"{own}; this tokenizer is not the decoder's"
+        )
+    candidates = [end, own, within(tokenizer.sep_token_id)]
+    end = next((token for token in candidates if token is not None), None)
+    if end is None:
+        raise UserError(f"{source}: neither configuration nor tokenizer has an end-of-text token")
+    starts = [config.bos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, end]
+    start = next(token for token in map(within, starts) if token is not None)
+    text_ids = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if max(text_ids) >= config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer's ids go up to {max(text_ids)}, and the decoder has "
+            f"{config.vocab_size} embeddings; this tokenizer is not the decoder's"
+        )
+    return start, end
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts, without control tokens, also where a text spells one."""
+    if not texts:
+        return []
+    rows = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    control = set(tokenizer.all_special_ids)
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        control.discard(tokenizer.unk_token_id)
+    return [[token for token in row if token not in control] for row in rows]
+
+
 def encode_captions(
-    tokenizer: Any, captions: Sequence[Sequence[str]], per_image: int, max_tokens: int
+    tokenizer: Any, captions: Sequence[Sequence[str]], end: int, per_image: int, max_tokens: int
 ) -> list[list[list[int]]]:
-    """Return the ids of each image's captions, each with end-of-text at its end.
+    """Return the ids of each image's captions, each with the end token at its end.
 
     Args:
         tokenizer: the model's.
         captions: each image's captions.
+        end: the model's end token.
         per_image: most captions of an image.
-        max_tokens: most tokens of a caption; one that is cut has no end-of-text.
+        max_tokens: most tokens of a caption; one that is cut has no end token.
     """
 
     def terminate(ids: list[int]) -> list[int]:
-        return ids[:max_tokens] if len(ids) > max_tokens else [*ids, tokenizer.eos_token_id]
+        return ids[:max_tokens] if len(ids) > max_tokens else [*ids, end]
 
     chosen = [texts[:per_image] for texts in captions]
-    flat = [text for texts in chosen for text in texts]
-    encoded = iter(tokenizer(flat)["input_ids"] if flat else [])
+    encoded = iter(encode_texts(tokenizer, [text for texts in chosen for text in texts]))
     return [[terminate(next(encoded)) for _ in texts] for texts in chosen]
 
 
@@ -66,7 +141,7 @@ class PackedCaptions:
     """A batch for the decoder: each image's captions side by side in one padded row."""
 
     tokens: Tensor
-    """The decoder's input, int64 [B, T]; each caption starts with end-of-text."""
+    """The decoder's input, int64 [B, T]; each caption starts with the start token."""
     targets: Tensor
     """The next tokens, int64 [B, T]; `IGNORED` in the padding."""
     positions: Tensor
@@ -92,30 +167,30 @@ class PackedCaptions:
 
 
 def pack_captions(
-    captions: Sequence[Sequence[Sequence[int]]], end: int, multiple: int = 8
+    captions: Sequence[Sequence[Sequence[int]]], start: int, multiple: int = 8
 ) -> PackedCaptions:
     """Lay each image's captions side by side into one row.
 
     Args:
         captions: for each image its captions' ids, as `encode_captions` returns them.
-        end: the end-of-text token.
+        start: the model's start token.
         multiple: of which the rows' length is one, as matrix units prefer.
     """
     length = max(sum(len(ids) for ids in image) for image in captions)
     shape = len(captions), -(-length // multiple) * multiple
-    tokens = np.full(shape, end)
+    tokens = np.full(shape, start)
     targets = np.full(shape, IGNORED)
     positions = np.zeros(shape, np.int64)
     caption = np.full(shape, -1)
     for row, image in enumerate(captions):
-        start = 0
+        offset = 0
         for number, ids in enumerate(image):
-            part = slice(start, start + len(ids))
-            tokens[row, part] = [end, *ids[:-1]]
+            part = slice(offset, offset + len(ids))
+            tokens[row, part] = [start, *ids[:-1]]
             targets[row, part] = ids
             positions[row, part] = range(len(ids))
             caption[row, part] = number
-            start += len(ids)
+            offset += len(ids)
     indices = np.flatnonzero(targets != IGNORED)
     return PackedCaptions(
         tokens=torch.from_numpy(tokens),

@@ -1,4 +1,4 @@
-"""Weights and tokenizers of the parts: CLIP's vision tower and GPT-2.
+"""Weights and tokenizers of the parts, as transformers has them.
 
 Weights are read from safetensors files only; a pickle is never opened.
 """
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from transformers import GPT2Tokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from model_lib.errors import UserError, first_line
 from model_lib.io import storage
 from model_lib.io.errors import input_errors
 from model_lib.io.validation import read_record, require_file_name
-from model_lib.model.sources import folder_or_hub_name
+from model_lib.model.sources import model_folder
+from model_lib.model.tokens import tokenizer_problem
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,32 @@ def require_safetensors(folder: str) -> None:
                     raise ValueError(f"{name!r:.60} is another kind of file")
 
 
-def load_part(kind: type[PreTrainedModel], source: str) -> Any:
+def load_part(kind: type[PreTrainedModel], source: str, **config_options: Any) -> Any:
     """Load a transformers model of class `kind`, in float32, from safetensors.
+
+    Args:
+        kind: the class.
+        source: hub name, folder or URI.
+        config_options: values that the configuration gets instead of its own.
 
     Raises:
         UserError: `source` holds none.
     """
-    name = folder_or_hub_name(source)
-    require_safetensors(name)
+    folder = model_folder(source)
     with loading_errors(source, f"{kind.__name__} weights (safetensors)"):
-        config = kind.config_class.from_pretrained(name)
+        config = kind.config_class.from_pretrained(folder, **config_options)
         if config.model_type != (expected := kind.config_class.model_type):
             raise UserError(f"{source}: holds a {config.model_type} model, not a {expected}")
-        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-        part, loading = kind.from_pretrained(name, config=config, **options)
+        return load_weights(kind, source, folder, config)
+
+
+def load_weights(
+    kind: type[PreTrainedModel], source: str, folder: str, config: PreTrainedConfig
+) -> Any:
+    """Load a model of class `kind` and of this configuration from a local folder, in float32."""
+    require_safetensors(folder)
+    options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    part, loading = kind.from_pretrained(folder, config=config, **options)
     require_complete(source, loading)
     return part
 
@@ -104,10 +117,17 @@ def require_complete(source: str, loading: dict[str, Any]) -> None:
 
 
 def load_tokenizer(source: str) -> Any:
-    """Load GPT-2's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`."""
-    name = folder_or_hub_name(source)
+    """Load any tokenizer that `AutoTokenizer` knows, from a hub name, folder or URI.
+
+    Raises:
+        UserError: there is none, or it does not give back a simple sentence.
+    """
+    folder = model_folder(source, weights=False)
     with loading_errors(source, "a tokenizer (tokenizer.json, or vocab.json and merges.txt)"):
-        return GPT2Tokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if problem := tokenizer_problem(tokenizer):
+            raise UserError(f"{source}: {problem}")
+        return tokenizer
 
 
 def load_trained(file: str) -> dict[str, torch.Tensor]:

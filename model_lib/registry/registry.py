@@ -18,7 +18,7 @@ from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import Decision, Evaluation, EvaluationResult
 from model_lib.io import storage
 from model_lib.io.retries import retry
-from model_lib.model.sources import resolve_captioner
+from model_lib.model.sources import captioner_folder
 from model_lib.registry.config import NO_CHAMPION, Policy, RegisterConfig
 from model_lib.registry.model_uris import CHAMPION, MODEL, version_uri
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
@@ -203,7 +203,7 @@ def _create_version(
     """Upload the winner's model and make it a version; return MLflow's `ModelVersion`."""
     from mlflow.exceptions import MlflowException
 
-    folder = resolve_captioner(winner.model)
+    folder = captioner_folder(winner.model)
     if not Path(folder).is_dir():
         raise UserError(
             f"{winner.model}: lies on a hub; fetch it into a folder, evaluate it there and "

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import CLIPModel
 
-from model_lib.errors import UserError, first_line
+from model_lib.errors import UserError
 from model_lib.model.captioner import normalise
 from model_lib.model.precision import choose_device
-from model_lib.model.sources import folder_or_hub_name
-from model_lib.model.weights import load_part
+from model_lib.model.sources import model_folder
+from model_lib.model.vision import load_processor, preprocessing
+from model_lib.model.weights import load_part, load_tokenizer
 
 PREFIX = "A photo depicts "
 WEIGHT = 2.5
@@ -38,21 +39,14 @@ class ClipScorer:
     """
 
     def __init__(self, source: str, device: str = "auto") -> None:
-        from transformers import AutoTokenizer, CLIPModel
-
         self.model = load_part(CLIPModel, source)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder_or_hub_name(source))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{source}: no tokenizer of a CLIP can be loaded: {first_line(error)}"
-            ) from error
-        # Without tokenizer files transformers makes an empty one.
-        if len(self.tokenizer) != self.model.config.text_config.vocab_size:
-            raise UserError(
-                f"{source}: has no tokenizer of its text model, with vocab.json and merges.txt"
-            )
-        self.size = self.model.config.vision_config.image_size
+        self.tokenizer = load_tokenizer(source)
+        tokens, size = len(self.tokenizer), self.model.config.text_config.vocab_size
+        if tokens != size:
+            raise UserError(f"{source}: {tokens} tokens in its tokenizer, and {size} in its model")
+        config = self.model.config.vision_config
+        self.numbers = load_processor(source, model_folder(source), config)
+        self.preprocess = preprocessing(self.numbers, config)
         self.device = choose_device(device)
         self.model.eval().to(self.device)
 
@@ -60,7 +54,10 @@ class ClipScorer:
     def encode_images(self, pixels: np.ndarray) -> np.ndarray:
         """Return unit vectors, float32 [B, D], of RGB images, uint8 [B, 3, size, size]."""
         inputs = torch.from_numpy(pixels).to(self.device)
-        normalised = normalise(inputs, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        numbers = self.numbers
+        normalised = normalise(
+            inputs, numbers["image_mean"], numbers["image_std"], numbers["image_rescale"]
+        )
         return _unit_vectors(self.model.get_image_features(pixel_values=normalised))
 
     @torch.inference_mode()

@@ -24,7 +24,9 @@ def build_model(config: ResolvedConfig, manifest: Manifest) -> Captioner:
     if config.init_from is not None:
         model = _trained(config.init_from, config.preset)
     elif config.vision is not None and config.decoder is not None:
-        model = Captioner.from_parts(config.vision, config.decoder, config.tokenizer)
+        model = Captioner.from_parts(
+            config.vision, config.decoder, config.tokenizer, config.vision_layer
+        )
     else:
         model = _from_scratch(config.preset, manifest)
     positions = model.config.decoder_config.n_positions
@@ -46,7 +48,7 @@ def _trained(source: str, preset: str) -> Captioner:
 
 def _from_scratch(preset: str, manifest: Manifest) -> Captioner:
     shapes = PRESETS[preset]
-    captions = SplitReader(manifest, "train", size=1).captions()
+    captions = SplitReader(manifest, "train").captions()
     tokenizer = train_tokenizer(
         (text for texts in captions for text in texts), shapes.decoder_shape["vocab_size"]
     )

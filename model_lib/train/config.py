@@ -25,11 +25,15 @@ class TrainConfig(StageConfig):
     preset: str = "clip-l-gpt2-medium"
     """Model size: clip-l-gpt2-medium, or tiny (from scratch, for a try without weights)."""
     vision: str | None = None
-    """Hub name, folder or URI of another CLIP vision tower than the preset's."""
+    """Hub name (owner/name or owner/name@revision), folder or URI of another CLIP or SigLIP than
+    the preset's."""
     decoder: str | None = None
     """Hub name, folder or URI of another GPT-2 than the preset's."""
     tokenizer: str | None = None
     """Hub name, folder or URI of the tokenizer; by default the decoder's own."""
+    vision_layer: int = -1
+    """Hidden layer of the vision tower that the decoder attends to: -1 the last, -2 the one
+    before."""
     epochs: int | None = option(None, minimum=1)
     """Passes over the training images; by default the preset's."""
     batch_size: int | None = option(None, minimum=1)
@@ -124,6 +128,7 @@ class TrainConfig(StageConfig):
             f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
             "tokenizer",
         )
+        require(self.vision_layer < 0, f"vision_layer: {self.vision_layer} is not below 0")
         require(
             no_parts or self.init_from is None,
             "init_from: a trained captioner has its own vision, decoder and tokenizer; give "

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from model_lib.data.shards import Manifest, SplitReader
+from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import Captioner
 from model_lib.model.tokens import encode_captions
 from model_lib.train.config import ResolvedConfig
@@ -34,11 +35,15 @@ class TrainData:
     def __init__(
         self, config: ResolvedConfig, manifest: Manifest, model: Captioner, world: World
     ) -> None:
-        self.config, self.world, self.size = config, world, model.image_size
-        self.reader = SplitReader(manifest, "train", size=self.size, workers=config.workers)
+        self.config, self.world, self.preprocess = config, world, model.preprocess
+        self.reader = SplitReader(manifest, "train", self.preprocess, workers=config.workers)
         self.captions = self.reader.captions()
         self.ids = encode_captions(
-            model.tokenizer, self.captions, config.captions_per_image, config.max_tokens
+            model.tokenizer,
+            self.captions,
+            model.end_token,
+            config.captions_per_image,
+            config.max_tokens,
         )
         self.lengths = np.array([sum(map(len, image)) for image in self.ids])
         self.epoch_steps = -(-self.reader.rows // config.batch_size)
@@ -57,7 +62,7 @@ class TrainData:
 
         def view(image: Image.Image, number: int) -> np.ndarray:
             rng = np.random.default_rng([config.seed, epoch, number])
-            return augment(image, self.size, self.captions[number], rng)
+            return augment(image, self.preprocess, self.captions[number], rng)
 
         shards = [self.world.shard(batch) for batch in order]
         pin = self.world.device.type == "cuda"
@@ -68,7 +73,10 @@ class TrainData:
 
 
 def augment(
-    image: Image.Image, size: int, captions: Iterable[str], rng: np.random.Generator
+    image: Image.Image,
+    preprocess: Preprocessing,
+    captions: Iterable[str],
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Return a large random crop of an image, mirrored half of the time.
 
@@ -77,17 +85,20 @@ def augment(
 
     Args:
         image: RGB, any size.
-        size: side of the result in pixels.
+        preprocess: the model's; one that stretches whole images stretches the crop.
         captions: of the image.
         rng: the same state gives the same view.
 
     Returns:
         uint8 [3, size, size].
     """
-    side = min(image.size) * rng.uniform(SMALLEST_CROP, 1)
-    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
-    box = (left, top, left + side, top + side)
-    view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    share, shorter = rng.uniform(SMALLEST_CROP, 1), min(image.size)
+    whole = image.size if preprocess.stretch else (shorter, shorter)
+    width, height = share * whole[0], share * whole[1]
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    side, resample = preprocess.size, Image.Resampling(preprocess.resample)
+    view = image.resize((side, side), resample, box=box)
     pixels = np.asarray(view).transpose(2, 0, 1)
     if rng.random() < 0.5 and not any(SIDED.search(caption) for caption in captions):
         pixels = pixels[:, :, ::-1]

@@ -56,11 +56,10 @@ class CrossEntropyObjective:
 
     Args:
         ids: the captions of each training image, as `encode_captions` returns them.
-        end: the end-of-text token.
     """
 
-    def __init__(self, ids: Sequence[Sequence[Sequence[int]]], end: int) -> None:
-        self.ids, self.end = ids, end
+    def __init__(self, ids: Sequence[Sequence[Sequence[int]]]) -> None:
+        self.ids = ids
 
     def normalizer(self, numbers: Sequence[int]) -> int:
         """Return the number of tokens of the images' captions."""
@@ -69,7 +68,7 @@ class CrossEntropyObjective:
     def make_targets(
         self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
     ) -> Targets:
-        rows = pack_captions([self.ids[number] for number in numbers], self.end)
+        rows = pack_captions([self.ids[number] for number in numbers], model.start_token)
         return Targets(rows.to(features.device), None)
 
 

@@ -71,7 +71,7 @@ class SelfCriticalObjective:
         baselines = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
         rows = pack_captions(
             [[caption.tokens for caption in captions] for captions in drawn],
-            model.tokenizer.eos_token_id,
+            model.start_token,
         )
         advantages = (rewards - baselines).gather(1, rows.caption.clamp(min=0))
         weights = advantages * (rows.targets != IGNORED)
@@ -84,7 +84,7 @@ class SelfCriticalObjective:
         rewards = []
         for caption in drawn:
             text = words(decode_tokens(model.tokenizer, caption.tokens))
-            ended = caption.tokens[-1] == model.tokenizer.eos_token_id
+            ended = caption.tokens[-1] == model.end_token
             vector = self.scorer.vector([*text, END] if ended else text)
             rewards.append(self.scorer.score(vector, references))
         return rewards

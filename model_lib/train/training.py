@@ -132,9 +132,9 @@ class Trainer:
             objective = SelfCriticalObjective(self.data.captions, config)
             self.reward = {f"reward_{name}": v for name, v in objective.describe().items()}
         else:
-            objective = CrossEntropyObjective(self.data.ids, model.tokenizer.eos_token_id)
+            objective = CrossEntropyObjective(self.data.ids)
         self.train_step = TrainStep(model, objective, config, world, self.steps)
-        self.validator = Validator(config, manifest, model.image_size, world)
+        self.validator = Validator(config, manifest, model.preprocess, world)
         self.saver = Saver(config, self.train_step)
         self.logged = Run()
         self.step, self.validated, self.stale = 0, 0, 0

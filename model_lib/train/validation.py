@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from model_lib.data.shards import BatchOrder, Manifest, SplitReader
 from model_lib.errors import WorkError
+from model_lib.io.pixels import Preprocessing
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import decode
 from model_lib.model.precision import autocast
@@ -33,16 +35,18 @@ class Validator:
     Args:
         config: of training.
         manifest: the data set.
-        size: side of the images in pixels.
+        preprocess: the model's.
         world: the processes that share the images.
     """
 
-    def __init__(self, config: ResolvedConfig, manifest: Manifest, size: int, world: World) -> None:
+    def __init__(
+        self, config: ResolvedConfig, manifest: Manifest, preprocess: Preprocessing, world: World
+    ) -> None:
         self.config, self.world = config, world
         rows = manifest.counts["val"]
         limit = min(config.validation_images or rows, rows)
         self.readers = {
-            split: SplitReader(manifest, split, size=size, workers=config.workers, limit=limit)
+            split: SplitReader(manifest, split, preprocess, workers=config.workers, limit=limit)
             for split in ("val", "train")
         }
 
@@ -95,11 +99,15 @@ class Validator:
         captions: dict[int, tuple[str, list[str]]] = {}
         for batch in self.readers[split].batches(order):
             on_batch()
-            features = step.loss.encode(torch.from_numpy(batch.pixels))
+            features = step.loss.encode(torch.from_numpy(np.stack(batch.pixels)))
             ids = encode_captions(
-                tokenizer, batch.captions, config.captions_per_image, config.max_tokens
+                tokenizer,
+                batch.captions,
+                step.model.end_token,
+                config.captions_per_image,
+                config.max_tokens,
             )
-            rows = pack_captions(ids, tokenizer.eos_token_id)
+            rows = pack_captions(ids, step.model.start_token)
             with autocast(step.dtype, features.device):
                 total += float(caption_loss(step.model, features, rows.to(features.device)))
                 decoded = decode(

@@ -24,6 +24,7 @@ from model_lib.evaluate import result, scoring
 from model_lib.ingest.annotations import read_listing
 from model_lib.ingest.config import IngestConfig
 from model_lib.io import storage
+from model_lib.io.pixels import Preprocessing
 from tests.helpers import readers, samples
 from tests.helpers.invalid_files import broken, refused, write
 
@@ -148,7 +149,7 @@ def read_split(file: Path) -> object:
     rows = samples.ROWS
     about = shards.Shard(str(file), "train", rows, file.stat().st_size, "")
     manifest = shards.Manifest(1, [about], {"train": rows}, {}, "", {}, str(file.parent))
-    reader = shards.SplitReader(manifest, "train", size=8, workers=1)
+    reader = shards.SplitReader(manifest, "train", Preprocessing(8), workers=1)
     return reader.captions(), list(reader.batches(reader.in_order(4)))
 
 
@@ -252,7 +253,9 @@ def test_a_shard_with_more_rows_than_its_manifest_says_is_refused(tmp_path: Path
     about = {**samples.MANIFEST["shards"][0], "bytes": file.stat().st_size, "rows": 5}
     write(tmp_path / "manifest.json", {**samples.MANIFEST, "shards": [about]})
     manifest = shards.read_manifest(str(tmp_path))
-    assert "6 rows" in refused(lambda: shards.SplitReader(manifest, "train", size=8), tmp_path)
+    assert "6 rows" in refused(
+        lambda: shards.SplitReader(manifest, "train", Preprocessing(8)), tmp_path
+    )
 
 
 def test_an_evaluation_whose_files_disagree_is_refused(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_away_when_an_evaluation_is_logged_the_same_command_only_sends(
         scores = (folder / "scores.json").read_bytes()
         files = {file.name for file in folder.iterdir()}
         assert {"results.json", "report.html", "predictions.parquet"} < files
-        patched.setattr("model_lib.model.captioning.caption_pixels", None)
+        patched.setattr("model_lib.model.captioner.Captioner.caption_pixels", None)
         with pytest.raises(WorkError, match="is written, but"):
             evaluate(config, tracking)
         server.back()

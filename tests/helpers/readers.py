@@ -21,7 +21,8 @@ from model_lib.evaluate import result, scoring
 from model_lib.ingest import annotations, image_source
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.journal import Journal
-from model_lib.io.images import ImageError, decode_image, to_pixels
+from model_lib.io.images import ImageError, decode_image
+from model_lib.io.pixels import Preprocessing
 from model_lib.train import checkpoint
 from tests.helpers import samples
 
@@ -82,7 +83,7 @@ def state(file: Path) -> None:
 
 def image(file: Path) -> None:
     with contextlib.suppress(ImageError):
-        to_pixels(decode_image(file.read_bytes()), 8)
+        Preprocessing(8)(decode_image(file.read_bytes()))
 
 
 def options(file: Path) -> None:
@@ -112,7 +113,7 @@ def shard(file: Path) -> None:
         count = pq.ParquetFile(file).metadata.num_rows  # as a manifest would that lies with it
     about = shards.Shard(str(file), "train", count, file.stat().st_size, "")
     split = shards.Manifest(1, [about], {"train": about.rows}, {}, "", {}, str(file.parent))
-    reader = shards.SplitReader(split, "train", size=8, workers=1, limit=20)
+    reader = shards.SplitReader(split, "train", Preprocessing(8), workers=1, limit=20)
     reader.captions()
     for _ in reader.batches(reader.in_order(4)):
         pass

@@ -129,7 +129,7 @@ def test_a_run_that_was_interrupted_does_only_the_missing_shards_again(
     scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = batch_config(scenes / "val2017", tmp_path, saved_model)
-    original, calls = captions_module.caption_pixels, []
+    original, calls = Captioner.caption_pixels, []
 
     def break_off(*arguments: object) -> list[list[Caption]]:
         calls.append(arguments)
@@ -137,7 +137,7 @@ def test_a_run_that_was_interrupted_does_only_the_missing_shards_again(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(captions_module, "caption_pixels", break_off)
+    monkeypatch.setattr(Captioner, "caption_pixels", break_off)
     with pytest.raises(KeyboardInterrupt):
         batch(options)
     (first,) = tmp_path.glob("*/captions/*.parquet")

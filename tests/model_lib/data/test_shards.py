@@ -10,11 +10,12 @@ from PIL import Image
 from model_lib import UserError
 from model_lib.data import shards
 from model_lib.data.shards import SplitReader, read_manifest
+from model_lib.io.pixels import Preprocessing
 
 
 @pytest.fixture()
 def reader(data: Path) -> SplitReader:
-    return SplitReader(read_manifest(str(data)), "train", size=16)
+    return SplitReader(read_manifest(str(data)), "train", Preprocessing(16))
 
 
 def lengths(reader: SplitReader) -> np.ndarray:
@@ -63,12 +64,13 @@ def test_images_with_captions_of_similar_length_come_together(reader: SplitReade
 def test_batches_hold_pixels_and_captions_of_their_numbers(reader: SplitReader) -> None:
     batch = next(reader.batches([np.array([5, 3, 60])]))
     assert batch.numbers == [5, 3, 60] and batch.image_ids == [6, 4, 61]
-    assert batch.pixels.shape == (3, 3, 16, 16) and batch.pixels.dtype == np.uint8
+    assert [p.shape for p in batch.pixels] == [(3, 16, 16)] * 3
+    assert batch.pixels[0].dtype == np.uint8
     assert batch.captions == [reader.captions()[number] for number in batch.numbers]
 
 
 def test_a_limit_takes_the_first(data: Path) -> None:
-    reader = SplitReader(read_manifest(str(data)), "train", size=16, limit=6)
+    reader = SplitReader(read_manifest(str(data)), "train", Preprocessing(16), limit=6)
     assert ids(reader, reader.in_order(4)) == [[1, 2, 3, 4], [5, 6]]
     assert len(reader.captions()) == 6
     seen = ids(reader, reader.shuffled(4, 0, 0, np.zeros(6)))
@@ -92,10 +94,10 @@ def test_a_missing_or_changed_shard_is_named(data: Path, tmp_path: Path) -> None
     shard = tmp_path / "train-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"train-00000\.parquet: has"):
-        SplitReader(read_manifest(str(tmp_path)), "train", size=16)
+        SplitReader(read_manifest(str(tmp_path)), "train", Preprocessing(16))
     shard.unlink()
     with pytest.raises(UserError, match=r"train-00000\.parquet: the manifest names"):
-        SplitReader(read_manifest(str(tmp_path)), "train", size=16)
+        SplitReader(read_manifest(str(tmp_path)), "train", Preprocessing(16))
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 2}', "no json"])
@@ -107,4 +109,4 @@ def test_what_is_not_a_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_split_that_is_not_there_is_named(data: Path) -> None:
     with pytest.raises(UserError, match=r"has no test images, only train \(64\), val \(12\)"):
-        SplitReader(read_manifest(str(data)), "test", size=16)
+        SplitReader(read_manifest(str(data)), "test", Preprocessing(16))

@@ -18,7 +18,8 @@ from model_lib.data.shards import Manifest, SplitReader, read_manifest
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
-from model_lib.io.images import decode_image, reduced_size, to_pixels
+from model_lib.io.images import decode_image, reduced_size
+from model_lib.io.pixels import Preprocessing
 from tests.helpers.coco_files import write_captions
 
 
@@ -110,7 +111,7 @@ def test_large_data_is_cut_into_shards(
     object.__setattr__(config, "shard_mb", 0.02)  # 64 small images do not fill a whole MB
     manifest = ingest(config)
     assert len([shard for shard in manifest.shards if shard.split == "train"]) > 2
-    reader = SplitReader(read_manifest(str(tmp_path)), "train", size=16)
+    reader = SplitReader(read_manifest(str(tmp_path)), "train", Preprocessing(16))
     plan = reader.shuffled(7, seed=0, epoch=0, lengths=np.zeros(64))
     assert sorted(i for batch in reader.batches(plan) for i in batch.image_ids) == list(
         range(1, 65)
@@ -202,7 +203,7 @@ def test_images_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
     storage.upload_folder(str(scenes), "memory://bucket/scenes")
     manifest = ingest(IngestConfig(dataset="memory://bucket/scenes", output="memory://bucket/data"))
     assert manifest.counts == {"train": 64, "val": 12}
-    reader = SplitReader(read_manifest("memory://bucket/data"), "val", size=16)
+    reader = SplitReader(read_manifest("memory://bucket/data"), "val", Preprocessing(16))
     assert sum(len(batch.image_ids) for batch in reader.batches(reader.in_order(5))) == 12
 
 
@@ -263,10 +264,10 @@ def test_originals_are_kept_to_the_byte_and_still_refused_if_broken(
     assert manifest.quarantined == {"truncated": 1}
     for row in stored(manifest):
         assert row["image"] == (tmp_path / row["file_name"]).read_bytes()
-    reader = SplitReader(read_manifest(manifest.uri), "train", size=16)
+    reader = SplitReader(read_manifest(manifest.uri), "train", Preprocessing(16))
     (batch,) = reader.batches(reader.in_order(2))
     upright = decode_image((tmp_path / "turned.jpg").read_bytes())
-    assert np.array_equal(batch.pixels[1], to_pixels(upright, 16))
+    assert np.array_equal(batch.pixels[1], Preprocessing(16)(upright))
 
 
 def test_the_fingerprint_changes_with_content_and_shaping_options_only(

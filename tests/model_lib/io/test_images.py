@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from model_lib.ingest.transcode import reduced
-from model_lib.io.images import ImageError, decode_image, to_pixels
+from model_lib.io.images import ImageError, decode_image
+from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import normalise
 
 BROKEN = {
@@ -95,7 +96,7 @@ def test_pixels_are_what_clip_sees_bit_for_bit(coco: Path) -> None:
             expected = processor(images=Image.open(io.BytesIO(content)), return_tensors="pt")[
                 "pixel_values"
             ][0]
-            pixels = torch.from_numpy(to_pixels(decode_image(content), 224))
+            pixels = torch.from_numpy(Preprocessing(224)(decode_image(content)))
             ours = normalise(pixels, processor.image_mean, processor.image_std)
             assert ours.dtype == expected.dtype and torch.equal(ours, expected), file
 
@@ -104,7 +105,7 @@ def test_a_long_strip_is_seen_by_its_middle_without_filling_the_memory() -> None
     strip = Image.new("RGB", (2, 30_000), "blue")
     strip.paste("red", (0, 14_990, 2, 15_010))
     for image in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
-        pixels = to_pixels(image, 64)
+        pixels = Preprocessing(64)(image)
         assert pixels.shape == (3, 64, 64) and pixels[0].mean() > 250 and pixels[2].mean() < 5
 
 

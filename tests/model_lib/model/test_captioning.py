@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from model_lib import Caption, Captioner, UserError, generate_caption
 from model_lib.errors import WorkError
 from model_lib.io.images import ImageError
-from model_lib.model.captioning import caption_each, find_images, load_pixels
+from model_lib.model.captioning import caption_each, find_images, load_image
 from model_lib.model.config import DecodeConfig
 
 
@@ -77,16 +77,16 @@ def test_a_pillow_image_has_the_pixels_of_its_file(odd_images: Path) -> None:
     readable = 0
     for file in sorted(odd_images.iterdir()):
         try:
-            by_path = load_pixels(file, 32)
+            by_path = load_image(file)
         except ImageError as error:
             with pytest.raises(
                 (ImageError, UnidentifiedImageError, Image.DecompressionBombError)
             ) as refused:
-                load_pixels(Image.open(file), 32)
+                load_image(Image.open(file))
             assert getattr(refused.value, "reason", error.reason) == error.reason, file
         else:
             with Image.open(file) as image:
-                assert np.array_equal(load_pixels(image, 32), by_path), file
+                assert np.array_equal(load_image(image), by_path), file
             readable += 1
     assert readable == 19
 
@@ -97,7 +97,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     monkeypatch.setattr("model_lib.io.images.MAX_PIXELS", 100)
     with Image.open(scenes / "val2017" / "000000000001.jpg") as image:
         with pytest.raises(ImageError, match="too_large"):
-            load_pixels(image, 32)
+            load_image(image)
         assert image.tile, "which is empty once it is decoded"
 
 

@@ -21,7 +21,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from model_lib import Captioner, UserError
-from model_lib.io.images import to_pixels
 from model_lib.model.captioner import CaptionerConfig
 from model_lib.model.tokens import pack_captions
 from model_lib.presets import PRESETS
@@ -181,7 +180,7 @@ def test_images_are_encoded_as_clip_encodes_what_its_processor_makes(layers: int
             processor(images=images, return_tensors="pt")["pixel_values"]
         ).last_hidden_state
         ours = model.encode(
-            torch.from_numpy(np.stack([to_pixels(image, side) for image in images]))
+            torch.from_numpy(np.stack([model.preprocess(image) for image in images]))
         )
     assert relative(ours, theirs) < 1e-6
 
@@ -329,7 +328,9 @@ def test_a_pickle_is_never_loaded(parts: tuple[Path, Path]) -> None:
 
 def test_the_wrong_kind_of_part_is_refused_in_one_line(parts: tuple[Path, Path]) -> None:
     clip, gpt2 = parts
-    with pytest.raises(UserError, match=r"gpt2: holds a gpt2 model, not a clip") as refused:
+    with pytest.raises(
+        UserError, match=r"gpt2: holds a gpt2 model, not a CLIP or a SigLIP"
+    ) as refused:
         Captioner.from_parts(str(gpt2), str(clip))
     assert "\n" not in str(refused.value)
 

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from model_lib import UserError
 from model_lib.evaluate.config import ScoreConfig
 from model_lib.evaluate.scoring import score
-from model_lib.io.images import decode_image, to_pixels
+from model_lib.io.images import decode_image
 from model_lib.scores.clipscore import ClipScorer
 
 CAPTIONS = ["a red circle", "two blue squares on a white background", "a red circle"]
@@ -96,7 +96,7 @@ def step_by_step(folder: Path, files: list[Path]) -> tuple[list[float], list[flo
 
 def test_scores_are_those_of_the_definition(clip: Path, files: list[Path]) -> None:
     scorer = ClipScorer(str(clip), "cpu")
-    pixels = np.stack([to_pixels(decode_image(file.read_bytes()), scorer.size) for file in files])
+    pixels = np.stack([scorer.preprocess(decode_image(file.read_bytes())) for file in files])
     scores = scorer.score(CAPTIONS, REFERENCES, scorer.encode_images(pixels))
     own, with_references = step_by_step(clip, files)
     assert scores["CLIPScore"] == pytest.approx(own, abs=1e-5)

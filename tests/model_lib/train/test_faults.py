@@ -15,6 +15,7 @@ from torch import Tensor
 from model_lib import UserError
 from model_lib.data.shards import Manifest, SplitReader, read_manifest, verify
 from model_lib.errors import WorkError
+from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import Captioner as Model
 from model_lib.train.checkpoint import Checkpoints, load
 from model_lib.train.loss import CrossEntropyObjective, Targets
@@ -233,6 +234,6 @@ def test_a_damaged_shard_is_refused_before_anything_is_learned(data: Path, tmp_p
 
 def test_a_shard_damaged_later_is_noticed_when_it_is_read(data: Path, tmp_path: Path) -> None:
     manifest, file = damaged(data, tmp_path / "data")
-    reader = SplitReader(manifest, "train", size=32)
+    reader = SplitReader(manifest, "train", Preprocessing(32))
     with pytest.raises(UserError, match=rf"{file}: is not a shard .*; ingest anew"):
         list(reader.batches(reader.in_order(8)))

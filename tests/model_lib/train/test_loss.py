@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_one_row_a_caption(
 ) -> None:
     monkeypatch.setattr(loss_module, "SLICE", slice_)
     model.requires_grad_(True)
-    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
+    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 0, 5, 40), 0)
     assert rows.count == int((rows.targets != IGNORED).sum()) < rows.tokens.numel()
     wanted = one_row_a_caption(model, smoothing)
     theirs = gradients(model, wanted)
@@ -67,7 +67,7 @@ def test_loss_and_gradients_are_those_of_one_row_a_caption(
 
 
 def test_weights_scale_each_captions_loss(model: Captioner) -> None:
-    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
+    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 0, 5, 40), 0)
     shares = torch.tensor([[0.5, -2.0, 1.0], [3.0, 0.0, 0.0]])
     weights = shares.gather(1, rows.caption.clamp(min=0))
     got = caption_loss(model, model.encode(pixels(model, 2)), rows, weights=weights)
@@ -81,7 +81,7 @@ def test_weights_scale_each_captions_loss(model: Captioner) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_near(model: Captioner, dtype: torch.dtype) -> None:
-    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 5, 40), 0)
+    rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 0, 5, 40), 0)
     whole = caption_loss(model, model.encode(pixels(model, 2)), rows)
     wanted = gradients(model, whole)["head.weight"]
     model.freeze_into(dtype)
@@ -109,7 +109,7 @@ def test_the_image_is_encoded_once_and_its_keys_computed_once_for_all_captions(
 
 def test_long_captions_are_cut_and_short_ones_end(model: Captioner) -> None:
     captions = encode_captions(
-        model.tokenizer, [["a red circle on a white background", "a"]], 5, max_tokens=3
+        model.tokenizer, [["a red circle on a white background", "a"]], 0, 5, max_tokens=3
     )
     rows = pack_captions(captions, 0)
     assert rows.caption[0].tolist() == [0, 0, 0, 1, 1, -1, -1, -1]

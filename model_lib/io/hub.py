@@ -1,0 +1,96 @@
+"""Models on the Hugging Face hub: `owner/name`, or `owner/name@revision` (a tag, branch or commit).
+
+A model's files are read from one commit, in the hub's own cache, also when the hub is away.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model_lib.errors import UserError, WorkError, first_line
+
+WEIGHTS = "model*.safetensors"
+FILES = ["*.json", "*.txt", "*.model"]
+"""Configurations and tokenizers."""
+REMEDY = "mirror it into a bucket and name that URI, or let this machine reach the hub"
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of `owner/name@revision`."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Raise an error of the hub's client as a `UserError` or `WorkError` that has the remedy."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        message = f"{name}: no such folder, and not a hub name of the form owner/name[@revision]"
+        raise UserError(message) from error
+    except errors.RevisionNotFoundError as error:
+        revision = split_revision(name)[1]
+        raise UserError(f"{name}: the hub's repository has no revision {revision}") from error
+    except errors.RepositoryNotFoundError as error:
+        problem = "no such folder, and no such model on the hub (or HF_TOKEN may not read it)"
+        raise UserError(f"{name}: {problem}; {REMEDY}") from error
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            problem = f"not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
+            raise UserError(f"{name}: no such folder, and {problem}") from error
+        problem = f"the hub cannot be reached ({first_line(error.__cause__ or error)})"
+        raise WorkError(f"{name}: {problem}; {REMEDY}") from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{name}: the hub's repository holds no model (config.json)") from error
+    except errors.HfHubHTTPError as error:
+        raise WorkError(f"{name}: the hub failed: {first_line(error)}") from error
+    except OSError as error:
+        if error.filename is None:
+            raise WorkError(f"{name}: the hub cannot be reached ({error}); {REMEDY}") from error
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError(
+            f"{constants.HF_HUB_CACHE}: the cache of hub models {problem}; HF_HOME moves it"
+        ) from error
+
+
+def download_model(name: str, subfolder: str = "", weights: bool = True, **options: Any) -> str:
+    """Return a local folder with the configurations, tokenizer and weights of a hub model.
+
+    Args:
+        name: owner/name[@revision].
+        subfolder: of the repository.
+        weights: whether safetensors weights are needed.
+        options: of `huggingface_hub.snapshot_download`: revision, cache_dir, token, …
+
+    Raises:
+        UserError: there is no such model, or the cache cannot be written.
+        WorkError: the hub failed, and the model is not in its cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, revision = split_revision(name)
+    patterns = [f"{subfolder}/{file}" if subfolder else file for file in FILES]
+    if weights:
+        patterns.append(f"{subfolder}/{WEIGHTS}" if subfolder else WEIGHTS)
+    with hub_errors(name):
+        folder = snapshot_download(
+            repository,
+            allow_patterns=patterns,
+            ignore_patterns=None if subfolder else "*/*",
+            **{"revision": revision, **options},
+        )
+    return str(Path(folder, subfolder))
+
+
+def pin_revision(name: str) -> str:
+    """Return `owner/name@commit` of what a hub name stands for now; raises as `download_model`."""
+    from huggingface_hub import hf_hub_download
+
+    repository, revision = split_revision(name)
+    with hub_errors(name):
+        file = hf_hub_download(repository, "config.json", revision=revision)
+    return f"{repository}@{Path(file).parent.name}"  # snapshots/<commit>/config.json
