@@ -109,13 +109,13 @@ def info(config: InfoConfig) -> Output:
     java = shutil.which("java") is not None
     lines = []
     if counts:
-        lines = [f"{'preset':<20} {'total':>13} {'trainable':>13}"]
-        lines += [f"{c['preset']:<20} {c['total']:>13,} {c['trainable']:>13,}" for c in counts]
+        lines = [f"{'preset':<24} {'total':>13} {'trainable':>13}"]
+        lines += [f"{c['preset']:<24} {c['total']:>13,} {c['trainable']:>13,}" for c in counts]
         lines += [""]
-    lines += [f"{name:<20} {version}" for name, version in versions.items()]
+    lines += [f"{name:<24} {version}" for name, version in versions.items()]
     lines += [
-        f"{'GPUs':<20} {', '.join(gpus) or 'none'}",
-        f"{'Java':<20} {'yes' if java else 'no'}",
+        f"{'GPUs':<24} {', '.join(gpus) or 'none'}",
+        f"{'Java':<24} {'yes' if java else 'no'}",
     ]
     environment = {"versions": versions, "gpus": gpus, "cpus": cpu_count(), "java": java}
     return Output({**(counts[0] if config.preset else {"presets": counts}), **environment}, lines)

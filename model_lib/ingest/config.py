@@ -7,6 +7,7 @@ import tyro
 
 from model_lib.errors import UserError
 from model_lib.options import StageConfig, option, require
+from model_lib.presets import DEFAULT_PRESET, PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class IngestConfig(StageConfig):
     """Where images of --annotations go; auto keeps about a tenth, chosen by id, for validation."""
     store: Literal["reduced", "original"] = "reduced"
     """Store images reduced, as JPEG, or their files as they are."""
-    shortest_side: int = option(256, minimum=16)
+    shortest_side: int = option(PRESETS[DEFAULT_PRESET].stored_side, minimum=16)
     """Larger images are reduced to this many pixels on their shorter side."""
     jpeg_quality: int = option(95, minimum=1)
     """Quality of the stored JPEG, 1 to 100."""

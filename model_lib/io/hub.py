@@ -45,7 +45,9 @@ def hub_errors(name: str) -> Iterator[None]:
         problem = f"the hub cannot be reached ({first_line(error.__cause__ or error)})"
         raise WorkError(f"{name}: {problem}; {REMEDY}") from error
     except errors.EntryNotFoundError as error:
-        raise UserError(f"{name}: the hub's repository holds no model (config.json)") from error
+        raise UserError(
+            f"{name}: the hub's repository has no model or tokenizer (config.json, tokenizer.json)"
+        ) from error
     except errors.HfHubHTTPError as error:
         raise WorkError(f"{name}: the hub failed: {first_line(error)}") from error
     except OSError as error:
@@ -89,8 +91,12 @@ def download_model(name: str, subfolder: str = "", weights: bool = True, **optio
 def pin_revision(name: str) -> str:
     """Return `owner/name@commit` of what a hub name stands for now; raises as `download_model`."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     repository, revision = split_revision(name)
     with hub_errors(name):
-        file = hf_hub_download(repository, "config.json", revision=revision)
+        try:
+            file = hf_hub_download(repository, "config.json", revision=revision)
+        except RemoteEntryNotFoundError:  # a tokenizer alone
+            file = hf_hub_download(repository, "tokenizer.json", revision=revision)
     return f"{repository}@{Path(file).parent.name}"  # snapshots/<commit>/config.json

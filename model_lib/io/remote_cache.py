@@ -81,20 +81,29 @@ def cached(key: list[Any], fetch: Callable[[Path], None]) -> Path:
     Args:
         key: what the folder's content follows from, as JSON.
         fetch: fills the folder that it is given, which is kept whole or not at all.
+
+    Raises:
+        UserError: the cache cannot be written.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if (target := cache / name).exists():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(cache / f".lock-{name}"):
-        for part in cache.glob(f".part-{name}-*"):  # of a process that was killed
-            shutil.rmtree(part, ignore_errors=True)
-        if not target.exists():
-            part = Path(tempfile.mkdtemp(prefix=f".part-{name}-", dir=cache))
-            try:
-                fetch(part)
-                part.rename(target)
-            finally:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / f".lock-{name}"):
+            for part in cache.glob(f".part-{name}-*"):  # of a process that was killed
                 shutil.rmtree(part, ignore_errors=True)
+            if not target.exists():
+                part = Path(tempfile.mkdtemp(prefix=f".part-{name}-", dir=cache))
+                try:
+                    fetch(part)
+                    part.rename(target)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        if not str(error.filename).startswith(str(cache.parent)):
+            raise
+        problem = f"the cache of remote files cannot be written ({error.strerror})"
+        raise UserError(f"{cache}: {problem}; XDG_CACHE_HOME moves it") from error
     return target

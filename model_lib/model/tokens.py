@@ -82,6 +82,12 @@ def control_tokens(tokenizer: Any, config: Any, source: str) -> tuple[int, int]:
     def within(token: int | None) -> int | None:
         return token if token is not None and 0 <= token < config.vocab_size else None
 
+    text_ids = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if max(text_ids) >= config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer's ids go up to {max(text_ids)}, and the decoder has "
+            f"{config.vocab_size} embeddings; this tokenizer is not the decoder's"
+        )
     own = within(tokenizer.eos_token_id)
     end = within(config.eos_token_id)
     if own is not None and end is not None and own != end:
@@ -95,12 +101,6 @@ def control_tokens(tokenizer: Any, config: Any, source: str) -> tuple[int, int]:
         raise UserError(f"{source}: neither configuration nor tokenizer has an end-of-text token")
     starts = [config.bos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, end]
     start = next(token for token in map(within, starts) if token is not None)
-    text_ids = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    if max(text_ids) >= config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer's ids go up to {max(text_ids)}, and the decoder has "
-            f"{config.vocab_size} embeddings; this tokenizer is not the decoder's"
-        )
     return start, end
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from model_lib.data.shards import read_manifest
 from model_lib.errors import UserError
 from model_lib.io import storage
-from model_lib.model.sources import lasting_source
-from model_lib.train.config import TrainConfig, resolve
+from model_lib.train.config import TrainConfig, pin_sources, resolve
 
 
 def require_same_data(data: str, fingerprint: str) -> None:
@@ -76,9 +75,7 @@ def configure_candidates(
     """
     documents = []
     for config in candidate_configs(candidates, **common):
-        if config.init_from is not None:
-            config = replace(config, init_from=lasting_source(config.init_from))
-        config = resolve(config)
+        config = pin_sources(resolve(config))
         output = storage.join(root, f"{config.name}-{config.key(fingerprint)}")
         options = replace(config, data=data, output=output).to_dict()
         options = {name: value for name, value in options.items() if value is not None}

@@ -17,6 +17,8 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.annotations import coco_2017
 from model_lib.io import storage
 from model_lib.io.errors import is_transient
+from model_lib.io.hub import pin_revision
+from model_lib.model.sources import is_hub_name
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
 from model_lib.registry.model_uris import require_version
@@ -25,6 +27,8 @@ from model_lib.train.trainjob import Machines, require_trainer
 
 Check = Callable[[], None]
 """Raises an error if something is missing."""
+TOKENIZER_FILES = ("tokenizer.", "vocab.", "spiece.", "sentencepiece.")
+"""Beginnings of the names of files of which one makes a tokenizer."""
 TIMEOUT = 40.0
 """Seconds after which a check without an answer counts as failed."""
 
@@ -42,7 +46,7 @@ class Needs:
     weights: Sequence[str] = ()
     """Models: hub names, folders, URIs or `models:/…`."""
     tokenizers: Sequence[str] = ()
-    """Tokenizers apart from their models: hub names, folders or URIs."""
+    """Tokenizers: hub names, folders or URIs."""
     candidates: Sequence[TrainConfig] = ()
     """Candidates to train."""
     machines: Machines | None = None
@@ -57,7 +61,7 @@ class Needs:
 
 
 def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list[str]]:
-    """Return the sources of the weights, and of tokenizers apart, from which candidates start."""
+    """Return the sources of the weights and of the tokenizers from which candidates start."""
     weights: set[str] = set()
     tokenizers: set[str] = set()
     for config in candidates:
@@ -66,7 +70,7 @@ def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list
             weights.add(config.init_from)
         elif parts.vision is not None and parts.decoder is not None:
             weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
-            tokenizers |= {config.tokenizer} if config.tokenizer else set()
+            tokenizers.add(config.tokenizer or config.decoder or parts.decoder)
     return sorted(weights), sorted(tokenizers)
 
 
@@ -176,8 +180,8 @@ def _tracking(uri: str | None) -> None:
 def _weights(source: str) -> None:
     if source.startswith("models:/"):
         require_version(source)
-    elif "://" not in source and not storage.exists(source):
-        _require_on_hub(source)
+    elif is_hub_name(source):
+        pin_revision(source)
     else:
         names = storage.list_names(source)
         has_weights = any(name.endswith(".safetensors") for name in names)
@@ -186,28 +190,8 @@ def _weights(source: str) -> None:
 
 
 def _tokenizer(source: str) -> None:
-    if "://" not in source and not storage.exists(source):
-        _require_on_hub(source)
-        return
-    names = set(storage.list_names(source))
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+    if is_hub_name(source):
+        pin_revision(source)
+    elif not any(name.startswith(TOKENIZER_FILES) for name in storage.list_names(source)):
         files = "tokenizer.json, or vocab.json and merges.txt"
         raise UserError(f"{source}: holds no tokenizer ({files})")
-
-
-def _require_on_hub(name: str) -> None:
-    """Ask the hub for a repository's configuration."""
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    remedy = "mirror it into the bucket and name that URI, or let the cluster reach the hub"
-    try:
-        exists = file_exists(name, "config.json")
-    except RepositoryNotFoundError as error:
-        problem = "no such folder, and no such model on the hub (or HF_TOKEN may not read it)"
-        raise UserError(f"{name}: {problem}; {remedy}") from error
-    except Exception as error:
-        problem = f"the hub cannot be reached ({type(error).__name__})"
-        raise WorkError(f"{name}: {problem}; {remedy}") from error
-    if not exists:
-        raise UserError(f"{name}: that hub repository holds no model")

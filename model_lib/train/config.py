@@ -1,11 +1,12 @@
 """The configuration of training, and its result."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from model_lib.model.sources import lasting_source
 from model_lib.options import Precision, StageConfig, option, require
-from model_lib.presets import PRESETS
+from model_lib.presets import DEFAULT_PRESET, PRESETS
 
 SELF_CRITICAL_SLOWDOWN = 20
 """Factor by which self-critical training's default learning rate is lower."""
@@ -22,8 +23,9 @@ class TrainConfig(StageConfig):
     name: str = option("candidate", shapes=False)
     """Name of the candidate in MLflow and in the summary: letters, digits, dots, dashes and
     underscores."""
-    preset: str = "clip-l-gpt2-medium"
-    """Model size: clip-l-gpt2-medium, or tiny (from scratch, for a try without weights)."""
+    preset: str = DEFAULT_PRESET
+    """Model size: clip-l-gpt2-medium, clip-l-336-gpt2-medium, siglip2-l-gpt2-medium, or tiny (from
+    scratch, for a try without weights)."""
     vision: str | None = None
     """Hub name (owner/name or owner/name@revision), folder or URI of another CLIP or SigLIP than
     the preset's."""
@@ -174,6 +176,16 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     set_values = {name: value for name, value in vars(config).items() if value is not None}
     names = {field.name for field in fields(ResolvedConfig)}
     return ResolvedConfig(**{name: defaults[name] for name in names & defaults.keys()} | set_values)
+
+
+def pin_sources(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the configuration with sources that mean the same later (see `lasting_source`)."""
+    names = ("vision", "decoder", "tokenizer", "init_from")
+    sources = {name: getattr(config, name) for name in names}
+    pinned: dict[str, Any] = {
+        name: lasting_source(uri) for name, uri in sources.items() if uri is not None
+    }
+    return replace(config, **pinned)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import math
 import signal
 import uuid
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -28,12 +28,11 @@ from model_lib.io import storage
 from model_lib.io.locks import output_lock
 from model_lib.io.validation import read_record
 from model_lib.model.captioner import Captioner
-from model_lib.model.sources import lasting_source
 from model_lib.progress import Progress
 from model_lib.tracking.runs import NO_TRACKING, Run, Tracking
 from model_lib.train import checkpoint
 from model_lib.train.build import build_model, identity
-from model_lib.train.config import ResolvedConfig, TrainConfig, Trained, resolve
+from model_lib.train.config import ResolvedConfig, TrainConfig, Trained, pin_sources, resolve
 from model_lib.train.data import TrainData
 from model_lib.train.distributed import World, join_world, started_by_launcher
 from model_lib.train.loss import CrossEntropyObjective, Objective
@@ -67,13 +66,25 @@ def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
         world.run_on_main(lambda: stack.enter_context(output_lock(config.output)))
         resolved, manifest = world.run_on_all(lambda: _prepare(config, world))
         model = world.run_on_all(lambda: build_model(resolved, manifest).to(world.device))
+        world.run_on_main(lambda: _warn_of_small_images(manifest, model.image_size))
         return Trainer(resolved, manifest, model, world, tracking, stop_request).run()
+
+
+def _warn_of_small_images(manifest: Manifest, size: int) -> None:
+    stored = manifest.configuration.get("shortest_side", size)
+    if manifest.configuration.get("store") == "reduced" and stored < size:
+        log.warning(
+            "%s: larger images were reduced to %d pixels, and the vision tower takes %d; "
+            "ingest anew with --shortest_side %d",
+            manifest.uri,
+            stored,
+            size,
+            size * 8 // 7,
+        )
 
 
 def _prepare(config: TrainConfig, world: World) -> tuple[ResolvedConfig, Manifest]:
     """Return the resolved configuration and the verified data set."""
-    if config.init_from is not None:
-        config = replace(config, init_from=lasting_source(config.init_from))
     if config.compile:
         require_compiler(world.device)
     manifest, splits = read_manifest(config.data), ("train", "val")
@@ -81,7 +92,7 @@ def _prepare(config: TrainConfig, world: World) -> tuple[ResolvedConfig, Manifes
         manifest.require_split(split)
     shards = [shard for shard in manifest.shards if shard.split in splits]
     verify(world.share(shards), config.name, config.workers, world.is_main)
-    return resolve(config), manifest
+    return pin_sources(resolve(config)), manifest
 
 
 class _Stopped(Exception):

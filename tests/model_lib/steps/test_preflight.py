@@ -16,6 +16,7 @@ from model_lib.steps.candidates import candidate_configs
 from model_lib.steps.preflight import Needs, training_sources
 from model_lib.tracking.server import do_not_wait_long
 from model_lib.train.trainjob import Machines
+from tests.helpers.hub import running_hub
 from tests.helpers.kube_server import KubeServer
 from tests.helpers.services import free_port, mlflow_server
 
@@ -147,11 +148,21 @@ def test_the_rehearsed_trainjob_has_nothing_from_the_secret_in_plain_text(
     assert variables == {"KFP_RUN_ID": "kfp-1", "HF_TOKEN": None}
 
 
-def test_a_hub_that_is_away_is_named_with_the_remedy() -> None:
-    with pytest.raises(
-        WorkError, match=r"openai/clip-vit-large-patch14: .*mirror it into the bucket"
-    ):
-        preflight.preflight(Needs(weights=["openai/clip-vit-large-patch14"], environment={}))
+def test_weights_in_the_cache_are_enough_where_the_hub_is_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text("{}")
+    needs = Needs(weights=["team/gpt2"], tokenizers=["team/gpt2@v1"], environment={})
+    with running_hub(monkeypatch, tmp_path / "cache") as hub:
+        hub.push("team/gpt2", "1" * 40, tmp_path / "gpt2", "main", "v1")
+        preflight.preflight(needs)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        preflight.preflight(needs)
+        with pytest.raises(UserError, match=r"team/clip: .*cache.*HF_HUB_OFFLINE is set"):
+            preflight.preflight(Needs(weights=["team/clip"], environment={}))
 
 
 def test_the_weights_that_candidates_start_from() -> None:
@@ -167,7 +178,7 @@ def test_the_weights_that_candidates_start_from() -> None:
         "openai-community/gpt2-medium",
         "openai/clip-vit-large-patch14",
     ]
-    assert tokenizers == ["gs://b/bpe"]
+    assert tokenizers == ["gs://b/bpe", "openai-community/gpt2-medium"]
 
 
 @pytest.mark.parametrize(
