@@ -32,7 +32,7 @@ from model_lib import Captioner, CaptionerConfig
 from model_lib.batch.captions import caption_shards
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge
-from model_lib.batch.planning import output_folder, resolve, write_plan
+from model_lib.batch.planning import output_folder, write_plan
 from model_lib.ingest.config import ScenesConfig
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model.captioning import load_image
@@ -74,7 +74,6 @@ def bucket(folder: Path) -> Iterator[str | None]:
 def end_to_end(config: BatchConfig, model: Captioner) -> float:
     """Return images per second of plan, captions and merge."""
     began = time.perf_counter()
-    config = resolve(config)
     plan = write_plan(config, output_folder(config))
     caption_shards(plan, plan.missing(), model)
     summary = merge(plan)

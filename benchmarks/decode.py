@@ -6,7 +6,7 @@
 Greedy, five beams and five nucleus samples per image, 20 tokens each, with random weights, in one
 process and taking turns with two baselines:
 
-- generate: transformers' `CLIPVisionModel` and `GPT2LMHeadModel(add_cross_attention=True)`, the
+- generate: transformers' vision tower and `GPT2LMHeadModel(add_cross_attention=True)`, the
   same weights (without our visual norm, which it does not have), number format and batch, its
   caches on.
 - plain: one image at a time, float32, the whole prefix through the decoder again for each token.
@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, CaptionerConfig, DecodeConfig
 from model_lib.model.captioner import normalise
 from model_lib.model.decoding import decode
 from model_lib.model.precision import inference_dtype
+from model_lib.model.vision import plain_tower
 from model_lib.presets import PRESETS
 
 TOKENS, ROWS, TOP_P = 20, 5, 0.9
@@ -41,7 +42,7 @@ CASES = {
 }
 
 
-def build(preset: str) -> tuple[Captioner, CLIPVisionModel, GPT2LMHeadModel]:
+def build(preset: str) -> tuple[Captioner, PreTrainedModel, GPT2LMHeadModel]:
     """Return a captioner of random weights and transformers' parts with the same, both without the
     visual norm."""
     torch.manual_seed(0)
@@ -58,12 +59,12 @@ def build(preset: str) -> tuple[Captioner, CLIPVisionModel, GPT2LMHeadModel]:
     reference = GPT2LMHeadModel(theirs).eval()
     reference.transformer.load_state_dict(model.decoder.state_dict())
     reference.lm_head.weight.data.copy_(model.head.weight)
-    tower = CLIPVisionModel(config.vision_config).eval()
+    tower = plain_tower(config.vision_config).eval()
     tower.load_state_dict(model.vision.state_dict())
     return model, tower, reference
 
 
-def encode(model: Captioner, tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
+def encode(model: Captioner, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
     """Return what transformers' tower says of the pixels, normalised as ours are."""
     values = normalise(pixels, model.config.image_mean, model.config.image_std)
     return tower(values.to(tower.dtype)).last_hidden_state

@@ -10,7 +10,7 @@ turns:
 
 - ours: the product's own loss, the tower in the step's number format; no moving average and no
   dropout, as in theirs.
-- a pair a row: transformers' `CLIPVisionModel` and `GPT2LMHeadModel(add_cross_attention=True)`,
+- a pair a row: transformers' vision tower and `GPT2LMHeadModel(add_cross_attention=True)`,
   whose own loss it is, under autocast; each image-caption pair is a row with its own pass of the
   vision tower, padded to the longest caption. Frozen weights take no gradients, and the tower runs
   without recording any.
@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, CaptionerConfig
@@ -50,6 +50,7 @@ from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model.precision import autocast, autocast_dtype
 from model_lib.model.tokens import IGNORED, pack_captions, train_tokenizer
+from model_lib.model.vision import plain_tower, visual_tokens
 from model_lib.presets import PRESETS
 from model_lib.tracking.server import Run, Tracking
 from model_lib.train.config import TrainConfig, Trained, resolve
@@ -108,7 +109,7 @@ def flops(model: Captioner, images: int, tokens: int) -> float:
     """Return the useful floating-point operations of a training step."""
     vision, decoder = model.config.vision_config, model.config.decoder_config
     E, D, L, V = vision.hidden_size, decoder.n_embd, decoder.n_layer, decoder.vocab_size
-    S = (vision.image_size // vision.patch_size) ** 2 + 1
+    S = visual_tokens(vision)
     layer = S * (4 * E**2 + 2 * E * vision.intermediate_size) + 2 * S**2 * E
     tower = 2 * (vision.num_hidden_layers * layer + S * 3 * vision.patch_size**2 * E)
     frozen, trained = 4 * D**2, 2 * D**2 + 8 * D**2
@@ -195,7 +196,7 @@ def train_from_parquet(preset: str, images: int, **options: Any) -> float:
         if shapes.vision is not None:
             config = CaptionerConfig.from_preset(shapes)
             parts = {name: str(work / name) for name in ("vision", "decoder", "tokenizer")}
-            CLIPVisionModel(config.vision_config).save_pretrained(parts["vision"])
+            plain_tower(config.vision_config).save_pretrained(parts["vision"])
             GPT2Model(config.decoder_config).save_pretrained(parts["decoder"])
             captions = SplitReader(read_manifest(str(work / "data")), "train").captions()
             train_tokenizer((text for texts in captions for text in texts), 512).save_pretrained(
@@ -257,7 +258,8 @@ def main() -> None:
     works = [Work(model, count, dtype) for count in options.images]
     mine = stepping(model, *(work.ours for work in works))
     memory = [peak_gb(step, device) for step in mine]  # before the other side is there
-    tower, plain = CLIPVisionModel(config.vision_config).to(device), Plain(model).to(device)
+    tower = plain_tower(config.vision_config).to(device)
+    plain = Plain(model).to(device)
     for block in plain.decoder.transformer.h if options.compile else []:
         block.compile(dynamic=True)
 

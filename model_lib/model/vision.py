@@ -105,6 +105,11 @@ def _truncated(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
     return config
 
 
+def plain_tower(config: PreTrainedConfig, layer: int = -1) -> PreTrainedModel:
+    """Return transformers' own tower without weights, up to hidden layer `layer`."""
+    return TOWERS[config.model_type].model._from_config(_truncated(config, layer))
+
+
 def build_tower(config: PreTrainedConfig, layer: int = -1) -> PreTrainedModel:
     """Return a tower, without weights, whose `last_hidden_state` is transformers' hidden state.
 
@@ -113,9 +118,8 @@ def build_tower(config: PreTrainedConfig, layer: int = -1) -> PreTrainedModel:
         layer: -1: `last_hidden_state`; -2: `hidden_states[-2]`, and so on. The layers after it are
             left out.
     """
-    tower = TOWERS[config.model_type]
-    model = tower.model._from_config(_truncated(config, layer))
-    if layer < -1 and tower.ends_in_norm:
+    model = plain_tower(config, layer)
+    if layer < -1 and TOWERS[config.model_type].ends_in_norm:
         model.post_layernorm = nn.Identity()
     if getattr(config, "hidden_act", "") == "quick_gelu":
         for module in model.modules():

@@ -56,6 +56,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
+    processor = CLIPImageProcessorPil(size=36, crop_size=32, image_mean=[0.5, 0.4, 0.3], resample=2)
+    processor.save_pretrained(folder)
     return folder
 
 
@@ -70,9 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @torch.inference_mode()
 def step_by_step(folder: Path, files: list[Path]) -> tuple[list[float], list[float]]:
     model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder)
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
 
     def unit(vectors: torch.Tensor) -> torch.Tensor:
         return vectors / vectors.norm()
