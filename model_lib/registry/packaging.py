@@ -61,7 +61,8 @@ def render_card(winner: Evaluation, folder: str) -> str:
 
 
 def signature() -> "ModelSignature":
-    """Return the signature: a column of images in, captions out, and the options of decoding."""
+    """Return the signature: captions out, and the options of decoding. MLflow has no type for
+    images in any form, so it leaves them to the model as they are."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -71,8 +72,7 @@ def signature() -> "ModelSignature":
         if field.name != "num_captions":  # a row has one caption
             dtype = "long" if int in get_args(types[field.name] | None) else "double"
             params.append(ParamSpec(field.name, dtype, field.default))
-    strings = Schema([ColSpec("string")])  # without a name it takes lists and data frames alike
-    return ModelSignature(inputs=strings, outputs=strings, params=ParamSchema(params))
+    return ModelSignature(outputs=Schema([ColSpec("string")]), params=ParamSchema(params))
 
 
 def example() -> list[str]:

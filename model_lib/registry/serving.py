@@ -1,23 +1,31 @@
 """The captioner as an MLflow model:
 `mlflow.pyfunc.load_model("models:/captioner@champion").predict(["a.jpg"])`.
 
-Input: a column of base64, or of image paths and URIs, of which a server opens only those that
-`url_policy.py` allows. Output: the captions. MLflow loads this file as the model's code.
+Input: images as bytes, base64, data URIs, arrays or Pillow images, or as paths and URIs, of which a
+server opens only those that `url_policy.py` allows. Output: the captions. MLflow loads this file as
+the model's code.
 """
 
 import base64
 import binascii
 import json
+import urllib.parse
+from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 from mlflow.pyfunc.model import PythonModel
+from PIL import Image
 
 SHOWN = 80
 """Characters of a row in an error: base64 may be megabytes."""
+LONGEST_PATH = 4096
+"""Characters of a path or URI: what is longer is none."""
+BYTES = (bytes, bytearray, memoryview)
 NAMED = 5
 """Rows in an error."""
 MOST_ROWS = 256
@@ -48,9 +56,15 @@ class CaptionerModel(PythonModel):
         self.model = Captioner.from_pretrained(context.artifacts["model"])
 
     def predict(
-        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
     ) -> list[str]:
-        """Return a caption for each row of the first column.
+        """Return the caption of each image.
+
+        Args:
+            context: MLflow's.
+            model_input: an image; or a list, series, array or data frame of images, see
+                `_image_column`.
+            params: options of `DecodeConfig`.
 
         Raises:
             Refused: some rows are no images, which the message names; or options are out of range.
@@ -61,8 +75,9 @@ class CaptionerModel(PythonModel):
 
         try:
             config = DecodeConfig.from_options(**(params or {}))
-            _require_limits(len(model_input), config)
-            rows = [_decode_row(row) for row in model_input.iloc[:, 0]]
+            images = _image_column(model_input)
+            _require_limits(len(images), config)
+            rows = [_decode_row(row) for row in images]
             results = list(caption_each(self.model, rows, config, redirects=False))
         except UserError as error:
             raise Refused(str(error)) from error
@@ -84,6 +99,80 @@ class CaptionerModel(PythonModel):
         return captions
 
 
+def _image_column(model_input: Any) -> list[Any]:
+    """Return the images of what `predict` gets, one an entry.
+
+    Of a data frame they are the first column that holds bytes, as Spark's binaryFile has beside the
+    paths, else the first one. An array of integers is an image, [height, width] or [height, width,
+    3], or several of the latter.
+    """
+    if isinstance(model_input, dict):
+        model_input = pd.DataFrame(model_input)
+    if isinstance(model_input, pd.DataFrame):
+        columns = [model_input[name].tolist() for name in model_input]
+        holds_bytes = [any(isinstance(row, BYTES) for row in column) for column in columns]
+        return columns[holds_bytes.index(True) if True in holds_bytes else 0] if columns else []
+    if isinstance(model_input, np.ndarray) and model_input.dtype.kind in "iu":
+        return list(model_input) if model_input.ndim == 4 else [model_input]
+    if isinstance(model_input, np.ndarray):
+        return model_input.ravel().tolist()
+    return list(model_input) if isinstance(model_input, list | tuple | pd.Series) else [model_input]
+
+
+def _decode_row(row: Any) -> Any:
+    """Return the image in a row for `captioning.load_image`: base64 and data URIs as bytes, a path
+    or URI unchanged; or the error of a row that is none of these, or that a server does not open.
+    """
+    from model_lib.errors import UserError
+    from model_lib.io.images import is_image
+    from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
+
+    if isinstance(row, BYTES):
+        return bytes(row)
+    if isinstance(row, np.ndarray) and row.dtype.kind in "iu" and np.all((row >= 0) & (row < 256)):
+        return row.astype(np.uint8)
+    if isinstance(row, Path | Image.Image | np.ndarray):
+        return row
+    if pd.isna(row) is True or not str(row).strip():
+        return UserError("is empty")
+    if not isinstance(row, str):
+        return UserError(f"is {type(row).__name__}, not an image")
+    is_data = row[:5].lower() == "data:"
+    content = _decode_data_uri(row) if is_data else _decode_base64(row.encode())
+    if content is None and is_data:
+        return UserError("a data URI, but not of base64")
+    if content is not None and is_image(content):
+        return content
+    # A path may be valid base64 by chance, but then it is short.
+    if content is not None and (is_data or len(row) >= 4 * SHOWN):
+        return UserError("base64, but not of an image")
+    if len(row) > LONGEST_PATH:
+        return UserError(f"neither base64 nor a path or URI: {row[:SHOWN]!r}")
+    try:
+        if is_serving():
+            require_allowed(row)
+    except UrlNotAllowed as error:
+        return error
+    return row
+
+
+def _decode_data_uri(uri: str) -> bytes | None:
+    """Return the content of a data URI (RFC 2397), or None if its base64 is damaged."""
+    kind, _, data = uri.partition(",")
+    content = urllib.parse.unquote_to_bytes(data)
+    return _decode_base64(content) if kind.lower().rstrip().endswith(";base64") else content
+
+
+def _decode_base64(encoded: bytes) -> bytes | None:
+    """Return what base64 stands for: either alphabet, with line breaks, with or without padding; or
+    None if it is none."""
+    encoded = b"".join(encoded.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+    try:
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except binascii.Error:
+        return None
+
+
 def _require_limits(rows: int, config: Any) -> None:
     """Raise `UserError` if a request to a server asks for too much at once."""
     from model_lib.io.url_policy import is_serving
@@ -96,36 +185,6 @@ def _require_limits(rows: int, config: Any) -> None:
             value = getattr(config, name)
             limit = f"more than the {most} that a request may have here"
             require(value <= most, f"{name}: {value} is {limit}")
-
-
-def _decode_row(row: Any) -> Any:
-    """Return the image in a row's base64 (bare, with line breaks, or a data URI) as bytes; a path
-    or URI unchanged; or the error of a row that is neither, or that a server does not open."""
-    from model_lib.errors import UserError
-    from model_lib.io.images import is_image
-    from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
-
-    if not isinstance(row, str) or not row.strip():
-        return UserError("is not the path, URI or base64 of an image")
-    is_data = row.startswith("data:")
-    encoded = "".join((row.partition(",")[2] if is_data else row).split())
-    try:
-        content = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        if is_data:
-            return UserError("a data URI, but not of base64")
-    else:
-        if is_image(content):
-            return content
-        # A path may be valid base64 by chance, but then it is short.
-        if is_data or len(row) >= 4 * SHOWN:
-            return UserError("base64, but not of an image")
-    try:
-        if is_serving():
-            require_allowed(row)
-    except UrlNotAllowed as error:
-        return error
-    return row
 
 
 def _describe(row: Any, problem: Exception) -> str:
