@@ -11,7 +11,7 @@ from model_lib.io.locks import output_lock
 
 
 def batch(config: BatchConfig) -> Summary:
-    """Caption all images that `config.images` stands for.
+    """Caption all images of `config.images`.
 
     Raises:
         UserError: images, model or output cannot be used.

@@ -3,22 +3,20 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from model_lib import __version__
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import ListedImage
 from model_lib.batch.planning import Plan, load_plan, model_files
-from model_lib.batch.rows import FIELDS, METADATA_KEY, SEVERAL
+from model_lib.batch.rows import FIELDS, METADATA_KEY, SEVERAL, Row, write_table
 from model_lib.data.shards import Preprocess
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
@@ -39,74 +37,53 @@ RETRY_SECONDS = 60.0
 def caption_shards(plan: Plan, indices: Sequence[int], model: ImageCaptioner) -> None:
     """Caption the images of some shards and write their files.
 
-    Images are prefetched, those of the next shards too, and files are written on a thread of their
-    own: the model waits for neither.
+    The model waits neither for images, which are prefetched, those of the next shards too, nor for
+    files, which are written on another thread.
     """
     config = plan.config
     schema = pa.schema([*FIELDS, *(SEVERAL if config.decode.num_captions > 1 else [])])
-    total = sum(plan.shards[index].images for index in indices)
-    with Progress("caption", total, "images") as progress, Background() as writing:
+    images = (image for index in indices for image in plan.images(index))
+    load = partial(_load, preprocess=model.preprocess, source=config.images)
+    workers, depth = config.workers or 2 * cpu_count(), PREFETCH * config.batch_size
+    loaded = prefetch_map(load, images, workers, depth)
+    progress = Progress("caption", sum(plan.shards[index].images for index in indices), "images")
+    with progress, Background() as writing, closing(loaded):
         began = time.monotonic()
-        for index, rows in _captioned(plan, indices, model, progress):
+        for index in indices:
+            rows: list[Row] = []
+            while left := plan.shards[index].images - len(rows):
+                batch = list(islice(loaded, min(config.batch_size, left)))
+                rows += _caption_batch(batch, model, config)
+                progress.advance(len(batch))
             seconds, began = time.monotonic() - began, time.monotonic()
             metadata = {"version": __version__, "seconds": round(seconds, 3)}
             metadata["configuration"] = plan.configuration
             annotated = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
             table = pa.Table.from_pylist(rows, annotated)
-            writing.start(partial(_write, table, plan.captions_uri(index)))
-
-
-def _write(table: pa.Table, uri: str) -> None:
-    with storage.atomic_file(uri) as part:
-        pq.write_table(table, part)
-
-
-def _captioned(
-    plan: Plan, indices: Sequence[int], model: ImageCaptioner, progress: Progress
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yield each shard's index and rows, in order."""
-    config = plan.config
-    images = (image for index in indices for image in plan.images(index))
-    load = partial(_load, preprocess=model.preprocess, source=config.images)
-    workers, depth = config.workers or 2 * cpu_count(), PREFETCH * config.batch_size
-    with closing(prefetch_map(load, images, workers, depth)) as loaded:
-        for index in indices:
-            rows: list[dict[str, Any]] = []
-            while left := plan.shards[index].images - len(rows):
-                batch = list(islice(loaded, min(config.batch_size, left)))
-                rows += _caption_batch(batch, model, config)
-                progress.advance(len(batch))
-            yield index, rows
+            writing.start(partial(write_table, table, plan.captions_uri(index)))
 
 
 def _caption_batch(
-    loaded: list[tuple[dict[str, Any], np.ndarray | None]],
-    model: ImageCaptioner,
-    config: BatchConfig,
-) -> list[dict[str, Any]]:
+    loaded: list[tuple[Row, np.ndarray | None]], model: ImageCaptioner, config: BatchConfig
+) -> list[Row]:
     """Return the rows of loaded images with their captions."""
     good = [pixels for _, pixels in loaded if pixels is not None]
     captioned = iter(model.caption_pixels(good, config.decode) if good else [])
-    rows = []
     for row, pixels in loaded:
         row |= {"model": config.model, "captioned_at": datetime.now(UTC)}
         if pixels is not None:
             captions = next(captioned)
             if config.rank:
                 captions = sorted(captions, key=lambda caption: -caption.score)
-            texts = [caption.text for caption in captions]
-            scores = [caption.score for caption in captions]
-            row |= {"status": "ok", "caption": texts[0], "score": scores[0]}
-            row |= {"captions": texts, "scores": scores}
-        rows.append(row)
-    return rows
+            row["captions"] = [caption.text for caption in captions]
+            row["scores"] = [caption.score for caption in captions]
+            row |= {"status": "ok", "caption": row["captions"][0], "score": row["scores"][0]}
+    return [row for row, _ in loaded]
 
 
-def _load(
-    image: ListedImage, preprocess: Preprocess, source: str
-) -> tuple[dict[str, Any], np.ndarray | None]:
+def _load(image: ListedImage, preprocess: Preprocess, source: str) -> tuple[Row, np.ndarray | None]:
     """Read and decode an image; return its row so far, and its pixels unless it cannot be used."""
-    row: dict[str, Any] = {"uri": image.uri, "status": "error"}
+    row: Row = {"uri": image.uri, "status": "error"}
     try:
         if image.is_from_list and not storage.is_local(source):
             require_allowed(image.uri, store_of(source))
@@ -127,12 +104,12 @@ def _load(
 
 def _changed(image: ListedImage, content: bytes) -> bool:
     """Return whether the image is not the one that was listed, by its size or local file's time."""
-    if image.bytes >= 0 and len(content) != image.bytes:
-        return True
-    if not image.version or not storage.is_local(image.uri):
+    if image.is_from_list:
         return False
+    if len(content) != image.bytes:
+        return True
     try:
-        return image.version != str(os.stat(image.uri).st_mtime)
+        return storage.is_local(image.uri) and image.version != str(os.stat(image.uri).st_mtime)
     except OSError:  # removed since it was read
         return True
 
@@ -149,19 +126,15 @@ def _reason(error: UserError | WorkError) -> str:
 
 
 def caption_planned(reference: str, index: int) -> None:
-    """Caption a shard of the plan with this `reference`, unless its file is there.
-
-    Raises:
-        UserError: the model's files have changed since, or another run has planned.
-    """
+    """Caption a shard of the plan with this `reference`, unless it is done; `UserError` if the
+    model's files have changed since, or another run has planned."""
     plan = load_plan(reference)
     if storage.exists(plan.captions_uri(index)):
         return
     model = load_model(plan.config)
     if model_files(plan.config.model) != plan.model_files:
-        raise UserError(
-            f"{plan.config.model}: has changed since the images were planned; start again"
-        )
+        message = "has changed since the images were planned; start again"
+        raise UserError(f"{plan.config.model}: {message}")
     caption_shards(plan, [index], model)
 
 

@@ -38,13 +38,7 @@ class ListedImage:
 
 
 def list_images(config: BatchConfig) -> list[ListedImage]:
-    """Return the images that `config.images` stands for, each once, sorted by URI.
-
-    Raises:
-        UserError: there is no such folder or list, or no image in it, or a folder below may not be
-            listed.
-        WorkError: a folder below cannot be listed.
-    """
+    """Return the images of the folder or list `config.images`, each once, sorted by URI."""
     ending = PurePosixPath(config.images).suffix.lower()
     is_list = ending in LISTS and not storage.is_folder(config.images)
     images = _read_list(config.images, ending) if is_list else _find_images(config)
@@ -58,25 +52,19 @@ def list_images(config: BatchConfig) -> list[ListedImage]:
 
 def _find_images(config: BatchConfig) -> Iterator[ListedImage]:
     if config.images.startswith(("http://", "https://")):
-        raise UserError(
-            f"{config.images}: a web server lists no folders; name a .txt file with an address a "
-            "line"
-        )
+        message = "a web server lists no folders; name a .txt file with an address a line"
+        raise UserError(f"{config.images}: {message}")
     if not storage.is_folder(config.images):
         raise UserError(f"{config.images}: no such folder of images")
     fs, folder = storage.filesystem(config.images)
     output_fs, output = storage.filesystem(config.output)
     holds_output = output_fs == fs and output.startswith(f"{folder.rstrip('/')}/")
-    files = storage.find_files(config.images, None if config.recursive else 1)
-    for path, info in files.items():
-        if PurePosixPath(path).suffix.lower() not in EXTENSIONS:
-            continue
-        if holds_output and path.startswith(f"{output}/"):
-            continue
+    for path, info in storage.find_files(config.images, config.recursive).items():
+        is_image = PurePosixPath(path).suffix.lower() in EXTENSIONS
         relative = path.removeprefix(folder).lstrip("/")
-        if config.include and not _matches(relative, config.include):
-            continue
-        if _matches(relative, config.exclude):
+        is_chosen = not config.include or _matches(relative, config.include)
+        is_output = holds_output and path.startswith(f"{output}/")
+        if not is_image or not is_chosen or is_output or _matches(relative, config.exclude):
             continue
         uri = path if storage.is_local(config.images) else fs.unstrip_protocol(path)
         version = "/".join(storage.version(info))
@@ -100,16 +88,15 @@ def _read_list(uri: str, ending: str) -> Iterator[ListedImage]:
         else:
             names = content.decode("utf-8-sig").splitlines()
     folder = storage.absolute(uri).rpartition("/")[0]
-    for name in (str(name or "").strip() for name in names):
+    for cell in names:
+        name = str(cell or "").strip()
         if name:
             is_absolute = "://" in name or name.startswith("/")
             yield ListedImage(name if is_absolute else storage.join(folder, name))
 
 
 def _csv_names(text: str) -> list[str]:
-    rows = list(csv.reader(io.StringIO(text)))
-    if not rows:
-        return []
+    rows = list(csv.reader(io.StringIO(text))) or [[""]]
     header = rows[0]
     index = header.index(_column(header))
     has_header = header[index] in COLUMNS

@@ -3,14 +3,12 @@
 import base64
 import heapq
 import json
-import math
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from model_lib.batch.planning import Plan, load_plan, remove_stale_files
-from model_lib.batch.rows import METADATA_KEY, WHAT, read_shard
+from model_lib.batch.rows import METADATA_KEY, WHAT, Row, read_shard
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
 from model_lib.io.errors import input_errors
@@ -23,7 +21,6 @@ SHOWN = 60
 WORST = 24
 """… those with the lowest scores besides, and rows without a caption of each reason."""
 COLUMNS = ["uri", "status", "caption", "score", "error"]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,8 @@ class Summary:
 
 
 def merge(plan: Plan) -> Summary:
-    """Check that every listed image has its row, count, and write the summary and the report.
-
-    Raises:
-        WorkError: a shard is not captioned yet, or its file holds other images than were planned.
-    """
+    """Check that every listed image has its row, and write the summary and the report; `WorkError`
+    if a shard is not captioned yet, or its file holds other images than were planned."""
     # A store's listing may be out of date.
     missing = [index for index in plan.missing() if not storage.exists(plan.captions_uri(index))]
     if missing:
@@ -64,14 +58,14 @@ def merge(plan: Plan) -> Summary:
         captioned = [row for row in rows if row["status"] == "ok"]
         ok += len(captioned)
         gallery = heapq.nsmallest(SHOWN, [*gallery, *captioned], key=_sampling_order)
-        worst = heapq.nsmallest(WORST, [*worst, *captioned], key=_score_order)
+        worst = heapq.nsmallest(WORST, [*worst, *captioned], key=lambda r: (r["score"], r["uri"]))
         for row in rows:
             if row["status"] != "ok":
                 reason = row["error"].partition(":")[0]
                 errors[reason] += 1
                 if errors[reason] <= WORST:
                     failed[reason].append(row)
-    remove_stale_files(plan)  # else whoever reads the whole folder finds images twice
+    remove_stale_files(plan)  # a reader of the whole folder would meet images twice
     images = ok + errors.total()
     summary = Summary(
         images=images,
@@ -82,7 +76,8 @@ def merge(plan: Plan) -> Summary:
         model=plan.config.model,
         images_per_second=round(images / seconds, 3) if seconds else 0.0,
     )
-    _add_thumbnails([*worst, *gallery])
+    for row in [*worst, *gallery]:  # one by one: each may take gigabytes
+        row["thumbnail"] = row.get("thumbnail") or _thumbnail(row["uri"])
     page = render_page(
         "batch.html",
         summary=summary,
@@ -118,36 +113,22 @@ def _is_complete(row: Row) -> bool:
 
 
 def _sampling_order(row: Row) -> int:
-    """Return a number as good as random, the same whatever the shards."""
+    """Return a pseudo-random number that does not depend on the shards."""
     return zlib.crc32(row["uri"].encode())
 
 
-def _score_order(row: Row) -> tuple[float, str]:
-    return row["score"] if math.isfinite(row["score"]) else -math.inf, row["uri"]
-
-
 def merge_planned(reference: str) -> Summary:
-    """Merge the plan with this `reference`, while no other run plans in its folder.
-
-    Raises:
-        UserError, WorkError: see `merge` and `output_lock`.
-    """
+    """Merge the plan with this `reference`, while no other run plans in its folder."""
     with output_lock(load_plan(reference).folder):
         return merge(load_plan(reference))
 
 
-def _add_thumbnails(rows: list[Row]) -> None:
-    """Give each row a small image in base64, or None if it cannot be made any more."""
-    # One after the other: each may take gigabytes, and this step's memory is small.
-    for row in rows:
-        if "thumbnail" in row:
-            continue
-        row["thumbnail"] = None
-        try:
-            image = decode_image(read_image(row["uri"]))
-            row["thumbnail"] = base64.b64encode(thumbnail(image)).decode()
-        except (UserError, WorkError, ImageError, MemoryError):
-            continue
+def _thumbnail(uri: str) -> str | None:
+    """Return a small image in base64, or None if it cannot be made any more."""
+    try:
+        return base64.b64encode(thumbnail(decode_image(read_image(uri)))).decode()
+    except (UserError, WorkError, ImageError, MemoryError):
+        return None
 
 
 def summary_markdown(summary: Summary) -> str:
@@ -161,12 +142,7 @@ def summary_markdown(summary: Summary) -> str:
 
 
 def examples(captions: str, count: int) -> list[tuple[str, str]]:
-    """Return the URIs and captions of the first `count` captioned images.
-
-    Args:
-        captions: folder of the Parquet files.
-        count: number of images.
-    """
+    """Return the first URIs and captions of the Parquet files in the folder `captions`."""
     pairs: list[tuple[str, str]] = []
     for name in storage.list_names(captions):
         for row in read_shard(storage.join(captions, name), ["uri", "caption"]).to_pylist():

@@ -6,27 +6,29 @@ Needs no torch.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import ListedImage, list_images
-from model_lib.batch.rows import read_shard
+from model_lib.batch.rows import read_shard, write_table
 from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.errors import input_errors
-from model_lib.io.validation import read_record, require_columns, require_file_name, require_values
+from model_lib.io.validation import read_parquet, read_record, require_file_name, require_values
 from model_lib.model.sources import lasting_source, source_digest
 
 RETRIED = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may have gone by the next run: the store's, or what somebody has put right."""
 COLUMNS = {"uri": "text", "bytes": "int", "version": "text"}
 """Columns of a listing."""
+SCHEMA = pa.schema([("uri", pa.string()), ("bytes", pa.int64()), ("version", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,13 @@ class Plan:
 
     def images(self, index: int) -> list[ListedImage]:
         """Return the images of a shard."""
-        uri, what = self.reference, "the listing of a plan that captioner batch wrote"
-        with storage.open_file(uri) as file, input_errors(uri, what):
-            parquet = pq.ParquetFile(file)
-            require_columns(parquet.schema_arrow, COLUMNS)
-            table = parquet.read_row_group(index, columns=list(COLUMNS))
+        what, count = "the listing of a plan that captioner batch wrote", self.shards[index].images
+        table = read_parquet(self.reference, COLUMNS, what, group=index)
+        with input_errors(self.reference, what):
             require_values(table, list(COLUMNS))
-            if table.num_rows != (count := self.shards[index].images):
+            if table.num_rows != count:
                 raise ValueError(f"row group {index} has {table.num_rows} images, not {count}")
-            return [ListedImage(**row) for row in table.to_pylist()]
+        return [ListedImage(**row) for row in table.to_pylist()]
 
     def captions_uri(self, index: int) -> str:
         """Return the URI of a shard's captions."""
@@ -98,11 +98,7 @@ def read_plan(folder: str) -> Plan:
 
 
 def load_plan(reference: str) -> Plan:
-    """Return the plan that a `Plan.reference` names.
-
-    Raises:
-        UserError: another run has planned in its folder since.
-    """
+    """Return the plan of a `Plan.reference`; `UserError` if another run planned there since."""
     folder, _, listing = reference.rpartition("/")
     plan = read_plan(folder)
     if plan.listing != listing:
@@ -117,19 +113,15 @@ def resolve(config: BatchConfig) -> BatchConfig:
 
 
 def output_folder(config: BatchConfig) -> str:
-    """Return the folder for a resolved configuration's images, weights and options.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    name = "-".join(config.model.rstrip("/").split("/")[-2:])
-    name = re.sub(r"\W+", "-", name).strip("-")
+    """Return the folder for a resolved configuration's images, weights and options."""
+    parts = config.model.rstrip("/").split("/")[-2:]
+    name = re.sub(r"\W+", "-", "-".join(parts)).strip("-")
     key = config.key(source_digest(config.model) or "")
     return storage.join(config.output, f"{name}-{key[:8]}")
 
 
 def model_files(model: str) -> str:
-    """Return a digest of the listing of a model's folder: steps compare it, and read no weights.
+    """Return a digest of the listing of a model's folder, for steps to compare without reading it.
 
     It is that of an empty listing for a registry's version or a hub name.
     """
@@ -143,9 +135,6 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
     Args:
         config: as `resolve` returns it.
         folder: as `output_folder` returns it.
-
-    Raises:
-        UserError: there are no images, or the output cannot be written.
     """
     images = list_images(config)
     storage.require_writable(folder)
@@ -153,49 +142,49 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
     if storage.exists(storage.join(folder, "plan.json")):
         groups += _keep_captions(read_plan(folder), images)
     kept = {image.uri for group in groups for image in group}
-    groups += _split((image for image in images if image.uri not in kept), config)
-    listing = f"listing-{_digest([_digest(group) for group in groups])}.parquet"
-    schema = pa.schema([("uri", pa.string()), ("bytes", pa.int64()), ("version", pa.string())])
-    with (
-        storage.atomic_file(storage.join(folder, listing)) as part,
-        pq.ParquetWriter(part, schema) as writer,
-    ):
+    groups += _split([image for image in images if image.uri not in kept], config)
+    digests = [_digest(group) for group in groups]
+    listing = f"listing-{_digest(digests)}.parquet"
+    uri = storage.join(folder, listing)
+    with storage.atomic_file(uri) as part, pq.ParquetWriter(part, SCHEMA) as writer:
         for group in groups:
-            table = pa.Table.from_pylist([asdict(image) for image in group], schema)
+            table = pa.Table.from_pylist([asdict(image) for image in group], SCHEMA)
             writer.write_table(table, len(group))
-    shards = [Shard(f"part-{_digest(group)}.parquet", len(group)) for group in groups]
+    files = [f"part-{digest}.parquet" for digest in digests]
+    shards = [Shard(file, len(group)) for file, group in zip(files, groups, strict=True)]
     plan = Plan(config.to_dict(), model_files(config.model), listing, shards, folder)
-    document = {name: value for name, value in asdict(plan).items() if name != "folder"}
+    document = asdict(plan)
+    del document["folder"]
     storage.write_json(storage.join(folder, "plan.json"), document)
     remove_stale_files(plan)
     return plan
 
 
 def _digest(parts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(list(parts), default=asdict).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, default=asdict).encode()).hexdigest()[:16]
 
 
-def _split(images: Iterable[ListedImage], config: BatchConfig) -> Iterator[list[ListedImage]]:
+def _split(images: list[ListedImage], config: BatchConfig) -> list[list[ListedImage]]:
     """Split images into shards by count and by bytes."""
-    group: list[ListedImage] = []
+    groups: list[list[ListedImage]] = []
     size = 0
     for image in images:
         size += max(0, image.bytes)
-        if group and (len(group) == config.shard_images or size > config.shard_mb * 1_000_000):
-            yield group
-            group, size = [], max(0, image.bytes)
-        group.append(image)
-    if group:
-        yield group
+        is_full = size > config.shard_mb * 1_000_000
+        if not groups or is_full or len(groups[-1]) == config.shard_images:
+            groups.append([])
+            size = max(0, image.bytes)
+        groups[-1].append(image)
+    return groups
 
 
 def _keep_captions(plan: Plan, listed: list[ListedImage]) -> Iterator[list[ListedImage]]:
     """Yield the images of each shard of an earlier plan that stays.
 
-    A shard without captions stays if its images are all listed as they were. Of a captioned one,
-    the rows of images that are listed as they were stay, but for errors to be retried; if that is
-    not all, they are written to a new file. A file of which nothing stays is removed, as a new
-    shard of the same images would have its name.
+    A shard without captions stays if its images are all unchanged. Of a captioned one, the rows of
+    unchanged images stay, except errors to be retried; if these are not all, they are written to a
+    new file. A file of which nothing stays is removed, as a new shard of the same images would have
+    its name.
     """
     current, missing = set(listed), set(plan.missing())
     for index in range(len(plan.shards)):
@@ -212,19 +201,17 @@ def _keep_captions(plan: Plan, listed: list[ListedImage]) -> Iterator[list[Liste
             storage.remove(plan.captions_uri(index))
             continue
         if kept != images:
-            uris = {image.uri for image in kept}
-            rows = pa.array(uri in uris for uri in table["uri"].to_pylist())
-            uri = storage.join(plan.folder, "captions", f"part-{_digest(kept)}.parquet")
-            with storage.atomic_file(uri) as part:
-                pq.write_table(table.filter(rows), part)
+            is_kept = pc.is_in(table["uri"], pa.array([image.uri for image in kept]))
+            name = f"part-{_digest(kept)}.parquet"
+            uri = storage.join(plan.folder, "captions", name)
+            write_table(table.filter(is_kept), uri)
         yield kept
 
 
 def remove_stale_files(plan: Plan) -> None:
-    """Remove captions and listings that earlier plans left, or their steps since."""
-    captions = storage.join(plan.folder, "captions")
+    """Remove captions and listings of earlier plans and their steps."""
     current = {plan.listing, *(shard.file for shard in plan.shards)}
-    for folder, prefix in ((captions, "part-"), (plan.folder, "listing-")):
+    for folder in (plan.folder, storage.join(plan.folder, "captions")):
         for name in storage.list_names(folder):
-            if name.startswith(prefix) and name not in current:
+            if name.startswith(("part-", "listing-")) and name not in current:
                 storage.remove(storage.join(folder, name))

@@ -68,20 +68,19 @@ class Listing:
     def reject(self, name: str, reason: str, detail: str) -> None:
         self.rejected.append(Rejected(CONTROL.sub("?", name), reason, CONTROL.sub("?", detail)))
 
+    def reject_duplicate(self, name: str, image_id: int) -> None:
+        detail = f"image id {image_id} occurs more than once in {self.uris[-1]}"
+        self.reject(name, "duplicate_id", detail)
+
     def add(
         self, image_id: int, name: str, split: str, source: ImageSource, texts: list[str]
     ) -> None:
-        """Add an image, or reject it.
-
-        Raises:
-            UserError: its file name leads out of the image folder.
-        """
+        """Add an image, or reject it; `UserError` if its name leads out of the image folder."""
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or path.parts == () or ":" in path.parts[0]:
-            raise UserError(
-                f"{' and '.join(self.uris)}: file_name {name!r} of image {image_id} leaves the "
-                "image folder; make it relative to --images"
-            )
+            problem = f"file_name {name!r} of image {image_id} leaves the image folder"
+            uris = " and ".join(self.uris)
+            raise UserError(f"{uris}: {problem}; make it relative to --images")
         if CONTROL.search(name):
             detail = f"image id {image_id}: its file name has control characters: {name!a}"
             self.reject(name, "bad_name", detail)
@@ -116,12 +115,7 @@ class Listing:
 
 
 def read_listing(config: IngestConfig) -> Listing:
-    """Return all that is to be ingested, before anything is written.
-
-    Raises:
-        UserError: a list or its images are not there, or not what they should be.
-        WorkError: a store failed.
-    """
+    """Return all that is to be ingested; `UserError` if a list or its images are not there."""
     if config.dataset is not None:
         return _read_coco_2017(config.dataset, config.karpathy)
     source = open_image_source(str(config.images))
@@ -163,7 +157,7 @@ def _add_coco(listing: Listing, uri: str, source: ImageSource, split: str) -> No
     seen = set()
     for image_id, name in sorted(images):
         if image_id in seen:
-            _reject_duplicate(listing, uri, image_id, name)
+            listing.reject_duplicate(name, image_id)
             continue
         seen.add(image_id)
         texts = captions.pop(image_id, [])
@@ -171,11 +165,6 @@ def _add_coco(listing: Listing, uri: str, source: ImageSource, split: str) -> No
     for image_id, texts in sorted(captions.items()):
         detail = f"{uri} has no image of id {image_id}, but {len(texts)} captions of it"
         listing.reject("", "caption_without_image", detail)
-
-
-def _reject_duplicate(listing: Listing, uri: str, image_id: int, name: str) -> None:
-    detail = f"image id {image_id} occurs more than once in {uri}"
-    listing.reject(name, "duplicate_id", detail)
 
 
 def _split_of(image_id: int, split: str) -> str:
@@ -188,13 +177,7 @@ def _split_of(image_id: int, split: str) -> str:
 def _add_karpathy(
     listing: Listing, uri: str, source: ImageSource | Mapping[int, tuple[ImageSource, str]]
 ) -> None:
-    """Add the images of Karpathy's splits, by image id.
-
-    Args:
-        listing: to add to.
-        uri: of the list.
-        source: of the images by the list's own names, or for each id the image's source and name.
-    """
+    """Add the images of Karpathy's splits, by the list's names or each id's own source and name."""
     rows: dict[int, tuple[str, str, list[str]]] = {}
     with open_list(uri) as file, input_errors(uri, KARPATHY_FORM):
         for _, image in parse_lists(file, "images"):
@@ -203,18 +186,17 @@ def _add_karpathy(
             name = f"{folder}/{name}" if folder and name else folder or name
             if image["split"] not in KARPATHY:
                 splits = ", ".join(KARPATHY)
-                message = f"image {image_id} is of split {image['split']!r}, not {splits}"
-                raise UserError(f"{uri}: {message}")
+                raise ValueError(f"image {image_id} is of split {image['split']!r}, not {splits}")
             split = KARPATHY[image["split"]]
             texts = [typed(sentence["raw"], str) for sentence in image["sentences"]]
-            _, first_split, _ = rows.setdefault(image_id, (name, split, texts))
-            if first_split != split:
-                both = " and ".join(sorted({split, first_split}))
-                raise UserError(
-                    f"{uri}: leaks: image {image_id} is in both {both}; keep it in one of them"
-                )
-            if rows[image_id][2] is not texts:
-                _reject_duplicate(listing, uri, image_id, name)
+            if image_id not in rows:
+                rows[image_id] = name, split, texts
+            elif rows[image_id][1] == split:
+                listing.reject_duplicate(name, image_id)
+            else:
+                both = " and ".join(sorted({split, rows[image_id][1]}))
+                message = f"leaks: image {image_id} is in both {both}; keep it in one of them"
+                raise UserError(f"{uri}: {message}")
     for image_id, (name, split, texts) in sorted(rows.items()):
         if not isinstance(source, Mapping):
             listing.add(image_id, name, split, source, texts)
@@ -227,8 +209,7 @@ def _add_karpathy(
 
 
 def _add_table(listing: Listing, uri: str, source: ImageSource, split: str) -> None:
-    """Add a table's files, whose ids are digests of their names: other rows change no image's id
-    and split."""
+    """Add a table's files; their ids and splits depend on their names alone, not on other rows."""
     captions: dict[str, list[str]] = {}
     for name, caption in read_table(uri):
         captions.setdefault(name, []).append(caption)
@@ -243,12 +224,8 @@ def _id_of(name: str) -> int:
 
 
 def coco_2017(dataset: str, split: str) -> tuple[str, ImageSource]:
-    """Return a split's captions file and images in COCO 2017's own layout, unpacked or as its
-    archives.
-
-    Raises:
-        UserError: something of the layout is missing.
-    """
+    """Return a split's captions file and images in COCO 2017's layout, unpacked or as archives;
+    `UserError` if a part is missing."""
     remedy = "not found, nor COCO's archive of it; ingest takes other data as --annotations"
     member = f"annotations/captions_{split}2017.json"
     uri = storage.join(dataset, member)

@@ -1,4 +1,4 @@
-"""Fetching a data set's archives: resumed where they broke off, and checked before they are there.
+"""Fetching a data set's archives: resumed where they broke off, and checked before they are kept.
 
 captioner download coco2017 --output coco
 captioner download spice --output spice
@@ -54,44 +54,40 @@ def download(config: DownloadConfig) -> list[Archive]:
 
     Raises:
         UserError: the server does not have it, or the output cannot be written.
-        WorkError: the server failed for long, or its archive is damaged.
+        WorkError: the server failed, or its archive is damaged.
     """
+    server = config.base or SERVERS[config.dataset]
     with output_lock(config.output):
         archives = []
         for path, md5 in ARCHIVES[config.dataset].items():
-            url = f"{(config.base or SERVERS[config.dataset]).rstrip('/')}/{path}"
             target = storage.join(config.output, Path(path).name)
-            archives.append(fetch(url, target, md5 if config.base is None else None))
+            known_md5 = md5 if config.base is None else None
+            archives.append(fetch(storage.join(server, path), target, known_md5))
         return archives
 
 
 def fetch(url: str, target: str, md5: str | None) -> Archive:
     """Fetch a zip archive to `target`, unless it is there; check its `md5` if it is known."""
     if not storage.exists(target):
-        with contextlib.ExitStack() as stack:
-            path = Path(storage.filesystem(target)[1])
-            folder = path.parent
-            if not storage.is_local(target):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        path = Path(storage.filesystem(target)[1])
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = path.parent if storage.is_local(target) else Path(scratch)
             part = _fetch_part(url, folder, path.name)
             _check(url, part, md5)
-            if storage.is_local(target):
-                part.replace(path)
-            else:
-                with storage.atomic_file(target) as copy:
-                    part.replace(copy)
+            with storage.atomic_file(target) as copy:
+                part.replace(copy)
     with open_zip(target) as zipped:
         files = sum(not info.is_dir() for info in zipped.infolist())
     return Archive(target, storage.file_size(target), files)
 
 
 def _fetch_part(url: str, folder: Path, name: str) -> Path:
-    """Fetch a file to a part in a local folder, going on with what an earlier process fetched."""
+    """Fetch a file to a part in a local folder, resuming an earlier process's part."""
     size, version = storage.access(url, lambda: _head(url))
     part = folder / f"{name}.{version}.part"
     for other in folder.glob(f"{name}.*.part"):
-        if other != part:  # of another version
-            other.unlink()
+        if other != part:
+            other.unlink()  # of another version
     part.touch()
     storage.require_room(str(folder), size - part.stat().st_size, name)
     with Progress(f"download {name}", size // MEGABYTE, "MB") as progress:
@@ -108,8 +104,8 @@ def _open(url: str, method: str = "GET", **headers: str) -> Any:
     except urllib.error.HTTPError as error:
         if is_transient(error):
             raise
-        message = f"the server answers {error.code} {error.reason}; is --base right?"
-        raise UserError(f"{url}: {message}") from error
+        answer = f"{error.code} {error.reason}"
+        raise UserError(f"{url}: the server answers {answer}; is --base right?") from error
 
 
 def _head(url: str) -> tuple[int, str]:
@@ -130,7 +126,7 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
         _open(url, Range=f"bytes={start}-") as response,
         # A server that knows no ranges sends the file from its start.
         part.open("ab" if response.status == 206 else "wb") as file,
-        # The rest of what breaks off is asked for next.
+        # What an interrupted answer lacks is requested next.
         contextlib.suppress(ConnectionError, TimeoutError, http.client.HTTPException),
     ):
         while chunk := response.read(CHUNK):
@@ -141,7 +137,7 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
 
 
 def _check(url: str, part: Path, md5: str | None) -> None:
-    """Remove a damaged part and raise `WorkError`; the CRCs in it are checked when it is used."""
+    """Remove a damaged part and raise `WorkError`; its CRCs are checked when it is used."""
     with part.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     try:
@@ -150,5 +146,5 @@ def _check(url: str, part: Path, md5: str | None) -> None:
         open_zip(str(part)).close()
     except UserError as error:
         part.unlink()
-        message = f"came damaged, {error}; start again, or use another --base"
-        raise WorkError(f"{url}: {message}") from error
+        remedy = "start again, or use another --base"
+        raise WorkError(f"{url}: came damaged, {error}; {remedy}") from error

@@ -3,6 +3,7 @@
 import contextlib
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -19,30 +20,23 @@ WHOLE_ARCHIVE = "a whole zip archive; fetch it anew"
 WEB = ("http://", "https://")
 
 
+@dataclass(frozen=True)
 class Folder:
-    """Images of a folder, bucket or web server.
+    """Images of a folder, bucket or web server."""
 
-    Args:
-        root: path or URI that names are appended to.
-    """
-
-    def __init__(self, root: str) -> None:
-        self.root = root
+    root: str
+    """Path or URI that names are appended to."""
 
     def uri(self, name: str) -> str:
         return storage.join(self.root, quote(name) if self.root.startswith(WEB) else name)
 
     def read(self, name: str) -> bytes:
-        """Return an image's bytes; `UserError` if it is missing."""
+        """Return an image's bytes, as `read_image`."""
         return read_image(self.uri(name), retry_seconds=None)
 
 
 class Archive:
-    """Images of a zip archive, by their names in it, or in the folder that it is named after.
-
-    Args:
-        root: path or URI of the archive.
-    """
+    """Images of the zip archive `root`, by their names in it, or in the folder of its name."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -54,12 +48,7 @@ class Archive:
         return f"zip://{self._member(name)}::{self.root}"
 
     def read(self, name: str) -> bytes:
-        """Return an image's bytes, checked against the archive's CRC.
-
-        Raises:
-            UserError: it is missing.
-            ImageError: it is damaged in the archive, or too large.
-        """
+        """Return an image's bytes; `UserError` if it is missing, `ImageError` if it is damaged."""
         member = self._member(name)
         if member not in self.zip.NameToInfo:
             raise UserError(f"{self.root}: has no {name}")
@@ -97,10 +86,7 @@ def open_image_source(uri: str) -> ImageSource:
 
 @contextlib.contextmanager
 def open_list(uri: str) -> Iterator[IO[bytes]]:
-    """Yield the file at `uri`, which may be `zip://member::archive`, to be read from its start.
-
-    Damage in an archive's member is raised by zipfile while it is read.
-    """
+    """Yield the file at `uri`, which may be `zip://member::archive`, to be read from its start."""
     if not uri.startswith("zip://"):
         with local_file(uri) as path, path.open("rb") as file:
             yield file
@@ -109,5 +95,4 @@ def open_list(uri: str) -> Iterator[IO[bytes]]:
     with open_zip(archive, LIST_BUFFER) as zipped:
         with input_errors(archive, WHOLE_ARCHIVE):
             content = zipped.open(member)
-        with content:
-            yield content
+        yield content

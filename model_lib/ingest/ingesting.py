@@ -14,8 +14,8 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -61,16 +61,14 @@ PREFETCH_PER_WORKER = 32
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """mallopt's names: the size from which memory is mapped by itself, and how much is kept unused."""
 Row = dict[str, Any]
-Result = tuple[Row, str] | Rejected
-"""An image's row with the digest of its content, or the reason why it has none."""
+"""Of `SCHEMA`, and the digest of its content."""
 
 
 def ingest(config: IngestConfig) -> Manifest:
     """Write shards, quarantine and, last, the manifest; return the manifest.
 
     Raises:
-        UserError: the input is not what it should be, has no usable image, or the output cannot be
-            written.
+        UserError: the input is invalid or has no usable image, or the output cannot be written.
         WorkError: a store failed, or another run is writing to the output.
     """
     _keep_memory()
@@ -80,8 +78,7 @@ def ingest(config: IngestConfig) -> Manifest:
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what it frees: else each image's pixels are new memory, whose pages threads
-    queue up for."""
+    """Let glibc keep what it frees: threads would wait for the pages of each image's new memory."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
@@ -89,38 +86,35 @@ def _keep_memory() -> None:
 
 
 def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
+    # Published splits stay whole, even if they share files.
     own_splits = config.annotations is not None and config.split == "auto"
     if own_splits:
         _hold_one_out(listing.entries, config)
     key = config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP))
     journal = Journal(config.output, key)
-    splits: dict[str, list[Entry]] = {}
-    for entry in listing.entries:
-        splits.setdefault(entry.split, []).append(entry)
     finished: dict[str, list[Finished]] = {}
-    # Published splits stay whole, whatever files are in them twice.
-    train_files: set[str] | None = set() if own_splits else None
     quarantine = list(listing.rejected)
+    train_files: set[str] | None = set() if own_splits else None
     with Progress("ingest", len(listing.entries), "images") as progress:
-        for split, entries in sorted(splits.items()):
-            shards, rejected = _write_split(split, entries, train_files, config, journal, progress)
-            quarantine += rejected
-            if shards:
-                finished[split] = shards
+        for split in sorted({entry.split for entry in listing.entries}):
+            entries = [entry for entry in listing.entries if entry.split == split]
+            writer = _SplitWriter(split, entries, train_files, config, journal, progress)
+            writer.write()
+            if writer.finished:
+                finished[split] = writer.finished
+            quarantine += [row for record in writer.finished for row in record.rejected]
+            quarantine += writer.rejected
     reasons = dict(Counter(row.reason for row in quarantine))
     if not finished:
         counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        raise UserError(
-            f"{', '.join(listing.uris)}: no usable image among {len(quarantine)} listed "
-            f"({counts or 'the list is empty'})"
-        )
+        problem = f"no usable image among {len(quarantine)} listed"
+        uris = ", ".join(listing.uris)
+        raise UserError(f"{uris}: {problem} ({counts or 'the list is empty'})")
+    rows = {split: sum(f.shard.rows for f in records) for split, records in finished.items()}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         shards=[record.shard for records in finished.values() for record in records],
-        counts={
-            split: sum(record.shard.rows for record in records)
-            for split, records in finished.items()
-        },
+        counts=rows,
         quarantined=reasons,
         fingerprint=_fingerprint(config, finished),
         configuration=config.to_dict(),
@@ -142,54 +136,95 @@ def _hold_one_out(entries: list[Entry], config: IngestConfig) -> None:
             return
 
 
-def _write_split(
-    split: str,
-    entries: list[Entry],
-    train_files: set[str] | None,
-    config: IngestConfig,
-    journal: Journal,
-    progress: Progress,
-) -> tuple[list[Finished], list[Rejected]]:
-    """Write the missing shards of a split; return all of them, and the images that are in none.
+@dataclass
+class _SplitWriter:
+    """Writes the shards of a split that no earlier run finished."""
 
-    Args:
-        split: its name.
-        entries: its images.
-        train_files: SHA-256 of the training images' files, to which the train split adds and which
-            others leave out; None: splits may share files.
-        config: of the ingest.
-        journal: of its finished shards.
-        progress: of all splits.
-    """
-    finished = list(journal.read(split, len(entries)))
-    start = finished[-1].end if finished else 0
-    progress.resume(start)
-    if train_files is not None and split == "train":
-        for record in finished:
-            uri = storage.join(config.output, record.shard.uri)
-            train_files.update(read_parquet(uri, {"sha256": "text"}, SHARD)["sha256"].to_pylist())
+    split: str
+    entries: list[Entry]
+    train_files: set[str] | None
+    """SHA-256 of the training images' files, to which the train split adds and which others leave
+    out; None: splits may share files."""
+    config: IngestConfig
+    journal: Journal
+    progress: Progress
+    """Of all splits."""
+    finished: list[Finished] = field(default_factory=list)
+    end: int = 0
+    """Number of entries that are stored or rejected."""
+    rejected: list[Rejected] = field(default_factory=list)
+    """Entries after the last finished shard that cannot be used."""
 
-    def store_all() -> Iterator[tuple[int, Result]]:
-        for number, result in enumerate(_in_order(entries[start:], config), start):
-            progress.advance()
-            yield number, result if train_files is None else _reject_shared(result, train_files)
+    def write(self) -> None:
+        self.finished = list(self.journal.read(self.split, len(self.entries)))
+        self.end = self.finished[-1].end if self.finished else 0
+        self.progress.resume(self.end)
+        if self.train_files is not None and self.split == "train":
+            for record in self.finished:
+                uri = storage.join(self.config.output, record.shard.uri)
+                column = read_parquet(uri, {"sha256": "text"}, SHARD)["sha256"]
+                self.train_files.update(column.to_pylist())
+        rows = self._rows()
+        for first in rows:
+            self._write_shard(chain([first], rows))
 
-    results, rejected = store_all(), list[Rejected]()
-    while written := _write_shard(results, rejected, split, len(finished), config):
-        journal.write(written)
-        finished.append(written)
-        rejected = []
-    return finished, [row for record in finished for row in record.rejected] + rejected
+    def _rows(self) -> Iterator[Row]:
+        """Yield the rows of usable images, stored on threads, as codecs work outside the GIL."""
+        workers = self.config.workers or cpu_count()
+        store = partial(_store, config=self.config)
+        entries = self.entries[self.end :]
+        for result in prefetch_map(store, entries, workers, PREFETCH_PER_WORKER * workers):
+            self.end += 1
+            self.progress.advance()
+            if isinstance(result, Rejected):
+                self.rejected.append(result)
+            elif self._is_duplicate(result["sha256"]):
+                detail = "is the same file as a training image"
+                self.rejected.append(Rejected(result["file_name"], "duplicate_of_train", detail))
+            else:
+                yield result
+
+    def _is_duplicate(self, sha256: str) -> bool:
+        """Return whether a file of another split is a training image's under another name."""
+        if self.train_files is None:
+            return False
+        if self.split == "train":
+            self.train_files.add(sha256)
+            return False
+        return sha256 in self.train_files
+
+    def _write_shard(self, rows: Iterator[Row]) -> None:
+        """Write rows to the next shard until it is full."""
+        output, name = self.config.output, shard_name(self.split, len(self.finished))
+        storage.remove(storage.join(output, "manifest.json"))  # a half-done ingest is no data set
+        count = image_bytes = 0
+        content = hashlib.sha256()
+        # Images are all different: a dictionary of them would only be thrown away.
+        options = {"compression": "zstd", "use_dictionary": ["split"], "write_page_checksum": True}
+        with storage.atomic_file(storage.join(output, name)) as part:
+            with pq.ParquetWriter(part, SCHEMA, **options) as writer:
+                group: list[Row] = []
+                for row in rows:
+                    group.append(row)
+                    count += 1
+                    image_bytes += len(row["image"])
+                    content.update(row["digest"].encode())
+                    is_full = image_bytes >= self.config.shard_mb * 1_000_000
+                    if is_full or len(group) == ROW_GROUP:
+                        writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                        group = []
+                    if is_full:
+                        break
+                if group:
+                    writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+            shard = Shard(name, self.split, count, storage.file_size(part), sha256_of(part))
+        record = Finished(shard, self.end, content.hexdigest(), self.rejected)
+        self.journal.write(record)
+        self.finished.append(record)
+        self.rejected = []
 
 
-def _in_order(entries: Iterable[Entry], config: IngestConfig) -> Iterator[Result]:
-    """Store entries on threads, as codecs work outside the interpreter's lock."""
-    workers = config.workers or cpu_count()
-    store = partial(_store, config=config)
-    return prefetch_map(store, entries, workers, PREFETCH_PER_WORKER * workers)
-
-
-def _store(entry: Entry, config: IngestConfig) -> Result:
+def _store(entry: Entry, config: IngestConfig) -> Row | Rejected:
     """Read, decode, reduce and encode an image."""
     try:
         content = entry.source.read(entry.file_name)
@@ -205,103 +240,24 @@ def _store(entry: Entry, config: IngestConfig) -> Result:
         if is_transient(error):
             raise
         return Rejected(entry.file_name, "forbidden", str(error))
-    row = {
+    sha256, captions = hashlib.sha256(content).hexdigest(), list(entry.captions)
+    digest = hashlib.sha256(stored.content).hexdigest()
+    return {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
         "split": entry.split,
         "width": stored.width,
         "height": stored.height,
         "image": stored.content,
-        "captions": list(entry.captions),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "captions": captions,
+        "sha256": sha256,
         "source": entry.uri,
+        "digest": repr((entry.image_id, entry.file_name, digest, sha256, captions)),
     }
-    digest = hashlib.sha256(stored.content).hexdigest()
-    return row, repr((entry.image_id, entry.file_name, digest, row["sha256"], row["captions"]))
-
-
-def _reject_shared(result: Result, train_files: set[str]) -> Result:
-    """Reject an image of another split whose file is a training image's under another name."""
-    if isinstance(result, Rejected):
-        return result
-    row, _ = result
-    if row["split"] == "train":
-        train_files.add(row["sha256"])
-    elif row["sha256"] in train_files:
-        detail = "is the same file as a training image"
-        return Rejected(row["file_name"], "duplicate_of_train", detail)
-    return result
-
-
-def _write_shard(
-    results: Iterator[tuple[int, Result]],
-    rejected: list[Rejected],
-    split: str,
-    number: int,
-    config: IngestConfig,
-) -> Finished | None:
-    """Write the next shard of a split; None if no usable image is left. Add to `rejected`."""
-    name = shard_name(split, number)
-    first = next(results, None)
-    while first is not None and isinstance(first[1], Rejected):
-        rejected.append(first[1])
-        first = next(results, None)
-    if first is None:
-        return None
-    # A half-done ingest is not a data set.
-    storage.remove(storage.join(config.output, "manifest.json"))
-    with storage.atomic_file(storage.join(config.output, name)) as part:
-        writer = _ShardWriter(part)
-        for index, result in chain([first], results):
-            end = index + 1
-            if isinstance(result, Rejected):
-                rejected.append(result)
-                continue
-            writer.add(*result)
-            if writer.image_bytes >= config.shard_mb * 1_000_000:
-                break
-        shard = writer.finish(name, split)
-    return Finished(shard, end, writer.content.hexdigest(), rejected)
-
-
-class _ShardWriter:
-    """Writes a shard to a local path, a row group at a time."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        # Images are all different: a dictionary of them would only be thrown away.
-        self.writer = pq.ParquetWriter(
-            path, SCHEMA, compression="zstd", use_dictionary=["split"], write_page_checksum=True
-        )
-        self.group: list[Row] = []
-        self.rows = self.image_bytes = 0
-        self.content = hashlib.sha256()
-
-    def add(self, row: Row, digest: str) -> None:
-        self.group.append(row)
-        self.rows += 1
-        self.image_bytes += len(row["image"])
-        self.content.update(digest.encode())
-        if len(self.group) == ROW_GROUP:
-            self._write_group()
-
-    def _write_group(self) -> None:
-        table = pa.Table.from_pylist(self.group, SCHEMA)
-        self.writer.write_table(table, row_group_size=ROW_GROUP)
-        self.group = []
-
-    def finish(self, name: str, split: str) -> Shard:
-        """Complete the file and return its entry in the manifest."""
-        if self.group:
-            self._write_group()
-        self.writer.close()
-        size = storage.file_size(self.path)
-        return Shard(name, split, self.rows, size, sha256_of(self.path))
 
 
 def _write_manifest(output: str, manifest: Manifest, quarantine: list[Rejected]) -> None:
-    """Write quarantine and manifest; remove an earlier ingest's shards, which readers of *.parquet
-    would take for this one's."""
+    """Write quarantine and manifest; remove an earlier ingest's shards."""
     storage.remove(storage.join(output, "manifest.json"))
     with storage.atomic_file(storage.join(output, "quarantine.parquet")) as part:
         rows = pa.Table.from_pylist([vars(row) for row in quarantine], QUARANTINE_SCHEMA)

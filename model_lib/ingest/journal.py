@@ -33,12 +33,7 @@ class Finished:
 
 
 class Journal:
-    """The records of one ingest.
-
-    Args:
-        output: folder or URI of the shards.
-        key: of the input and of the options that shape the shards.
-    """
+    """The records of one ingest into `output`; `key` is of its input and options."""
 
     def __init__(self, output: str, key: str) -> None:
         self.output = output
@@ -49,13 +44,7 @@ class Journal:
         storage.write_json(self._uri(finished.shard.uri), asdict(finished))
 
     def read(self, split: str, entries: int) -> Iterator[Finished]:
-        """Yield the records of a split's shards, from the first on, for as long as they and their
-        shards are whole.
-
-        Args:
-            split: whose shards.
-            entries: how many are listed in it.
-        """
+        """Yield the records of a split of so many entries, up to the first that is not whole."""
         number, start = 0, 0
         while storage.exists(uri := self._uri(name := shard_name(split, number))):
             try:
@@ -64,9 +53,8 @@ class Journal:
                 log.warning("%s; its shard is written again", error)
                 return
             shard = finished.shard
-            if (shard.uri, shard.split) != (name, split) or not start < finished.end <= entries:
-                return
-            if not self._is_whole(shard):
+            is_next = (shard.uri, shard.split) == (name, split) and start < finished.end <= entries
+            if not is_next or not self._is_whole(shard):
                 return
             yield finished
             number, start = number + 1, finished.end

@@ -56,7 +56,7 @@ class Thing:
     shape: str
 
     @property
-    def one(self) -> str:
+    def full(self) -> str:
         return f"a {self.size} {self.colour} {self.shape}"
 
     @property
@@ -80,52 +80,50 @@ class Scene:
         if second is not None:
             inverse = {"left of": "right of", "above": "below"}[self.relation]
             return [
-                f"{first.one} {self.relation} {second.one}",
-                f"{second.one} is {inverse} {first.one}",
+                f"{first.full} {self.relation} {second.full}",
+                f"{second.full} is {inverse} {first.full}",
                 f"there is {first.plain} {self.relation} {second.plain} on {ground}",
                 f"a {ground} background with {first.plain} and {second.plain}",
-                f"a picture of {first.one} and {second.one}",
+                f"a picture of {first.full} and {second.full}",
             ]
+        full, plain, verb = first.full, first.plain, "is"
         if self.count > 1:
-            number = NUMBERS[self.count]
-            kind = f"{first.colour} {first.shape}{'es' if first.shape.endswith('s') else 's'}"
-            return [
-                f"{number} {first.size} {kind} on a {ground} background",
-                f"{number} {kind} on {ground}",
-                f"there are {number} {first.size} {kind}",
-                f"a {ground} background with {number} {kind}",
-                f"a picture of {number} {first.size} {kind}",
-            ]
+            number, ending = NUMBERS[self.count], "es" if first.shape.endswith("s") else "s"
+            full = f"{number} {first.size} {first.colour} {first.shape}{ending}"
+            plain = f"{number} {first.colour} {first.shape}{ending}"
+            verb = "are"
         return [
-            f"{first.one} on a {ground} background",
-            f"{first.plain} on {ground}",
-            f"there is {first.one}",
-            f"a {ground} background with {first.plain}",
-            f"a picture of {first.one}",
+            f"{full} on a {ground} background",
+            f"{plain} on {ground}",
+            f"there {verb} {full}",
+            f"a {ground} background with {plain}",
+            f"a picture of {full}",
         ]
 
 
 def draw_scene(rng: random.Random, *, held_out: bool) -> Scene:
     """Draw a scene's content; `held_out`: with a combination that training never shows."""
-
-    def thing(from_held_out: bool) -> Thing:
-        while True:
-            kind = rng.choice(list(RADIUS)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
-            if (kind in HELD_OUT) == from_held_out:
-                return Thing(*kind)
-
-    background, first = rng.choice(list(BACKGROUNDS)), thing(held_out)
+    background = rng.choice(list(BACKGROUNDS))
+    first = _draw_thing(rng, held_out)
     if rng.random() < 0.5:
         return Scene(background, first, rng.randint(1, 3))
-    second = thing(False)
+    second = _draw_thing(rng, False)
     while (second.colour, second.shape) == (first.colour, first.shape):
-        second = thing(False)
-    pair = (first, second) if rng.random() < 0.5 else (second, first)
-    return Scene(background, pair[0], second=pair[1], relation=rng.choice(("left of", "above")))
+        second = _draw_thing(rng, False)
+    if rng.random() >= 0.5:
+        first, second = second, first
+    return Scene(background, first, second=second, relation=rng.choice(("left of", "above")))
+
+
+def _draw_thing(rng: random.Random, held_out: bool) -> Thing:
+    while True:
+        kind = rng.choice(list(RADIUS)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        if (kind in HELD_OUT) == held_out:
+            return Thing(*kind)
 
 
 def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:
-    """Return a polygon's corners in the unit circle, by turns at radius 1 and at `inner`."""
+    """Return a polygon's corners in the unit circle, alternately at radius 1 and at `inner`."""
     corners = []
     for corner in range(2 * points):
         angle = turn + math.pi * corner / points
@@ -151,7 +149,7 @@ POLYGONS = {
 """Corners about the centre, in units of the radius; the other shapes are round."""
 
 
-def _draw_thing(
+def _paint(
     canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, ground: Colour
 ) -> None:
     fill, line = COLOURS[thing.colour], max(2, round(radius * 0.11))
@@ -164,34 +162,32 @@ def _draw_thing(
         canvas.circle((x, y), radius * 0.5, fill=ground, outline=OUTLINE, width=line)
 
 
-def _places(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float]]:
-    """Return each object with its centre, as shares of the side: near the middle of a quarter."""
+def _centres(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
+    """Return the objects' centres, as shares of the side: near the middles of quarters."""
+    if scene.second is None:
+        quarters = rng.sample([(0, 0), (1, 0), (0, 1), (1, 1)], scene.count)
+    else:
+        line = rng.randrange(2)
+        quarters = [(0, line), (1, line)] if scene.relation == "left of" else [(line, 0), (line, 1)]
 
     def near(quarter: int) -> float:
         return 0.25 + 0.5 * quarter + rng.uniform(-JITTER, JITTER)
 
-    if scene.second is not None:
-        line = rng.randrange(2)
-        places = [(0, line), (1, line)] if scene.relation == "left of" else [(line, 0), (line, 1)]
-        things = [scene.first, scene.second]
-    else:
-        places = rng.sample([(0, 0), (1, 0), (0, 1), (1, 1)], scene.count)
-        things = [scene.first] * scene.count
-    return [(thing, near(x), near(y)) for thing, (x, y) in zip(things, places, strict=True)]
+    return [(near(x), near(y)) for x, y in quarters]
 
 
 def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     """Draw a scene as an RGB image of `size` x `size` pixels, on a slightly varied background."""
-    scale = 2  # drawn larger and reduced, for smooth edges
+    side = 2 * size  # drawn larger and reduced, for smooth edges
     shade = rng.randint(-10, 10)
-    red, green, blue = (max(0, min(255, value + shade)) for value in BACKGROUNDS[scene.background])
+    red, green, blue = (value + shade for value in BACKGROUNDS[scene.background])
     ground = (red, green, blue)
-    image = Image.new("RGB", (size * scale, size * scale), ground)
+    image = Image.new("RGB", (side, side), ground)
     canvas = ImageDraw.Draw(image)
-    for thing, x, y in _places(scene, rng):
+    things = [scene.first, scene.second] if scene.second else [scene.first] * scene.count
+    for thing, (x, y) in zip(things, _centres(scene, rng), strict=True):
         radius = RADIUS[thing.size] * rng.uniform(0.93, 1.07)
-        side = size * scale
-        _draw_thing(canvas, thing, x * side, y * side, radius * side, ground)
+        _paint(canvas, thing, x * side, y * side, radius * side, ground)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
@@ -202,7 +198,6 @@ def make_scenes(config: ScenesConfig) -> None:
         rng = random.Random(f"{config.seed}/{split}")
         folder = storage.join(config.output, f"{split}2017")
         storage.remove(folder)  # with images of an earlier, larger set
-        size = {"width": config.size, "height": config.size}
         images: list[dict] = []
         annotations: list[dict] = []
         for number in range(1, count + 1):
@@ -211,7 +206,8 @@ def make_scenes(config: ScenesConfig) -> None:
             render(scene, config.size, rng).save(encoded, "JPEG", quality=92)
             name = f"{number:012d}.jpg"
             storage.write_bytes(storage.join(folder, name), encoded.getvalue())
-            images.append({"id": number, "file_name": name, **size})
+            side = config.size
+            images.append({"id": number, "file_name": name, "width": side, "height": side})
             for caption in scene.captions():
                 note = {"id": len(annotations) + 1, "image_id": number, "caption": caption}
                 annotations.append(note)

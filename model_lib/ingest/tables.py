@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,14 @@ COLUMNS = ["file", "caption"]
 
 
 def read_table(uri: str) -> Iterator[tuple[str, str]]:
-    """Yield each row's file and caption; a missing caption is an empty one.
-
-    Args:
-        uri: path or URI of the table, whose ending is its format.
+    """Yield each row's file and caption of the table at `uri`; a missing caption is an empty one.
 
     Raises:
-        UserError: it is missing or damaged, or has not these columns of text.
-        WorkError: its store failed.
+        UserError: it is missing or damaged, or lacks these columns of text.
     """
-    rows_of = READERS["." + uri.lower().rpartition(".")[2]]
+    read_rows = READERS["." + uri.lower().rpartition(".")[2]]
     with local_file(uri) as path, input_errors(uri, "a table with the columns file and caption"):
-        for number, row in enumerate(rows_of(path), 1):
+        for number, row in enumerate(read_rows(path), 1):
             if not isinstance(row, dict):
                 raise TypeError(f"row {number} is not an object")
             file, caption = (row[name] for name in COLUMNS)
@@ -37,7 +33,7 @@ def read_table(uri: str) -> Iterator[tuple[str, str]]:
             yield file, caption or ""
 
 
-def _require_columns(names: list[str]) -> None:
+def _require_columns(names: Sequence[str]) -> None:
     for name in COLUMNS:
         if names.count(name) != 1:
             raise ValueError(f"has {names.count(name) or 'no'} column {name}")
@@ -47,7 +43,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        _require_columns(list(reader.fieldnames or ()))
+        _require_columns(reader.fieldnames or ())
         yield from reader
 
 

@@ -4,8 +4,9 @@ Photographs come as JPEG, and libjpeg-turbo and the resizing below work on threa
 interpreter's lock. Every unusual file goes to `decode_image`, which alone decides what is an image.
 """
 
+import contextlib
 import io
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -20,8 +21,7 @@ BICUBIC = FilterType.catmull_rom
 """Pillow's bicubic filter."""
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """An image as it is stored; width and height are those of the upright image."""
 
     content: bytes
@@ -36,16 +36,12 @@ def original(content: bytes) -> Stored:
 
 
 def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
-    """Return an image as JPEG, its shorter side reduced to `shortest_side` pixels.
-
-    Raises:
-        ImageError: it cannot be decoded, or is too long for JPEG.
-    """
+    """Return an image as JPEG, its shorter side reduced to `shortest_side` pixels; `ImageError` if
+    it cannot be decoded, or is too long for JPEG."""
     pixels = _shrunk(_pixels(content), shortest_side)
     height, width, _ = pixels.shape
     try:
-        # Colours at half the resolution, the usual, would lie further from the image than
-        # everything else here.
+        # Colours at half the resolution, the usual, would lose more than all other steps.
         return Stored(simplejpeg.encode_jpeg(pixels, quality, "RGB", "444"), width, height)
     except ValueError as error:  # JPEG ends at 65,500 pixels a side
         raise ImageError("not_storable", f"{width}x{height} as JPEG: {error}") from error
@@ -53,11 +49,9 @@ def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
 
 def _pixels(content: bytes) -> np.ndarray:
     """Return an upright image's pixels, uint8 [height, width, 3]."""
-    if _is_plain_jpeg(content):
-        try:
+    with contextlib.suppress(ValueError):  # damaged; Pillow may still show it
+        if _is_plain_jpeg(content):
             return simplejpeg.decode_jpeg(content, "RGB")
-        except ValueError:  # damaged; Pillow may still show it
-            pass
     return np.asarray(decode_image(content))
 
 
@@ -71,7 +65,7 @@ def _is_plain_jpeg(content: bytes) -> bool:
             and image.getexif().get(ORIENTATION, 1) == 1
             and image.width * image.height <= MAX_PIXELS
         )
-    except Exception:  # `decode_image` says what is wrong
+    except Exception:  # `decode_image` raises it
         return False
 
 

@@ -1,4 +1,4 @@
-"""One thread for work that goes on beside the main thread's."""
+"""One thread for work beside the main thread's."""
 
 import logging
 from collections.abc import Callable
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 class Background:
-    """Runs one piece of work at a time on a thread; the next call raises its failure.
+    """Runs one function at a time on a thread; the next call raises its failure.
 
-    As a context it ends when all work is done, also if the body raises.
+    As a context it waits for the function, also if the body raises.
     """
 
     def __init__(self) -> None:
@@ -25,17 +25,15 @@ class Background:
         return self._work is not None and not self._work.done()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin some work, after the work before it."""
         self.wait()
         self._work = self._thread.submit(work)
 
     def check(self) -> None:
-        """Raise the failure of work that has ended."""
+        """Raise the failure of work that has ended, without waiting."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the work; raise its failure."""
         work, self._work = self._work, None
         if work is not None:
             work.result()

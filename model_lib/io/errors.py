@@ -4,31 +4,18 @@
 """
 
 import contextlib
-import csv
 import errno
-import lzma
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
+from model_lib.errors import UserError, WorkError, first_line
 
-from model_lib.errors import UserError, WorkError, first_line, printable
-
-FINAL = (
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
+FINAL = (FileNotFoundError, FileExistsError, PermissionError)
 FULL = "the disk is full; make room there and start again"
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EINVAL)
-"""What a full or read-only disk of this machine says, and a call that no store would take."""
-ONE_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
-"""What is wrong with one local file, and not with the machine."""
+"""Errors of a full or read-only disk, and of a call that no store would take."""
+ONE_FILE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+"""Errors of one local file, and not of the machine."""
 NOT_CONFIGURED = {
     "NoCredentialsError",
     "NoRegionError",
@@ -37,35 +24,7 @@ NOT_CONFIGURED = {
     "ProfileNotFound",
 }
 """Exceptions of botocore for what the user has not set up, or a name that no bucket can have."""
-CONTENT_ERRORS = (
-    pa.ArrowException,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,  # Arrow says so what is wrong with a page
-    RuntimeError,  # an archive's member is encrypted, or a document nested too deeply
-    TypeError,
-    ValueError,
-    csv.Error,
-    lzma.LZMAError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What parsers raise on a file that is not what it should be."""
-CLIENTS = {
-    "aiohttp",
-    "asyncio",
-    "botocore",
-    "gcsfs",
-    "http",
-    "kubernetes",
-    "mlflow",
-    "requests",
-    "sqlalchemy",
-    "urllib3",
-}
+CLIENTS = {"aiohttp", "botocore", "gcsfs", "http", "kubernetes", "mlflow", "sqlalchemy", "urllib3"}
 """Packages whose other exceptions are of a connection that failed."""
 
 
@@ -105,64 +64,55 @@ def http_status(error: BaseException | None) -> int | None:
 
 @contextlib.contextmanager
 def store_errors(uri: str, doing: str = "read") -> Iterator[None]:
-    """Raise what a store or the disk does wrong as one line.
-
-    Args:
-        uri: path or URI.
-        doing: what cannot be done: "read", "written", "listed".
+    """Raise errors of a store or the disk as one line; `doing` is "read", "written" or "listed".
 
     Raises:
-        UserError: the file is missing, or not to be had as things are set up.
+        UserError: the file is missing, or the user may not use it.
         WorkError: the store failed.
     """
-    name = uri.encode("utf-8", "backslashreplace").decode()  # a file's name may be any bytes
     try:
         yield
     except (UserError, WorkError):
         raise
-    except FINAL as error:
-        if isinstance(error, FileNotFoundError) and doing != "written":
-            raise UserError(f"{name}: no such file") from error
-        raise UserError(f"{name}: cannot be {doing}: {error.strerror or error}") from error
-    except OSError as error:
-        if disk_is_full(error):
-            raise WorkError(f"{name}: cannot be {doing}: {FULL}") from error
-        kind = UserError if error.errno in ONE_FILE else WorkError
-        raise kind(f"{name}: cannot be {doing}: {_reason(error)}") from error
     except Exception as error:
-        if disk_is_full(error):  # safetensors has an exception of its own
-            raise WorkError(f"{name}: cannot be {doing}: {FULL}") from error
-        if type(error).__name__ in NOT_CONFIGURED:
-            raise UserError(f"{name}: cannot be {doing}: {first_line(error)}") from error
-        if is_transient(error) or http_status(error) is not None:
-            raise WorkError(f"{name}: cannot be {doing}: {_reason(error)}") from error
-        raise
-
-
-def _reason(error: Exception) -> str:
-    strerror = getattr(error, "strerror", None)
-    return strerror or f"{type(error).__name__}: {printable(first_line(error))}"
+        if isinstance(error, FileNotFoundError) and doing != "written":
+            raise UserError(f"{uri}: no such file") from error
+        kind: type[UserError | WorkError] = WorkError
+        if isinstance(error, FINAL) or type(error).__name__ in NOT_CONFIGURED:
+            kind = UserError
+        elif isinstance(error, OSError):
+            kind = UserError if error.errno in ONE_FILE else WorkError
+        elif not (disk_is_full(error) or is_transient(error) or http_status(error)):
+            raise
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {first_line(error)}"
+        if disk_is_full(error):
+            reason = FULL
+        raise kind(f"{uri}: cannot be {doing}: {reason}") from error
 
 
 @contextlib.contextmanager
 def input_errors(uri: str, what: str) -> Iterator[None]:
-    """Raise a `UserError` that `uri` is not `what`, "something; remedy", if its content is not.
+    """Raise a parser's error as a `UserError` that `uri` is not `what`: "a plan; plan again".
 
-    To be around the parsing alone: reading is for `store_errors`.
+    Errors of reading are for `store_errors`.
     """
     form, _, remedy = what.partition("; ")
     try:
         yield
-    except CONTENT_ERRORS as error:
-        # Arrow's and bz2's own have no number; EINVAL is a position before a file's start.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+    except (UserError, WorkError):
+        raise
+    except Exception as error:  # parsers raise all kinds on a file that is not what it should be
+        # The disk's own errors have a number; EINVAL is a position before a file's start. Arrow's
+        # kind of MemoryError is of a size that a damaged file claims.
+        is_of_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if is_of_disk or type(error) is MemoryError:
             raise
         message = f"{uri}: is not {form} ({first_line(error)})"
         raise UserError(f"{message}; {remedy}" if remedy else message) from error
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Return whether an error says so, or its cause; safetensors puts the number into words."""
+    """Return whether an error or its cause says so; safetensors puts the number into words."""
     if error is None:
         return False
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,7 +1,7 @@
-"""Images as they come: bytes of any kind to an upright RGB image, and on to the model's pixels.
+"""From an image file's bytes to an upright RGB image, and to the model's pixels.
 
-What cannot be shown is an `ImageError` with a reason from a short list, so that every broken image
-can be counted and reported while the others go on.
+An unusable image is an `ImageError` with a reason from a short list, to be counted and reported
+while the others go on.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ LARGEST_FILE = 256 * 2**20
 class ImageError(Exception):
     """An image that cannot be used: `reason` is a word that is counted, and `detail` says more.
 
-    The reasons are unreadable, truncated, too_large and empty; not_storable where it cannot be
-    kept; and changed where it is another than was listed.
+    The reasons are unreadable, truncated, too_large and empty; not_storable as JPEG; and changed
+    since it was listed.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -63,17 +63,12 @@ class ImageError(Exception):
 
 
 def read_image(uri: str, retry_seconds: float | None = 0.0, redirects: bool = True) -> bytes:
-    """Return the bytes of an image's file.
-
-    Args:
-        uri: path, URI or address.
-        retry_seconds: time for which a failing store is retried; None: as for a stage's own files.
-        redirects: whether a web server may send us to another address.
+    """Return the bytes of an image's file, as `storage.read_bytes`.
 
     Raises:
         UserError: it is missing, or no file.
         WorkError: its store or server failed.
-        ImageError: it is too large to be an image, which is not read to its end.
+        ImageError: it is too large to be an image.
     """
     content = storage.read_bytes(uri, LARGEST_FILE, retry_seconds, redirects)
     require_readable(len(content))
@@ -92,51 +87,38 @@ def decode_image(content: bytes) -> Image.Image:
     The first frame of an animation is taken, EXIF rotation applied, transparency laid on white,
     CMYK and palettes converted, and 16-bit values scaled rather than clipped.
 
-    Args:
-        content: the file's bytes, in any format that Pillow reads.
-
     Raises:
         ImageError: the bytes are no whole image, or one of more than `MAX_PIXELS`.
     """
     if not content:
         raise ImageError("empty", "the file has no bytes")
-    with _damage():
-        image = Image.open(io.BytesIO(content), formats=_formats())
-        _require_few_pixels(image)
-        return _upright_rgb(image)
+    with _image_errors():
+        return _upright_rgb(Image.open(io.BytesIO(content), formats=_formats()))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return a Pillow image as `decode_image` returns its file; the image itself stays as it is.
-
-    Raises:
-        ImageError: its file is damaged, or it has more than `MAX_PIXELS`.
-    """
-    with _damage():
-        _require_few_pixels(image)
-        return _upright_rgb(image.copy())
+    """Return a Pillow image as `decode_image` returns its file, without changing it."""
+    with _image_errors():
+        return _upright_rgb(image, copy=True)
 
 
-def _require_few_pixels(image: Image.Image) -> None:
+def _upright_rgb(image: Image.Image, copy: bool = False) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            "too_large", f"{image.width}x{image.height} pixels, more than {MAX_PIXELS:,}"
-        )
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
+        size = f"{image.width}x{image.height} pixels"
+        raise ImageError("too_large", f"{size}, more than {MAX_PIXELS:,}")
+    if copy:
+        image = image.copy()
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
-    """Raise what Pillow says of a damaged or hostile file as an `ImageError`."""
+def _image_errors() -> Iterator[None]:
+    """Raise Pillow's errors as `ImageError`."""
     try:
         with warnings.catch_warnings():
-            # A bomb is refused by its size; other warnings are no news.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # a bomb is refused by its size
             yield
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
@@ -150,8 +132,7 @@ def _damage() -> Iterator[None]:
 
 
 def _formats() -> list[str]:
-    """Return the formats that are read, as far as they are installed: Pillow alone would try every
-    one it knows."""
+    """Return the formats that are read and installed; Pillow alone would try every one it knows."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -161,14 +142,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float32)
         # Integers wider than a byte are 16-bit grey; a format without a fixed range is scaled by
         # its own maximum.
-        brightest = max(
-            float(values.max(initial=0)), 65535.0 if image.mode.startswith("I") else 1.0
-        )
+        white = 65535.0 if image.mode.startswith("I") else 1.0
+        brightest = max(float(values.max(initial=0)), white)
         image = Image.fromarray((values * (255 / brightest)).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        background = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(background, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
 
 
@@ -180,12 +160,11 @@ def reduced_size(width: int, height: int, shortest_side: int) -> tuple[int, int]
 
 
 def is_image(content: bytes) -> bool:
-    """Whether bytes begin as images in the formats that are read do; the rest may be damaged all
-    the same."""
+    """Return whether bytes begin as an image in a format that is read; the rest may be damaged."""
     try:
         Image.open(io.BytesIO(content), formats=_formats())
     except (Image.DecompressionBombError, MemoryError):
         return True  # which is for `decode_image` to refuse
-    except Exception:  # see there
+    except Exception:  # Pillow's readers raise all kinds
         return False
     return True

@@ -25,29 +25,24 @@ def output_lock(folder: str) -> Iterator[None]:
         UserError: it cannot be written to.
         WorkError: another run has locked it.
     """
+    storage.require_writable(folder)
     if not storage.is_local(folder):
-        storage.require_writable(folder)
         yield
         return
     path = storage.filesystem(folder)[1]
     with store_errors(folder, "written"):
-        os.makedirs(path, exist_ok=True)
-        lock = filelock.FileLock(Path(path, LOCK))
         try:
-            lock.acquire(blocking=False)
+            lock = filelock.FileLock(Path(path, LOCK)).acquire(blocking=False)
         except filelock.Timeout:
-            raise WorkError(
-                f"{folder}: another run is at work there; wait for it, or choose another output"
-            ) from None
+            message = "another run is at work there; wait for it, or choose another output"
+            raise WorkError(f"{folder}: {message}") from None
     with lock:
-        lock.release()  # `acquire` counts twice
-        storage.require_writable(folder)
         _remove_parts(path)
         yield
 
 
 def _remove_parts(folder: str) -> None:
-    """Remove what kills left half-written, but not in other runs' outputs below."""
+    """Remove half-written files, but not in other runs' outputs below."""
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not Path(parent, name, LOCK).exists()]
         for name in files:

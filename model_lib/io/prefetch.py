@@ -1,4 +1,4 @@
-"""Work that threads do ahead of whoever needs its results."""
+"""A map whose results threads compute ahead."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -20,7 +20,7 @@ def prefetch_map(
     workers: int = 0,
     depth: int = PREFETCH,
 ) -> Generator[Result]:
-    """Yield `function(item)` for each item, in order, computed by threads ahead of being asked for.
+    """Yield `function(item)` for each item, in order, computed ahead on threads.
 
     An exception is raised in its item's place. Closing the generator drops what has not begun.
 

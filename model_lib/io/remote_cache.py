@@ -19,12 +19,7 @@ from model_lib.io import storage
 
 @contextlib.contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """Yield a local file with the content of `uri`; a copy of a remote one is removed afterwards.
-
-    Raises:
-        UserError: it is missing, a folder or not readable.
-        WorkError: its store failed.
-    """
+    """Yield a local file with the content of `uri`; a copy of a remote one is removed later."""
     fs, path = storage.filesystem(uri)
     if storage.is_local(uri):
         storage.access(uri, lambda: Path(path).open("rb").close())
@@ -74,28 +69,28 @@ def _download(uri: str, names: Iterable[str], target: Path) -> None:
 
 
 def cached(key: list[Any], fetch: Callable[[Path], None]) -> Path:
-    """Return a folder of the cache, `$XDG_CACHE_HOME/captioner`, filled by `fetch` if need be.
+    """Return a folder of the cache, `$XDG_CACHE_HOME/captioner`, filled by `fetch` if missing.
 
     Processes that want the same folder wait for the one that fills it.
 
     Args:
-        key: what the folder's content follows from, as JSON.
-        fetch: fills the folder that it is given, which is kept whole or not at all.
+        key: what determines the folder's content, as JSON.
+        fetch: fills an empty folder, which is kept whole or not at all.
 
     Raises:
         UserError: the cache cannot be written.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    if (target := cache / name).exists():
+    target, part = cache / name, cache / f".part-{name}"
+    if target.exists():
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f".lock-{name}"):
-            for part in cache.glob(f".part-{name}-*"):  # of a process that was killed
-                shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             if not target.exists():
-                part = Path(tempfile.mkdtemp(prefix=f".part-{name}-", dir=cache))
+                part.mkdir()
                 try:
                     fetch(part)
                     part.rename(target)

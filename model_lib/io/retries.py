@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
@@ -26,13 +26,12 @@ def retry(what: str, action: Callable[[], T], seconds: float | None = None) -> T
     Args:
         what: name for the log.
         action: the call.
-        seconds: time for which it is retried; None: `RETRY_SECONDS`.
+        seconds: time for which it is retried; None: as the environment says.
     """
 
-    def log_retry(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        reason = f"{type(error).__name__}: {printable(first_line(error))}" if error else ""
-        pause = state.next_action.sleep if state.next_action else 0.0
+    def log_retry(state: Any) -> None:
+        error, pause = state.outcome.exception(), state.next_action.sleep
+        reason = f"{type(error).__name__}: {printable(first_line(error))}"
         level = logging.INFO if state.attempt_number == 1 else logging.WARNING
         log.log(level, "%s: fails (%s); next attempt in %.0f s", what, reason, pause)
 

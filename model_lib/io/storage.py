@@ -19,59 +19,49 @@ from typing import IO, Any, TypeVar
 import fsspec
 
 from model_lib.errors import UserError
-from model_lib.io.errors import store_errors
+from model_lib.io.errors import input_errors, store_errors
 from model_lib.io.retries import retry
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # and this, each right that it tried
-CHUNK = 2**20
-"""Bytes of a web page that are read at once."""
 PART = ".part-"
 """Beginning of the names of local files that are being written."""
 T = TypeVar("T")
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of `uri` and the path on it.
-
-    Raises:
-        UserError: its driver is missing or unknown.
-    """
-    if "://" not in str(uri):  # else fsspec takes a folder called a::b for a chain of two
+    """Return the file system of `uri` and the path on it; `UserError` if it has no driver."""
+    if "://" not in uri:  # else fsspec takes a folder called a::b for a chain of two
         local = fsspec.filesystem("file")
-        return local, str(local._strip_protocol(str(uri)))
+        return local, str(local._strip_protocol(uri))
     try:
-        fs, path = fsspec.core.url_to_fs(str(uri))
+        return fsspec.core.url_to_fs(uri)
     except ImportError as error:
-        message = f"{uri}: cannot be opened here: {error}; install that driver with pip"
-        raise UserError(message) from error
+        message = f"cannot be opened here: {error}; install that driver with pip"
+        raise UserError(f"{uri}: {message}") from error
     except ValueError as error:
-        message = f"{uri}: {error}; use a path or a URI such as gs://bucket/folder"
-        raise UserError(message) from error
-    return fs, path
+        remedy = "use a path or a URI such as gs://bucket/folder"
+        raise UserError(f"{uri}: {error}; {remedy}") from error
 
 
 def access(
     uri: str, action: Callable[[], T], retry_seconds: float | None = None, doing: str = "read"
 ) -> T:
-    """Return what `action` does with the store of `uri`, retried while a remote one fails.
+    """Return the result of `action` on the store of `uri`, retried while a remote one fails.
 
     Args:
         uri: path or URI.
         action: the call.
-        retry_seconds: time for which it is retried; None: as long as `retry` does.
-        doing: what cannot be done if it fails, for the message.
-
-    Raises:
-        UserError, WorkError: see `store_errors`.
+        retry_seconds: see `retry`.
+        doing: see `store_errors`, whose errors are raised.
     """
-    with store_errors(str(uri), doing):
-        return action() if is_local(uri) else retry(str(uri), action, retry_seconds)
+    with store_errors(uri, doing):
+        return action() if is_local(uri) else retry(uri, action, retry_seconds)
 
 
 def is_local(uri: str) -> bool:
     """Return whether `uri` names a file of this machine."""
-    return "://" not in str(uri) or str(uri).startswith("file://")
+    return "://" not in uri or uri.startswith("file://")
 
 
 def encodable(path: str) -> str:
@@ -81,12 +71,12 @@ def encodable(path: str) -> str:
 
 def absolute(uri: str) -> str:
     """Return `uri` independent of the working directory."""
-    return str(Path(filesystem(uri)[1]).absolute()) if is_local(uri) else str(uri).rstrip("/")
+    return str(Path(filesystem(uri)[1]).absolute()) if is_local(uri) else uri.rstrip("/")
 
 
 def join(base: str, *parts: str) -> str:
     """Join `parts` to `base`, a path or a URI."""
-    return "/".join([str(base).rstrip("/") or "/", *parts])
+    return "/".join([base.rstrip("/") or "/", *parts])
 
 
 def exists(uri: str) -> bool:
@@ -105,29 +95,22 @@ def file_size(uri: str) -> int:
     return access(uri, lambda: int(fs.size(path)))
 
 
-def find_files(uri: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return the files in and below the folder `uri`, each path on its file system with its info.
+def find_files(uri: str, recursive: bool = True) -> dict[str, dict[str, Any]]:
+    """Return the files in the folder `uri` by their paths on its file system, with their info.
 
-    Links are followed, and a folder that several lead to is listed once.
-
-    Args:
-        uri: path or URI.
-        depth: how many folders deep; None: all.
-
-    Raises:
-        UserError: a part of it may not be listed.
-        WorkError: a part of it cannot be listed; fsspec would leave that out without a word.
+    Links are followed, and a folder that several lead to is listed once. A part that cannot be
+    listed is an error; fsspec would silently leave it out.
     """
     fs, path = filesystem(uri)
     if is_local(uri):
-        return access(uri, lambda: _walk(path, depth), doing="listed")
-    options = {"maxdepth": depth, "detail": True, "on_error": "raise"}
-    if depth is None and "s3" in fs.protocol:
+        return access(uri, lambda: _walk(path, recursive), doing="listed")
+    options = {"maxdepth": None if recursive else 1, "detail": True, "on_error": "raise"}
+    if recursive and "s3" in fs.protocol:
         del options["on_error"]  # s3fs does not know it here, and raises
     return access(uri, lambda: dict(fs.find(path, **options)), doing="listed")
 
 
-def _walk(root: str, depth: int | None) -> dict[str, dict[str, Any]]:
+def _walk(root: str, recursive: bool) -> dict[str, dict[str, Any]]:
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # removed since the folder above was listed
             raise error
@@ -135,12 +118,12 @@ def _walk(root: str, depth: int | None) -> dict[str, dict[str, Any]]:
     files: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(folder)) in seen:
+        real = os.path.realpath(folder)
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        level = 1 + len(Path(folder).relative_to(root).parts)
-        folders[:] = [] if level == depth else sorted(folders)
+        folders[:] = sorted(folders) if recursive else []
         for name in sorted(names):
             file = os.path.join(folder, name)
             with contextlib.suppress(FileNotFoundError):
@@ -160,7 +143,7 @@ def list_names(uri: str) -> list[str]:
 
 
 def version(info: Mapping[str, Any]) -> list[str]:
-    """Return what tells two contents of a file apart, from its info: stores name it differently."""
+    """Return the parts of a file's info that change with its content, under any store's names."""
     keys = ("etag", "ETag", "generation", "mtime", "LastModified")
     return [str(info[key]) for key in keys if key in info]
 
@@ -173,60 +156,50 @@ def read_bytes(
     Args:
         uri: path or URI.
         limit: bytes beyond which only one more is read, whatever a store says of the size.
-        retry_seconds: see `access`.
+        retry_seconds: see `retry`.
         redirects: whether a web server may send us to another address.
-
-    Raises:
-        UserError: it is missing, a folder, a device or not readable.
-        WorkError: its store or server failed.
     """
     fs, path = filesystem(uri)
-    if "http" in fs.protocol:
-        return access(uri, lambda: _read_web(fs, path, limit, redirects), retry_seconds)
-    if limit is None:
-        return access(uri, lambda: bytes(fs.cat_file(path)), retry_seconds)
-    if is_local(uri):
-        return access(uri, lambda: _read_local(uri, path, limit))
-    return access(uri, lambda: _read_start(fs, path, limit + 1), retry_seconds)
+    end = None if limit is None else limit + 1
+
+    def read() -> bytes:
+        if is_local(uri):
+            if Path(path).exists() and not Path(path).is_file():
+                raise UserError(f"{uri}: is not a file")  # others may never end, or never begin
+            with Path(path).open("rb") as file:
+                return file.read(end)
+        if "http" in fs.protocol:
+            return _read_web(fs, path, end, redirects)
+        if end is None:
+            return bytes(fs.cat_file(path))
+        try:
+            return bytes(fs.cat_file(path, start=0, end=end))  # by name: drivers differ in order
+        except Exception:
+            if fs.size(path) == 0:  # stores refuse a range of an empty file
+                return b""
+            raise
+
+    return access(uri, read, retry_seconds)
 
 
-def _read_local(uri: str, path: str, limit: int) -> bytes:
-    if Path(path).exists() and not Path(path).is_file():
-        raise UserError(f"{uri}: is not a file")  # others may never end, or never begin
-    with Path(path).open("rb") as file:
-        return file.read(limit + 1)
-
-
-def _read_start(fs: fsspec.AbstractFileSystem, path: str, end: int) -> bytes:
-    try:
-        return bytes(fs.cat_file(path, start=0, end=end))  # by name: drivers differ in the order
-    except FileNotFoundError:
-        raise
-    except Exception:
-        if fs.size(path) == 0:  # stores refuse a range of an empty file
-            return b""
-        raise
-
-
-def _read_web(fs: fsspec.AbstractFileSystem, url: str, limit: int | None, redirects: bool) -> bytes:
-    """Read a stream without asking for its size first: a server may know no ranges, or lie."""
+def _read_web(fs: fsspec.AbstractFileSystem, url: str, end: int | None, redirects: bool) -> bytes:
+    """Read a stream without its size, as a server may know no ranges, or send another size."""
     content = bytearray()
     with fs.open(url, "rb", block_size=0, size=1, allow_redirects=redirects) as stream:
-        while part := stream.read(CHUNK if limit is None else min(CHUNK, limit + 1 - len(content))):
+        while part := stream.read(-1 if end is None else end - len(content)):
             content += part
     return bytes(content)
 
 
 def read_json(uri: str) -> Any:
     """Return the parsed JSON document at `uri`; `UserError` if it is missing or not JSON."""
-    try:
-        return json.loads(read_bytes(uri))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{uri}: is not JSON: {error}") from error
+    content = read_bytes(uri)
+    with input_errors(uri, "JSON"):
+        return json.loads(content)
 
 
 class _RemoteFile(io.RawIOBase):
-    """A remote file that is read by ranges, each retried on its own; errors are one line."""
+    """A remote file that is read by ranges, each retried on its own."""
 
     def __init__(self, uri: str) -> None:
         self.uri, (self.fs, self.path) = uri, filesystem(uri)
@@ -238,36 +211,26 @@ class _RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        self.position = start + offset
+        self.position = offset + (0, self.position, self.size)[whence]
         if self.position < 0:
-            raise ValueError(f"{self.uri}: position {self.position} lies before the start")
+            raise ValueError(f"{self.uri}: position {self.position} is before the start")
         return self.position
 
     def readinto(self, buffer: Any) -> int:
         start, end = self.position, min(self.position + len(buffer), self.size)
         if start >= end:
             return 0
-        read = lambda: self.fs.cat_file(self.path, start=start, end=end)  # noqa: E731
-        content = access(self.uri, read)
+        content = access(self.uri, lambda: self.fs.cat_file(self.path, start=start, end=end))
         buffer[: len(content)] = content
         self.position += len(content)
         return len(content)
 
 
 def open_file(uri: str, buffer: int = 0) -> IO[bytes]:
-    """Open a file for reading at any place, from several threads if they take turns.
+    """Open a file for random access; a remote one is read in parts of at least `buffer` bytes.
 
-    What goes wrong while a remote one is read is a `UserError` or `WorkError`; other exceptions in
-    a parser are about the content.
-
-    Args:
-        uri: path or URI.
-        buffer: bytes that are read ahead at least; 0: what is asked for alone.
+    A store's failures are raised as `UserError` and `WorkError` while it is read.
     """
     if is_local(uri):
         return access(uri, lambda: Path(filesystem(uri)[1]).open("rb"))
@@ -277,28 +240,24 @@ def open_file(uri: str, buffer: int = 0) -> IO[bytes]:
 
 @contextlib.contextmanager
 def atomic_file(uri: str) -> Iterator[str]:
-    """Yield a local path to write to, which becomes `uri` at the end, unless the body raises.
-
-    Raises:
-        UserError, WorkError: it cannot be written.
-    """
+    """Yield a local path to write to, which becomes `uri` at the end, unless the body raises."""
     fs, path = filesystem(uri)
     local = is_local(uri)
     folder = str(Path(path).parent) if local else tempfile.gettempdir()
     part = Path(folder, f"{PART}{uuid.uuid4().hex}")
-    try:
-        with store_errors(uri, "written"):
-            os.makedirs(folder, exist_ok=True)
-            part.touch(0o666 if local else 0o600)  # mkstemp makes files that nobody else can read
+    with store_errors(uri, "written"):
+        os.makedirs(folder, exist_ok=True)
+        part.touch(0o666 if local else 0o600)  # mkstemp makes files that nobody else can read
+        try:
             yield str(part)
             if local:
                 with part.open("rb") as file:
                     os.fsync(file.fileno())  # else a power cut leaves an empty file of that name
                 part.replace(path)
-        if not local:
-            access(uri, lambda: fs.put_file(str(part), path), doing="written")
-    finally:
-        part.unlink(missing_ok=True)
+            else:
+                access(uri, lambda: fs.put_file(str(part), path), doing="written")
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -312,14 +271,9 @@ def write_json(uri: str, document: Any) -> None:
 
 
 def require_writable(folder: str) -> None:
-    """Raise now if files cannot be written under `folder`, rather than after an hour of work.
-
-    Raises:
-        UserError: they cannot.
-        WorkError: its store fails, which may pass.
-    """
+    """Raise now if files cannot be written under `folder`, rather than after an hour of work."""
     if encodable(absolute(folder)) != absolute(folder):
-        raise UserError(f"{encodable(absolute(folder))}: is not UTF-8; choose another output")
+        raise UserError(f"{folder}: is not UTF-8; choose another output")
     probe = join(folder, f"{PART}{os.getpid()}-test")
     try:
         write_bytes(probe, b"")
@@ -336,10 +290,8 @@ def require_room(folder: str, need: int, what: str) -> None:
         return
     free = shutil.disk_usage(filesystem(folder)[1]).free
     if need > free:
-        raise UserError(
-            f"{folder}: needs {need / 1e9:.2f} GB more for {what}, and {free / 1e9:.2f} GB are "
-            "free; make room there, or choose another folder"
-        )
+        problem = f"needs {need / 1e9:.2f} GB more for {what}, and {free / 1e9:.2f} GB are free"
+        raise UserError(f"{folder}: {problem}; make room there, or choose another folder")
 
 
 def remove(uri: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from model_lib.errors import UserError
+from model_lib.io.storage import is_local
 
 VARIABLE = "CAPTIONER_ALLOW"
 SERVERS = ("uvicorn", "gunicorn", "mlserver")
@@ -19,7 +20,7 @@ SERVERS = ("uvicorn", "gunicorn", "mlserver")
 
 
 class UrlNotAllowed(UserError):
-    """A path or address that is not opened for whoever named it."""
+    """A path or address under no allowed prefix."""
 
 
 def is_serving() -> bool:
@@ -30,8 +31,8 @@ def is_serving() -> bool:
 
 def require_allowed(uri: str, *prefixes: str) -> None:
     """Raise `UrlNotAllowed` unless `uri` lies under one of `prefixes` or of the operator's."""
-    named = (prefix.strip() for prefix in os.environ.get(VARIABLE, "").split(","))
-    if "::" in uri or not any(_is_below(uri, prefix) for prefix in (*prefixes, *named) if prefix):
+    allowed = [*prefixes, *map(str.strip, os.environ.get(VARIABLE, "").split(","))]
+    if "::" in uri or not any(_is_below(uri, prefix) for prefix in allowed if prefix):
         kind = f"{uri.partition('://')[0]}://" if "://" in uri else "a path"
         raise UrlNotAllowed(f"{uri}: not allowed here, {kind}; its prefix must be in {VARIABLE}")
 
@@ -44,23 +45,20 @@ def store_of(uri: str) -> str:
 
 def _is_below(uri: str, prefix: str) -> bool:
     """Return whether a path or address lies below another, with `..` and links resolved."""
-    if _is_path(uri) and _is_path(prefix):
+    if is_local(uri) != is_local(prefix):
+        return False
+    if is_local(uri):
         file, folder = (Path(u.removeprefix("file://")).resolve() for u in (uri, prefix))
         return file.is_relative_to(folder)
-    if _is_path(uri) or _is_path(prefix):
-        return False
     try:
-        ours, theirs = urlsplit(uri), urlsplit(prefix)
-        if (ours.scheme, ours.hostname, ours.port) != (theirs.scheme, theirs.hostname, theirs.port):
+        url, below = urlsplit(uri), urlsplit(prefix)
+        if (url.scheme, url.hostname, url.port) != (below.scheme, below.hostname, below.port):
             return False
     except ValueError:  # no address
         return False
-    path, decoded = "", ours.path
-    while decoded != path:  # whoever opens it decodes it, and so may a server
+    path, decoded = "", url.path
+    while decoded != path:  # a driver decodes it, and so may a server
         path, decoded = decoded, unquote(decoded)
-    parts, wanted = path.replace("\\", "/").split("/"), unquote(theirs.path).rstrip("/").split("/")
-    return ".." not in parts and parts[: len(wanted)] == wanted
-
-
-def _is_path(uri: str) -> bool:
-    return "://" not in uri or uri.startswith("file://")
+    parts = path.replace("\\", "/").split("/")
+    folders = unquote(below.path).rstrip("/").split("/")
+    return ".." not in parts and parts[: len(folders)] == folders

@@ -1,9 +1,8 @@
-"""What is read back from a file, checked: JSON as a dataclass, Parquet with the columns it needs.
+"""Checks of files that are read: JSON as a dataclass, Parquet with the columns it needs.
 
 Files come from buckets that others write to, from other versions and from disks that fail.
 """
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -18,43 +17,25 @@ from model_lib.io.errors import input_errors
 T = TypeVar("T")
 
 
-@functools.cache
-def _adapter(kind: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
-
-
 def parse(kind: type[T], document: bytes | dict[str, Any]) -> T:
     """Return a JSON document as a dataclass, without conversions between types.
 
     Raises:
         ValueError: it is not JSON, or a field is missing or of another type.
     """
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     content = document if isinstance(document, bytes) else json.dumps(document)
     try:
-        value: T = _adapter(kind).validate_json(content, strict=True)  # type: ignore[arg-type]
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
-    return value
 
 
 def read_record(uri: str, kind: type[T], what: str) -> T:
-    """Return the JSON file at `uri` as a dataclass.
-
-    Args:
-        uri: path or URI.
-        kind: the dataclass.
-        what: what the file should be, and the remedy if it is not: "a plan; plan again".
-
-    Raises:
-        UserError: it is missing, or something else.
-        WorkError: its store failed.
-    """
+    """Return the JSON file at `uri` as a dataclass; `UserError` as `input_errors(uri, what)`."""
     content = storage.read_bytes(uri)
     with input_errors(uri, what):
         return parse(kind, content)
@@ -67,25 +48,13 @@ def require_file_name(name: str) -> str:
     return name
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
 TYPES: Mapping[str, Callable[[pa.DataType], bool]] = {
     "int": pa.types.is_integer,
     "float": lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind),
-    "text": _is_text,
-    "bytes": _is_bytes,
-    "list of text": lambda kind: _is_list(kind) and _is_text(kind.value_type),
-    "list of bytes": lambda kind: _is_list(kind) and _is_bytes(kind.value_type),
+    "text": pa.types.is_string,
+    "bytes": pa.types.is_binary,
+    "list of text": pa.list_(pa.string()).equals,
+    "list of bytes": pa.list_(pa.binary()).equals,
 }
 
 
@@ -106,26 +75,32 @@ def require_values(table: pa.Table, columns: list[str]) -> None:
     for name in columns:
         column = table[name]
         column.validate(full=True)
-        if column.null_count or (_is_list(column.type) and pc.list_flatten(column).null_count):
+        values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if column.null_count or values.null_count:
             raise TypeError(f"a value of column {name} is missing")
 
 
-def read_parquet(uri: str, columns: Mapping[str, str], what: str, others: bool = False) -> pa.Table:
-    """Return columns of the Parquet file at `uri`, each of its type, one of `TYPES`.
+def read_parquet(
+    uri: str, columns: Mapping[str, str], what: str, others: bool = False, group: int | None = None
+) -> pa.Table:
+    """Return columns of the Parquet file at `uri`; `UserError` as `input_errors(uri, what)`.
 
     Args:
         uri: path or URI.
-        columns: by name, with their types.
-        what: what the file should be, and the remedy if it is not: "captions; caption again".
+        columns: by name, with their types, each one of `TYPES`.
+        what: see `input_errors`.
         others: whether the file's other columns are read too.
-
-    Raises:
-        UserError: it is missing, or is not `what`.
-        WorkError: its store failed.
+        group: the row group that is read; None: all.
     """
     with storage.open_file(uri) as file, input_errors(uri, what):
         # Not pq.read_table: on an open file it leaves threads that abort the process at its exit
         # (pyarrow 25).
         parquet = pq.ParquetFile(file)
         require_columns(parquet.schema_arrow, columns)
-        return parquet.read(columns=None if others else list(columns))
+        names = None if others else list(columns)
+        if group is None:
+            table = parquet.read(columns=names)
+        else:
+            table = parquet.read_row_group(group, columns=names)
+        table.validate(full=True)
+        return table

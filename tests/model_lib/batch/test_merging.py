@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,31 +15,31 @@ from model_lib import UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
 from model_lib.batch.captions import caption_planned
+from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge, merge_planned
 from model_lib.batch.planning import load_plan
 from model_lib.batch.rows import FIELDS, METADATA_KEY
 from model_lib.errors import WorkError
 from model_lib.io import storage
 from model_lib.io.locks import output_lock
-from tests.helpers.batches import batch_config, make_plan, read_rows
+from tests.helpers.batches import make_plan, read_rows
 
 
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
-    scenes: Path, saved_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: BatchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the pipeline does it: each step knows only the plan's reference and the number of its
     shard."""
-    whole = batch(batch_config(scenes / "val2017", tmp_path / "whole", saved_model))
-    plan = make_plan(batch_config(scenes / "val2017", tmp_path / "apart", saved_model))
+    whole = batch(config)
+    plan = make_plan(replace(config, output=str(tmp_path / "apart")))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
         merge(plan)
     for index in plan.missing():
         caption_planned(plan.reference, index)
     apart = merge_planned(plan.reference)
     assert (apart.images, apart.ok) == (whole.images, whole.ok) == (12, 12)
-    assert [row["caption"] for row in read_rows(apart)] == [
-        row["caption"] for row in read_rows(whole)
-    ]
+    captions = [[row["caption"] for row in read_rows(summary)] for summary in (apart, whole)]
+    assert captions[0] == captions[1]
 
     monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
     caption_planned(plan.reference, 0)
@@ -47,41 +48,35 @@ def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
 
 
 def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
-    images: Path, saved_model: Path, tmp_path: Path
+    config: BatchConfig, images: Path
 ) -> None:
     """Two pipelines on one output: neither works on the other's plan, and no image is captioned in
     two files."""
-    options = batch_config(images, tmp_path / "out", saved_model)
-    first = make_plan(options)
+    first = make_plan(config)
     late = first.captions_uri(0)
     min(images.iterdir()).unlink()
-    second = make_plan(options)
+    second = make_plan(config)
     for step in (lambda: caption_planned(first.reference, 0), lambda: load_plan(first.reference)):
-        with pytest.raises(
-            UserError, match="another run planned there since; start again once it has ended"
-        ):
+        with pytest.raises(UserError, match="another run planned there since; start again once"):
             step()
     for index in second.missing():
         caption_planned(second.reference, index)
-    shutil.copy(
-        second.captions_uri(len(second.shards) - 1), late
-    )  # a step of the first that had begun before
+    # A step of the first that had begun before.
+    shutil.copy(second.captions_uri(len(second.shards) - 1), late)
     summary = merge_planned(second.reference)
     uris = [row["uri"] for row in read_rows(summary)]
     assert len(uris) == len(set(uris)) == summary.images == len(list(images.iterdir()))
 
 
 def test_nobody_plans_or_merges_while_another_is_at_work(
-    images: Path,
-    saved_model: Path,
+    config: BatchConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = batch_config(images, tmp_path / "out", saved_model)
-    plan = make_plan(options)
+    plan = make_plan(config)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    sources = {"images": options.images, "output": options.output, "model": options.model}
+    sources = {"images": config.images, "output": config.output, "model": config.model}
     with output_lock(plan.folder):
         with pytest.raises(SystemExit, match="1"):
             plan_component.python_func(**sources, num_beams=1, shard_images=5, options={})
@@ -91,17 +86,14 @@ def test_nobody_plans_or_merges_while_another_is_at_work(
 
 
 def test_the_report_shows_counts_reasons_and_images_and_nothing_from_elsewhere(
-    odd_images: Path, saved_model: Path, tmp_path: Path
+    config: BatchConfig, odd_images: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(odd_images, tmp_path / "<b>odd")
-    page = Path(
-        batch(batch_config(tmp_path / "<b>odd", tmp_path / "out", saved_model)).report
-    ).read_text()
+    page = Path(batch(replace(config, images=str(tmp_path / "<b>odd"))).report).read_text()
     assert "19 of 26 images captioned" in page and page.count("data:image/jpeg;base64,") == 2 * 19
     assert "unreadable: 3" in page and "&lt;b&gt;odd" in page and "<b>odd" not in page
-    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page) and "http" not in page.replace(
-        "http-equiv", ""
-    )
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
+    assert "http" not in page.replace("http-equiv", "")
     assert len(page) < 3_000_000
 
 
@@ -113,19 +105,16 @@ def most_memory() -> int:
 
 
 def test_the_reports_large_images_are_not_all_in_memory_at_once(
-    saved_model: Path, tmp_path: Path
+    config: BatchConfig, tmp_path: Path
 ) -> None:
-    (tmp_path / "large").mkdir()
-    Image.new("RGB", (4000, 3000), "red").save(tmp_path / "large" / "0.jpg")
+    large = tmp_path / "large"
+    large.mkdir()
+    Image.new("RGB", (4000, 3000), "red").save(large / "0.jpg")
     for number in range(1, 12):
-        shutil.copy(tmp_path / "large" / "0.jpg", tmp_path / "large" / f"{number}.jpg")
-    plan = make_plan(
-        batch_config(tmp_path / "large", tmp_path / "out", saved_model, shard_images=20)
-    )
-    rows = [
-        {"uri": image.uri, "status": "ok", "caption": "red", "score": -1.0}
-        for image in plan.images(0)
-    ]
+        shutil.copy(large / "0.jpg", large / f"{number}.jpg")
+    plan = make_plan(replace(config, images=str(large), shard_images=20))
+    row = {"status": "ok", "caption": "red", "score": -1.0}
+    rows = [{"uri": image.uri, **row} for image in plan.images(0)]
     schema = pa.schema(FIELDS).with_metadata({METADATA_KEY: '{"seconds": 1}'})
     with storage.atomic_file(plan.captions_uri(0)) as part:
         pq.write_table(pa.Table.from_pylist(rows, schema), part)

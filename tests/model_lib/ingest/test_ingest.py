@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,17 @@ from model_lib.io import storage
 from model_lib.io.images import decode_image, reduced_size
 from model_lib.io.pixels import Preprocessing
 from tests.helpers.coco_files import write_captions
+from tests.helpers.ingests import ingested, read_quarantine, read_rows
 
 
-def ingest_files(folder: Path, annotations: Path, **options: Any) -> Manifest:
-    """Ingest images of a folder into a folder below."""
-    sources = {"annotations": str(annotations), "images": str(folder)}
-    return ingest(IngestConfig(**sources, output=str(folder / "out"), **options))
+def ingest_files(folder: Path, names: list[str], **options: Any) -> Manifest:
+    """Ingest images of a folder, each with a caption, into a folder below."""
+    file = write_captions(folder / "captions.json", list(enumerate(names)))
+    return ingested(folder / "out", annotations=file, images=folder, **options)
 
 
 def test_coco_becomes_shards_of_the_designs_schema(coco: Path, tmp_path: Path) -> None:
-    manifest = ingest(IngestConfig(dataset=str(coco), output=str(tmp_path)))
+    manifest = ingested(tmp_path, dataset=coco)
     assert manifest.counts == {"train": 29, "val": 56} and manifest.quarantined == {}
     (shard,) = [s for s in manifest.shards if s.split == "train"]
     table = pq.read_table(tmp_path / shard.uri)
@@ -51,109 +51,65 @@ def test_coco_becomes_shards_of_the_designs_schema(coco: Path, tmp_path: Path) -
     assert pq.read_table(tmp_path / "quarantine.parquet").num_rows == 0
 
 
-def test_a_broken_image_is_quarantined_and_the_rest_goes_on(
+def test_an_unusable_image_is_quarantined_and_the_rest_goes_on(
     scenes: Path, odd_images: Path, tmp_path: Path
 ) -> None:
     shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "good.jpg")
     shutil.copy(odd_images / "truncated_jpeg.jpg", tmp_path / "cut.jpg")
-    names = [(1, "good.jpg"), (2, "cut.jpg"), (3, "gone.jpg"), (4, "good.jpg")]
-    file = write_captions(tmp_path / "c.json", names, [(1, "a scene"), (2, "cut"), (3, "gone")])
-    manifest = ingest_files(tmp_path, file, split="train")
+    Image.new("RGB", (20, 70_000)).save(tmp_path / "strip.png")  # JPEG cannot hold it
+    manifest = ingest_files(
+        tmp_path, ["good.jpg", "cut.jpg", "gone.jpg", "strip.png"], split="train"
+    )
     assert manifest.counts == {"train": 1}
-    assert manifest.quarantined == {"truncated": 1, "missing": 1, "no_captions": 1}
-    rows = {
-        row["file_name"]: row
-        for row in pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
-    }
-    assert rows["cut.jpg"]["reason"] == "truncated" and rows["gone.jpg"]["reason"] == "missing"
-
-
-def test_an_image_that_jpeg_cannot_hold_is_quarantined(scenes: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (20, 70_000)).save(tmp_path / "strip.png")
-    shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "good.jpg")
-    file = write_captions(tmp_path / "c.json", [(1, "strip.png"), (2, "good.jpg")])
-    manifest = ingest_files(tmp_path, file, split="train")
-    assert manifest.counts == {"train": 1} and manifest.quarantined == {"not_storable": 1}
+    reasons = {"cut.jpg": "truncated", "gone.jpg": "missing", "strip.png": "not_storable"}
+    assert manifest.quarantined == dict.fromkeys(reasons.values(), 1)
+    rows = read_quarantine(manifest)
+    assert {row["file_name"]: row["reason"] for row in rows} == reasons
 
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_workers(
     scenes: Path, tmp_path: Path
 ) -> None:
     for workers in (1, 4):
-        ingest(
-            IngestConfig(
-                dataset=str(scenes),
-                output=str(tmp_path / str(workers)),
-                workers=workers,
-                shard_mb=1,
-            )
-        )
+        ingested(tmp_path / str(workers), dataset=scenes, workers=workers)
     for file in sorted((tmp_path / "1").glob("*.parquet")):
         assert file.read_bytes() == (tmp_path / "4" / file.name).read_bytes(), file.name
-    fingerprints = {read_manifest(str(tmp_path / n)).fingerprint for n in ("1", "4")}
-    ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "other"), jpeg_quality=80))
-    shutil.copytree(scenes, tmp_path / "moved")
-    ingest(
-        IngestConfig(dataset=str(tmp_path / "moved"), output=str(tmp_path / "again"), shard_mb=1)
-    )
-    fingerprints.add(read_manifest(str(tmp_path / "again")).fingerprint)
-    assert (
-        len(fingerprints) == 1
-        and read_manifest(str(tmp_path / "other")).fingerprint not in fingerprints
-    )
 
 
 def test_large_data_is_cut_into_shards(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model_lib.ingest.ingesting.ROW_GROUP", 8)
-    config = IngestConfig(dataset=str(scenes), output=str(tmp_path), shard_mb=1)
+    config = IngestConfig(dataset=str(scenes), output=str(tmp_path))
     object.__setattr__(config, "shard_mb", 0.02)  # 64 small images do not fill a whole MB
     manifest = ingest(config)
     assert len([shard for shard in manifest.shards if shard.split == "train"]) > 2
     reader = SplitReader(read_manifest(str(tmp_path)), "train", Preprocessing(16))
     plan = reader.shuffled(7, seed=0, epoch=0, lengths=np.zeros(64))
-    assert sorted(i for batch in reader.batches(plan) for i in batch.image_ids) == list(
-        range(1, 65)
-    )
-
-
-def test_lone_annotations_keep_some_images_for_validation(scenes: Path, tmp_path: Path) -> None:
-    annotations, images = scenes / "annotations" / "captions_train2017.json", scenes / "train2017"
-    manifest = ingest(
-        IngestConfig(annotations=str(annotations), images=str(images), output=str(tmp_path))
-    )
-    assert (
-        manifest.counts["train"] + manifest.counts["val"] == 64
-        and 1 <= manifest.counts["val"] <= 16
-    )
+    image_ids = [i for batch in reader.batches(plan) for i in batch.image_ids]
+    assert sorted(image_ids) == list(range(1, 65))
 
 
 def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(
     scenes: Path, tmp_path: Path
 ) -> None:
-    annotations, output = scenes / "annotations" / "captions_train2017.json", str(tmp_path / "out")
-    first = ingest(
-        IngestConfig(annotations=str(annotations), images=str(scenes / "train2017"), output=output)
-    )
+    annotations, output = scenes / "annotations" / "captions_train2017.json", tmp_path / "out"
+    first = ingested(output, annotations=annotations, images=scenes / "train2017")
+    assert sum(first.counts.values()) == 64 and 1 <= first.counts["val"] <= 16
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no usable image among 64 listed"):
-        ingest(
-            IngestConfig(
-                annotations=str(annotations), images=str(tmp_path / "empty"), output=output
-            )
-        )
-    assert read_manifest(output).fingerprint == first.fingerprint
-    assert all(storage.exists(shard.uri) for shard in read_manifest(output).shards)
+    with pytest.raises(UserError, match=r"no usable image among 64 listed \(missing: 64\)"):
+        ingested(output, annotations=annotations, images=tmp_path / "empty")
+    manifest = read_manifest(str(output))
+    assert manifest.fingerprint == first.fingerprint
+    assert len(read_rows(manifest)) == 64
 
 
 @pytest.mark.parametrize(
     "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "gs://b/x.jpg"]
 )
 def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    file = write_captions(tmp_path / "c.json", [(1, name)])
     with pytest.raises(UserError, match="leaves the image folder"):
-        ingest_files(tmp_path, file)
+        ingest_files(tmp_path, [name])
     assert not (tmp_path / "out").exists()
 
 
@@ -173,21 +129,14 @@ def test_what_is_not_coco_captions_is_refused_in_one_line(tmp_path: Path, text: 
     file = tmp_path / "captions.json"
     file.write_text(text)
     with pytest.raises(UserError, match=r"captions\.json") as refused:
-        ingest_files(tmp_path, file)
+        ingested(tmp_path / "out", annotations=file, images=tmp_path)
     assert "\n" not in str(refused.value)
-
-
-def test_no_usable_image_at_all_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"no image")
-    file = write_captions(tmp_path / "c.json", [(1, "a.jpg")])
-    with pytest.raises(UserError, match=r"no usable image among 1 listed \(unreadable: 1\)"):
-        ingest_files(tmp_path, file)
 
 
 def test_an_output_that_cannot_be_written_is_refused(scenes: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "file" / "out")))
+        ingested(tmp_path / "file" / "out", dataset=scenes)
 
 
 @pytest.mark.parametrize("missing", ["annotations/captions_val2017.json", "val2017"])
@@ -196,12 +145,12 @@ def test_a_data_set_without_a_part_is_refused(scenes: Path, tmp_path: Path, miss
     gone = tmp_path / "set" / missing
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     with pytest.raises(UserError, match=missing):
-        ingest(IngestConfig(dataset=str(tmp_path / "set"), output=str(tmp_path / "out")))
+        ingested(tmp_path / "out", dataset=tmp_path / "set")
 
 
 def test_images_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
     storage.upload_folder(str(scenes), "memory://bucket/scenes")
-    manifest = ingest(IngestConfig(dataset="memory://bucket/scenes", output="memory://bucket/data"))
+    manifest = ingested("memory://bucket/data", dataset="memory://bucket/scenes")
     assert manifest.counts == {"train": 64, "val": 12}
     reader = SplitReader(read_manifest("memory://bucket/data"), "val", Preprocessing(16))
     assert sum(len(batch.image_ids) for batch in reader.batches(reader.in_order(5))) == 12
@@ -210,16 +159,10 @@ def test_images_and_shards_may_be_in_a_bucket(scenes: Path) -> None:
 # ---- what is stored ------------------------------------------------------------------------------
 
 
-def stored(manifest: Manifest) -> list[dict]:
-    return [
-        row for s in read_manifest(manifest.uri).shards for row in pq.read_table(s.uri).to_pylist()
-    ]
-
-
 def test_stored_images_stay_true(coco: Path, tmp_path: Path) -> None:
-    manifest = ingest(IngestConfig(dataset=str(coco), output=str(tmp_path)))
+    manifest = ingested(tmp_path, dataset=coco)
     distances = []
-    for row in stored(manifest):
+    for row in read_rows(manifest):
         image = ImageOps.exif_transpose(Image.open(row["source"])).convert("RGB")
         size = reduced_size(*image.size, 256) if min(image.size) > 256 else image.size
         truth = image.resize(size, Image.Resampling.BICUBIC)
@@ -233,23 +176,19 @@ def test_turned_grey_and_odd_images_are_stored_as_pillow_shows_them(
 ) -> None:
     names = sorted(file.name for file in odd_images.iterdir() if file.is_file())
     file = write_captions(tmp_path / "c.json", list(enumerate(names)))
-    config = IngestConfig(
-        annotations=str(file), images=str(odd_images), output=str(tmp_path / "out"), split="train"
-    )
+    options = {"annotations": file, "images": odd_images, "split": "train", "shortest_side": 64}
     for store in ("reduced", "original"):
-        manifest = ingest(replace(config, store=store, shortest_side=64))
-        rows = stored(manifest)
+        manifest = ingested(tmp_path / "out", store=store, **options)
+        rows = read_rows(manifest)
         assert len(rows) + sum(manifest.quarantined.values()) == len(names) and len(rows) > 15
         for row in rows:
             truth = decode_image((odd_images / row["file_name"]).read_bytes())
             side = 64 if store == "reduced" else 10**6
             size = reduced_size(*truth.size, side) if min(truth.size) > side else truth.size
             assert (row["width"], row["height"]) == size, row["file_name"]
-            kept = decode_image(row["image"])
-            exact = truth.resize(size, Image.Resampling.BICUBIC)
-            assert np.abs(np.asarray(kept, dtype=float) - np.asarray(exact)).mean() < 6, row[
-                "file_name"
-            ]
+            kept = np.asarray(decode_image(row["image"]), dtype=float)
+            exact = np.asarray(truth.resize(size, Image.Resampling.BICUBIC))
+            assert np.abs(kept - exact).mean() < 6, row["file_name"]
 
 
 def test_originals_are_kept_to_the_byte_and_still_refused_if_broken(
@@ -259,10 +198,9 @@ def test_originals_are_kept_to_the_byte_and_still_refused_if_broken(
     shutil.copy(coco / "val2017" / "000000000802.jpg", tmp_path / "good.jpg")
     shutil.copy(odd_images / "truncated_jpeg.jpg", tmp_path / "cut.jpg")
     names = ["good.jpg", "cut.jpg", "turned.jpg"]
-    file = write_captions(tmp_path / "c.json", list(enumerate(names)))
-    manifest = ingest_files(tmp_path, file, split="train", store="original")
+    manifest = ingest_files(tmp_path, names, split="train", store="original")
     assert manifest.quarantined == {"truncated": 1}
-    for row in stored(manifest):
+    for row in read_rows(manifest):
         assert row["image"] == (tmp_path / row["file_name"]).read_bytes()
     reader = SplitReader(read_manifest(manifest.uri), "train", Preprocessing(16))
     (batch,) = reader.batches(reader.in_order(2))
@@ -273,24 +211,21 @@ def test_originals_are_kept_to_the_byte_and_still_refused_if_broken(
 def test_the_fingerprint_changes_with_content_and_shaping_options_only(
     scenes: Path, tmp_path: Path
 ) -> None:
-    base = IngestConfig(dataset=str(scenes), output=str(tmp_path / "out"))
-    first = ingest(base).fingerprint
-    for same in ({"workers": 1}, {"output": str(tmp_path / "other")}):
-        assert ingest(replace(base, **same)).fingerprint == first
-    seen = {first}
-    for other in (
-        {"jpeg_quality": 90},
-        {"shortest_side": 32},
-        {"shard_mb": 7},
-        {"store": "original"},
-    ):
-        seen.add(ingest(replace(base, **other)).fingerprint)
-    kept = ingest(replace(base, store="original", jpeg_quality=3)).fingerprint
-    assert kept in seen and len(seen) == 5
+    output = tmp_path / "out"
+    first = ingested(output, dataset=scenes).fingerprint
     shutil.copytree(scenes, tmp_path / "set")
+    assert ingested(tmp_path / "other", dataset=tmp_path / "set", workers=1).fingerprint == first
+    fingerprints = {first}
+    for option in ({"jpeg_quality": 90}, {"shortest_side": 32}, {"shard_mb": 7}):
+        fingerprints.add(ingested(output, dataset=scenes, **option).fingerprint)
+    original = ingested(output, dataset=scenes, store="original").fingerprint
+    assert len({*fingerprints, original}) == 5
+    kept = ingested(output, dataset=scenes, store="original", jpeg_quality=3)
+    assert kept.fingerprint == original
     lists = tmp_path / "set" / "annotations" / "captions_val2017.json"
     lists.write_text(lists.read_text().replace("a ", "one ", 1))
-    assert ingest(replace(base, dataset=str(tmp_path / "set"))).fingerprint not in seen
+    changed = ingested(output, dataset=tmp_path / "set").fingerprint
+    assert changed not in {*fingerprints, original}
 
 
 def test_shards_are_read_by_pandas_duckdb_arrow_and_datasets(data: Path, tmp_path: Path) -> None:
@@ -319,12 +254,6 @@ def test_shards_of_an_earlier_ingest_are_removed(scenes: Path, tmp_path: Path) -
     (tmp_path / "train-00007.parquet").write_bytes(b"old")
     (tmp_path / "mine.parquet").write_bytes(b"kept")
     (tmp_path / ".part-x").write_bytes(b"of a killed one")
-    ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path)))
-    assert sorted(os.listdir(tmp_path)) == [
-        ".lock",
-        "manifest.json",
-        "mine.parquet",
-        "quarantine.parquet",
-        "train-00000.parquet",
-        "val-00000.parquet",
-    ]
+    ingested(tmp_path, dataset=scenes)
+    shards = ["mine.parquet", "quarantine.parquet", "train-00000.parquet", "val-00000.parquet"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "manifest.json", *shards]

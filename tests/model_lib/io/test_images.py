@@ -60,29 +60,18 @@ def test_transparency_lies_on_white() -> None:
     assert decode_image(encoded(image)).getpixel((4, 4)) == (255, 255, 255)
 
 
-def test_sixteen_bits_are_scaled_not_clipped() -> None:
+def test_sixteen_bits_are_scaled_not_clipped_and_dark_ones_stay_dark() -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     values = np.asarray(decode_image(encoded(Image.fromarray(ramp))))[..., 0].ravel()
     assert np.abs(values.astype(int) - np.arange(256)).max() <= 1
+    dark = Image.fromarray(np.full((4, 4), 200, np.uint16))
+    assert decode_image(encoded(dark)).getpixel((1, 1)) == (1, 1, 1)
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    assert (
-        decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel(
-            (1, 1)
-        )[0]
-        > 200
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "empty"), (b"no image at all", "unreadable")]
-)
-def test_what_is_no_image_has_a_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(ImageError) as refused:
-        decode_image(content)
-    assert refused.value.reason == reason
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    animation = encoded(red, "GIF", save_all=True, append_images=[blue])
+    assert decode_image(animation).getpixel((1, 1))[0] > 200
 
 
 def test_pixels_are_what_clip_sees_bit_for_bit(coco: Path) -> None:
@@ -93,9 +82,8 @@ def test_pixels_are_what_clip_sees_bit_for_bit(coco: Path) -> None:
     assert len(files) == 85
     for file in files:
         for content in (file.read_bytes(), encoded(Image.open(file).convert("L"))):
-            expected = processor(images=Image.open(io.BytesIO(content)), return_tensors="pt")[
-                "pixel_values"
-            ][0]
+            image = Image.open(io.BytesIO(content))
+            expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
             pixels = torch.from_numpy(Preprocessing(224)(decode_image(content)))
             ours = normalise(pixels, processor.image_mean, processor.image_std)
             assert ours.dtype == expected.dtype and torch.equal(ours, expected), file
@@ -109,25 +97,23 @@ def test_a_long_strip_is_seen_by_its_middle_without_filling_the_memory() -> None
         assert pixels.shape == (3, 64, 64) and pixels[0].mean() > 250 and pixels[2].mean() < 5
 
 
-def test_dark_sixteen_bits_stay_dark() -> None:
-    image = Image.fromarray(np.full((4, 4), 200, np.uint16))
-    assert decode_image(encoded(image)).getpixel((1, 1)) == (1, 1, 1)
-
-
 def test_small_images_are_not_enlarged_for_storing() -> None:
     for size, expected in (((100, 300), (100, 300)), ((600, 300), (512, 256))):
-        content = io.BytesIO()
-        Image.new("RGB", size).save(content, "PNG")
-        stored = reduced(content.getvalue(), 256, 95)
+        stored = reduced(encoded(Image.new("RGB", size)), 256, 95)
         assert decode_image(stored.content).size == (stored.width, stored.height) == expected
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"no image", "unreadable")])
+def test_what_is_no_image_has_a_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason):
+        decode_image(content)
 
 
 @pytest.mark.parametrize("kind", ["DDS", "EPS", "PCX", "ICO", "TGA", "SGI", "PDF", "XBM", "IM"])
 def test_formats_that_nobody_photographs_in_are_not_tried(kind: str) -> None:
-    content = io.BytesIO()
-    Image.new("1" if kind == "XBM" else "RGB", (8, 8)).save(content, kind)
+    content = encoded(Image.new("1" if kind == "XBM" else "RGB", (8, 8)), kind)
     with pytest.raises(ImageError, match="not an image in a format known here"):
-        decode_image(content.getvalue())
+        decode_image(content)
 
 
 def test_an_image_of_more_pixels_than_half_a_gigabyte_holds_is_refused_by_its_header() -> None:
@@ -140,9 +126,8 @@ def test_an_image_of_more_pixels_than_half_a_gigabyte_holds_is_refused_by_its_he
 
 def test_whatever_a_decoder_raises_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow's reader of DDS raises NotImplementedError for a kind that it does not know."""
-    header = struct.pack(
-        "<4s7I44x2I4s20x5I", b"DDS ", 124, 0x1007, 8, 8, 0, 0, 0, 32, 4, b"DX10", 0x1000, 0, 0, 0, 0
-    )
+    numbers = [124, 0x1007, 8, 8, 0, 0, 0, 32, 4, b"DX10", 0x1000, 0, 0, 0, 0]
+    header = struct.pack("<4s7I44x2I4s20x5I", b"DDS ", *numbers)
     monkeypatch.setattr("model_lib.io.images.FORMATS", ("DDS",))
     with pytest.raises(ImageError, match="unreadable"):
         decode_image(header + struct.pack("<5I", 9999, 3, 0, 1, 0))

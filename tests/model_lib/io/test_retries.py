@@ -10,11 +10,16 @@ from model_lib.errors import WorkError
 from model_lib.io import storage
 
 
-def failing(error: Exception) -> Callable[[], str]:
-    def fail() -> str:
-        raise error
+def failing(*errors: Exception) -> Callable[[], str]:
+    """Return a function that raises these errors, one a call, and then returns."""
+    left = list(errors)
 
-    return fail
+    def answer() -> str:
+        if left:
+            raise left.pop(0)
+        return "content"
+
+    return answer
 
 
 @pytest.fixture()
@@ -28,27 +33,15 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_transient_error_is_retried(
     pauses: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers = iter([ConnectionResetError("reset"), TimeoutError("slow"), "content"])
-
-    def ask() -> str:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert storage.access("gs://bucket/file", ask) == "content"
+    action = failing(ConnectionResetError("reset"), TimeoutError("slow"))
+    assert storage.access("gs://bucket/file", action) == "content"
     assert len(pauses) == 2 and pauses[0] <= 1 and pauses[1] <= 2
     assert "gs://bucket/file: fails (TimeoutError: slow); next attempt" in caplog.text
 
 
 @pytest.mark.parametrize(
     "error",
-    [
-        FileNotFoundError("gone"),
-        PermissionError("not yours"),
-        OSError(28, "No space left on device"),
-    ],
-    ids=lambda error: type(error).__name__,
+    [FileNotFoundError("gone"), PermissionError("not yours"), OSError(28, "No space left")],
 )
 def test_a_lasting_error_is_raised_at_once(error: OSError, pauses: list[float]) -> None:
     with pytest.raises((UserError, WorkError), match="gs://bucket/file: ") as raised:
