@@ -70,14 +70,15 @@ class StageConfig:
         """Return the options, those of a nested configuration beside its own."""
         return _flatten({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
+    def shaping(self) -> dict[str, Any]:
+        """Return the options that shape the result."""
+        fields = dataclasses.fields(self)
+        names = [field.name for field in fields if field.metadata.get("shapes", True)]
+        return _flatten({name: getattr(self, name) for name in names})
+
     def key(self, *more: str) -> str:
         """Return 16 hex digits of the options that shape the result, and of `more`."""
-        shaping = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.metadata.get("shapes", True)
-        }
-        document = json.dumps([_flatten(shaping), *more], sort_keys=True)
+        document = json.dumps([self.shaping(), *more], sort_keys=True)
         return hashlib.sha256(document.encode()).hexdigest()[:16]
 
 

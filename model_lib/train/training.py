@@ -107,7 +107,7 @@ class RunRecord:
     """By which MLflow's run is found again."""
     origin: str
     """Key of the configuration and data that the run was made from."""
-    name: str
+    configuration: dict[str, Any]
 
 
 class Trainer:
@@ -306,7 +306,7 @@ class Trainer:
 
         def load() -> tuple[dict[str, Tensor], checkpoint.Position]:
             tensors, position = checkpoint.load(uri)
-            self._require_same(position.origin)
+            self._require_same(position.origin, position.configuration)
             return tensors, position
 
         tensors, position = self.world.run_on_all(load)
@@ -318,12 +318,19 @@ class Trainer:
         if self.world.is_main:
             log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)
 
-    def _require_same(self, origin: str) -> None:
-        if origin != self.origin:
-            raise UserError(
-                f"{self.config.output}: holds a run with other options or data; choose another "
-                "output or delete it"
-            )
+    def _require_same(self, origin: str, configuration: dict[str, Any]) -> None:
+        """Raise `UserError` that names the first option in which the run in the output differs."""
+        if origin == self.origin:
+            return
+        options = self.config.shaping().items()
+        changed = [
+            f"{n} {configuration.get(n)}, not {v}" for n, v in options if configuration.get(n) != v
+        ]
+        problem = f"with {changed[0]}" if changed else "on other data or from other weights"
+        remedy = "choose another output"
+        if storage.exists(self.saver.best_uri):
+            remedy += f", with --init_from {self.saver.best_uri} to go on from its model"
+        raise UserError(f"{self.config.output}: holds a run {problem}; {remedy}")
 
     def _run_record(self) -> RunRecord:
         """Return the content of `run.json`, written if there is none."""
@@ -331,8 +338,8 @@ class Trainer:
         if storage.exists(file):
             what = "what captioner train wrote; choose another output"
             record = read_record(file, RunRecord, what)
-            self._require_same(record.origin)
+            self._require_same(record.origin, record.configuration)
             return record
-        record = RunRecord(uuid.uuid4().hex, self.origin, self.config.name)
+        record = RunRecord(uuid.uuid4().hex, self.origin, self.config.to_dict())
         storage.write_json(file, vars(record))
         return record

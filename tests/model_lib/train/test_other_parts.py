@@ -32,7 +32,9 @@ def test_a_siglip_of_a_hub_and_a_korean_gpt2(
         hub.push("team/siglip", OLD, tmp_path / OLD, "main")
         folder = train(config).model
         hub.push("team/siglip", NEW, tmp_path / NEW, "main")
-        with pytest.raises(UserError, match="other options"):
+        with pytest.raises(
+            UserError, match=f"with vision team/siglip@{OLD}, not team/siglip@{NEW}"
+        ):
             train(config)
     record = json.loads((Path(folder) / "training.json").read_text())
     assert record["configuration"]["vision"] == f"team/siglip@{OLD}"

@@ -306,7 +306,9 @@ def test_a_start_that_was_killed_before_its_first_checkpoint_is_one_run_in_mlflo
         interrupt_at(0, patched)
         with pytest.raises(KeyboardInterrupt):
             train(config(data, tmp_path), first)
-    with pytest.raises(UserError, match="holds a run with other options"):
+    with pytest.raises(
+        UserError, match=r"holds a run with learning_rate 0.002, not 0.5; choose another output$"
+    ):
         train(config(data, tmp_path, learning_rate=0.5))
     train(config(data, tmp_path), second)
     assert first.key == second.key != ""

@@ -94,7 +94,7 @@ def test_another_start_in_the_same_place_is_another_run(
     train(go_on)
     shutil.rmtree(tmp_path / "start")
     shutil.copytree(tmp_path / "run" / "best", tmp_path / "start")
-    with pytest.raises(UserError, match="holds a run with other options or data"):
+    with pytest.raises(UserError, match="holds a run on other data or from other weights"):
         train(go_on)
 
 
@@ -192,8 +192,12 @@ def test_a_finished_run_is_not_trained_again(finished: Path, data: Path) -> None
 
 
 def test_an_output_with_other_options_is_refused(finished: Path, data: Path) -> None:
-    with pytest.raises(UserError, match="holds a run with other options"):
+    best = finished / "best"
+    message = rf"holds a run with learning_rate 0\.002, not 0\.5; .* --init_from {best} to go on"
+    with pytest.raises(UserError, match=message):
         train(config(data, finished, epochs=3, learning_rate=0.5))
+    with pytest.raises(UserError, match="holds a run with epochs 3, not 4"):
+        train(config(data, finished, epochs=4))
 
 
 def test_training_lowers_the_loss(data: Path, tmp_path: Path) -> None:
