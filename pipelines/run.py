@@ -46,7 +46,7 @@ class RunConfig(StageConfig):
     workdir: str = "runs"
     """Folder for all outputs."""
     vision: str | None = None
-    """Hub name, folder or URI of another CLIP vision tower than the preset's."""
+    """Hub name, folder or URI of another CLIP or SigLIP than the preset's."""
     decoder: str | None = None
     """Hub name, folder or URI of another GPT-2 than the preset's."""
     tokenizer: str | None = None
