@@ -58,7 +58,7 @@ the champion.
 | `data_shortest_side` | larger images are reduced to this many pixels on their shorter side |
 | `train_candidates` | list of candidates: a name and the training options that differ |
 | `train_checkpoint_uri` | folder or URI for checkpoints and models; a rerun resumes from it |
-| `train_preset` | `clip-l-gpt2-medium`, `clip-l-336-gpt2-medium`, `siglip2-l-gpt2-medium`, or `tiny` (from scratch) |
+| `train_preset` | one of `captioner info`; `tiny` is trained from scratch |
 | `train_vision`, `train_decoder`, `train_tokenizer` | other weights than the preset's |
 | `train_epochs`, `train_batch_size`, `train_learning_rate` | 0: the preset's |
 | `train_precision` | `auto`, `bfloat16`, `float16` or `float32`; empty: the preset's |
