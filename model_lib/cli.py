@@ -35,6 +35,7 @@ from model_lib.options import Precision, StageConfig, option
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ModelsConfig, RegisterConfig, RollbackConfig
 from model_lib.registry.model_uris import CHAMPION_URI
+from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -97,26 +98,21 @@ def info(config: InfoConfig) -> Output:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    gpus, counts = [], []
+    gpus, counts, lines = [], [], []
     if "torch" in versions:  # the image of a stage without a model has none
         import torch
 
         gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         counts = [_count_parameters(p) for p in ([config.preset] if config.preset else PRESETS)]
+        lines = [f"{'preset':<24} {'total':>13} {'trainable':>13}"]
+        lines += [f"{c['preset']:<24} {c['total']:>13,} {c['trainable']:>13,}" for c in counts]
+        lines += [""]
     elif config.preset:
         remedy = "to count its parameters, install torch: pip install 'captioner[model]'"
         raise UserError(f"preset {config.preset}: {remedy}")
     java = shutil.which("java") is not None
-    lines = []
-    if counts:
-        lines = [f"{'preset':<24} {'total':>13} {'trainable':>13}"]
-        lines += [f"{c['preset']:<24} {c['total']:>13,} {c['trainable']:>13,}" for c in counts]
-        lines += [""]
-    lines += [f"{name:<24} {version}" for name, version in versions.items()]
-    lines += [
-        f"{'GPUs':<24} {', '.join(gpus) or 'none'}",
-        f"{'Java':<24} {'yes' if java else 'no'}",
-    ]
+    about = {**versions, "GPUs": ", ".join(gpus) or "none", "Java": "yes" if java else "no"}
+    lines += [f"{name:<24} {value}" for name, value in about.items()]
     environment = {"versions": versions, "gpus": gpus, "cpus": cpu_count(), "java": java}
     return Output({**(counts[0] if config.preset else {"presets": counts}), **environment}, lines)
 
@@ -165,7 +161,6 @@ def ingest(config: IngestConfig) -> Output:
 
 
 def train(config: TrainConfig) -> Output:
-    from model_lib.tracking.server import tracking_from_environment
     from model_lib.train.launch import train_here
 
     trained = train_here(config, tracking_from_environment())
@@ -175,7 +170,6 @@ def train(config: TrainConfig) -> Output:
 
 def evaluate(config: EvaluateConfig) -> Output:
     from model_lib.evaluate.evaluation import evaluate as run
-    from model_lib.tracking.server import tracking_from_environment
 
     return _scores(run(config, tracking_from_environment()))
 
@@ -200,7 +194,6 @@ def _scores(evaluation: "Evaluation") -> Output:
 
 def register(config: RegisterConfig) -> Output:
     from model_lib.registry.registry import register as run
-    from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     tracking = require_mlflow(tracking_from_environment())
     tracking.require_answer()  # at a prompt, fail at once; a step of a pipeline waits
@@ -212,23 +205,22 @@ def register(config: RegisterConfig) -> Output:
 def models(config: ModelsConfig) -> Output:
     from model_lib.registry.model_uris import MODEL
     from model_lib.registry.versions import list_versions, versions_table
-    from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     tracking = require_mlflow(tracking_from_environment())
     versions = list_versions(tracking)
-    registry = f"the model registry at {tracking.uri}"
-    none = f"no versions of {MODEL} in {registry}; captioner register makes one"
-    lines = versions_table(versions) if versions else [none]
+    lines = versions_table(versions)
+    if not versions:
+        registry = f"the model registry at {tracking.uri}"
+        lines = [f"no versions of {MODEL} in {registry}; captioner register makes one"]
     return Output([asdict(version) for version in versions], lines)
 
 
 def rollback(config: RollbackConfig) -> Output:
     from model_lib.registry.versions import rollback as run
-    from model_lib.tracking.server import tracking_from_environment
 
     result = run(tracking_from_environment())
-    champion = f"version {result.champion} is the champion again"
-    return Output(asdict(result), [f"{champion}; version {result.rolled_back} was rolled back"])
+    champion = f"version {result['champion']} is the champion again"
+    return Output(result, [f"{champion}; version {result['rolled_back']} was rolled back"])
 
 
 def caption(config: CaptionConfig) -> Output:
@@ -246,23 +238,23 @@ def caption(config: CaptionConfig) -> Output:
 
     def lines() -> Iterator[str]:
         captioned: list[tuple[str, Caption]] = []
-        failed = count = 0
+        failed = 0
         files, images = itertools.tee(find_images(config.files, sys.stdin))
         results = caption_each(model, images, config.decode, config.batch_size)
         for file, result in zip(files, results, strict=True):
-            count += 1
             if isinstance(result, list):
+                captioned.append((str(file), result[0]))
                 for caption in result:
                     row = {"uri": file, "caption": caption.text, "score": caption.score}
                     output.document.append(row)
                     yield f"{file}: {caption.text}"
-                captioned.append((str(file), result[0]))
                 continue
             failed += 1
             problem = f"{file}: {result}" if isinstance(result, ImageError) else str(result)
             output.document.append({"uri": str(file), "error": problem})
             output.exit_code = max(output.exit_code, exit_code(result))
             print(printable(f"{MISTAKE}{problem}"), file=sys.stderr)
+        count = failed + len(captioned)
         if failed and count > 1:
             print(f"captioner: {failed} of {count} images without a caption", file=sys.stderr)
         if config.explain is not None:
@@ -289,8 +281,6 @@ def batch(config: BatchConfig) -> Output:
 def _find_registry(source: str) -> None:
     """Let `models:/…` be looked up where the environment says, or in the embedded store."""
     if source.startswith("models:/"):
-        from model_lib.tracking.server import require_mlflow, tracking_from_environment
-
         require_mlflow(tracking_from_environment())
 
 
@@ -343,18 +333,13 @@ def _run(argv: list[str]) -> int:
         if not wants_json:
             print(printable(line), flush=True)
     if wants_json:
-        print(_json(output.document))
+        text = json.dumps(output.document, indent=2, ensure_ascii=False)
+        try:
+            text.encode(sys.stdout.encoding)
+        except UnicodeEncodeError:  # of the terminal, or a file's name that is no text
+            text = json.dumps(output.document, indent=2)
+        print(text)
     return output.exit_code
-
-
-def _json(document: Any) -> str:
-    """Return a document as JSON, with escapes if the terminal or a file's name needs them."""
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        return json.dumps(document, indent=2)
-    return text
 
 
 def config_class(function: Callable[[Any], Output]) -> type:

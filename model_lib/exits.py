@@ -35,19 +35,14 @@ def _exit_line(error: Exception) -> tuple[int, str] | None:
         return 2, f"{MISTAKE}{error}"
     if isinstance(error, (WorkError, OSError)):
         return 1, f"captioner: failed: {printable(str(error))}"
-    if _is_out_of_memory(error):
+    # torch.OutOfMemoryError is a RuntimeError, too.
+    no_memory = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError):
         reason = f" ({printable(first_line(error))})" if str(error) else ""
         return 1, f"captioner: failed: out of memory{reason}; use a larger machine, or less at once"
     if type(error).__module__.startswith(("mlflow.", "sqlalchemy.")):
         return 1, printable(f"captioner: failed: MLflow: {' '.join(str(error).split())}")
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether the memory is used up; torch.OutOfMemoryError is a RuntimeError."""
-    if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in NO_MEMORY)
-    return isinstance(error, MemoryError)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from model_lib.errors import UserError
+from model_lib.io.validation import parse
 
 LARGEST = 2**63 - 1
 """Largest whole number: that of a seed."""
@@ -49,8 +50,6 @@ class StageConfig:
             UserError: a name is unknown, or a value has another type. Whole floats are integers,
                 since Kubeflow Pipelines sends every number as a float.
         """
-        from model_lib.io.validation import parse  # needs pyarrow, which the command line does not
-
         defaults = _defaults(cls)
         known = ", ".join(sorted(defaults))
         for name in options:

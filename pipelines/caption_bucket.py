@@ -15,7 +15,7 @@ from components.preflight.component import preflight
 from model_lib.batch.config import BatchConfig
 from model_lib.registry.model_uris import CHAMPION_URI
 from pipelines import placement
-from pipelines.placement import BUCKET, HUB, WEBHOOK, Gpu, on_gpu, place, place_preflight
+from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place
 
 NO_OPTIONS: dict[str, Any] = {}
 
@@ -35,34 +35,32 @@ Started again it captions what is missing, new or changed.
 
 
 def add_caption_steps(
-    images: Any,
-    output: Any,
-    model: Any,
-    num_beams: Any,
-    shard_images: Any,
-    options: Any,
     secret: Any,
-    gpu: Gpu,
+    gpu: dict[str, Any],
     parallel: int,
+    num_beams: Any = BatchConfig.decode.num_beams,
+    shard_images: Any = BatchConfig.shard_images,
+    options: Any = NO_OPTIONS,
+    **uris: Any,
 ) -> dsl.PipelineTask:
-    """Add the steps that caption the images at `images` to a pipeline; return the first."""
-    planned = plan(
-        images=images,
-        output=output,
-        model=model,
-        num_beams=num_beams,
-        shard_images=shard_images,
-        options=options,
-    )
+    """Add the steps that caption images to a pipeline; return the first.
+
+    Args:
+        secret: name of the Kubernetes secret.
+        gpu: see `on_gpu`.
+        parallel: shards that are captioned at a time.
+        num_beams, shard_images, options: see the pipeline's parameters.
+        uris: images, output and model.
+    """
+    planned = plan(num_beams=num_beams, shard_images=shard_images, options=options, **uris)
     place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
     with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
         captioned = caption(shard=shard)
         size: dict[str, Any] = {"cpu": 4, "memory": 16, "hours": 12, "retries": 4}
         place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), **size)
-        on_gpu(captioned, gpu)
-    merged = merge(
-        run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=dsl.Collected(captioned.output)
-    )
+        on_gpu(captioned, **gpu)
+    plans = dsl.Collected(captioned.output)
+    merged = merge(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=plans)
     place(merged, "Merge", secret=secret, keys=(*BUCKET, *WEBHOOK), memory=4)
     return planned
 
@@ -97,18 +95,24 @@ def define(parallel: int) -> Any:
                 model=caption_model,
                 caption_output=caption_output,
             )
-            place_preflight(checked, secret_name)
-            gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
-            add_caption_steps(
-                caption_images,
-                caption_output,
-                caption_model,
-                caption_num_beams,
-                caption_shard_images,
-                caption_options,
+            place(checked, "Preflight", secret=secret_name, **placement.PREFLIGHT)
+            gpu = {
+                "gpu_resource": gpu_resource,
+                "gpu_count": gpu_count,
+                "gpu_node_selector": gpu_node_selector,
+                "gpu_tolerations": gpu_tolerations,
+            }
+            first = add_caption_steps(
                 secret_name,
                 gpu,
                 parallel,
-            ).after(checked)
+                caption_num_beams,
+                caption_shard_images,
+                caption_options,
+                images=caption_images,
+                output=caption_output,
+                model=caption_model,
+            )
+            first.after(checked)
 
     return caption_bucket

@@ -62,10 +62,10 @@ def _reason(client: Any, run: Any, tasks: list[Any], names: Mapping[str, str]) -
     """Return the last line of each failed step or driver."""
     workflow, reasons = _workflow(client, run.run_id), []
     for task in tasks:
-        is_driver = task.display_name.endswith(DRIVER)
         name = task.display_name.removesuffix(DRIVER)
-        if task.state != "FAILED" or not (is_driver or name in names):
+        if task.state != "FAILED" or (name == task.display_name and name not in names):
             continue
+        is_driver = name != task.display_name
         label = names.get(name, name) + ("'s driver" if is_driver else "")
         children = [child.pod_name for child in task.child_tasks or []]
         pod = _last_pod(workflow, children) or ({"id": children[0]} if children else None)
@@ -109,8 +109,8 @@ def _last_line(
     message = pod.get("message") or ""
     if reasons := REASON.findall(message):
         return printable(reasons[-1])
-    lines = [line.strip() for line in _log(client, run_id, workflow, pod).splitlines()]
-    lines = [line for line in lines if line]
+    log = [line.strip() for line in _log(client, run_id, workflow, pod).splitlines()]
+    lines = [line for line in log if line]
     own = [line for line in lines if is_driver or not LAUNCHER.match(line)]
     reasons = [line for line in own if REASON.match(line)]
     return printable((reasons or own or lines or [message])[-1])

@@ -19,17 +19,8 @@ from typing import Any, TextIO
 
 from model_lib.errors import UserError, WorkError
 
-PASSED = (
-    "AWS_",
-    "CAPTIONER_",
-    "GCSFS_",
-    "GOOGLE_",
-    "HF_",
-    "KFP_RUN_ID",
-    "MLFLOW_",
-    "STORAGE_EMULATOR_HOST",
-    "WEBHOOK_URL",
-)
+PASSED: tuple[str, ...] = ("AWS_", "CAPTIONER_", "GCSFS_", "GOOGLE_", "HF_", "KFP_RUN_ID")
+PASSED += ("MLFLOW_", "STORAGE_EMULATOR_HOST", "WEBHOOK_URL")
 """Prefixes of the environment variables that containers see; on a cluster most come from the
 secret."""
 RUN_LABEL = "captioner.run"
@@ -111,13 +102,12 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
     except docker.errors.DockerException as error:
         raise UserError(f"runner docker: no Docker engine answers: {error}") from error
     environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
-    bind = docker.types.Mount
+    paths = {**host_paths(arguments, environment, work), str(work): False}
     mounts = [
-        bind(path, path, type="bind", read_only=read_only)
-        for path, read_only in host_paths(arguments, environment, work).items()
+        docker.types.Mount(path, path, type="bind", read_only=read_only)
+        for path, read_only in paths.items()
     ]
-    mounts.append(bind(str(work), str(work), type="bind"))
-    mounts.append(bind("/tmp", None, type="volume"))  # a new one for each step
+    mounts.append(docker.types.Mount("/tmp", None, type="volume"))  # a new one for each step
     user, group = os.getuid(), os.getgid() or USER
     if user == 0:
         owner = work.stat()
@@ -126,7 +116,7 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
         for path in (work, *outputs, *(p for output in outputs for p in output.rglob("*"))):
             os.chown(path, user, group, follow_symlinks=False)
     gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
-    label = f"{RUN_LABEL}={uuid.uuid4().hex}"
+    run_id = uuid.uuid4().hex
     try:
         yield local.DockerRunner(
             mounts=mounts,
@@ -135,11 +125,11 @@ def _containers(arguments: dict[str, Any], work: Path) -> Iterator[Any]:
             user=f"{user}:{group}",
             read_only=True,
             shm_size="1g",
-            labels=dict([label.split("=")]),
+            labels={RUN_LABEL: run_id},
             device_requests=gpus if "nvidia" in client.info().get("Runtimes", {}) else [],
         )
     finally:
-        for container in client.containers.list(filters={"label": label}):
+        for container in client.containers.list(filters={"label": f"{RUN_LABEL}={run_id}"}):
             with contextlib.suppress(docker.errors.APIError):  # it has just ended
                 container.stop()
 

@@ -4,7 +4,6 @@
 leaves it unset, which the pipeline's preflight reports.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from kfp import dsl, kubernetes
@@ -28,6 +27,8 @@ BUCKET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
 """For S3; on GKE, workload identity needs none."""
 HUB = ("HF_TOKEN",)
 WEBHOOK = ("WEBHOOK_URL",)
+PREFLIGHT: dict[str, Any] = {"keys": (*BUCKET, *HUB, *WEBHOOK), "hours": 0.25, "retries": 1}
+"""Placement of a pipeline's first step, with time to pull its image onto a new node."""
 
 GPU_RESOURCE = "nvidia.com/gpu"
 GPU_NODES = {"cloud.google.com/gke-accelerator": "nvidia-l4", "cloud.google.com/gke-spot": "true"}
@@ -50,23 +51,6 @@ PARAMETERS = """\
 """
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Pipeline parameters that place a task on a GPU node.
-
-    Args:
-        resource: what the container asks for, "nvidia.com/gpu".
-        count: how many, as text: Kubeflow Pipelines (2.17) takes a number here for none at all.
-        node_selector: labels of the nodes.
-        tolerations: of the nodes' taints.
-    """
-
-    resource: Any
-    count: Any
-    node_selector: Any
-    tolerations: Any
-
-
 def place(
     task: dsl.PipelineTask,
     name: str,
@@ -82,10 +66,8 @@ def place(
     """Give a task its display name, resources, retries, time limit, user and secrets.
 
     Args:
-        task: to be placed.
-        name: as the UI shows it.
-        secret: name of the Kubernetes secret …
-        keys: … and which of its keys the task sees.
+        task, name: the task, and its name in the UI.
+        secret, keys: name of the Kubernetes secret, and which of its keys the task sees.
         cpu: cores requested; twice as many are the limit.
         memory: GiB, requested and limit.
         hours: after which the pod is stopped.
@@ -114,25 +96,32 @@ def place(
     return task
 
 
-def place_preflight(task: dsl.PipelineTask, secret: Any) -> dsl.PipelineTask:
-    """Place the first step of a pipeline, with time to pull its image onto a new node."""
-    keys = (*BUCKET, *HUB, *WEBHOOK)
-    return place(task, "Preflight", secret=secret, keys=keys, hours=0.25, retries=1)
-
-
 def variables(keys: tuple[str, ...]) -> dict[str, str]:
     """Return the environment variable of each of MLflow's keys in the secret, and of `keys`."""
     return {key: FROM_SECRET + key if key in MLFLOW else key for key in (*MLFLOW, *keys)}
 
 
-def on_gpu(task: dsl.PipelineTask, gpu: Gpu) -> dsl.PipelineTask:
-    """Put a task on a GPU node, with shared memory for data loading."""
+def on_gpu(
+    task: dsl.PipelineTask,
+    gpu_resource: Any,
+    gpu_count: Any,
+    gpu_node_selector: Any,
+    gpu_tolerations: Any,
+) -> None:
+    """Put a task on a GPU node, with shared memory for data loading.
+
+    Args:
+        task: to be placed.
+        gpu_resource: what the container asks for, "nvidia.com/gpu".
+        gpu_count: how many, as text: Kubeflow Pipelines (2.17) takes a number here for none at all.
+        gpu_node_selector: labels of the nodes.
+        gpu_tolerations: of the nodes' taints.
+    """
     # kfp (2.17) does not pass these two on into loops and conditions.
-    task.register_pipeline_channels([gpu.resource, gpu.count])
-    task.set_accelerator_type(gpu.resource).set_accelerator_limit(gpu.count)
-    kubernetes.add_node_selector_json(task, gpu.node_selector)
-    kubernetes.add_toleration_json(task, gpu.tolerations)
+    task.register_pipeline_channels([gpu_resource, gpu_count])
+    task.set_accelerator_type(gpu_resource).set_accelerator_limit(gpu_count)
+    kubernetes.add_node_selector_json(task, gpu_node_selector)
+    kubernetes.add_toleration_json(task, gpu_tolerations)
     kubernetes.empty_dir_mount(
         task, volume_name="shm", mount_path="/dev/shm", medium="Memory", size_limit="8Gi"
     )
-    return task

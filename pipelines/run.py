@@ -71,31 +71,41 @@ class RunConfig(StageConfig):
 
 def run(config: RunConfig) -> Output:
     """Run `train_captioner` with everything under the working directory."""
+    from pipelines.train_captioner import CANDIDATES
+
     started = time.monotonic()
     work = Path(config.workdir).absolute()
-    candidates = _candidates(config)
+    candidates = CANDIDATES
+    if config.candidates is not None:
+        try:
+            candidates = json.loads(config.candidates)
+        except json.JSONDecodeError as error:
+            raise UserError(f"candidates: is not JSON: {error}") from error
+    models = {name: getattr(config, name) or "" for name in ("vision", "decoder", "tokenizer")}
+    training = _absolute({"preset": config.preset, **models, "epochs": config.epochs or 0})
+    candidate_configs(candidates, **training)  # checked before anything is started
+    training["candidates"] = [_absolute(candidate) for candidate in candidates]
     with output_lock(str(work)):
-        summary = _run(config, candidates, work)
+        summary = _run(config, training, work)
     summary["seconds"] = round(time.monotonic() - started, 1)
     return Output(summary, summary_lines(summary))
 
 
-def _run(config: RunConfig, candidates: list[dict[str, Any]], work: Path) -> dict[str, Any]:
+def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, Any]:
     """Run the pipeline in a locked working directory; return the summary."""
     from pipelines.train_captioner import define
 
     tracking = require_mlflow(tracking_from_environment(str(work)))
     tracking.require_answer()
     dataset = dataset_or_scenes(config, work)
-    images = storage.absolute(config.images) if config.images else None
+    images = storage.absolute(config.images) if config.images else validation_images(dataset, work)
     arguments = {
         "data_dataset": dataset,
         "data_output": str(work / "data"),
         "train_checkpoint_uri": str(work / "candidates"),
-        "train_candidates": candidates,
-        **{f"train_{name}": value for name, value in _common(config).items()},
+        **{f"train_{name}": value for name, value in training.items()},
         "eval_num_beams": config.num_beams,
-        "caption_images": images or validation_images(dataset, work),
+        "caption_images": images,
         "caption_output": str(work / "captions"),
         "secret_keys": [],
     }
@@ -146,14 +156,12 @@ def validation_images(dataset: str, work: Path) -> str:
     info = fs.info(path)
     identity = json.dumps([source.root, info["size"], storage.version(info)])
     folder = work / f"val2017-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    names = [
-        name for name in source.zip.namelist() if PurePosixPath(name).suffix.lower() in EXTENSIONS
-    ]
-    say(f"unpacking {len(names):,} validation images of {source.root}")
-    for name in names:
+    say(f"unpacking the validation images of {source.root}")
+    for name in source.zip.namelist():
         file = folder / name
+        is_image = PurePosixPath(name).suffix.lower() in EXTENSIONS
         is_inside = file.resolve().is_relative_to(folder.resolve())  # a name may be "../x.jpg"
-        if file.exists() or not is_inside:
+        if file.exists() or not is_image or not is_inside:
             continue
         try:
             storage.write_bytes(str(file), source.read(name))
@@ -162,29 +170,8 @@ def validation_images(dataset: str, work: Path) -> str:
     return str(folder)
 
 
-def _common(config: RunConfig) -> dict[str, Any]:
-    """Return the training options of all candidates, as the pipeline takes them."""
-    models = {"vision": config.vision, "decoder": config.decoder, "tokenizer": config.tokenizer}
-    models = {name: source or "" for name, source in models.items()}
-    return _absolute({"preset": config.preset, **models, "epochs": config.epochs or 0})
-
-
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
     """Return training options in which models in local folders have absolute paths, for
     containers."""
     folders = [name for name in MODELS if options.get(name) and Path(options[name]).is_dir()]
     return {**options, **{name: storage.absolute(options[name]) for name in folders}}
-
-
-def _candidates(config: RunConfig) -> list[dict[str, Any]]:
-    """Return the candidates; their options are checked before anything is started."""
-    from pipelines.train_captioner import CANDIDATES
-
-    candidates = CANDIDATES
-    if config.candidates is not None:
-        try:
-            candidates = json.loads(config.candidates)
-        except json.JSONDecodeError as error:
-            raise UserError(f"candidates: is not JSON: {error}") from error
-    candidate_configs(candidates, **_common(config))
-    return [_absolute(candidate) for candidate in candidates]

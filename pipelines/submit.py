@@ -82,14 +82,18 @@ class _ServerConfig(StageConfig):
         for text in self.param:
             name, equals, value = text.partition("=")
             require(equals == "=", f"param {text}: is not NAME=VALUE")
-            require(
-                name in inputs, f"param {name}: unknown; {self.pipeline} has {', '.join(inputs)}"
-            )
-            values[name] = _parameter(name, value, inputs[name]["parameterType"])
-        if values.get("secret_name") == "":  # every step's driver would fail, without a reason
-            raise UserError(
-                "param secret_name: is empty; name a Kubernetes secret, which need not exist"
-            )
+            known = f"{self.pipeline} has {', '.join(inputs)}"
+            require(name in inputs, f"param {name}: unknown; {known}")
+            kind = inputs[name]["parameterType"]
+            try:
+                values[name] = value if kind == "STRING" else parse(TYPES[kind], value.encode())
+            except ValueError:
+                form = kind.lower().replace("_", " ")
+                message = f"param {name}: {value} is not a JSON value of type {form}"
+                raise UserError(message) from None
+        # Every step's driver would fail, without a reason.
+        remedy = "is empty; name a Kubernetes secret, which need not exist"
+        require(values.get("secret_name") != "", f"param secret_name: {remedy}")
         required = [name for name, about in inputs.items() if not about.get("isOptional")]
         missing = [f"--param {name}=…" for name in required if name not in values]
         require(not missing, f"{self.pipeline}: needs {', '.join(missing)}")
@@ -121,13 +125,8 @@ class ScheduleConfig(_ServerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require((self.cron is None) != (self.every is None), "give either --cron or --every")
-        if self.cron is not None and len(self.cron.split()) not in (5, 6):
-            raise UserError(f"cron {self.cron!r}: expected five fields, or six, seconds first")
-
-    @property
-    def cron_expression(self) -> str | None:
-        """The six fields that the server takes."""
-        return f"0 {self.cron}" if self.cron and len(self.cron.split()) == 5 else self.cron
+        message = f"cron {self.cron!r}: expected five fields, or six, seconds first"
+        require(self.cron is None or len(self.cron.split()) in (5, 6), message)
 
 
 @functools.cache
@@ -156,37 +155,29 @@ def _step_names(pipeline: str) -> dict[str, str]:
     }
 
 
-def _parameter(name: str, text: str, kind: str) -> Any:
-    if kind == "STRING":
-        return text
-    try:
-        return parse(TYPES[kind], text.encode())
-    except ValueError:
-        form = kind.lower().replace("_", " ")
-        raise UserError(f"param {name}: {text} is not a JSON value of type {form}") from None
-
-
 def submit(config: SubmitConfig) -> Output:
     """Upload the pipeline if its content is new, and start a run."""
     name = config.run_name or f"{config.pipeline} {datetime.now():%Y-%m-%d %H:%M:%S}"
     with _server(config) as client:
         version, options = _prepare(client, config)
-        run = client.run_pipeline(job_name=name, **options)
-        link = f"{config.host.rstrip('/')}/#/runs/details/{run.run_id}"
-        document = {"run_id": run.run_id, "name": name, "version": version, "link": link}
+        run_id = client.run_pipeline(job_name=name, **options).run_id
+        link = f"{config.host.rstrip('/')}/#/runs/details/{run_id}"
+        document = {"run_id": run_id, "name": name, "version": version, "link": link}
         line = f"{name}, {config.pipeline} {version}: {link}"
         if not config.wait:
             return Output(document, [line])
         say(line)
-        state, reason = follow(client, run.run_id, _step_names(config.pipeline))
-    document.update(state=state, error=reason)
+        state, reason = follow(client, run_id, _step_names(config.pipeline))
     line = f"{state.lower()}: {link}" + (f": {reason}" if reason else "")
-    return Output(document, [line], exit_code=0 if state == "SUCCEEDED" else 1)
+    code = 0 if state == "SUCCEEDED" else 1
+    return Output({**document, "state": state, "error": reason}, [line], code)
 
 
 def schedule(config: ScheduleConfig) -> Output:
     """Upload the pipeline if its content is new, and create a recurring run."""
-    name = config.name
+    name, cron = config.name, config.cron
+    if cron is not None and len(cron.split()) == 5:
+        cron = f"0 {cron}"  # the server wants six fields
     with _server(config) as client:
         version, options = _prepare(client, config)
         experiment = options["experiment_id"]
@@ -195,14 +186,14 @@ def schedule(config: ScheduleConfig) -> Output:
             raise UserError(f"{name}: is already scheduled in {where}; delete it there or rename")
         recurring = client.create_recurring_run(
             job_name=name,
-            cron_expression=config.cron_expression,
+            cron_expression=cron,
             interval_second=config.every,
             no_catchup=True,  # captioning what is new needs no run for each night that was missed
             **options,
         )
-    identity = recurring.recurring_run_id
-    link = f"{config.host.rstrip('/')}/#/recurringrun/details/{identity}"
-    document = {"recurring_run_id": identity, "name": name, "version": version, "link": link}
+    run_id = recurring.recurring_run_id
+    link = f"{config.host.rstrip('/')}/#/recurringrun/details/{run_id}"
+    document = {"recurring_run_id": run_id, "name": name, "version": version, "link": link}
     return Output(document, [f"{name}, {config.pipeline} {version}: {link}"])
 
 

@@ -25,41 +25,37 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         root: the folder in which kfp.local left each step's outputs.
         tracking_uri: MLflow's.
     """
-    ingested = _metadata(_step(root, "ingest"), "data")
-    registered = _metadata(_step(root, "register"), "decision")
+    ingested = _metadata(root, "ingest", "data")
+    registered = _metadata(root, "register", "decision")
+    captioned = _metadata(root, "merge", "captions")
     folders = [
         _outputs(step)["parameterValues"]["Output"]
         for step in sorted(root.glob("**/for-loop-*/evaluate"))
     ]
-    evaluations = [Evaluation.read(folder) for folder in folders]
-    captioned = _metadata(_step(root, "merge"), "captions")
     return {
         "images": {split: int(ingested[split]) for split in ("train", "val")},
         "quarantined": {reason: int(count) for reason, count in ingested["quarantined"].items()},
         "fingerprint": ingested["fingerprint"],
-        "candidates": [evaluation.to_dict() for evaluation in evaluations],
+        "candidates": [Evaluation.read(folder).to_dict() for folder in folders],
         "registered": registered,
         "captioned": captioned,
         "examples": [list(pair) for pair in examples(captioned["captions"], 3)],
-        "model": Evaluation.read(registered["evaluation"]).model,
+        "model": registered["model"],
         "report": registered["page"],
         "tracking_uri": printable(tracking_uri),
     }
-
-
-def _step(root: Path, name: str) -> Path:
-    """Return the folder of a step, at any depth."""
-    for step in root.glob(f"**/{name}"):
-        return step
-    log = root.parent.parent / "pipeline.log"
-    raise WorkError(f"the pipeline ended without its step {name}; {log} says why")
 
 
 def _outputs(step: Path) -> dict[str, Any]:
     return dict(json.loads((step / "executor_output.json").read_text()))
 
 
-def _metadata(step: Path, artifact: str) -> dict[str, Any]:
+def _metadata(root: Path, name: str, artifact: str) -> dict[str, Any]:
+    """Return the metadata of a step's artifact; the step may be at any depth."""
+    step = next(root.glob(f"**/{name}"), None)
+    if step is None:
+        log = root.parent.parent / "pipeline.log"
+        raise WorkError(f"the pipeline ended without its step {name}; {log} says why")
     return dict(_outputs(step)["artifacts"][artifact]["artifacts"][0]["metadata"])
 
 
@@ -117,10 +113,8 @@ def _doubts(winner: dict[str, Any]) -> list[str]:
     """Return reasons not to trust the scores."""
     doubts = []
     if winner["scores"]["CIDEr"] < LOOKING * winner["shuffled_cider"]:
-        doubts.append(
-            f"its CIDEr is not {LOOKING} times the shuffled one: the model is guessing; train on "
-            "more images"
-        )
+        chance = f"its CIDEr is not {LOOKING} times the shuffled one: the model is guessing"
+        doubts.append(f"{chance}; train on more images")
     if winner["images"] < FEW_IMAGES:
         doubts.append(f"CIDEr means little on fewer than {FEW_IMAGES} images")
     return [f"{INDENT}{winner['name']}: {doubt}" for doubt in doubts]

@@ -20,23 +20,13 @@ from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
 from components.train_job.component import train_job
-from model_lib.batch.config import BatchConfig
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.config import IngestConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import NO_OPTIONS, add_caption_steps
-from pipelines.placement import (
-    BUCKET,
-    HUB,
-    WEBHOOK,
-    Gpu,
-    on_gpu,
-    place,
-    place_preflight,
-    variables,
-)
+from pipelines.caption_bucket import add_caption_steps
+from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [
     {"name": "five-captions"},
@@ -109,7 +99,12 @@ def define(parallel: int) -> Any:
         secret_name: str = placement.SECRET,
         secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
-        gpu = Gpu(gpu_resource, gpu_count, gpu_node_selector, gpu_tolerations)
+        gpu = {
+            "gpu_resource": gpu_resource,
+            "gpu_count": gpu_count,
+            "gpu_node_selector": gpu_node_selector,
+            "gpu_tolerations": gpu_tolerations,
+        }
         placed = partial(place, secret=secret_name)
         closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
         placed(closed, "Close", keys=WEBHOOK)
@@ -137,10 +132,7 @@ def define(parallel: int) -> Any:
                 "nodes": train_nodes,
                 "image": MODEL,
                 **TRAIN_SIZE,
-                "gpu_resource": gpu_resource,
-                "gpu_count": gpu_count,
-                "gpu_node_selector": gpu_node_selector,
-                "gpu_tolerations": gpu_tolerations,
+                **gpu,
                 "secret_name": secret_name,
                 "secret_variables": variables(MODEL_KEYS),
             }
@@ -156,7 +148,7 @@ def define(parallel: int) -> Any:
                 images=caption_images,
                 caption_output=caption_output,
             )
-            place_preflight(checked, secret_name)
+            placed(checked, "Preflight", **placement.PREFLIGHT)
 
             # Not cached, as "Evaluate the champion": what lies at a URI, or which model is the
             # champion, is not among the inputs.
@@ -166,14 +158,12 @@ def define(parallel: int) -> Any:
             placed(ingested, "Ingest", keys=BUCKET, cpu=4, memory=8, hours=12)
             # By URI and fingerprint: an artifact would be a new input in each run, and nothing
             # would be cached.
-            data = {
-                "data": ingested.outputs["manifest"],
-                "fingerprint": ingested.outputs["fingerprint"],
-            }
+            outputs = ingested.outputs
+            data = {"data": outputs["manifest"], "fingerprint": outputs["fingerprint"]}
 
             evaluating: dict[str, Any] = {"keys": MODEL_KEYS, "cpu": 4, "memory": 16, "hours": 6}
             champion = evaluate_champion(**data, **evaluation, output=train_checkpoint_uri)
-            on_gpu(placed(champion, "Evaluate the champion", **evaluating), gpu)
+            on_gpu(placed(champion, "Evaluate the champion", **evaluating), **gpu)
 
             configured = candidates(**data, **training, cache_key=train_cache_key)
             placed(configured, "Candidates", keys=BUCKET)
@@ -190,10 +180,10 @@ def define(parallel: int) -> Any:
                     placed(job, "Train", **long, cached=True)
                 with dsl.Else(name="On one"):
                     trained = train(candidate=candidate)
-                    on_gpu(placed(trained, "Train", **TRAIN_SIZE, **long, cached=True), gpu)
+                    on_gpu(placed(trained, "Train", **TRAIN_SIZE, **long, cached=True), **gpu)
                 # It finds the model by the candidate: OneOf fails over a step from the cache.
                 evaluated = evaluate(candidate=candidate, **evaluation).after(job, trained)
-                on_gpu(placed(evaluated, "Evaluate", **evaluating, cached=True), gpu)
+                on_gpu(placed(evaluated, "Evaluate", **evaluating, cached=True), **gpu)
 
             registered = register(
                 run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
@@ -206,15 +196,12 @@ def define(parallel: int) -> Any:
 
             with dsl.If(caption_images != "", name="Images to caption"):
                 add_caption_steps(
-                    caption_images,
-                    caption_output,
-                    registered.outputs["Output"],
-                    BatchConfig.decode.num_beams,
-                    BatchConfig.shard_images,
-                    NO_OPTIONS,
                     secret_name,
                     gpu,
                     parallel,
+                    images=caption_images,
+                    output=caption_output,
+                    model=registered.outputs["Output"],
                 )
 
     return train_captioner

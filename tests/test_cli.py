@@ -34,18 +34,14 @@ def test_info_counts_the_parameters(captioner: Run) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_help_lists_every_command(captioner: Run) -> None:
-    done = captioner("--help")
-    assert done.returncode == 0
+def test_every_command_is_listed_and_explains_itself(captioner: Run) -> None:
+    overview = captioner("--help")
+    assert overview.returncode == 0
     for command in EVERY:
-        assert f"\n  {command} " in done.stdout
-
-
-@pytest.mark.parametrize("command", EVERY)
-def test_every_command_explains_itself(captioner: Run, command: str) -> None:
-    done = captioner(command, "--help")
-    assert done.returncode == 0
-    assert f"usage: captioner {command}" in done.stdout and "--json" in done.stdout
+        assert f"\n  {command} " in overview.stdout
+        page = captioner(command, "--help")
+        assert page.returncode == 0
+        assert f"usage: captioner {command}" in page.stdout and "--json" in page.stdout
 
 
 def test_an_image_is_captioned_as_from_python(
@@ -120,10 +116,8 @@ def test_explain_draws_the_attention(
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out.html").read_text()
     assert page.count("<figure>") >= 1 and str(image) in page
-    refused(
-        captioner("caption", "-f", image, "--model", saved_model, "--explain", "/proc/x/out.html"),
-        "/proc/x",
-    )
+    options = ("--model", saved_model, "--explain", "/proc/x/out.html")
+    refused(captioner("caption", "-f", image, *options), "/proc/x")
 
 
 @pytest.mark.parametrize(
@@ -133,17 +127,12 @@ def test_explain_draws_the_attention(
         ("train --data x", ["--output"]),
         ("train --data x --output y --learning_rate fast", ["learning-rate", "fast"]),
         ("train --data x --output y --colour red", ["--colour"]),
-        ("train --data x --output y --objective self-critical", ["self-critical", "init_from"]),
-        ("train --data x --output y --dropout 1", ["dropout: 1.0 is not less than 1"]),
-        ("train --data x --output y --preset huge", ["huge", "tiny"]),
         ("train --data gone --output y --preset tiny", ["gone", "captioner ingest"]),
         ("info --preset huge", ["huge"]),
         ("ingest --annotations gone.json --images . --output o", ["gone.json: no such file"]),
         ("ingest --dataset gone --output o", ["gone/annotations/captions_train2017.json"]),
         ("ingest --dataset nowhere://x --output o", ["nowhere"]),
         ("run --dataset gone", ["gone/annotations/captions_train2017.json"]),
-        ("run --candidates '[1]' --dataset {scenes}", ["candidates"]),
-        ("run --candidates '[{{\"lerning_rate\": 1}}]'", ["lerning_rate"]),
         ('run --candidates \'[{{"seed": 1}}, {{"seed": 2}}]\'', ["a name of its own"]),
         ("run --preset huge", ["huge"]),
         ("run --workdir gs://b/work", ["gs://b/work: is not a folder of this machine"]),
@@ -151,7 +140,6 @@ def test_explain_draws_the_attention(
         ("batch --images {scenes} --output '' --model {model}", ["output: is empty"]),
         ("caption -f a.jpg --model {model}", ["a.jpg: no such file"]),
         ("caption -f a.jpg --model {model} --batch_size 0", ["batch_size: 0"]),
-        ("caption -f a.jpg --model {model} --seed 99999999999999999999", ["seed"]),
         ("score --results gone.json --annotations gone.json", ["gone.json"]),
         ("evaluate --model m", ["--data"]),
         ("score --results r --annotations a --images i", ["CLIPScore needs both", "--clip"]),
@@ -187,9 +175,9 @@ def test_without_kfp_the_library_says_how_to_get_it(command: str) -> None:
 def test_a_model_folder_without_weights_is_refused(
     captioner: Run, saved_model: Path, tmp_path: Path, scenes: Path
 ) -> None:
-    shutil.copytree(saved_model, tmp_path / "m")
-    (tmp_path / "m" / "model.safetensors").unlink()
+    weights = shutil.copytree(saved_model, tmp_path / "m") / "model.safetensors"
     image = scenes / "val2017" / "000000000001.jpg"
+    weights.unlink()
     refused(captioner("caption", "-f", image, "--model", "./m"), "./m", "no safetensors")
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"no weights")
+    weights.write_bytes(b"no weights")
     refused(captioner("caption", "-f", image, "--model", "./m"), "./m")

@@ -10,9 +10,8 @@ def close(status: dsl.PipelineTaskFinalStatus, run_name: str) -> None:
     """End the pipeline's run in MLflow, unless its last step did; notify the webhook, if any."""
     from model_lib.exits import exit_in_one_line
     from model_lib.steps.closing import close_pipeline
-    from model_lib.steps.kfp_runs import run_title
-    from model_lib.tracking.server import do_not_wait_long, tracking_from_environment
+    from model_lib.tracking.server import do_not_wait_long
 
     with exit_in_one_line():
         do_not_wait_long()
-        close_pipeline(run_title(run_name), status.state, tracking_from_environment)
+        close_pipeline(run_name, status.state)

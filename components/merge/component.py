@@ -24,8 +24,6 @@ def merge(
     from model_lib.io.storage import read_bytes, write_bytes, write_json
     from model_lib.steps.artifacts import set_metadata
     from model_lib.steps.closing import finish_pipeline
-    from model_lib.steps.kfp_runs import run_title
-    from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():
         merged = merge_planned(plans[0])
@@ -33,4 +31,4 @@ def merge(
         set_metadata(captions, **asdict(merged))
         write_bytes(report.path, read_bytes(merged.report))
         write_bytes(summary.path, summary_markdown(merged).encode())
-        finish_pipeline(run_title(run_name), tracking_from_environment())
+        finish_pipeline(run_name)

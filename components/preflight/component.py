@@ -47,8 +47,13 @@ def preflight(
     from model_lib.registry.config import Policy
     from model_lib.steps.candidates import candidate_configs
     from model_lib.steps.kfp_runs import run_state, run_title
-    from model_lib.steps.preflight import Needs, preflight, require_evaluation, training_sources
-    from model_lib.tracking.server import adopt_secret, do_not_wait_long, tracking_from_environment
+    from model_lib.steps.preflight import preflight, require_evaluation
+    from model_lib.tracking.server import (
+        adopt_secret,
+        do_not_wait_long,
+        require_mlflow,
+        tracking_from_environment,
+    )
     from model_lib.train.trainjob import Machines
 
     with exit_in_one_line():
@@ -71,8 +76,6 @@ def preflight(
             "learning_rate": learning_rate,
             "precision": precision,
         }
-        configs = candidate_configs(candidates, **training) if candidates else []
-        weights, tokenizers = training_sources(configs)
         machines = Machines(
             nodes=nodes,
             image=image,
@@ -86,17 +89,15 @@ def preflight(
             secret_variables=secret_variables,
         )
         preflight(
-            Needs(
-                dataset=dataset,
-                folders=[images],
-                outputs=[data_output, checkpoint_uri, caption_output],
-                weights=[model, clip, *weights],
-                tokenizers=tokenizers,
-                candidates=configs,
-                machines=machines,
-                pairs={"caption_images": images, "caption_output": caption_output},
-                secret=secret_name,
-                keys=secret_keys,
-            )
+            dataset=dataset,
+            images=images,
+            caption_output=caption_output,
+            outputs=[data_output, checkpoint_uri],
+            weights=[model, clip],
+            candidates=candidate_configs(candidates, **training) if candidates else [],
+            machines=machines,
+            secret=secret_name,
+            keys=secret_keys,
         )
-        tracking_from_environment().open_pipeline(run_title(run_name), run_state)
+        tracking = require_mlflow(tracking_from_environment())
+        tracking.open_pipeline(run_title(run_name), run_state)

@@ -30,9 +30,8 @@ def register(
     from model_lib.registry.registry import register as run
     from model_lib.steps.artifacts import set_metadata, write_model
     from model_lib.steps.closing import finish_pipeline
-    from model_lib.steps.kfp_runs import run_title
     from model_lib.steps.outcome import decision_markdown, log_outcome, serving_model
-    from model_lib.tracking.server import tracking_from_environment
+    from model_lib.tracking.server import require_mlflow, tracking_from_environment
 
     with exit_in_one_line():
         config = RegisterConfig(
@@ -43,20 +42,15 @@ def register(
             max_regression=max_regression,
             max_slowdown=max_slowdown,
         )
-        tracking = tracking_from_environment()
+        tracking = require_mlflow(tracking_from_environment())
         registered = run(config, tracking)
         write_bytes(decision.path, decision_markdown(registered, tracking).encode())
         write_bytes(page.path, read_bytes(registered.page))
         set_metadata(decision, **registered.to_dict())
-        name = version_uri(registered.version)
-        write_model(
-            model,
-            model=registered.model,
-            name=name,
-            version=registered.version,
-            champion=registered.promoted,
-        )
+        version = registered.version
+        names = {"name": version_uri(version), "version": version}
+        write_model(model, model=registered.model, **names, champion=registered.promoted)
         log_outcome(registered, tracking)
         serving = serving_model(registered)
-        finish_pipeline(run_title(run_name), tracking, last=not images)
+        finish_pipeline(run_name, last=not images)
         return serving

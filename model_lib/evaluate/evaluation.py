@@ -61,11 +61,20 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
             evaluation = result.evaluation
             storage.remove(unsent)
             run_id = evaluation.mlflow_run_id
-            curves = {run_id: read_curves(config.model)} if run_id is not None else None
+            curves = {} if run_id is None else {run_id: read_curves(config.model)}
             result.write(config.output, render_report(result, curves=curves))
             storage.write_json(unsent, mark)
         if evaluation.mlflow_run_id is not None:
-            _log_scores(config.output, evaluation, tracking)
+            page = storage.read_bytes(storage.join(config.output, "report.html")).decode()
+            metrics, tags = evaluation_metrics(evaluation), evaluation_tags(evaluation)
+            pages = {"evaluation/report.html": page}
+            try:
+                tracking.add(evaluation.mlflow_run_id, metrics, tags, pages)
+            except Exception as error:
+                raise WorkError(
+                    f"{config.output}: is written, but its scores are not in MLflow "
+                    f"({reason(error)}); the same command sends them, and evaluates nothing again"
+                ) from error
         storage.remove(unsent)
         return evaluation
 
@@ -75,20 +84,6 @@ def _key(config: EvaluateConfig) -> str:
     record = storage.join(config.model, "training.json")  # changes with each model that is kept
     about = storage.read_bytes(record).decode() if storage.exists(record) else ""
     return config.key(read_manifest(config.data).fingerprint, about, __version__)
-
-
-def _log_scores(folder: str, evaluation: Evaluation, tracking: Tracking) -> None:
-    """Log an evaluation that is written to the model's run."""
-    report = {"evaluation/report.html": storage.read_bytes(storage.join(folder, "report.html"))}
-    metrics, tags = evaluation_metrics(evaluation), evaluation_tags(evaluation)
-    assert evaluation.mlflow_run_id is not None
-    try:
-        tracking.add(evaluation.mlflow_run_id, metrics, tags, report)
-    except Exception as error:
-        raise WorkError(
-            f"{folder}: is written, but its scores are not in MLflow ({reason(error)}); the same "
-            "command sends them, and evaluates nothing again"
-        ) from error
 
 
 def _evaluate(config: EvaluateConfig) -> EvaluationResult:

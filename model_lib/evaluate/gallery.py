@@ -2,32 +2,19 @@
 
 import base64
 import io
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from model_lib.evaluate.result import Predictions, View
+from model_lib.evaluate.result import Predictions
 
 SHOWN = 120
 """Images in a report: at about 20 kB each, with their attention maps, the page stays below 3 MB."""
 WORST = 60
 """Of these, those with the lowest CIDEr; the others are spread over the rest."""
-FRAME = 4 / 3
-"""Width by height of the frame around an image."""
 DARKEST = 0.25
 """Brightness that is left where there is no attention."""
-
-
-@dataclass(frozen=True)
-class Box:
-    """The position of an image in its frame, or of a square in its image, in percents of the outer
-    one's sides."""
-
-    left: float
-    top: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True)
@@ -40,7 +27,7 @@ class Rival:
     """The candidate's CIDEr less the champion's."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Card:
     """An image, or its captions alone."""
 
@@ -51,13 +38,11 @@ class Card:
     rival: Rival | None = None
     thumbnail: str | None = None
     """JPEG in base64."""
-    box: Box | None = None
-    """The image's, in the frame."""
-    square: Box | None = None
-    """The part of the image that the model saw."""
+    aspect: float = 1.0
+    """Width by height."""
     words: list[tuple[str, str]] = field(default_factory=list)
-    """The caption's words, and for each the brightness that is left of the square, a PNG in
-    base64."""
+    """The caption's words, and for each the brightness that is left of the image's centre square, a
+    PNG in base64."""
 
     @property
     def words_are_caption(self) -> bool:
@@ -85,38 +70,22 @@ def make_cards(predictions: Predictions, champion: Predictions | None) -> list[C
     selected = with_view or select_images(predictions.cider())
     cards = []
     for n in sorted(selected, key=lambda n: (cider[n], n)):
-        rival = None
-        if ids[n] in rivals:
-            caption, score = rivals[ids[n]]
-            rival = Rival(caption, score, cider[n] - score)
         card = Card(
             name=predictions.file_names[n],
             caption=predictions.captions[n],
             references=predictions.references[n],
             cider=cider[n],
-            rival=rival,
         )
-        view = predictions.views.get(ids[n])
-        cards.append(_with_view(card, view) if view else card)
+        if ids[n] in rivals:
+            caption, score = rivals[ids[n]]
+            card.rival = Rival(caption, score, cider[n] - score)
+        if view := predictions.views.get(ids[n]):
+            with Image.open(io.BytesIO(view.thumbnail)) as image:
+                card.aspect = image.width / image.height
+            card.thumbnail = base64.b64encode(view.thumbnail).decode()
+            card.words = [(word, _brightness(weights)) for word, weights in view.words]
+        cards.append(card)
     return cards
-
-
-def _with_view(card: Card, view: View) -> Card:
-    with Image.open(io.BytesIO(view.thumbnail)) as image:
-        width, height = image.size
-    side, aspect = min(width, height), width / height
-    return replace(
-        card,
-        thumbnail=base64.b64encode(view.thumbnail).decode(),
-        box=_centred(min(1.0, aspect / FRAME), min(1.0, FRAME / aspect)),
-        square=_centred(side / width, side / height),
-        words=[(word, _brightness(weights)) for word, weights in view.words],
-    )
-
-
-def _centred(width: float, height: float) -> Box:
-    sides = (50 * (1 - width), 50 * (1 - height), 100 * width, 100 * height)
-    return Box(*(round(side, 2) for side in sides))
 
 
 def _brightness(weights: np.ndarray) -> str:

@@ -27,6 +27,8 @@ DIVERSITY = {
     "ended": ("Complete captions", "{:.1%}", "ended before the longest length"),
     "memorised": ("Memorised captions", "{:.1%}", "in the training set word for word"),
 }
+SPEED = {"images_per_second": ("Images per second", "{:,.1f}", "captioning without scoring")}
+UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,12 @@ def _score_rows(models: Sequence[_Model], compared: Mapping[str, Comparison]) ->
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.scores)
     rows = []
     for name in sorted(names, key=lambda name: name != MAIN):
-        values, ranges = [], []
-        for evaluation in evaluations:
-            value, ends = evaluation.scores.get(name), evaluation.intervals.get(name)
-            values.append("–" if value is None else f"{value:.3f}")
-            ranges.append("" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}")
+        values = [_text(evaluation.scores.get(name), "{:.3f}") for evaluation in evaluations]
+        intervals = [evaluation.intervals.get(name) for evaluation in evaluations]
+        ranges = ["" if ends is None else "{:.3f} to {:.3f}".format(*ends) for ends in intervals]
         rows.append(_Row(name.replace("_", "-"), "", values, ranges, compared.get(name)))
         if name == MAIN:
-            values = [f"{evaluation.shuffled_cider:.3f}" for evaluation in evaluations]
+            values = [_text(evaluation.shuffled_cider, "{:.3f}") for evaluation in evaluations]
             explanation = "against other images' references"
             rows.append(_Row(f"{MAIN}, shuffled", explanation, values, [""] * len(models)))
     return rows
@@ -129,33 +129,29 @@ def _score_rows(models: Sequence[_Model], compared: Mapping[str, Comparison]) ->
 def _habit_rows(models: Sequence[_Model]) -> list[_Row]:
     """Return a row for each figure of a model that is not a score."""
     figures = [
-        (label, form, explanation, [model.evaluation.diversity.get(name) for model in models])
-        for name, (label, form, explanation) in DIVERSITY.items()
+        {**model.evaluation.diversity, "images_per_second": model.evaluation.images_per_second}
+        for model in models
     ]
-    speeds = [model.evaluation.images_per_second for model in models]
-    figures.append(("Images per second", "{:,.1f}", "captioning without scoring", speeds))
     rows = []
-    for label, form, explanation, values in figures:
-        if any(value is not None for value in values):
-            texts = ["–" if value is None else form.format(value) for value in values]
-            rows.append(_Row(label, explanation, texts, []))
+    for name, (label, form, explanation) in (DIVERSITY | SPEED).items():
+        values = [_text(values.get(name), form) for values in figures]
+        if set(values) != {UNKNOWN}:
+            rows.append(_Row(label, explanation, values, []))
     return rows
+
+
+def _text(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else form.format(value)
 
 
 def _charts(models: Sequence[_Model]) -> list[Chart]:
     charts = []
     for title, metrics in CHARTS.items():
-        series = [
-            Series(
-                label=f"{model.evaluation.name}, {split}",
-                colour=model.colour,
-                faint=metric.startswith("train"),
-                points=model.curves[metric],
-            )
-            for model in models
-            for metric, split in metrics.items()
-            if metric in model.curves
-        ]
-        if chart := line_chart(title, "step", series):
-            charts.append(chart)
-    return charts
+        series = []
+        for model in models:
+            for metric in sorted(metrics.keys() & model.curves.keys()):
+                label = f"{model.evaluation.name}, {metrics[metric]}"
+                faint = metric.startswith("train")
+                series.append(Series(label, model.colour, faint, model.curves[metric]))
+        charts.append(line_chart(title, "step", series))
+    return [chart for chart in charts if chart is not None]

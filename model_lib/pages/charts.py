@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 40
@@ -19,18 +20,8 @@ class Series:
     colour: int
     """Number of the colour, the same for all curves of a model."""
     faint: bool
-    points: Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve as it is drawn."""
-
-    label: str
-    colour: int
-    faint: bool
-    points: list[tuple[float, float, str]]
-    """Position on the drawing, and title."""
+    points: Sequence[tuple[Any, ...]]
+    """x and y; of a curve in a `Chart` the position on the drawing, and the title."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class Chart:
     horizontal: str
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    lines: list[Line]
+    lines: list[Series]
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -74,14 +65,9 @@ def line_chart(title: str, horizontal: str, series: Sequence[Series]) -> Chart |
     for curve, points in curves:
         titles = (f"{curve.label}: {y:.4g} at {horizontal} {x:,.0f}" for x, y in points)
         drawn = [(across(x), down(y), text) for (x, y), text in zip(points, titles, strict=True)]
-        lines.append(Line(curve.label, curve.colour, curve.faint, drawn))
-    return Chart(
-        title,
-        horizontal,
-        [(across(x), f"{x:,.0f}") for x in x_ticks],
-        [(down(y), f"{y:.10g}") for y in y_ticks],
-        lines,
-    )
+        lines.append(replace(curve, points=drawn))
+    across_ticks = [(across(x), f"{x:,.0f}") for x in x_ticks]
+    return Chart(title, horizontal, across_ticks, [(down(y), f"{y:.10g}") for y in y_ticks], lines)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -23,7 +23,7 @@ from model_lib.model.config import DecodeConfig
 from model_lib.model.sources import read_training, weights_digest
 from model_lib.pages.page import render_markdown
 from model_lib.presets import PRESETS
-from model_lib.registry.model_uris import captioner_in
+from model_lib.registry.model_uris import MODEL, captioner_in
 from model_lib.tracking.server import MlflowTracking
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ LONGEST_CARD = 5000
 
 def render_card(winner: Evaluation, folder: str) -> str:
     """Return the model card, Markdown, of the model in `folder` with its evaluation."""
-    config = storage.read_json(storage.join(folder, "config.json")) if Path(folder).is_dir() else {}
+    config = storage.read_json(storage.join(folder, "config.json"))
     record = read_training(folder)
     training = record.get("configuration", {})
     preset = PRESETS.get(training.get("preset", ""))
@@ -92,20 +92,12 @@ def requirements(winner: Evaluation) -> list[str]:
 
 
 def log_model(
-    name: str, winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking
+    winner: Evaluation, folder: str, card: str, run_id: str, tracking: MlflowTracking
 ) -> str:
-    """Upload the model to its MLflow run; return its id there.
+    """Upload the model in `folder`, with its evaluation and card, to its MLflow run; return its id.
 
     `mlflow.pyfunc.log_model` would caption the input example, and a process that registers has no
     torch.
-
-    Args:
-        name: of the logged model.
-        winner: the model's evaluation.
-        folder: with its files.
-        card: its model card.
-        run_id: the run.
-        tracking: where the run is.
 
     Raises:
         UserError: the folder holds other weights than those that were evaluated.
@@ -115,7 +107,7 @@ def log_model(
     from mlflow.models import Model
 
     mlflow.set_tracking_uri(tracking.uri)
-    client = mlflow.MlflowClient(tracking.uri)
+    client = tracking.client
     with tempfile.TemporaryDirectory() as scratch:
         files, model = Path(scratch, "model"), Model(run_id=run_id)
         mlflow.pyfunc.save_model(
@@ -128,9 +120,12 @@ def log_model(
             signature=signature(),
             input_example=example(),
         )
-        _require_evaluated(winner, files)
+        copy = str(captioner_in(files))
+        if winner.weights is not None and weights_digest(copy) != winner.weights:
+            message = "holds other weights than those that were evaluated; evaluate it again"
+            raise UserError(f"{winner.model}: {message}")
         logged = client.create_logged_model(
-            client.get_run(run_id).info.experiment_id, name=name, source_run_id=run_id
+            client.get_run(run_id).info.experiment_id, name=MODEL, source_run_id=run_id
         )
         model.model_id = model.model_uuid = logged.model_id
         model.artifact_path = logged.artifact_location
@@ -143,13 +138,4 @@ def log_model(
         finally:
             client.finalize_logged_model(logged.model_id, status)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return str(logged.model_id)
-
-
-def _require_evaluated(winner: Evaluation, files: Path) -> None:
-    """Raise `UserError` if the copy to be uploaded has other weights than those with the scores."""
-    copy = captioner_in(files)
-    if winner.weights is None or copy is None or weights_digest(str(copy)) == winner.weights:
-        return
-    message = "holds other weights than those that were evaluated; evaluate it again"
-    raise UserError(f"{winner.model}: {message}")
+    return logged.model_id

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from model_lib.errors import UserError
@@ -111,10 +110,11 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     page = storage.join(folder, "decision.html")
     champion = _champion_result(config)
     present = champion_version(tracking.uri)
-    version = _find_version(winner.evaluation, present, champion, config, tracking)
+    tags = _version_tags(winner.evaluation, champion, config)
+    version = _find_version(tags, present, tracking)
     if version is not None and str(version.version) == present:
         decision = _read_decision(version)
-        if version.tags[COMPARED_WITH] != _compared_with(champion):
+        if version.tags[COMPARED_WITH] != tags[COMPARED_WITH]:
             champion = None  # it was evaluated as the champion that it is by now
     elif version is not None and DECISION in version.tags:
         decision = replace(_read_decision(version), promote=False)
@@ -127,18 +127,29 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         storage.remove(page)  # of another decision on the same evaluation
         decision = decide(champion, winner, config)
         if version is None:
-            version = _create_version(config, winner.evaluation, champion, decision, tracking)
-    decision = _set_alias(version, decision, champion, tracking)
+            version = _create_version(winner.evaluation, decision, tags, tracking)
+    decision = _set_alias(version, decision, tags[COMPARED_WITH], tracking)
+    evaluations = [candidate.evaluation for candidate in candidates]
     if not storage.exists(page):
         html = render_report(
             winner,
             others=[candidate for candidate in candidates if candidate is not winner],
             champion=champion,
             decision=decision,
-            curves=_curves(candidates),
+            curves={e.mlflow_run_id: read_curves(e.model) for e in evaluations if e.mlflow_run_id},
         )
         storage.write_bytes(page, html.encode())
-    tracking.add(version.run_id, {}, {}, {"evaluation/decision.html": storage.read_bytes(page)})
+    html = storage.read_bytes(page).decode()
+    tracking.add(version.run_id, {}, {}, {"evaluation/decision.html": html})
+    rows = [
+        {
+            "name": evaluation.name,
+            **evaluation.scores,
+            "CIDEr_shuffled": evaluation.shuffled_cider,
+            "mlflow_run_id": evaluation.mlflow_run_id,
+        }
+        for evaluation in evaluations
+    ]
     return Registered(
         winner=winner.evaluation.name,
         version=str(version.version),
@@ -148,7 +159,7 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
         model=winner.evaluation.model,
         evaluation=folder,
         page=page,
-        candidates=[_summary(candidate.evaluation) for candidate in candidates],
+        candidates=rows,
     )
 
 
@@ -168,63 +179,15 @@ def _champion_result(config: RegisterConfig) -> EvaluationResult | None:
     return champion
 
 
-def _compared_with(champion: EvaluationResult | None) -> str:
-    return NONE if champion is None else champion.evaluation.model.removeprefix(version_uri(""))
-
-
-def _find_version(
-    winner: Evaluation,
-    present: str | None,
-    champion: EvaluationResult | None,
-    config: RegisterConfig,
-    tracking: MlflowTracking,
-) -> Any:
-    """Return the version that an earlier call created for the winner, or None.
-
-    The present champion is the one if it has the winner's evaluation; another version, if it was
-    compared with the same champion under the same policy, and never was champion.
-    """
-    condition = f"name = '{MODEL}' and tags.`{EVALUATION}` = '{_digest(winner)}'"
-    tags = {COMPARED_WITH: _compared_with(champion), POLICY: _policy(config)}
-    for version in tracking.client.search_model_versions(condition):
-        is_same = tags.items() <= version.tags.items() and version.tags.get(DECISION) != CHAMPION
-        if is_same or str(version.version) == present:
-            return version
-    return None
-
-
-def _create_version(
-    config: RegisterConfig,
-    winner: Evaluation,
-    champion: EvaluationResult | None,
-    decision: Decision,
-    tracking: MlflowTracking,
-) -> Any:
-    """Upload the winner's model and make it a version; return MLflow's `ModelVersion`."""
-    from mlflow.exceptions import MlflowException
-
-    folder = captioner_folder(winner.model)
-    if not Path(folder).is_dir():
-        raise UserError(
-            f"{winner.model}: lies on a hub; fetch it into a folder, evaluate it there and "
-            "register that"
-        )
-    client = tracking.client
-    run_id = winner.mlflow_run_id
-    if run_id is None or not tracking.knows(run_id):
-        run_id = tracking.create_finished_run(winner.name)
-    card = render_card(winner, folder)
-    model_id = log_model(MODEL, winner, folder, card, run_id, tracking)
-    # Another pod may have registered the same evaluation meanwhile.
-    present = champion_version(tracking.uri)
-    if version := _find_version(winner, present, champion, config, tracking):
-        return version
-    try:
-        client.create_registered_model(MODEL)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    tags = {
+def _version_tags(
+    winner: Evaluation, champion: EvaluationResult | None, config: RegisterConfig
+) -> dict[str, str]:
+    """Return the tags of the winner's version that do not depend on the decision."""
+    digest = hashlib.sha256(json.dumps(asdict(winner), sort_keys=True).encode()).hexdigest()
+    compared_with = NONE
+    if champion is not None:
+        compared_with = champion.evaluation.model.removeprefix(version_uri(""))
+    return {
         "name": winner.name,
         "metric": config.metric,
         "scores": json.dumps(winner.scores),
@@ -232,19 +195,56 @@ def _create_version(
         "split": winner.split,
         "images": str(winner.images),
         "data_fingerprint": winner.data_fingerprint or "",
-        EVALUATION: _digest(winner),
-        COMPARED_WITH: _compared_with(champion),
-        POLICY: _policy(config),
-        REASON: decision.reason,
-        COMPARISONS: json.dumps([asdict(comparison) for comparison in decision.comparisons]),
+        EVALUATION: digest,
+        COMPARED_WITH: compared_with,
+        POLICY: json.dumps({field.name: getattr(config, field.name) for field in fields(Policy)}),
     }
+
+
+def _find_version(tags: dict[str, str], present: str | None, tracking: MlflowTracking) -> Any:
+    """Return the version that an earlier call created for the winner, or None.
+
+    The present champion is the one if it has the winner's evaluation; another version, if it was
+    compared with the same champion under the same policy, and never was champion.
+    """
+    condition = f"name = '{MODEL}' and tags.`{EVALUATION}` = '{tags[EVALUATION]}'"
+    for version in tracking.client.search_model_versions(condition):
+        is_same = all(version.tags.get(name) == tags[name] for name in (COMPARED_WITH, POLICY))
+        was_champion = version.tags.get(DECISION) == CHAMPION
+        if (is_same and not was_champion) or str(version.version) == present:
+            return version
+    return None
+
+
+def _create_version(
+    winner: Evaluation, decision: Decision, tags: dict[str, str], tracking: MlflowTracking
+) -> Any:
+    """Upload the winner's model and make it a version; return MLflow's `ModelVersion`."""
+    from mlflow.exceptions import MlflowException
+
+    folder = captioner_folder(winner.model)
+    client = tracking.client
+    run_id = winner.mlflow_run_id
+    if run_id is None or not tracking.knows(run_id):
+        run_id = tracking.create_finished_run(winner.name)
+    card = render_card(winner, folder)
+    model_id = log_model(winner, folder, card, run_id, tracking)
+    # Another pod may have registered the same evaluation meanwhile.
+    if version := _find_version(tags, champion_version(tracking.uri), tracking):
+        return version
+    try:
+        client.create_registered_model(MODEL)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    comparisons = json.dumps([asdict(comparison) for comparison in decision.comparisons])
     version = retry(  # of several at once, the numbers of some collide
         "creating a model version",
         lambda: client.create_model_version(
             MODEL,
             f"models:/{model_id}",
             run_id,
-            tags=tags,
+            tags={**tags, REASON: decision.reason, COMPARISONS: comparisons},
             description=card[:LONGEST_CARD],
             model_id=model_id,
         ),
@@ -257,19 +257,22 @@ def _create_version(
 
 
 def _set_alias(
-    version: Any, decision: Decision, champion: EvaluationResult | None, tracking: MlflowTracking
+    version: Any, decision: Decision, compared_with: str, tracking: MlflowTracking
 ) -> Decision:
     """Make a version champion or challenger; return the decision as it was carried out."""
     client, number = tracking.client, str(version.version)
     if decision.promote and (present := champion_version(tracking.uri)) != number:
-        if (present or NONE) == _compared_with(champion):
+        if (present or NONE) == compared_with:
             client.set_registered_model_alias(MODEL, CHAMPION, number)
             time.sleep(SETTLE)
             present = champion_version(tracking.uri)
         if present != number:
-            reason = _overtaken(present, _compared_with(champion))
-            decision = replace(decision, promote=False, reason=reason)
-            client.set_model_version_tag(MODEL, number, REASON, reason)
+            other = NONE if compared_with == NONE else f"version {compared_with}"
+            reason = f"version {present} became champion while it was compared with {other}"
+            if present is None:
+                reason = f"{other}, with which it was compared, is not the champion any more"
+            decision = replace(decision, promote=False, reason=f"{reason}: evaluate again")
+            client.set_model_version_tag(MODEL, number, REASON, decision.reason)
     alias = CHAMPION if decision.promote else CHALLENGER
     if version.tags.get(DECISION) != alias:
         if alias == CHALLENGER:
@@ -278,36 +281,6 @@ def _set_alias(
     return decision
 
 
-def _overtaken(present: str | None, compared_with: str) -> str:
-    other = NONE if compared_with == NONE else f"version {compared_with}"
-    if present is None:
-        return f"{other}, with which it was compared, is not the champion any more: evaluate again"
-    return f"version {present} became champion while it was compared with {other}: evaluate again"
-
-
 def _read_decision(version: Any) -> Decision:
     comparisons = [Comparison(**row) for row in json.loads(version.tags[COMPARISONS])]
     return Decision(True, version.tags[REASON], comparisons)
-
-
-def _digest(evaluation: Evaluation) -> str:
-    return hashlib.sha256(json.dumps(evaluation.to_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def _policy(config: RegisterConfig) -> str:
-    return json.dumps({field.name: getattr(config, field.name) for field in fields(Policy)})
-
-
-def _curves(candidates: list[EvaluationResult]) -> dict[str, Any]:
-    """Return each candidate's curves of training, by its MLflow run."""
-    evaluations = [candidate.evaluation for candidate in candidates]
-    return {e.mlflow_run_id: read_curves(e.model) for e in evaluations if e.mlflow_run_id}
-
-
-def _summary(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "name": evaluation.name,
-        **evaluation.scores,
-        "CIDEr_shuffled": evaluation.shuffled_cider,
-        "mlflow_run_id": evaluation.mlflow_run_id,
-    }

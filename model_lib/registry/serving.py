@@ -21,6 +21,12 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UN
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image
 
+from model_lib.errors import UserError, WorkError
+from model_lib.io.images import ImageError, is_image
+from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
+from model_lib.model.config import DecodeConfig
+from model_lib.options import require
+
 SHOWN = 80
 """Characters of a row in an error: base64 may be megabytes."""
 LONGEST_PATH = 4096
@@ -69,9 +75,7 @@ class CaptionerModel(PythonModel):
         Raises:
             Refused: some rows are no images, which the message names; or options are out of range.
         """
-        from model_lib.errors import UserError, WorkError
         from model_lib.model.captioning import caption_each
-        from model_lib.model.config import DecodeConfig
 
         try:
             config = DecodeConfig.from_options(**(params or {}))
@@ -81,22 +85,18 @@ class CaptionerModel(PythonModel):
             results = list(caption_each(self.model, rows, config, redirects=False))
         except UserError as error:
             raise Refused(str(error)) from error
-        captions: list[str] = []
-        problems: dict[str, bool] = {}  # and whether asking again may help
-        for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
-            if isinstance(result, list):
-                captions.append(result[0].text)
-            else:
-                message = f"row {number} of {len(rows)}: {_describe(row, result)}"
-                problems[message] = isinstance(result, WorkError)
+        problems = [(n, r) for n, r in enumerate(results) if not isinstance(r, list)]
         if problems:
-            messages = [*problems][:NAMED]
+            messages = [
+                f"row {n + 1} of {len(rows)}: {_describe(rows[n], problem)}"
+                for n, problem in problems[:NAMED]
+            ]
             if len(problems) > NAMED:
                 messages.append(f"{len(problems) - NAMED} more rows")
-            is_transient = all(problems.values())
+            is_transient = all(isinstance(problem, WorkError) for _, problem in problems)
             code = TEMPORARILY_UNAVAILABLE if is_transient else INVALID_PARAMETER_VALUE
             raise Refused("; ".join(messages), code)
-        return captions
+        return [result[0].text for result in results if isinstance(result, list)]
 
 
 def _image_column(model_input: Any) -> list[Any]:
@@ -123,10 +123,6 @@ def _decode_row(row: Any) -> Any:
     """Return the image in a row for `captioning.load_image`: base64 and data URIs as bytes, a path
     or URI unchanged; or the error of a row that is none of these, or that a server does not open.
     """
-    from model_lib.errors import UserError
-    from model_lib.io.images import is_image
-    from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
-
     if isinstance(row, BYTES):
         return bytes(row)
     if isinstance(row, np.ndarray) and row.dtype.kind in "iu" and np.all((row >= 0) & (row < 256)):
@@ -148,11 +144,11 @@ def _decode_row(row: Any) -> Any:
         return UserError("base64, but not of an image")
     if len(row) > LONGEST_PATH:
         return UserError(f"neither base64 nor a path or URI: {row[:SHOWN]!r}")
-    try:
-        if is_serving():
+    if is_serving():
+        try:
             require_allowed(row)
-    except UrlNotAllowed as error:
-        return error
+        except UrlNotAllowed as error:
+            return error
     return row
 
 
@@ -175,12 +171,9 @@ def _decode_base64(encoded: bytes) -> bytes | None:
 
 def _require_limits(rows: int, config: Any) -> None:
     """Raise `UserError` if a request to a server asks for too much at once."""
-    from model_lib.io.url_policy import is_serving
-    from model_lib.options import require
-
     if is_serving():
-        limit = f"more than the {MOST_ROWS} that a request may have here; send several"
-        require(rows <= MOST_ROWS, f"{rows} rows: are {limit}")
+        limit = f"more than the {MOST_ROWS} that a request may have here"
+        require(rows <= MOST_ROWS, f"{rows} rows: are {limit}; send several")
         for name, most in LIMITS.items():
             value = getattr(config, name)
             limit = f"more than the {most} that a request may have here"
@@ -189,8 +182,6 @@ def _require_limits(rows: int, config: Any) -> None:
 
 def _describe(row: Any, problem: Exception) -> str:
     """Return what is wrong with a row, in one line."""
-    from model_lib.io.images import ImageError
-
     message = " ".join(str(problem).split())
     if not isinstance(row, str):
         return message

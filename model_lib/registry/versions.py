@@ -27,7 +27,7 @@ class Version:
     metric: str
     """The score that decided."""
     score: float | None
-    interval: tuple[float, float] | None
+    interval: list[float] | None
     """The score's 95 % interval."""
     scores: dict[str, float]
     split: str
@@ -58,23 +58,20 @@ def list_versions(tracking: Tracking) -> list[Version]:
 
 def _read_version(version: Any, aliases: dict[str, str]) -> Version:
     tags, number = version.tags, str(version.version)
-    scores = json.loads(tags.get("scores", "{}"))
-    interval = json.loads(tags.get("intervals", "{}")).get(metric := tags.get("metric", "CIDEr"))
+    texts = ("name", "split", "data_fingerprint", DECISION, REASON)
+    metric = tags.get("metric", "CIDEr")
+    scores, intervals = (json.loads(tags.get(name, "{}")) for name in ("scores", "intervals"))
     registered_at = datetime.fromtimestamp(version.creation_timestamp / 1000, UTC)
     compared_with = tags.get(COMPARED_WITH, NONE)
     return Version(
+        **{name: tags.get(name, "") for name in texts},
         version=number,
-        name=tags.get("name", ""),
         metric=metric,
         score=scores.get(metric),
-        interval=None if interval is None else tuple(interval),
+        interval=intervals.get(metric),
         scores=scores,
-        split=tags.get("split", ""),
         images=int(tags.get("images", 0)),
-        data_fingerprint=tags.get("data_fingerprint", ""),
         aliases=sorted(alias for alias, at in aliases.items() if str(at) == number),
-        decision=tags.get(DECISION, ""),
-        reason=tags.get(REASON, ""),
         compared_with=None if compared_with == NONE else compared_with,
         rolled_back=tags.get(ROLLED_BACK),
         registered_at=registered_at.isoformat(timespec="seconds"),
@@ -84,9 +81,9 @@ def _read_version(version: Any, aliases: dict[str, str]) -> Version:
 
 def versions_table(versions: list[Version]) -> list[str]:
     """Return the versions as lines of text: a row each, followed by the reason for its decision."""
+    deciding = {version.metric for version in versions}
     names = dict.fromkeys(name for version in versions for name in version.scores)
-    metrics = {version.metric for version in versions}
-    others = [name for name in names if name not in HIDDEN and metrics != {name}]
+    others = [name for name in names if name not in HIDDEN and deciding != {name}]
     rows = [["version", "name", "deciding score", *others, "data", "aliases", "decision"]]
     for v in versions:
         score = "none" if v.score is None else f"{v.metric} {v.score:.4f}"
@@ -95,32 +92,22 @@ def versions_table(versions: list[Version]) -> list[str]:
         cells = [f"{v.scores[name]:.4f}" if name in v.scores else "–" for name in others]
         data = f"{v.images:,} of {v.split} in {v.data_fingerprint[:12] or 'unknown'}"
         decision = f"{v.decision}, rolled back" if v.rolled_back else v.decision
-        aliases = ", ".join(v.aliases) or "–"
-        rows.append([v.version, v.name, score, *cells, data, aliases, decision])
+        rows.append([v.version, v.name, score, *cells, data, ", ".join(v.aliases) or "–", decision])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines, indent = padded[:1], " " * (widths[0] + 2)
-    for v, line in zip(versions, padded[1:], strict=True):
+    form = "  ".join(f"{{:<{width}}}" for width in widths)
+    header, *lines = [form.format(*row).rstrip() for row in rows]
+    table, indent = [header], " " * (widths[0] + 2)
+    for v, line in zip(versions, lines, strict=True):
         notes = [v.reason, f"rolled back: {v.rolled_back}" if v.rolled_back else ""]
-        lines += [line, *(indent + note for note in notes if note)]
-    return lines
+        table += [line, *(indent + note for note in notes if note)]
+    return table
 
 
-@dataclass(frozen=True)
-class RolledBack:
-    """The outcome of a rollback."""
-
-    champion: str
-    """The version that serves now …"""
-    rolled_back: str
-    """… and the one that did."""
-
-
-def rollback(tracking: Tracking) -> RolledBack:
+def rollback(tracking: Tracking) -> dict[str, str]:
     """Make the version champion that the present one replaced; a second time goes back further.
+
+    Returns:
+        {"champion": the version that serves now, "rolled_back": the one that did}.
 
     Raises:
         UserError: there is no champion, or none before it.
@@ -147,4 +134,4 @@ def rollback(tracking: Tracking) -> RolledBack:
     note = f"version {previous} is champion again since {now}"
     client.set_model_version_tag(MODEL, present, ROLLED_BACK, note)
     client.set_registered_model_alias(MODEL, CHAMPION, previous)
-    return RolledBack(previous, present)
+    return {"champion": previous, "rolled_back": present}

@@ -63,20 +63,15 @@ def spice_scores(
     captions: Mapping[int, str], references: Mapping[int, Sequence[str]], folder: str
 ) -> np.ndarray:
     """Return the SPICE of each image's caption, float64 [images]; 0 where it has nothing to
-    compare.
+    compare. `WorkError` if the program fails.
 
     Args:
         captions: by image id.
         references: by image id, at least those of `captions`.
         folder: with `MODELS`.
-
-    Raises:
-        UserError: there is no Java, or the folder has no models.
-        WorkError: the program failed.
     """
     from pycocoevalcap.spice import spice
 
-    require_spice(folder)
     home = Path(spice.__file__).parent
     models = [Path(folder, name) for name in MODELS]
     classes = [home / spice.SPICE_JAR, *sorted((home / "lib").glob("*.jar")), *models]
@@ -91,13 +86,8 @@ def spice_scores(
         command = ["java", f"-Xmx{MEMORY}", "-cp", os.pathsep.join(map(str, classes))]
         command += ["edu.anu.spice.SpiceScorer", str(inputs), "-cache", f"{scratch}/cache"]
         command += ["-out", str(outputs), "-subset", "-silent"]
-        process = subprocess.run(
-            command,
-            env={**os.environ, "JDK_JAVA_OPTIONS": java_options},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {**os.environ, "JDK_JAVA_OPTIONS": java_options}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
         if process.returncode or not outputs.exists():
             lines = process.stderr.splitlines()
             errors = [line.strip() for line in lines if "Exception" in line or "Error" in line]

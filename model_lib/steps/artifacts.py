@@ -10,10 +10,6 @@ def set_metadata(artifact: Any, **values: Any) -> None:
     """Set an artifact's metadata, without values that are None or not finite, at any depth.
 
     Kubeflow Pipelines (2.17) refuses these after the step's work, and then fails the step.
-
-    Args:
-        artifact: of kfp.
-        values: JSON values by name.
     """
     artifact.metadata.update(_storable(values))
 

@@ -7,6 +7,7 @@ from typing import Any
 from model_lib.data.shards import read_manifest
 from model_lib.errors import UserError
 from model_lib.io import storage
+from model_lib.options import require
 from model_lib.train.config import TrainConfig, pin_sources, resolve
 
 
@@ -38,14 +39,13 @@ def candidate_configs(candidates: Any, **common: Any) -> list[TrainConfig]:
     configs = []
     for candidate in candidates:
         for name in ("data", "output"):
-            if name in candidate:
-                message = f"{name} is set by the pipeline; leave it out"
-                raise UserError(f"candidate {candidate}: {message}")
+            message = f"candidate {candidate}: {name} is set by the pipeline; leave it out"
+            require(name not in candidate, message)
         options = form | candidate | {"data": "-", "output": "-"}
         configs.append(TrainConfig.from_options(**options))
     names = [config.name for config in configs]
-    if len(set(names)) < len(names):
-        raise UserError(f"candidates: each needs a name of its own, not {', '.join(names)}")
+    message = f"candidates: each needs a name of its own, not {', '.join(names)}"
+    require(len(set(names)) == len(names), message)
     return configs
 
 
@@ -59,19 +59,10 @@ def configure_candidates(
 ) -> list[dict[str, Any]]:
     """Return each candidate's configuration as a document {"fingerprint", "options", "cache_key"}.
 
-    The name of its output contains a hash of its options and data. A retry and a rerun find the
-    same checkpoints; another configuration or other data does not.
-
-    Args:
-        data: the data set's manifest.
-        fingerprint: the data set's.
-        root: folder or URI of the candidates' outputs.
-        cache_key: any text; with another one Kubeflow Pipelines does not take steps from its cache.
-        candidates: options of each candidate, which override the common ones.
-        common: see `candidate_configs`.
-
-    Raises:
-        UserError: an option is unknown or out of range.
+    The name of its output, in the folder `root`, contains a hash of its options and data. A retry
+    and a rerun find the same checkpoints; another configuration or other data does not. With
+    another `cache_key` Kubeflow Pipelines does not take steps from its cache. See
+    `candidate_configs` for the candidates.
     """
     documents = []
     for config in candidate_configs(candidates, **common):

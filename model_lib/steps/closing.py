@@ -12,11 +12,16 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 from model_lib.errors import first_line, printable
-from model_lib.tracking.runs import Tracking
+from model_lib.steps.kfp_runs import run_title
+from model_lib.tracking.server import (
+    NOTIFIED_TAG,
+    MlflowTracking,
+    require_mlflow,
+    tracking_from_environment,
+)
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 3
@@ -25,21 +30,17 @@ COMPLETE = ("COMPLETE", "SUCCEEDED")
 """States of a run that succeeded, in Kubeflow Pipelines and in kfp.local."""
 
 
-def finish_pipeline(run_name: str, tracking: Tracking, last: bool = True) -> None:
-    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL.
+def finish_pipeline(run_name: str, last: bool = True) -> None:
+    """End the pipeline run's MLflow run as succeeded and notify WEBHOOK_URL, if the calling step is
+    the `last`.
 
     Called again, it notifies no second time.
-
-    Args:
-        run_name: the pipeline run's name.
-        tracking: of its runs.
-        last: whether the calling step is the run's last; else nothing is done.
     """
     if last:
-        _end(run_name, SUCCEEDED, tracking)
+        _end(run_name, SUCCEEDED, require_mlflow(tracking_from_environment()))
 
 
-def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tracking]) -> None:
+def close_pipeline(run_name: str, kfp_state: str) -> None:
     """End as failed the MLflow runs that a pipeline run left open, and notify WEBHOOK_URL unless
     that was done.
 
@@ -47,12 +48,12 @@ def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tr
         run_name: the pipeline run's name.
         kfp_state: as Kubeflow Pipelines (2.17) gives it to an exit handler: still RUNNING where the
             last steps were skipped or cached. It counts only where MLflow does not know.
-        find_tracking: returns the tracking; called here, as it may fail.
     """
     try:
-        tracking = find_tracking()
-        if tracking.parent() is not None:
-            _end(run_name, SUCCEEDED if tracking.succeeded() else FAILED, tracking)
+        tracking = require_mlflow(tracking_from_environment())
+        run = tracking.pipeline_run()
+        if run is not None:
+            _end(run_name, SUCCEEDED if run.info.status == "FINISHED" else FAILED, tracking)
             return
         state = FAILED  # the first step creates the run, or fails
     except Exception as error:  # MLflow may be why the run failed
@@ -62,11 +63,16 @@ def close_pipeline(run_name: str, kfp_state: str, find_tracking: Callable[[], Tr
         _notify(run_name, state, None)
 
 
-def _end(run_name: str, state: str, tracking: Tracking) -> None:
-    address = tracking.close_pipeline(state == SUCCEEDED)
-    if tracking.notified() != state and _notify(run_name, state, address):
+def _end(run_name: str, state: str, tracking: MlflowTracking) -> None:
+    run = tracking.close_pipeline(state == SUCCEEDED)
+    if run is None:
+        _notify(run_name, state, None)
+        return
+    run_id = run.info.run_id
+    is_new = run.data.tags.get(NOTIFIED_TAG) != state
+    if is_new and _notify(run_name, state, tracking.run_url(run_id)):
         try:
-            tracking.set_notified(state)
+            tracking.client.set_tag(run_id, NOTIFIED_TAG, state)
         except Exception as error:  # at worst it is notified a second time
             log.warning("the notification is not in MLflow: %s", printable(first_line(error)))
 
@@ -76,28 +82,26 @@ def _notify(run_name: str, state: str, address: str | None) -> bool:
 
     Return whether the webhook accepted it.
     """
-    webhook = os.environ.get("WEBHOOK_URL")
+    webhook, name = os.environ.get("WEBHOOK_URL"), run_title(run_name)
     if not webhook:
         return False
     outcome = "ended, MLflow does not say how" if state == UNKNOWN else state.lower()
-    text = f"captioner: {run_name} {outcome}" + (f" ({address})" if address else "")
-    return _post(webhook, {"run": run_name, "state": state, "mlflow": address, "text": text})
+    text = f"captioner: {name} {outcome}" + (f" ({address})" if address else "")
+    return _post(webhook, {"run": name, "state": state, "mlflow": address, "text": text})
 
 
 def _post(webhook: str, document: dict[str, Any]) -> bool:
     """Post JSON; return whether it was accepted. The log does not show the address, a secret."""
+    body, headers = json.dumps(document).encode(), {"Content-Type": "application/json"}
     for attempt in range(ATTEMPTS):
         try:
-            request = urllib.request.Request(
-                webhook, json.dumps(document).encode(), {"Content-Type": "application/json"}
-            )
+            request = urllib.request.Request(webhook, body, headers)
             with urllib.request.urlopen(request, timeout=10):
                 return True
         except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = type(getattr(error, "reason", error)).__name__
             if isinstance(error, urllib.error.HTTPError):
                 reason = f"status {error.code}"
-            else:
-                reason = type(getattr(error, "reason", error)).__name__
             message = "the webhook did not accept the outcome (attempt %d): %s"
             log.warning(message, attempt + 1, reason)
             time.sleep(2**attempt)

@@ -24,9 +24,8 @@ def run_state(run_id: str) -> str | None:
     Raises:
         OSError: the server does not answer.
     """
-    host = os.environ.get("ML_PIPELINE_SERVICE_HOST")
-    port = os.environ.get("ML_PIPELINE_SERVICE_PORT")
-    if not host or not port:
+    host, port = (os.environ.get(f"ML_PIPELINE_SERVICE_{name}") for name in ("HOST", "PORT"))
+    if not host:
         return None
     url = f"http://{host}:{port}/apis/v2beta1/runs/{run_id}"
     try:

@@ -5,10 +5,10 @@ from model_lib.evaluate.result import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.registry.model_uris import CHAMPION, MODEL, version_uri
 from model_lib.registry.registry import Registered
-from model_lib.tracking.runs import Tracking
+from model_lib.tracking.server import MlflowTracking
 
 
-def decision_markdown(registered: Registered, tracking: Tracking) -> str:
+def decision_markdown(registered: Registered, tracking: MlflowTracking) -> str:
     """Return the decision as Markdown for the pipeline's page, each candidate linked to its MLflow
     run."""
     names = [name for name, value in registered.candidates[0].items() if isinstance(value, float)]
@@ -22,7 +22,7 @@ def decision_markdown(registered: Registered, tracking: Tracking) -> str:
     return "\n\n".join([heading, registered.reason, "\n".join(rows)]) + "\n"
 
 
-def log_outcome(registered: Registered, tracking: Tracking) -> None:
+def log_outcome(registered: Registered, tracking: MlflowTracking) -> None:
     """Add the decision and the winner's scores to the pipeline's MLflow run."""
     winner, champion = Evaluation.read(registered.evaluation), registered.champion_version
     tags = {

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from model_lib.io import storage
 from model_lib.io.errors import is_transient
 from model_lib.io.hub import pin_revision
 from model_lib.model.sources import is_hub_name
+from model_lib.options import require
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
 from model_lib.registry.model_uris import require_version
@@ -33,31 +33,63 @@ TIMEOUT = 40.0
 """Seconds after which a check without an answer counts as failed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """Everything that a pipeline needs; empty strings are left out."""
+def preflight(
+    *,
+    dataset: str = "",
+    images: str = "",
+    caption_output: str = "",
+    outputs: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    candidates: Sequence[TrainConfig] = (),
+    machines: Machines | None = None,
+    secret: str = "",
+    keys: Sequence[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Check everything that a pipeline needs; empty strings are left out.
 
-    dataset: str = ""
-    """Folder or URI in COCO's layout, or with its archives, to read."""
-    folders: Sequence[str] = ()
-    """Folders or URIs to read."""
-    outputs: Sequence[str] = ()
-    """Folders or URIs to write."""
-    weights: Sequence[str] = ()
-    """Models: hub names, folders, URIs or `models:/…`."""
-    tokenizers: Sequence[str] = ()
-    """Tokenizers: hub names, folders or URIs."""
-    candidates: Sequence[TrainConfig] = ()
-    """Candidates to train."""
-    machines: Machines | None = None
-    """Machines on which each is trained; more than one need Kubeflow Trainer."""
-    pairs: Mapping[str, str] = field(default_factory=dict)
-    """Parameters by name: either all are set or none."""
-    secret: str = "captioner"
-    """Name of the Kubernetes secret with the steps' variables."""
-    keys: Sequence[str] = ()
-    """Keys that the secret must have."""
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    Args:
+        dataset: folder or URI in COCO's layout, or with its archives.
+        images, caption_output: folders or URIs to read and to write; either both or none.
+        outputs: other folders or URIs to write.
+        weights: models besides those of the candidates: hub names, folders, URIs or `models:/…`.
+        candidates: to be trained.
+        machines: on which each is trained; more than one need Kubeflow Trainer.
+        secret, keys: the Kubernetes secret with the steps' variables, and what it must have.
+        environment: this step's variables.
+
+    Raises:
+        UserError: something is missing; the message names all of it.
+        WorkError: nothing is known to be missing, but a server failed or did not answer, which may
+            pass.
+    """
+    missing = [
+        f"secret {secret}: no key {key} in the pipeline's namespace, or none that the steps read"
+        for key in keys
+        if not environment.get(key)
+    ]
+    if bool(images) != bool(caption_output):
+        missing.append(f"{'caption_output' if images else 'caption_images'}: is empty")
+    sources, tokenizers = training_sources(candidates)
+    uri = environment.get("MLFLOW_TRACKING_URI")
+    checks: dict[str, Check] = {"MLflow": partial(_tracking, uri)}
+    if dataset:
+        checks[f"reading {dataset}"] = partial(_dataset, dataset)
+    if images:
+        checks[f"reading {images}"] = partial(_readable, images)
+    for output in filter(None, (*outputs, caption_output)):
+        checks[f"writing to {output}"] = partial(storage.require_writable, output)
+    for source in filter(None, (*weights, *sources)):
+        checks[f"weights {source}"] = partial(_weights, source)
+    for source in tokenizers:
+        checks[f"tokenizer {source}"] = partial(_tokenizer, source)
+    if machines is not None and machines.nodes > 1:
+        checks["Kubeflow Trainer"] = partial(require_trainer, candidates, machines)
+    problems = _run_checks(checks)
+    if missing or problems:
+        is_mistake = missing or any(isinstance(problem, UserError) for problem in problems)
+        message = "; ".join([*missing, *map(str, problems)])
+        raise UserError(message) if is_mistake else WorkError(message)
 
 
 def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list[str]]:
@@ -65,12 +97,12 @@ def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list
     weights: set[str] = set()
     tokenizers: set[str] = set()
     for config in candidates:
-        parts = PRESETS[config.preset]
+        preset = PRESETS[config.preset]
         if config.init_from is not None:
             weights.add(config.init_from)
-        elif parts.vision is not None and parts.decoder is not None:
-            weights |= {config.vision or parts.vision, config.decoder or parts.decoder}
-            tokenizers.add(config.tokenizer or config.decoder or parts.decoder)
+        elif preset.vision is not None and preset.decoder is not None:
+            weights |= {config.vision or preset.vision, config.decoder or preset.decoder}
+            tokenizers.add(config.tokenizer or config.decoder or preset.decoder)
     return sorted(weights), sorted(tokenizers)
 
 
@@ -79,53 +111,11 @@ def require_evaluation(policy: Policy, **evaluating: Any) -> None:
     score."""
     options = {name: value for name, value in evaluating.items() if value != ""}
     config = EvaluateConfig.from_options(model="-", data="-", output="-", **options)
-    if policy.metric == "SPICE":
-        message = "is not computed in a pipeline; choose another score"
-        raise UserError(f"register_metric SPICE: {message}")
-    if policy.metric.endswith("CLIPScore") and config.clip is None:
-        raise UserError(f"register_metric {policy.metric}: needs eval_clip")
-
-
-def preflight(needs: Needs) -> None:
-    """Check everything that is needed.
-
-    Raises:
-        UserError: something is missing; the message names all of it.
-        WorkError: nothing is known to be missing, but a server failed or did not answer, which may
-            pass.
-    """
-    secret = f"secret {needs.secret}: no key"
-    missing = [
-        f"{secret} {key} in the pipeline's namespace, or none that the steps read"
-        for key in needs.keys
-        if not needs.environment.get(key)
-    ]
-    if any(needs.pairs.values()):
-        missing += [f"{name}: is empty" for name, value in needs.pairs.items() if not value]
-    problems = _run_checks(_checks(needs))
-    if missing or problems:
-        is_mistake = missing or any(isinstance(problem, UserError) for problem in problems)
-        message = "; ".join([*missing, *map(str, problems)])
-        raise UserError(message) if is_mistake else WorkError(message)
-
-
-def _checks(needs: Needs) -> dict[str, Check]:
-    checks: dict[str, Check] = {
-        "MLflow": partial(_tracking, needs.environment.get("MLFLOW_TRACKING_URI"))
-    }
-    if needs.dataset:
-        checks[f"reading {needs.dataset}"] = partial(_dataset, needs.dataset)
-    for folder in filter(None, needs.folders):
-        checks[f"reading {folder}"] = partial(_readable, folder)
-    for output in filter(None, needs.outputs):
-        checks[f"writing to {output}"] = partial(storage.require_writable, output)
-    for source in filter(None, needs.weights):
-        checks[f"weights {source}"] = partial(_weights, source)
-    for source in needs.tokenizers:
-        checks[f"tokenizer {source}"] = partial(_tokenizer, source)
-    if needs.machines is not None and needs.machines.nodes > 1:
-        checks["Kubeflow Trainer"] = partial(require_trainer, needs.candidates, needs.machines)
-    return checks
+    metric = f"register_metric {policy.metric}"
+    spice = policy.metric == "SPICE"
+    require(not spice, f"{metric}: is not computed in a pipeline; choose another score")
+    has_clip = config.clip is not None or not policy.metric.endswith("CLIPScore")
+    require(has_clip, f"{metric}: needs eval_clip")
 
 
 def _run_checks(checks: Mapping[str, Check]) -> list[Exception]:

@@ -15,8 +15,6 @@ from model_lib.io import storage
 from model_lib.io.errors import input_errors, store_errors
 
 NAME = "metrics.jsonl"
-CHUNK = 2**14
-"""Bytes read at once: fewer than the 1,000 points that an MLflow server takes in one call."""
 Point = tuple[str, float, int, int]
 """A metric's name, its value, milliseconds since 1970, and the step: as MLflow's `Metric`."""
 
@@ -40,10 +38,10 @@ class MetricsFile:
         content = storage.read_bytes(self.uri) if storage.exists(self.uri) else b""
         lines = _whole_lines(content) if step > 0 else []
         with _format_errors(self.uri):
-            rows = [json.loads(line) for line in lines]
-            kept = [n for n, row in enumerate(rows) if row["step"] <= step]
-            self.time_ms = max((rows[n]["time_ms"] for n in kept), default=0)
-        start = b"".join(lines[n] for n in kept)
+            rows = [(line, json.loads(line)) for line in lines]
+            kept = [(line, row) for line, row in rows if row["step"] <= step]
+            self.time_ms = max((row["time_ms"] for _, row in kept), default=0)
+        start = b"".join(line for line, _ in kept)
         if storage.is_local(folder):
             self.path = Path(storage.filesystem(self.uri)[1])
             if start != content:
@@ -72,7 +70,7 @@ class MetricsFile:
             return b""
         with self.path.open("rb") as file:
             file.seek(offset)
-            content = file.read(CHUNK)
+            content = file.read()
         return content[: content.rfind(b"\n") + 1]
 
 

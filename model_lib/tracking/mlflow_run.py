@@ -17,7 +17,7 @@ from model_lib.errors import printable
 from model_lib.io.retries import retry
 from model_lib.tracking.errors import fail_fast, mlflow_errors, reason
 from model_lib.tracking.metrics import parse_points
-from model_lib.tracking.runs import Run
+from model_lib.tracking.runs import Run, Tags, Values
 
 log = logging.getLogger(__name__)
 INTERVAL, LONGEST_PAUSE = 5.0, 60.0
@@ -39,8 +39,8 @@ class MlflowRun(Run):
         self,
         client: Any,
         run_id: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
+        params: Values,
+        tags: Tags,
         folder: str,
         step: int,
         finished: bool = False,
@@ -64,7 +64,7 @@ class MlflowRun(Run):
     def _begin(self) -> None:
         from mlflow.entities import Param, RunTag
 
-        params = [Param(name, str(value)[:6000]) for name, value in self.params.items()]
+        params = [Param(name, str(value)) for name, value in self.params.items()]
         tags = [RunTag(name, value) for name, value in self.tags.items()]
         with mlflow_errors(self.server):
             self.client.update_run(self.run_id, status="RUNNING")
@@ -92,28 +92,28 @@ class MlflowRun(Run):
         super().log(metrics, step)
 
     def _keep_uploading(self) -> None:
-        pause, outage = INTERVAL, False
+        pause = INTERVAL
         while not self.ending.wait(pause):
             try:
                 self._upload()
             except Exception as error:
-                if not outage:
+                if pause == INTERVAL:
                     message = "MLflow at %s: fails (%s); training goes on, and its points are kept"
                     log.warning(message, self.server, reason(error))
-                outage, pause = True, min(2 * pause, LONGEST_PAUSE)
+                pause = min(2 * pause, LONGEST_PAUSE)
             else:
-                if outage:
+                if pause > INTERVAL:
                     log.warning("MLflow at %s: answers again; it has all points", self.server)
-                outage, pause = False, INTERVAL
+                pause = INTERVAL
 
     def _upload(self) -> None:
         from mlflow.entities import Metric
 
         assert self.metrics is not None
-        while lines := self.metrics.read(self.cursor):
-            points = [Metric(*point) for point in parse_points(lines)]
-            self.client.log_batch(self.run_id, metrics=points)
-            self.cursor += len(lines)
+        lines = self.metrics.read(self.cursor)
+        points = [Metric(*point) for point in parse_points(lines)]
+        self.client.log_batch(self.run_id, metrics=points)  # at most 1,000 a request
+        self.cursor += len(lines)
 
     def _end(self, status: str) -> None:
         self._upload()

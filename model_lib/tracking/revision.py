@@ -1,11 +1,13 @@
 """The version of the running code: captioner's, and its git commit where that is known."""
 
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import model_lib
 
 VERSION_TAG = "captioner.version"
+COMMIT_TAG = "mlflow.source.git.commit"
 
 
 def code_version() -> dict[str, str]:
@@ -17,17 +19,14 @@ def code_version() -> dict[str, str]:
     tags = {VERSION_TAG: model_lib.__version__}
     package = Path(model_lib.__file__).parent
     if (package / "REVISION").exists():
-        revision = (package / "REVISION").read_text().strip()
-    else:
-        try:
-            # Fails if the repository around the package is another one's.
-            _git(package, "ls-files", "--error-unmatch", "__init__.py")
-            revision = _git(
-                package, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"
-            )
-        except (OSError, subprocess.SubprocessError):
-            revision = ""
-    return tags | ({"mlflow.source.git.commit": revision} if revision else {})
+        tags[COMMIT_TAG] = (package / "REVISION").read_text().strip()
+        return tags
+    with suppress(OSError, subprocess.SubprocessError):
+        # Fails if the repository around the package is another one's.
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        describe = ("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+        tags[COMMIT_TAG] = _git(package, *describe)
+    return tags
 
 
 def _git(folder: Path, *arguments: str) -> str:

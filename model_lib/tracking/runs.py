@@ -1,19 +1,13 @@
 """Runs as training and evaluation see them; here without a tracking server."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from model_lib.errors import UserError, WorkError
 from model_lib.tracking.metrics import MetricsFile
 
-RunState = Callable[[str], str | None]
-"""Returns the state of a pipeline run, given its id in Kubeflow, or None if Kubeflow does not know
-it. Raises OSError if Kubeflow does not answer."""
-
-
-def unknown_state(run_id: str) -> str | None:
-    """Return None: a `RunState` where there is no Kubeflow to ask."""
-    return None
+Values = Mapping[str, Any]
+Tags = Mapping[str, str]
 
 
 class Run:
@@ -69,13 +63,7 @@ class Tracking:
         """Raise `WorkError` if the server does not answer, before any work is done."""
 
     def start(
-        self,
-        name: str,
-        key: str | None,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        folder: str,
-        step: int = 0,
+        self, name: str, key: str | None, params: Values, tags: Tags, folder: str, step: int = 0
     ) -> Run:
         """Start a run, or go on with the one that was started with the same key.
 
@@ -92,45 +80,8 @@ class Tracking:
         """
         return Run(folder, step)
 
-    def add(
-        self,
-        run_id: str,
-        metrics: Mapping[str, float],
-        tags: Mapping[str, str],
-        files: Mapping[str, bytes],
-    ) -> None:
-        """Add final metrics, tags and files (content by path) to a run that has ended."""
-
-    def open_pipeline(self, name: str, run_state: RunState = unknown_state) -> None:
-        """Create the pipeline run's own run, unless it is there, and end those of pipeline runs
-        that are over."""
-
-    def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
-        """Add the outcome to the pipeline run's own run; the note is Markdown."""
-
-    def close_pipeline(self, succeeded: bool) -> str | None:
-        """End the pipeline run's own run, and as failed those that its steps left open; return
-        its address."""
-        return None
-
-    def parent(self) -> str | None:
-        """Return the id of the pipeline run's own run, or None."""
-        return None
-
-    def succeeded(self) -> bool:
-        """Return whether the pipeline run's own run was ended as succeeded."""
-        return False
-
-    def notified(self) -> str | None:
-        """Return the outcome of the pipeline run that the webhook has accepted, or None."""
-        return None
-
-    def set_notified(self, state: str) -> None:
-        """Remember the outcome that the webhook has accepted."""
-
-    def run_url(self, run_id: str) -> str | None:
-        """Return the address at which people see a run, or None."""
-        return None
+    def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
+        """Add final metrics, tags and HTML pages (by path) to a run that has ended."""
 
 
 NO_TRACKING = Tracking()

@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from model_lib.io import storage
 from model_lib.tracking.errors import FAIL_FAST, find, mlflow_errors
 from model_lib.tracking.mlflow_run import MlflowRun
 from model_lib.tracking.revision import VERSION_TAG, code_version
-from model_lib.tracking.runs import NO_TRACKING, Run, RunState, Tracking, unknown_state
+from model_lib.tracking.runs import NO_TRACKING, Run, Tags, Tracking, Values
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
@@ -42,8 +42,11 @@ NOTIFIED_TAG = "captioner.notified"
 """Tag of a pipeline's run: the outcome that its webhook has accepted."""
 ENDED = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELED": "KILLED"}
 """The states in which a pipeline run is over, each with the status of its MLflow run."""
-PAGE = 1000
-"""Runs asked for at once; a server gives no more than 50,000."""
+RunState = Callable[[str], str | None]
+"""Returns the state of a pipeline run, given its id in Kubeflow, or None if Kubeflow does not know
+it. Raises OSError if Kubeflow does not answer."""
+MOST_RUNS = 50_000
+"""Runs that a server lists at once."""
 ABANDONED = 30
 """Days after which a pipeline's run that is still open is ended; a training takes 21 with all its
 retries."""
@@ -82,51 +85,34 @@ class MlflowTracking(Tracking):
 
         return mlflow.MlflowClient(self.uri)
 
-    def _search(self, condition: str) -> Iterator[Any]:
-        """Yield the runs that meet a condition, oldest first."""
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id],
-                condition,
-                max_results=PAGE,
-                order_by=["attributes.start_time"],
-                page_token=token,
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+    def _search(self, condition: str) -> Any:
+        """Return the runs that meet a condition, oldest first."""
+        return self.client.search_runs(
+            [self.experiment_id],
+            condition,
+            max_results=MOST_RUNS,
+            order_by=["attributes.start_time"],
+        )
 
     def require_answer(self) -> None:
         with mlflow_errors(self.uri):
             self.client.get_experiment(self.experiment_id)
 
     def start(
-        self,
-        name: str,
-        key: str | None,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        folder: str,
-        step: int = 0,
+        self, name: str, key: str | None, params: Values, tags: Tags, folder: str, step: int = 0
     ) -> Run:
         with mlflow_errors(self.uri):
             key_tag = {RUN_TAG: key} if key else {}
             pipeline_tags = self._pipeline_tags()
             tags = {**code_version(), **tags, **pipeline_tags, **key_tag}
-            condition = f"tags.`{RUN_TAG}` = '{key}'"
-            run = next(self._search(condition), None) if key else None
-            if run is not None:
+            if key and (runs := self._search(f"tags.`{RUN_TAG}` = '{key}'")):
+                run = runs[0]
                 if run.data.params:  # else it was killed before they were logged
                     params = {}
-                run_id, finished = str(run.info.run_id), run.info.status == "FINISHED"
+                run_id, finished = run.info.run_id, run.info.status == "FINISHED"
                 return MlflowRun(self.client, run_id, params, tags, folder, step, finished)
-            if self.own_run_id is not None:
-                run_id = self.own_run_id
-                self.client.update_run(run_id, name=name)
-            else:
-                run_id = self._create_run(name, {**pipeline_tags, **key_tag})
+            run_id = self.own_run_id or self._create_run(name, {**pipeline_tags, **key_tag})
+            self.client.update_run(run_id, name=name)
             return MlflowRun(self.client, run_id, params, tags, folder, step)
 
     def create_finished_run(self, name: str) -> str:
@@ -135,54 +121,71 @@ class MlflowTracking(Tracking):
         self.client.set_terminated(run_id)
         return run_id
 
-    def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
+    def _create_run(self, name: str, tags: Tags) -> str:
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         return str(run.info.run_id)
 
-    def _pipeline_tags(self) -> dict[str, str]:
-        """Return the tags that a step's run has from the pipeline run's own."""
-        pipeline_run = self._pipeline_run()
-        if pipeline_run is None:
-            return {}
-        tags = pipeline_run.data.tags.items()
-        kfp_tags = {name: value for name, value in tags if name.startswith("kfp.")}
-        return {**kfp_tags, PARENT_TAG: str(pipeline_run.info.run_id)}
+    def _log(self, run_id: str, metrics: Mapping[str, float], tags: Tags) -> None:
+        """Log final metrics, and the tags that are not empty."""
+        from mlflow.entities import Metric, RunTag
 
-    def _pipeline_run(self) -> Any:
-        """Return the pipeline run's own run, the oldest with its tag and no parent, or None."""
+        now = int(time.time() * 1000)
+        points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        run_tags = [RunTag(name, value) for name, value in tags.items() if value]
+        self.client.log_batch(run_id, metrics=points, tags=run_tags)
+
+    def knows(self, run_id: str) -> bool:
+        """Return whether the server has the run and it was not deleted."""
+        run = find(lambda: self.client.get_run(run_id))
+        return run is not None and run.info.lifecycle_stage == "active"
+
+    def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
+        if not self.knows(run_id):
+            message = "MLflow run %s is not at %s; its scores are not logged there"
+            log.warning(message, run_id, printable(self.uri))
+            return
+        self._log(run_id, metrics, tags)
+        for path, page in pages.items():
+            self.client.log_text(run_id, page, path)
+
+    def run_url(self, run_id: str) -> str | None:
+        """Return the address at which people see a run; None of an embedded store."""
+        base = os.environ.get("MLFLOW_UI_URL") or self.uri
+        if not base.startswith("http"):
+            return None
+        base = re.sub("//[^/]*@", "//", base)  # a link is for everyone, and a password is not
+        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def pipeline_run(self) -> Any:
+        """Return the pipeline run's own MLflow run, the oldest with its tag and no parent, or
+        None."""
         if self.pipeline_run_id is None:
             return None
         runs = self._search(f"tags.`{PIPELINE_RUN_TAG}` = '{self.pipeline_run_id}'")
         return next((run for run in runs if PARENT_TAG not in run.data.tags), None)
 
-    def parent(self) -> str | None:
-        run = self._pipeline_run()
-        return None if run is None else str(run.info.run_id)
+    def _pipeline_tags(self) -> dict[str, str]:
+        """Return the tags that a step's run has from the pipeline run's own."""
+        run = self.pipeline_run()
+        if run is None:
+            return {}
+        tags = {name: value for name, value in run.data.tags.items() if name.startswith("kfp.")}
+        return {**tags, PARENT_TAG: str(run.info.run_id)}
 
-    def succeeded(self) -> bool:
-        run = self._pipeline_run()
-        return run is not None and run.info.status == "FINISHED"
-
-    def notified(self) -> str | None:
-        run = self._pipeline_run()
-        return None if run is None else run.data.tags.get(NOTIFIED_TAG)
-
-    def set_notified(self, state: str) -> None:
-        if parent := self.parent():
-            self.client.set_tag(parent, NOTIFIED_TAG, state)
-
-    def open_pipeline(self, name: str, run_state: RunState = unknown_state) -> None:
+    def open_pipeline(self, name: str, run_state: RunState | None = None) -> None:
+        """Create the pipeline run's own run, unless it is there, and end those of pipeline runs
+        that are over."""
         if self.pipeline_run_id is None:
             return
-        run = self._pipeline_run()
+        run = self.pipeline_run()
         if run is None:
             self._create_run(name, {PIPELINE_RUN_TAG: self.pipeline_run_id, **code_version()})
         else:
             link = {} if NOTE_TAG in run.data.tags else {NOTE_TAG: _link(run)}
-            self._tag(str(run.info.run_id), {**code_version(), **link})
+            self._log(run.info.run_id, {}, {**code_version(), **link})
         self._end_abandoned(run_state)
 
-    def _end_abandoned(self, run_state: RunState) -> None:
+    def _end_abandoned(self, run_state: RunState | None) -> None:
         """End the MLflow runs of pipeline runs that are over: KFP's *Retry* runs no exit handler a
         second time.
 
@@ -190,91 +193,51 @@ class MlflowTracking(Tracking):
         it is running all the same, its steps still end their runs as they would have.
         """
         oldest = int(time.time() * 1000) - ABANDONED * 24 * 3600 * 1000
-        states: dict[str, str | None] = {}  # a pipeline run has several runs
-        for run in list(self._search("attributes.status = 'RUNNING'")):
-            tags, run_id = run.data.tags, str(run.info.run_id)
-            pipeline = tags.get(PIPELINE_RUN_TAG)
-            if pipeline in (None, self.pipeline_run_id) or VERSION_TAG not in tags:
-                continue
-            if pipeline not in states:
-                try:
+        others = [
+            run
+            for run in self._search("attributes.status = 'RUNNING'")
+            if run.data.tags.get(PIPELINE_RUN_TAG) not in (None, self.pipeline_run_id)
+            and VERSION_TAG in run.data.tags
+        ]
+        states: dict[str, str | None] = {}
+        if run_state is not None:
+            with suppress(OSError):  # it does not answer: ask no more
+                for pipeline in {run.data.tags[PIPELINE_RUN_TAG] for run in others}:
                     states[pipeline] = run_state(pipeline)
-                except OSError:  # it does not answer: ask no more
-                    states[pipeline], run_state = None, unknown_state
-            state = states[pipeline]
+        for run in others:
+            state = states.get(run.data.tags[PIPELINE_RUN_TAG])
             if state is None and run.info.start_time < oldest:
                 state = "FAILED"
             if state not in ENDED:
                 continue
-            if PARENT_TAG in tags:
-                self.client.set_terminated(run_id, "FAILED")
+            if PARENT_TAG in run.data.tags:
+                self.client.set_terminated(run.info.run_id, "FAILED")
             else:
-                self._close(run_id, ENDED[state])
+                self._close(run.info.run_id, ENDED[state])
 
-    def conclude(self, metrics: Mapping[str, float], tags: Mapping[str, str], note: str) -> None:
-        run = self._pipeline_run()
+    def conclude(self, metrics: Mapping[str, float], tags: Tags, note: str) -> None:
+        """Add the outcome to the pipeline run's own run; the note is Markdown."""
+        run = self.pipeline_run()
         if run is not None:
-            self._tag(str(run.info.run_id), {**tags, NOTE_TAG: _link(run) + note})
-            self._log_final(str(run.info.run_id), metrics)
+            self._log(run.info.run_id, metrics, {**tags, NOTE_TAG: _link(run) + note})
 
-    def _tag(self, run_id: str, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
+    def close_pipeline(self, succeeded: bool) -> Any:
+        """End the pipeline run's own run, and as failed those that its steps left open.
 
-        run_tags = [RunTag(name, value[:5000]) for name, value in tags.items() if value]
-        self.client.log_batch(run_id, tags=run_tags)
-
-    def _log_final(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
-        self.client.log_batch(run_id, metrics=points)
-
-    def close_pipeline(self, succeeded: bool) -> str | None:
-        parent = self.parent()
-        if parent is None:
-            return None
-        self._close(parent, "FINISHED" if succeeded else "FAILED")
-        return self.run_url(parent)
+        Returns:
+            Its MLflow run as it was before, or None if there is none.
+        """
+        run = self.pipeline_run()
+        if run is not None:
+            self._close(run.info.run_id, "FINISHED" if succeeded else "FAILED")
+        return run
 
     def _close(self, parent: str, status: str) -> None:
         condition = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'"
-        # A list: pages are counted from the first run that is still open.
-        for run in list(self._search(condition)):
+        for run in self._search(condition):
             if run.info.run_id != self.own_run_id:
                 self.client.set_terminated(run.info.run_id, "FAILED")
         self.client.set_terminated(parent, status)
-
-    def run_url(self, run_id: str) -> str | None:
-        base = os.environ.get("MLFLOW_UI_URL") or self.uri
-        if not base.startswith("http"):
-            return None
-        base = re.sub("//[^/]*@", "//", base)  # a link is for everyone, and a password is not
-        return f"{base.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}"
-
-    def knows(self, run_id: str) -> bool:
-        """Return whether the server has the run and it was not deleted."""
-        run = find(lambda: self.client.get_run(run_id))
-        return run is not None and run.info.lifecycle_stage == "active"
-
-    def add(
-        self,
-        run_id: str,
-        metrics: Mapping[str, float],
-        tags: Mapping[str, str],
-        files: Mapping[str, bytes],
-    ) -> None:
-        if not self.knows(run_id):
-            message = "MLflow run %s is not at %s; its scores are not logged there"
-            log.warning(message, run_id, printable(self.uri))
-            return
-        self._log_final(run_id, metrics)
-        self._tag(run_id, tags)
-        with tempfile.TemporaryDirectory() as scratch:
-            for path, content in files.items():
-                file = Path(scratch, Path(path).name)
-                file.write_bytes(content)
-                self.client.log_artifact(run_id, str(file), str(Path(path).parent))
 
 
 def _link(run: Any) -> str:

@@ -12,6 +12,27 @@ from model_lib.scores.significance import corpus_scores, intervals
 IMAGES = 200
 
 
+def make_evaluation(name: str, statistics: dict[str, np.ndarray], **changes: Any) -> Evaluation:
+    """Return an evaluation with the scores of these statistics, float64 [images, 1] each."""
+    evaluation = Evaluation(
+        name=name,
+        model=f"runs/{name}",
+        split="val",
+        images=len(statistics["CIDEr"]),
+        scores=corpus_scores(statistics),
+        intervals=intervals(statistics),
+        shuffled_cider=0.1,
+        frequencies="these",
+        diversity={},
+        tokenizer="PTB",
+        missing={},
+        decoding={"num_beams": 5, "top_p": None},
+        images_per_second=10.0,
+        data_fingerprint="f",
+    )
+    return replace(evaluation, **changes)
+
+
 def evaluated(
     cider: float, name: str = "a", noise: float = 0.0, rouge: float = 0.3, **changes: Any
 ) -> EvaluationResult:
@@ -29,25 +50,9 @@ def evaluated(
         "CIDEr": cider + (difficulty - difficulty.mean()) + (own - own.mean()),
         "ROUGE_L": np.full((IMAGES, 1), rouge),
     }
-    evaluation = Evaluation(
-        name=name,
-        model=f"runs/{name}",
-        split="val",
-        images=IMAGES,
-        scores=corpus_scores(statistics),
-        intervals=intervals(statistics),
-        shuffled_cider=0.1,
-        frequencies="these",
-        diversity={},
-        tokenizer="PTB",
-        missing={},
-        decoding={"num_beams": 5},
-        images_per_second=10.0,
-        data_fingerprint="f",
-    )
     texts = ["a dog"] * IMAGES
     predictions = Predictions(list(range(IMAGES)), texts, texts, [texts[:1]] * IMAGES, statistics)
-    return EvaluationResult(replace(evaluation, **changes), predictions)
+    return EvaluationResult(make_evaluation(name, statistics, **changes), predictions)
 
 
 def write_evaluation(

@@ -19,11 +19,8 @@ BASE = {"data": "d", "output": "o", "preset": "tiny"}
 
 def test_numbers_from_json_become_the_options_kind() -> None:
     config = TrainConfig.from_options(**BASE, epochs=3.0, learning_rate=1)
-    assert (
-        config.epochs == 3
-        and isinstance(config.epochs, int)
-        and isinstance(config.learning_rate, float)
-    )
+    assert config.epochs == 3 and isinstance(config.epochs, int)
+    assert isinstance(config.learning_rate, float)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +35,7 @@ def test_numbers_from_json_become_the_options_kind() -> None:
         ({"learning_rate": 0}, "learning_rate: 0.0 is not above 0"),
         ({"learning_rate": float("nan")}, "learning_rate: nan"),
         ({"precision": "int4"}, "precision: Input should be 'auto', 'bfloat16', 'float16' or"),
-        ({"preset": "huge"}, "preset 'huge': unknown; one of clip-l-gpt2-medium, tiny"),
+        ({"preset": "huge"}, "preset 'huge': unknown; one of clip-l-gpt2-medium,"),
         ({"vision": "x"}, "preset tiny: is trained from scratch"),
         ({"warmup": 1.0}, "warmup: 1.0 is not less than 1"),
         ({"dropout": 1}, "dropout: 1.0 is not less than 1"),
@@ -83,9 +80,8 @@ def test_the_second_stage_has_defaults_of_its_own() -> None:
 
 def test_the_key_changes_with_what_shapes_the_result_only() -> None:
     key = TrainConfig(**BASE).key("fingerprint")
-    assert key == TrainConfig(
-        **{**BASE, "output": "x", "name": "n"}, workers=3, checkpoint_minutes=1
-    ).key("fingerprint")
+    same = {**BASE, "output": "x", "name": "n", "workers": 3, "checkpoint_minutes": 1}
+    assert key == TrainConfig(**same).key("fingerprint")
     whole = resolve(TrainConfig(**BASE, epochs=6))
     assert whole.key() == resolve(TrainConfig(**BASE)).key() != replace(whole, epochs=7).key()
     assert key != TrainConfig(**BASE, seed=1).key("fingerprint")
@@ -116,11 +112,8 @@ def test_options_of_a_nested_configuration_stand_beside_the_others() -> None:
 
 def test_every_option_is_explained() -> None:
     for cls in map(config_class, COMMANDS.values()):
-        source = "".join(
-            inspect.getsource(base) for base in cls.__mro__ if dataclasses.is_dataclass(base)
-        )
+        bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+        source = "".join(map(inspect.getsource, bases))
         for field in dataclasses.fields(cls):
-            _, _, after = source.partition(f"    {field.name}:")
-            assert after.partition("\n")[2].lstrip().startswith('"""'), (
-                f"{cls.__name__}.{field.name}"
-            )
+            after = source.partition(f"    {field.name}:")[2].partition("\n")[2]
+            assert after.lstrip().startswith('"""'), f"{cls.__name__}.{field.name}"

@@ -14,7 +14,6 @@ from model_lib import UserError
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig, ScoreConfig
 from model_lib.evaluate.evaluation import evaluate
-from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import Evaluation, EvaluationResult
 from model_lib.evaluate.scorecard import evaluation_metrics
 from model_lib.evaluate.scoring import score
@@ -23,32 +22,21 @@ from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import Scores, score_captions
 from model_lib.scores.significance import corpus_scores, meteor
-from model_lib.tracking.runs import Tracking
+from model_lib.tracking.runs import Tags, Tracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 
 Run = Callable[..., CompletedProcess]
-RIGHT = {
-    1: "a small orange ring",
-    2: "two red squares here",
-    3: "dogs",
-    4: "a cat runs",
-    5: "a ring a ring",
-}
-THEIRS = {
-    1: ["a ring", "a small orange ring"],
-    2: ["a red square"],
-    3: ["dog"],
-    4: ["a ring"],
-    5: ["a ring"],
-}
+RIGHT = {1: "a small orange ring", 2: "two red squares here", 3: "dogs", 4: "a cat runs"}
+THEIRS = {1: ["a ring", "a small orange ring"], 2: ["a red square"], 3: ["dog"], 4: ["a ring"]}
+RIGHT[5], THEIRS[5] = "a ring a ring", ["a ring"]
 CAPTIONS = {1: "a dog runs", 2: "a cat sits", 3: "two birds fly"}
 REFERENCES = {1: ["a dog runs fast"], 2: ["the cat sits"], 3: ["two birds fly high"]}
 
 
 def write_coco(
     folder: Path, captions: dict[int, str], references: dict[int, list[str]]
-) -> tuple[str, str]:
+) -> ScoreConfig:
     texts = [(image_id, text) for image_id in references for text in references[image_id]]
     document = {
         "images": [{"id": i, "file_name": f"{i}.jpg"} for i in references],
@@ -56,10 +44,11 @@ def write_coco(
             {"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(texts)
         ],
     }
-    results = [{"image_id": i, "caption": text} for i, text in captions.items()]
-    (folder / "annotations.json").write_text(json.dumps(document))
-    (folder / "results.json").write_text(json.dumps(results))
-    return str(folder / "results.json"), str(folder / "annotations.json")
+    rows = [{"image_id": i, "caption": text} for i, text in captions.items()]
+    results, annotations = folder / "results.json", folder / "annotations.json"
+    annotations.write_text(json.dumps(document))
+    results.write_text(json.dumps(rows))
+    return ScoreConfig(results=str(results), annotations=str(annotations))
 
 
 @pytest.mark.usefixtures("java")
@@ -149,9 +138,6 @@ def test_a_model_is_evaluated_on_every_image_of_the_split(
     evaluated: tuple[Path, Evaluation],
 ) -> None:
     folder, evaluation = evaluated
-    results = json.loads((folder / "results.json").read_text())
-    assert [sorted(row) for row in results] == [["caption", "image_id"]] * 12
-    assert [row["image_id"] for row in results] == list(range(1, 13))
     assert evaluation.split == "val" and evaluation.images == 12
     assert evaluation.decoding["num_beams"] == 2
     assert evaluation.frequencies == "the reference captions of these 12 images"
@@ -169,9 +155,10 @@ def test_every_prediction_is_kept_and_some_with_their_attention(
 ) -> None:
     folder, evaluation = evaluated
     predictions = EvaluationResult.read(str(folder)).predictions
-    rows = json.loads((folder / "results.json").read_text())
+    assert predictions.image_ids == list(range(1, 13))
     captions = dict(zip(predictions.image_ids, predictions.captions, strict=True))
-    assert captions == {row["image_id"]: row["caption"] for row in rows}
+    rows = [{"image_id": image_id, "caption": text} for image_id, text in captions.items()]
+    assert json.loads((folder / "results.json").read_text()) == rows
     assert predictions.cider().mean() == pytest.approx(evaluation.scores["CIDEr"])
     assert sorted(predictions.views) == predictions.image_ids
     for image_id, view in predictions.views.items():
@@ -195,26 +182,11 @@ def test_a_folder_that_is_written_in_part_is_none(
         EvaluationResult.read(str(folder))
 
 
-def test_a_folder_of_another_version_is_refused_in_one_line(
-    evaluated: tuple[Path, Evaluation], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(evaluated[0], tmp_path / "evaluated")
-    content = (folder / "scores.json").read_text()
-    (folder / "scores.json").write_text(content.replace("shuffled_cider", "cider_shuffled"))
-    message = r"scores\.json: is not what this captioner evaluate writes .*shuffled_cider"
-    with pytest.raises(UserError, match=message):
-        EvaluationResult.read(str(folder))
-    (folder / "scores.json").write_text(content)
-    (folder / "predictions.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match=r"predictions\.parquet: is not what captioner evaluate"):
-        EvaluationResult.read(str(folder))
-
-
 def test_the_command_prints_scores_with_intervals_and_warnings(
     captioner: Run, tmp_path: Path
 ) -> None:
-    results, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
-    done = captioner("score", "--results", results, "--annotations", annotations)
+    config = write_coco(tmp_path, CAPTIONS, REFERENCES)
+    done = captioner("score", "--results", config.results, "--annotations", config.annotations)
     assert done.returncode == 0, done.stderr
     assert "3 images of" in done.stdout and "CIDEr            " in done.stdout
     assert "only 3 images: CIDEr means little on so few" in done.stderr
@@ -230,22 +202,10 @@ def test_a_models_results_file_has_the_models_scores(
     assert scored.scores == pytest.approx(evaluation.scores)
 
 
-def test_the_report_is_self_contained_and_shows_text_as_text(
-    evaluated: tuple[Path, Evaluation],
-) -> None:
-    folder, evaluation = evaluated
-    page = (folder / "report.html").read_text()
+def test_the_report_is_self_contained(evaluated: tuple[Path, Evaluation]) -> None:
+    page = (evaluated[0] / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 12
     assert "http://" not in page and "https://" not in page
-    hostile = "<script>alert(1)</script>"
-    predictions = replace(
-        EvaluationResult.read(str(folder)).predictions,
-        captions=[hostile] * 12,
-        file_names=[hostile] * 12,
-        references=[[hostile]] * 12,
-    )
-    page = render_report(EvaluationResult(replace(evaluation, name=hostile), predictions))
-    assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)") >= 36
 
 
 class Recording(Tracking):
@@ -254,15 +214,9 @@ class Recording(Tracking):
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
 
-    def add(
-        self,
-        run_id: str,
-        metrics: Mapping[str, float],
-        tags: Mapping[str, str],
-        files: Mapping[str, bytes],
-    ) -> None:
+    def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
         self.metrics |= metrics
-        assert b"x, val: 1 at step 2" in files["evaluation/report.html"]
+        assert "x, val: 1 at step 2" in pages["evaluation/report.html"]
 
 
 class Unreachable(Tracking):
@@ -309,22 +263,24 @@ def test_scores_that_were_not_sent_are_not_sent_for_another_model(
     assert evaluate(config, Recording()).model == tracked["model"]
 
 
+ROW = '{"image_id": 1, "caption": "a"}'
+
+
 @pytest.mark.parametrize(
-    "text",
-    ["{", "{}", "[]", "[1]", '[{"image_id": "1", "caption": "a"}]', '[{"image_id": 1}]'],
+    ("text", "message"),
+    [
+        ("{", ""),
+        ("{}", "holds no captions"),
+        ("[]", "holds no captions"),
+        ("[1]", "is not COCO results"),
+        ('[{"image_id": "1", "caption": "a"}]', "is not COCO results"),
+        ('[{"image_id": 1}]', "is not COCO results"),
+        ('[{"image_id": 9, "caption": "a ghost"}]', "image_id 9 has no reference captions"),
+        (f"[{ROW}, {ROW}]", "image_id 1 occurs twice"),
+    ],
 )
-def test_what_is_not_coco_results_is_refused(tmp_path: Path, text: str) -> None:
-    _, annotations = write_coco(tmp_path, CAPTIONS, REFERENCES)
-    (tmp_path / "results.json").write_text(text)
-    with pytest.raises(UserError, match=r"results\.json"):
-        score(ScoreConfig(results=str(tmp_path / "results.json"), annotations=annotations))
-
-
-def test_results_for_unknown_images_or_twice_are_refused(tmp_path: Path) -> None:
-    results, annotations = write_coco(tmp_path, {**CAPTIONS, 9: "a ghost"}, REFERENCES)
-    with pytest.raises(UserError, match="image_id 9 has no reference captions"):
-        score(ScoreConfig(results=results, annotations=annotations))
-    rows = [{"image_id": 1, "caption": "a"}] * 2
-    Path(results).write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="image_id 1 occurs twice"):
-        score(ScoreConfig(results=results, annotations=annotations))
+def test_other_results_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    config = write_coco(tmp_path, CAPTIONS, REFERENCES)
+    Path(config.results).write_text(text)
+    with pytest.raises(UserError, match=rf"results\.json.*{message}"):
+        score(config)

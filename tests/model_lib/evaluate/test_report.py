@@ -1,6 +1,7 @@
 """The evaluation report: it works alone and in a sandboxed frame, with any text in it."""
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,15 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Frame, Page
 
-from model_lib.evaluate.gallery import make_cards, select_images
+from model_lib.evaluate.gallery import Rival, make_cards, select_images
 from model_lib.evaluate.report import render_report
-from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions, View
+from model_lib.evaluate.result import EvaluationResult, Predictions, View
 from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
 from model_lib.pages.page import thumbnail
 from model_lib.registry.config import Policy
 from model_lib.registry.promotion import decide
-from model_lib.scores.significance import corpus_scores, intervals
 from tests.helpers.browser import browser_page
+from tests.helpers.evaluations import make_evaluation
 
 CURVES = {
     "run of new": {
@@ -62,22 +63,14 @@ def evaluated(
         n: View(file.getvalue(), [(word, weights) for word in texts[n].split()])
         for n in range(min(count, views))
     }
-    evaluation = Evaluation(
-        name=name,
+    evaluation = make_evaluation(
+        name,
+        statistics,
         mlflow_run_id=f"run of {name}",
-        model=f"runs/{name}/best",
-        split="val",
-        images=count,
-        scores=corpus_scores(statistics),
-        intervals=intervals(statistics),
         shuffled_cider=0.25,
         frequencies=f"the reference captions of these {count} images",
         diversity={"distinct": 0.5, "vocabulary": 30.0, "words": 7.25, "ended": 1.0},
-        tokenizer="PTB",
         missing={"METEOR": "needs Java"},
-        decoding={"num_beams": 5, "top_p": None},
-        images_per_second=12.5,
-        data_fingerprint="f00d" * 16,
     )
     predictions = Predictions(
         image_ids=list(range(count)),
@@ -121,11 +114,8 @@ def show(page: Page, folder: Path, report: str, *, framed: bool = False) -> Fram
     frame."""
     (folder / "report.html").write_text(report)
     if framed:
-        frame = (
-            '<!doctype html><iframe sandbox="allow-scripts" src="report.html"'
-            ' width="1200" height="800"></iframe>'
-        )
-        (folder / "frame.html").write_text(frame)
+        options = 'sandbox="allow-scripts" src="report.html" width="1200" height="800"'
+        (folder / "frame.html").write_text(f"<!doctype html><iframe {options}></iframe>")
     page.goto((folder / ("frame.html" if framed else "report.html")).as_uri())
     shown = page.frames[-1]
     shown.wait_for_selector("#controls:visible")
@@ -139,9 +129,8 @@ def shown_names(frame: Frame) -> list[str]:
 @pytest.fixture(scope="module")
 def compared() -> str:
     new, old = evaluated("new", [2.0, 0.5, 1.0, 3.0]), evaluated("old", [0.1, 0.9, 0.95, 0.2])
-    return render_report(
-        new, others=[evaluated("third", [1, 1, 1, 1])], champion=old, curves=CURVES
-    )
+    third = evaluated("third", [1, 1, 1, 1])
+    return render_report(new, others=[third], champion=old, curves=CURVES)
 
 
 @pytest.mark.parametrize("framed", [False, True], ids=["alone", "sandboxed"])
@@ -150,21 +139,12 @@ def test_it_sorts_filters_and_asks_for_nothing(
 ) -> None:
     frame = show(page, tmp_path, compared, framed=framed)
     assert shown_names(frame) == ["0001.jpg", "0002.jpg", "0000.jpg", "0003.jpg"], "the worst first"
-    for order, numbers in (
-        ("cider down", "3021"),
-        ("gain up", "1203"),
-        ("gain down", "3021"),
-        ("cider up", "1203"),
-    ):
+    orders = {"cider down": "3021", "gain up": "1203", "gain down": "3021", "cider up": "1203"}
+    for order, numbers in orders.items():
         frame.select_option("#sort", order)
         assert shown_names(frame) == [f"000{n}.jpg" for n in numbers]
-    for text, numbers in (
-        ("0002.JPG", "2"),
-        ("REFERENCE 3", "3"),
-        ("old caption 1", "1"),
-        ("cat dog", "1203"),
-        ("x", ""),
-    ):
+    cards = {"0002.JPG": "2", "REFERENCE 3": "3", "old caption 1": "1", "cat dog": "1203", "x": ""}
+    for text, numbers in cards.items():
         frame.fill("#filter", text)
         assert shown_names(frame) == [f"000{n}.jpg" for n in numbers]
         assert frame.locator("#count").inner_text() == f"{len(numbers)} of 4 shown"
@@ -183,13 +163,11 @@ def test_the_browser_forbids_what_comes_from_elsewhere(
           ASK;
         })
     """
+    script = "Object.assign(document.createElement('script'), {src: 'https://x/'})"
     for ask, directive in (
         ("fetch('https://example.org/').catch(() => null)", "connect-src"),
         ("new Image().src = 'https://example.org/a.png'", "img-src"),
-        (
-            "document.body.append(Object.assign(document.createElement('script'), {src: 'https://x/'}))",
-            "script-src-elem",
-        ),
+        (f"document.body.append({script})", "script-src-elem"),
     ):
         assert frame.evaluate(forbidden.replace("ASK", ask)) == directive
 
@@ -202,22 +180,20 @@ def test_a_words_map_lies_on_the_centre_square(
     word, overlay = frame.locator(".word", has_text="dog"), frame.locator(".map")
     assert not overlay.is_visible()
     word.hover()
-    image, square = (
-        frame.locator(name).bounding_box() for name in (".image img:first-child", ".map")
-    )
+    image = frame.locator(".image img:first-child").bounding_box()
+    square = overlay.bounding_box()
     assert image and square
     assert image["width"] / image["height"] == pytest.approx(size[0] / size[1], rel=0.02)
     assert square["width"] == pytest.approx(square["height"], abs=0.5)
     assert square["width"] == pytest.approx(min(image["width"], image["height"]), abs=0.5)
-    for corner, side in (("x", "width"), ("y", "height")):
-        middle = [box[corner] + box[side] / 2 for box in (image, square)]  # type: ignore[literal-required]
-        assert middle[0] == pytest.approx(middle[1], abs=0.5)
-    image = Image.open(io.BytesIO(page.screenshot())).convert("L")
-    left, top, width = square["x"], square["y"], square["width"]
-    bright, dark = (
-        image.getpixel((int(left + at * width), int(top + at * width))) for at in (0.05, 0.8)
-    )
-    assert isinstance(bright, int) and isinstance(dark, int) and bright > 150 and dark < 80
+    for box in (image, square):
+        box["x"] += box["width"] / 2
+        box["y"] += box["height"] / 2
+    assert (image["x"], image["y"]) == pytest.approx((square["x"], square["y"]), abs=0.5)
+    screen = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
+    x, y, width = square["x"], square["y"], square["width"]
+    bright, dark = (screen[int(y + at * width), int(x + at * width)] for at in (-0.45, 0.3))
+    assert bright > 150 and dark < 80
     page.mouse.move(1, 1)
     assert not overlay.is_visible() and not incidents
 
@@ -226,10 +202,8 @@ def test_the_keyboard_goes_from_word_to_word(page: Page, tmp_path: Path, compare
     frame = show(page, tmp_path, compared)
     page.mouse.move(1, 1)
     frame.locator(".word").first.focus()
-    assert (
-        frame.locator(".word.lit").inner_text() == "new"
-        and frame.locator(".map:visible").count() == 1
-    )
+    assert frame.locator(".word.lit").inner_text() == "new"
+    assert frame.locator(".map:visible").count() == 1
     page.keyboard.press("ArrowRight")
     assert frame.locator(".word.lit").inner_text() == "caption"
     page.keyboard.press("Tab")  # to the next image
@@ -239,32 +213,27 @@ def test_the_keyboard_goes_from_word_to_word(page: Page, tmp_path: Path, compare
 
 
 def test_any_text_is_shown_as_text(page: Page, incidents: list[str], tmp_path: Path) -> None:
-    count = len(HOSTILE)
-    result = evaluated("x", [1.0 + n for n in range(count)], captions=HOSTILE)
-    images = replace(
-        result.predictions, file_names=HOSTILE, references=[[text] for text in HOSTILE]
-    )
+    result = evaluated("x", [1.0 + n for n in range(len(HOSTILE))], captions=HOSTILE)
+    references = [[text] for text in HOSTILE]
+    images = replace(result.predictions, file_names=HOSTILE, references=references)
     for n, text in enumerate(HOSTILE):
-        fields = {
-            "name": text,
-            "model": text,
-            "split": text,
-            "frequencies": text,
-            "missing": {text: text},
-            "clip": text,
-        }
-        hostile = EvaluationResult(
-            replace(result.evaluation, **fields, decoding={"num_beams": 1, text: text}), images
+        fields = dict.fromkeys(("name", "model", "split", "frequencies", "clip"), text)
+        evaluation = replace(
+            result.evaluation,
+            **fields,
+            missing={text: text},
+            decoding={"num_beams": 1, text: text},
         )
-        curves = {f"run of {text}": CURVES["run of new"]}
-        decision = replace(decide(None, hostile, Policy()), reason=text)
+        hostile = EvaluationResult(evaluation, images)
         report = render_report(
-            hostile, others=[hostile], champion=hostile, decision=decision, curves=curves
+            hostile,
+            others=[hostile],
+            champion=hostile,
+            decision=replace(decide(None, hostile, Policy()), reason=text),
+            curves={"run of x": CURVES["run of new"]},
         )
         frame = show(page, tmp_path, report)
-        visible = "".join(
-            chr(0x2400 + ord(letter)) if ord(letter) < 32 else letter for letter in text
-        )
+        visible = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 else c for c in text)
         assert frame.locator("h1 bdi").first.text_content() == visible
         assert frame.locator(".decision p").text_content() == visible
         card = frame.locator(".card").nth(n)
@@ -274,10 +243,8 @@ def test_any_text_is_shown_as_text(page: Page, incidents: list[str], tmp_path: P
         assert (card.locator(".caption").text_content() or "").split() == visible.split()
         for word in card.locator(".word").all():
             word.hover()
-        assert (
-            frame.locator("script").count() == 1
-            and frame.locator("img[src=x], [onerror], [onmouseover]").count() == 0
-        )
+        assert frame.locator("script").count() == 1
+        assert frame.locator("img[src=x], [onerror], [onmouseover]").count() == 0
         assert page.title() == f"Captions of {visible}"
     assert not incidents
 
@@ -286,16 +253,14 @@ def test_a_significant_difference_is_marked(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     base = rng.random(150)
     new, old = evaluated("new", base + 1, views=3), evaluated("old", base)
-    frame = show(
-        page, tmp_path, render_report(new, champion=old, decision=decide(old, new, Policy()))
-    )
+    report = render_report(new, champion=old, decision=decide(old, new, Policy()))
+    frame = show(page, tmp_path, report)
     verdicts = frame.locator(".verdict").all_inner_texts()
     assert verdicts == ["significant gain", "not significant"], "CIDEr and ROUGE-L"
     assert "Becomes the champion" in frame.locator(".decision").inner_text()
     assert frame.locator(".warning").count() == 0
-    frame = show(
-        page, tmp_path, render_report(old, champion=new, decision=decide(new, old, Policy()))
-    )
+    report = render_report(old, champion=new, decision=decide(new, old, Policy()))
+    frame = show(page, tmp_path, report)
     assert frame.locator(".verdict").first.inner_text() == "significant loss"
     assert "Does not become the champion" in frame.locator(".decision").inner_text()
     assert "it needed more" in frame.locator(".decision").inner_text()
@@ -329,20 +294,13 @@ def test_a_champion_on_other_images_is_not_compared() -> None:
 
 
 def test_it_reads_on_a_phone_and_in_the_dark(page: Page, tmp_path: Path, compared: str) -> None:
-    size = page.viewport_size
-    assert size is not None
-    page.set_viewport_size({"width": 360, "height": 700})
-    page.emulate_media(color_scheme="dark")
-    try:
-        frame = show(page, tmp_path, compared)
+    browser = page.context.browser
+    assert browser is not None
+    with browser.new_page(viewport={"width": 360, "height": 700}, color_scheme="dark") as phone:
+        frame = show(phone, tmp_path, compared)
         assert frame.evaluate("document.documentElement.scrollWidth") <= 360
-        colours = frame.evaluate(
-            "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
-        )
-        assert max(colours) < 60
-    finally:
-        page.set_viewport_size(size)
-        page.emulate_media(color_scheme="light")
+        colour = frame.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, re.findall(r"\d+", colour))) < 60
 
 
 def test_120_photographs_stay_below_4_megabytes() -> None:
@@ -360,9 +318,8 @@ def test_120_photographs_stay_below_4_megabytes() -> None:
         views[n] = View(thumbnail(image), maps)
     result = evaluated("new", rng.random(120), captions=[caption] * 120)
     references = [[caption] * 5] * 120
-    result = EvaluationResult(
-        result.evaluation, replace(result.predictions, views=views, references=references)
-    )
+    predictions = replace(result.predictions, views=views, references=references)
+    result = replace(result, predictions=predictions)
     assert 12_000 < np.mean([len(view.thumbnail) for view in views.values()]) < 20_000
     assert len(render_report(result, champion=result, curves=CURVES).encode()) < 4_000_000
 
@@ -376,18 +333,16 @@ def test_the_worst_are_shown_and_some_of_the_rest() -> None:
 
 
 def test_models_of_one_name_have_their_own_curves() -> None:
+    result = evaluated("same", [1.0])
     ours, theirs = (
-        replace(evaluated("same", [1.0]).evaluation, mlflow_run_id=run)
+        replace(result, evaluation=replace(result.evaluation, mlflow_run_id=run))
         for run in ("ours", "theirs")
     )
-    images = evaluated("same", [1.0]).predictions
     curves = {
         "theirs": {"val_loss": [(1, 9.0), (2, 8.0)]},
         "ours": {"val_loss": [(1, 1.0), (2, 0.5)]},
     }
-    page = render_report(
-        EvaluationResult(ours, images), others=[EvaluationResult(theirs, images)], curves=curves
-    )
+    page = render_report(ours, others=[theirs], curves=curves)
     assert page.index("same, val: 0.5 at step 2") < page.index("same, val: 8 at step 2")
 
 
@@ -395,11 +350,7 @@ def test_cards_pair_captions_by_image() -> None:
     new, old = evaluated("new", [2.0, 1.0]), evaluated("old", [0.5])
     first, second = make_cards(new.predictions, old.predictions)
     assert (first.name, first.rival) == ("0001.jpg", None)
-    assert (
-        second.rival is not None
-        and second.rival.gain == 1.5
-        and second.rival.caption == "old caption 0 of a dog"
-    )
+    assert second.rival == Rival("old caption 0 of a dog", cider=0.5, gain=1.5)
 
 
 def test_axes_end_at_round_numbers() -> None:

@@ -45,8 +45,6 @@ def test_of_candidates_registered_at_once_one_becomes_champion(
         for outcome in outcomes:
             tags = client.get_model_version(MODEL, outcome["version"]).tags
             assert tags["compared_with"] == "1" and tags["reason"] == outcome["reason"]
-            if outcome["version"] == winner:
-                assert tags["decision"] == "champion"
-            else:
-                assert tags["decision"] == "challenger"
-                assert outcome["reason"] == f"{overtaken}: evaluate again"
+            assert tags["decision"] == ("champion" if outcome["promoted"] else "challenger")
+            is_overtaken = outcome["reason"] == f"{overtaken}: evaluate again"
+            assert is_overtaken != outcome["promoted"]

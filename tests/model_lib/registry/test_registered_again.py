@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from model_lib import UserError
+from model_lib.registry import registry
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.model_uris import MODEL
 from model_lib.registry.registry import champion_version, register
@@ -98,3 +99,22 @@ def test_a_registration_that_was_killed_goes_on_with_its_version(
     assert (registered.version, registered.promoted) == ("1", True)
     assert decisions(tracking) == {"1": "champion"} and champion_version(tracking.uri) == "1"
     assert Path(registered.page).exists()
+
+
+def test_two_pods_that_register_the_same_evaluation_at_once_make_one_version(
+    saved_model: Path, tracking: MlflowTracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = write_evaluation(tmp_path, 0.5, "a", model=saved_model)
+    config = RegisterConfig(evaluations=(evaluation,))
+    log_model = registry.log_model
+
+    def upload_slowly(*arguments: object) -> str:
+        """The other pod is done before this one has uploaded."""
+        monkeypatch.setattr(registry, "log_model", log_model)
+        assert register(config, tracking).version == "1"
+        return log_model(*arguments)
+
+    monkeypatch.setattr(registry, "log_model", upload_slowly)
+    registered = register(config, tracking)
+    assert (registered.version, registered.promoted) == ("1", True)
+    assert decisions(tracking) == {"1": "champion"}

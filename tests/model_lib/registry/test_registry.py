@@ -24,7 +24,6 @@ from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
-from tests.helpers.evaluations import write_evaluation
 from tests.helpers.tracked import step
 
 
@@ -158,17 +157,6 @@ def test_a_champion_that_is_not_there_is_refused_in_one_line(tracking: MlflowTra
     with pytest.raises(UserError, match="not in the model registry") as refused:
         Captioner.from_pretrained("models:/captioner@champion")
     assert "\n" not in str(refused.value)
-
-
-def test_a_model_of_a_hub_is_refused_before_anything_is_logged(
-    tracking: MlflowTracking, tmp_path: Path
-) -> None:
-    evaluation = write_evaluation(tmp_path, 0.5, "far", model="owner/captioner")
-    message = "owner/captioner: lies on a hub; fetch it into a folder, evaluate it there"
-    with pytest.raises(UserError, match=message):
-        register(RegisterConfig(evaluations=(evaluation,)), tracking)
-    assert champion_version(tracking.uri) is None
-    assert not tracking.client.search_runs([tracking.experiment_id])
 
 
 def test_a_uri_that_means_another_version_later_is_refused() -> None:

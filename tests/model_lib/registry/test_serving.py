@@ -1,16 +1,13 @@
 """The registered model as MLflow serves it: whole, and asked over HTTP."""
 
 import base64
-import functools
 import json
 import shutil
 import sys
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
 from tests.helpers.evaluations import write_evaluation
+from tests.helpers.http_server import website
 from tests.helpers.services import free_port, running
 
 PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
@@ -54,15 +52,10 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
     )
     card = (files / "README.md").read_text()
     assert version.description == card and len(card) < 5000
-    for words in (
-        "# small",
-        "| CIDEr | 0.5000 | 0.4",
-        "CIDEr's document frequencies come from these",
-        "CC BY 4.0",
-    ):
+    for words in ("# small", "| CIDEr | 0.5000 | 0.4", "frequencies come from these"):
         assert words in card, card
-    for words in ("data `f`", "OpenAI's model card", "modified MIT", "torch 2.11.0"):
-        assert words in card
+    for words in ("data `f`", "CC BY 4.0", "OpenAI's model card", "modified MIT", "torch 2.11.0"):
+        assert words in card, card
     pinned = (files / "requirements.txt").read_text().split()
     assert {"torch==2.11.0", "transformers==5.17.0", f"mlflow=={mlflow.__version__}"} <= set(pinned)
     assert all("==" in line for line in pinned)
@@ -147,17 +140,8 @@ def test_an_image_in_any_form_is_captioned(registry: str, scenes: Path) -> None:
 @pytest.fixture(scope="module")
 def web(scenes: Path) -> Iterator[str]:
     """The address of a web server with the validation images."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(scenes / "val2017"))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with website(scenes / "val2017") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -215,32 +199,29 @@ def test_rows_that_are_no_images_are_refused_with_their_numbers(
     image = str(scenes / "val2017" / "000000000001.jpg")
     (tmp_path / "text.jpg").write_text("no image")
     junk = base64.b64encode(b"no image at all " * 1000).decode()
+    texture = base64.b64encode(b"DDS " + bytes([124, *[0] * 400])).decode()
+    truncated = base64.b64encode(Path(image).read_bytes()[:-300]).decode()
+    no_image = "row 2 of 3: base64, but not of an image"
+    forbidden = "not allowed here, a path; its prefix must be in CAPTIONER_ALLOW"
     for bad, message in (
         (str(tmp_path / "text.jpg"), ": unreadable: not an image in a format known here"),
         (str(tmp_path / "gone.jpg"), "gone.jpg: no such file"),
         (f"{web}/gone.jpg", "/gone.jpg: no such file"),
-        (junk, "row 2 of 3: base64, but not of an image"),
-        (f"data:image/png;base64,{junk}", "row 2 of 3: base64, but not of an image"),
-        (
-            base64.b64encode(b"DDS " + bytes([124, *[0] * 400])).decode(),
-            "row 2 of 3: base64, but not of an image",
-        ),
+        (junk, no_image),
+        (f"data:image/png;base64,{junk}", no_image),
+        (texture, no_image),
         ("data:image/png;base64,???", "row 2 of 3: a data URI, but not of base64"),
         ("", "row 2 of 3: is empty"),
         (7, "row 2 of 3: is int, not an image"),
         (None, "row 2 of 3: is empty"),
         ("#" * 10**6, f"row 2 of 3: neither base64 nor a path or URI: '{'#' * 80}'"),
         ("nowhere://x/y.jpg", "nowhere"),
-        (
-            "/etc/passwd",
-            "/etc/passwd: not allowed here, a path; its prefix must be in CAPTIONER_ALLOW",
-        ),
+        ("/etc/passwd", f"/etc/passwd: {forbidden}"),
         ("http://169.254.169.254/a.jpg", "not allowed here, http://"),
-        (base64.b64encode(Path(image).read_bytes()[:-300]).decode(), "row 2 of 3: truncated"),
+        (truncated, "row 2 of 3: truncated"),
     ):
-        status, body = ask(
-            served, {"dataframe_split": {"columns": ["image"], "data": [[image], [bad], [image]]}}
-        )
+        rows = {"columns": ["image"], "data": [[image], [bad], [image]]}
+        status, body = ask(served, {"dataframe_split": rows})
         assert (status, body["error_code"]) == (400, "INVALID_PARAMETER_VALUE"), body
         assert body["message"].startswith("row 2 of 3: ") and message in body["message"], body
         assert "\n" not in body["message"] and len(body["message"]) < 400
@@ -261,9 +242,9 @@ def test_requests_of_another_shape_are_refused(served: str, scenes: Path) -> Non
     ):
         status, body = ask(served, document)
         assert status == 400 and "Traceback" not in str(body), (document, body)
-    nothing = (200, {"predictions": []})
-    assert ask(served, {"dataframe_split": {"columns": ["image"], "data": []}}) == nothing
-    assert ask(served, {"inputs": []}) == nothing
+    empty = (200, {"predictions": []})
+    assert ask(served, {"dataframe_split": {"columns": ["image"], "data": []}}) == empty
+    assert ask(served, {"inputs": []}) == empty
     # Of several columns without bytes the first one counts.
     first, two = (
         {"columns": columns, "data": [[image, "x"][: len(columns)]]}

@@ -53,13 +53,13 @@ def test_register_ends_the_pipelines_run_if_it_is_the_last_step(
     registers: Registers,
     saved_model: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    environment: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("KFP_RUN_ID", "kfp-1")
+    environment.setenv("KFP_RUN_ID", "kfp-1")
     tracking = require_mlflow(tracking_from_environment())
     tracking.open_pipeline("nightly")
     registers(write_evaluation(tmp_path, 0.5, "a", model=saved_model), NO_CHAMPION, images)
-    run = store.get_run(tracking.parent())
+    run = tracking.pipeline_run()
     assert run.info.status == status
     assert run.data.tags["captioner.champion_model"] == "models:/captioner/1"
 
@@ -140,10 +140,10 @@ def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
     (tmp_path / "pod").mkdir()
     monkeypatch.chdir(tmp_path / "pod")
     common = {"preset": "tiny", "vision": "", "decoder": "", "tokenizer": "", "precision": "auto"}
-    numbers = {"epochs": 0, "batch_size": 0, "learning_rate": 0.0}
+    common |= {"epochs": 0, "batch_size": 0, "learning_rate": 0.0}
     listed = [{"name": "on", "init_from": "models:/captioner@champion"}]
     fingerprint = read_manifest(str(data)).fingerprint
     (document,) = candidates.python_func(
-        str(data), fingerprint, str(tmp_path / "c"), "", listed, **common, **numbers
+        str(data), fingerprint, str(tmp_path / "c"), "", listed, **common
     )
     assert document["options"]["init_from"] == "models:/captioner/1"

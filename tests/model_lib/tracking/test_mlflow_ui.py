@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 
 import mlflow
+import numpy as np
 import pytest
 from playwright.sync_api import expect
 
@@ -12,6 +13,7 @@ from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from tests.helpers.browser import browser_page
+from tests.helpers.evaluations import make_evaluation
 from tests.helpers.services import mlflow_server
 
 KFP_ADDRESS = "https://kfp.example.com/#/runs/details/kfp-ui"
@@ -53,22 +55,9 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowTrackin
 
 def evaluation(name: str) -> Evaluation:
     score = CIDER[name]
-    return Evaluation(
-        name=name,
-        model=f"{name}/best",
-        split="val",
-        images=200,
-        scores={"Bleu_4": score / 4, "CIDEr": score},
-        intervals={"Bleu_4": (score / 5, score / 3), "CIDEr": (score - 0.111, score + 0.111)},
-        shuffled_cider=0.3,
-        frequencies="",
-        diversity={"distinct": 0.9},
-        tokenizer="PTB",
-        missing={},
-        decoding={"num_beams": 5, "top_p": None},
-        images_per_second=33.0,
-        data_fingerprint="d",
-    )
+    statistics = {"Bleu_4": np.full((2, 1), score / 4), "CIDEr": np.full((2, 1), score)}
+    ends = {"Bleu_4": (score / 5, score / 3), "CIDEr": (score - 0.111, score + 0.111)}
+    return make_evaluation(name, statistics, intervals=ends)
 
 
 def runs(tracking: MlflowTracking) -> dict[str, str]:

@@ -72,28 +72,13 @@ def test_candidates_are_nested_under_the_pipelines_run(
         runs = mlflow.MlflowClient(server).search_runs([tracking.experiment_id])
         return {run.info.run_name: run for run in runs}
 
-    parent = tracking.parent()
+    parent = tracking.pipeline_run().info.run_id
     assert runs().keys() == {"train-captioner 1", "one", "two"}
     assert runs()["train-captioner 1"].info.run_id == parent
     assert {runs()[name].data.tags["mlflow.parentRunId"] for name in ("one", "two")} == {parent}
-    address = f"{server}/#/experiments/{tracking.experiment_id}/runs/{parent}"
-    assert tracking.close_pipeline(succeeded=True) == address
+    tracking.close_pipeline(succeeded=True)
     status = {name: run.info.status for name, run in runs().items()}
     assert status == {"train-captioner 1": "FINISHED", "one": "FINISHED", "two": "FAILED"}
-
-
-def test_nested_runs_are_closed_however_many_pages_they_fill(
-    server: str, environment: pytest.MonkeyPatch, start: Callable[..., Run]
-) -> None:
-    environment.setattr("model_lib.tracking.server.PAGE", 2)
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-many")
-    tracking.open_pipeline("many")
-    runs = [str(start(tracking, f"candidate-{number}").run_id) for number in range(7)]
-    client = mlflow.MlflowClient(server)
-    client.set_terminated(runs[0])
-    tracking.close_pipeline(succeeded=False)
-    assert [client.get_run(run).info.status for run in runs] == ["FINISHED", *["FAILED"] * 6]
-    assert client.get_run(tracking.parent()).info.status == "FAILED"
 
 
 KILLED = """
@@ -128,7 +113,7 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
 
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-first")
     tracking.open_pipeline("first")
-    first = tracking.parent()
+    first = tracking.pipeline_run().info.run_id
     run_id = killed_at(1)
     assert killed_at(2) == run_id, "a retry goes on in the same run"
     tracking.close_pipeline(succeeded=False)
@@ -145,9 +130,10 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
         run.log({"loss": 1.0}, 4)
     assert run.run_id == run_id
     ended = client.get_run(run_id)
+    tags = ended.data.tags
     assert ended.info.status == "FINISHED" and ended.data.params == {"epochs": "3"}
-    assert ended.data.tags["mlflow.parentRunId"] == tracking.parent() != first
-    assert ended.data.tags["kfp.pipeline_run_id"] == "kfp-second"
+    assert tags["mlflow.parentRunId"] == tracking.pipeline_run().info.run_id != first
+    assert tags["kfp.pipeline_run_id"] == "kfp-second"
     points = client.get_metric_history(run_id, "loss")
     assert [(point.step, point.value) for point in points] == [(1, 2), (2, 2), (3, 2), (4, 1)]
 
@@ -161,7 +147,7 @@ def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
     with start(tracking, "done", "key-of-done") as run:
         run.log({"loss": 2.0}, 1)
     before = client.get_run(run.run_id)
-    parent = tracking.parent()
+    parent = tracking.pipeline_run().info.run_id
     tracking = step(environment, KFP_RUN_ID="kfp-reruns")
     tracking.open_pipeline("reruns")
     with start(tracking, "done", "key-of-done", step=1) as again:
@@ -172,7 +158,11 @@ def test_a_finished_candidate_stays_with_the_pipeline_run_that_trained_it(
     with start(tracking, "done", "key-of-done") as again:  # its checkpoints were lost
         again.log({"loss": 2.0}, 1)
         assert client.get_run(run.run_id).info.status == "RUNNING"
-    assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == tracking.parent() != parent
+    assert (
+        client.get_run(run.run_id).data.tags["mlflow.parentRunId"]
+        == tracking.pipeline_run().info.run_id
+        != parent
+    )
 
 
 def test_runs_that_nobody_ended_are_ended_when_the_next_pipeline_begins(
@@ -207,24 +197,21 @@ def test_nested_runs_carry_kubeflows_tags_and_the_parent_links_to_it(
 ) -> None:
     client = mlflow.MlflowClient(server)
     address = "https://kfp.example.com/#/runs/details/kfp-tags"
-    kfp = {
-        "kfp.pipeline_run_id": "kfp-tags",
-        "kfp.pipeline_run_url": address,
-        "kfp.pipeline_id": "p",
-        "kfp.pipeline_version_id": "v",
-    }
+    kfp = {"kfp.pipeline_run_id": "kfp-tags", "kfp.pipeline_run_url": address}
+    kfp["kfp.pipeline_version_id"] = "v"
     tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-tags")
     parent = client.create_run(tracking.experiment_id, run_name="theirs", tags=kfp).info.run_id
     tracking.open_pipeline("ours")
     with start(tracking, "one") as run:
         pass
     assert kfp.items() <= client.get_run(run.run_id).data.tags.items()
-    assert tracking.parent() == parent, "a nested run with the same tags is not the parent"
+    assert tracking.pipeline_run().info.run_id == parent, (
+        "a nested run with the same tags is not the parent"
+    )
     link = f"[This run in Kubeflow Pipelines]({address})"
     assert client.get_run(parent).data.tags["mlflow.note.content"].strip() == link
-    tracking.conclude(
-        {"val_CIDEr": 1.5}, {"captioner.winner": "one", "captioner.nothing": ""}, "## Won"
-    )
+    outcome = {"captioner.winner": "one", "captioner.nothing": ""}
+    tracking.conclude({"val_CIDEr": 1.5}, outcome, "## Won")
     data = client.get_run(parent).data
     assert data.tags["mlflow.note.content"] == f"{link}\n\n## Won"
     assert data.metrics == {"val_CIDEr": 1.5}
@@ -242,14 +229,10 @@ def test_a_run_that_the_server_made_for_the_step_is_the_candidates(
     parent = client.create_run(experiment, run_name="run of captioner", tags=tags).info
     tags = {"mlflow.parentRunId": parent.run_id}
     own = client.create_run(experiment, run_name="train", tags=tags).info
-    variables = {
-        "MLFLOW_EXPERIMENT_ID": experiment,
-        "MLFLOW_RUN_ID": own.run_id,
-        "KFP_RUN_ID": "kfp-2",
-    }
-    tracking = step(environment, MLFLOW_TRACKING_URI=server, **variables)
+    variables = {"MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": own.run_id}
+    tracking = step(environment, MLFLOW_TRACKING_URI=server, KFP_RUN_ID="kfp-2", **variables)
     tracking.open_pipeline("ours")
-    assert tracking.parent() == parent.run_id, "no second parent"
+    assert tracking.pipeline_run().info.run_id == parent.run_id, "no second parent"
     with start(tracking, "five-captions", params={"epochs": 3}, tags={"a": "b"}) as run:
         run.log({"loss": 1.0}, 1)
     assert run.run_id == own.run_id
