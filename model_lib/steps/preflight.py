@@ -22,6 +22,7 @@ from model_lib.options import require
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
 from model_lib.registry.model_uris import require_version
+from model_lib.tracking.server import require_scheme
 from model_lib.train.config import TrainConfig
 from model_lib.train.trainjob import Machines, require_trainer
 
@@ -160,6 +161,7 @@ def _tracking(uri: str | None) -> None:
 
     if not uri:
         return  # the embedded store
+    require_scheme(uri)
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except MlflowException as error:

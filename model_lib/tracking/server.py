@@ -64,6 +64,7 @@ class MlflowTracking(Tracking):
     Args:
         uri: of the tracking server.
         given_experiment_id: of new runs, if the environment names it.
+        experiment_name: of new runs otherwise.
         pipeline_run_id: Kubeflow's id of the pipeline run, or None outside of one.
         own_run_id: the MLflow run that was made for this step, or None.
     """
@@ -72,12 +73,24 @@ class MlflowTracking(Tracking):
     given_experiment_id: str | None = None
     pipeline_run_id: str | None = None
     own_run_id: str | None = None
+    experiment_name: str = EXPERIMENT
 
     @functools.cached_property
     def experiment_id(self) -> str:
         """The experiment of new runs: created at first use, which only the first of several
         processes makes."""
-        return self.given_experiment_id or _ensure_experiment(self.uri)
+        if self.given_experiment_id is None:
+            experiment = _ensure_experiment(self.uri, self.experiment_name)
+        else:
+            experiment = self.client.get_experiment(self.given_experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            remedy = "mlflow experiments restore --experiment-id"
+            raise UserError(
+                f"MLflow at {printable(self.uri)}: experiment {experiment.name} is deleted; "
+                f"{remedy} {experiment.experiment_id} restores it, MLFLOW_EXPERIMENT_NAME names "
+                "another"
+            )
+        return str(experiment.experiment_id)
 
     @property
     def client(self) -> Any:
@@ -287,8 +300,9 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
 
     For the process edge. MLFLOW_TRACKING_URI names the server; MLFLOW_EXPERIMENT_ID and
     MLFLOW_RUN_ID, which a Kubeflow Pipelines server can inject, name the experiment and the step's
-    own run; KFP_RUN_ID is the pipeline run's id. The choice is left in the environment, so that
-    `models:/…` sources are looked up in the same place.
+    own run; MLFLOW_EXPERIMENT_NAME names an experiment otherwise; KFP_RUN_ID is the pipeline run's
+    id. The choice is left in the environment, so that `models:/…` sources are looked up in the same
+    place.
     """
     if importlib.util.find_spec("mlflow") is None:
         return NO_TRACKING
@@ -308,9 +322,24 @@ def tracking_from_environment(workdir: str = "runs") -> Tracking:
         uri = f"sqlite:///{file}"
         if not file.exists():
             _make_store(file)
+    require_scheme(uri)
     os.environ["MLFLOW_TRACKING_URI"] = uri
-    names = ("MLFLOW_EXPERIMENT_ID", "KFP_RUN_ID", "MLFLOW_RUN_ID")
-    return MlflowTracking(uri, *(os.environ.get(name) or None for name in names))
+    return MlflowTracking(
+        uri,
+        given_experiment_id=os.environ.get("MLFLOW_EXPERIMENT_ID") or None,
+        pipeline_run_id=os.environ.get("KFP_RUN_ID") or None,
+        own_run_id=os.environ.get("MLFLOW_RUN_ID") or None,
+        experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT,
+    )
+
+
+def require_scheme(uri: str) -> None:
+    """Raise `UserError` for a tracking URI without a scheme, which MLflow takes for a folder."""
+    if "://" not in uri and not uri.startswith("databricks"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI {printable(uri)}: has no scheme; a server is http://HOST:PORT, a "
+            "database in a file sqlite:///FILE"
+        )
 
 
 def _make_store(file: Path) -> None:
@@ -324,21 +353,21 @@ def _make_store(file: Path) -> None:
             os.link(f"{scratch}/mlflow.db", file)
 
 
-def _ensure_experiment(uri: str) -> str:
-    """Return the id of the experiment `captioner`; an embedded store keeps its artifacts beside the
-    database."""
+def _ensure_experiment(uri: str, name: str) -> Any:
+    """Return the experiment of this name, created if need be; an embedded store keeps its artifacts
+    beside the database."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient(uri)
-    if (experiment := client.get_experiment_by_name(EXPERIMENT)) is not None:
-        return str(experiment.experiment_id)
+    if (experiment := client.get_experiment_by_name(name)) is not None:
+        return experiment
     artifacts = None
     if uri.startswith("sqlite:///"):
         artifacts = f"{Path(uri.removeprefix('sqlite:///')).parent}/mlartifacts"
     try:
-        return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
+        return client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return _ensure_experiment(uri)  # another process was first
+        return _ensure_experiment(uri, name)  # another process was first

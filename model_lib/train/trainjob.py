@@ -23,7 +23,13 @@ RUNTIME = {"apiGroup": GROUP, "kind": "TrainingRuntime", "name": "captioner"}
 again and again."""
 MANAGER = "captioner.example/train"
 """Manager of our patch of the runtime; Kubeflow Trainer's webhook requires a domain and a path."""
-PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID")
+PASSED_ON = (
+    "KFP_RUN_ID",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_RUN_ID",
+)
 """Variables of the step that its machines need too, unless they have them from the secret."""
 
 

@@ -7,6 +7,7 @@ from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_f
 NAMES = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_EXPERIMENT_NAME",
     "MLFLOW_RUN_ID",
     "MLFLOW_UI_URL",
     "KFP_RUN_ID",

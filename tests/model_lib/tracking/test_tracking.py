@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from model_lib import __version__
+from model_lib import UserError, __version__
 from model_lib.tracking.runs import Run
 from model_lib.tracking.server import (
     MlflowTracking,
@@ -264,6 +264,31 @@ def test_the_embedded_store_is_the_same_wherever_a_step_runs(
     assert tracking.uri == f"sqlite:///{tmp_path}/{folder}/mlflow.db"
     assert os.environ["MLFLOW_TRACKING_URI"] == tracking.uri
     assert (tmp_path / folder / "mlflow.db").exists()
+
+
+def test_the_experiment_of_the_environment_and_a_deleted_one(
+    environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = step(environment, MLFLOW_TRACKING_URI=uri, MLFLOW_EXPERIMENT_NAME="theirs")
+    client = mlflow.MlflowClient(uri)
+    assert client.get_experiment(tracking.experiment_id).name == "theirs"
+    client.delete_experiment(tracking.experiment_id)
+    number = tracking.experiment_id
+    message = f"theirs is deleted; mlflow experiments restore --experiment-id {number} restores it"
+    for variable, value in (("NAME", "theirs"), ("ID", number)):
+        other = step(environment, **{f"MLFLOW_EXPERIMENT_{variable}": value})
+        with pytest.raises(UserError, match=message):
+            other.require_answer()
+
+
+@pytest.mark.parametrize("uri", ["localhost:5000", "mlflow.example.com", "mlruns"])
+def test_a_tracking_uri_without_a_scheme_is_refused(
+    uri: str, environment: pytest.MonkeyPatch
+) -> None:
+    environment.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI {uri}: has no scheme; a server is"):
+        tracking_from_environment()
 
 
 def test_the_secrets_variables_give_way_to_the_servers() -> None:
