@@ -37,11 +37,11 @@ from benchmarks.train import coco_like_captions
 from model_lib.io.background import Background
 from model_lib.model.captioner import Captioner, CaptionerConfig
 from model_lib.presets import PRESETS
-from model_lib.train.checkpoint import Checkpoints, Position, snapshot
+from model_lib.train.checkpoint import Checkpoints, Position
 from model_lib.train.config import TrainConfig, resolve
 from model_lib.train.distributed import World, join_world
 from model_lib.train.loss import CrossEntropyObjective
-from model_lib.train.step import StepState, TrainStep
+from model_lib.train.step import TrainStep
 
 
 class Sharded(World):
@@ -112,7 +112,7 @@ def saving(options: argparse.Namespace) -> tuple[float, float, float]:
         train_step = make_train_step(options, world)
         batch, pixels = make_batch(options, train_step)
         checkpoints, seconds = Checkpoints(folder), {}
-        nowhere = Position(0, 0, 0, None, "", StepState(0, {}, 0, 0), {})
+        nowhere = Position(0, 0, 0, None, 0, {}, {})
 
         def steps(count: int) -> float:
             began = time.perf_counter()
@@ -121,20 +121,17 @@ def saving(options: argparse.Namespace) -> tuple[float, float, float]:
             wait_for(world.device)
             return time.perf_counter() - began
 
-        def tensors() -> dict[str, torch.Tensor]:
-            return snapshot(train_step.model, train_step.optimizer, {})
-
         steps(1)
-        size = sum(tensor.nbytes for tensor in tensors().values()) / 1e9
+        size = sum(tensor.nbytes for tensor in train_step.snapshot().values()) / 1e9
         count = options.rounds + 2
         seconds["plain"] = steps(count)
         began = time.perf_counter()
         with Background() as background:
-            background.start(partial(checkpoints.write, "step-1", tensors(), nowhere))
+            background.start(partial(checkpoints.write, "step-1", train_step.snapshot(), nowhere))
             steps(count)
             thread = time.perf_counter() - began
         began = time.perf_counter()
-        checkpoints.write("step-2", tensors(), nowhere)
+        checkpoints.write("step-2", train_step.snapshot(), nowhere)
         at_once = time.perf_counter() - began
     return thread - seconds["plain"], at_once, size
 

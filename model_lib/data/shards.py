@@ -6,12 +6,10 @@ skipping the start of an order.
 """
 
 import hashlib
-import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -85,10 +83,8 @@ class Manifest:
 
     def located(self, folder: str) -> Self:
         """Return the manifest with its shards' URIs made absolute under `folder`."""
-        shards = [
-            replace(s, uri=s.uri if "/" in s.uri else storage.join(folder, s.uri))
-            for s in self.shards
-        ]
+        uris = [s.uri if "/" in s.uri else storage.join(folder, s.uri) for s in self.shards]
+        shards = [replace(shard, uri=uri) for shard, uri in zip(self.shards, uris, strict=True)]
         return replace(self, shards=shards)
 
     def require_split(self, split: str) -> None:
@@ -164,7 +160,8 @@ class SplitReader:
         counts = [file.rows[group] for file, group in self.groups]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
         """Number of the first image of each row group, and their count."""
-        self.rows = min(int(self.starts[-1]), limit or sys.maxsize)
+        rows = int(self.starts[-1])
+        self.rows = min(rows, limit or rows)
         self.lock = threading.Lock()
         """Parquet's reader prefetches for one caller at a time."""
 
@@ -280,24 +277,21 @@ class SplitReader:
 
     def _row_reader(self, columns: list[str]) -> Callable[[np.ndarray], list[dict[str, Any]]]:
         """Return a function, for several threads, from numbers of images to their rows."""
-        tables: OrderedDict[int, pa.Table] = OrderedDict()
         # An order stays within a few windows.
         kept = max(4, int(3 * WINDOW * len(self.groups) / self.starts[-1]))
+
+        @lru_cache(kept)
+        def read_group(index: int) -> pa.Table:
+            file, group = self.groups[index]
+            return file.read(group, columns)
 
         def read_rows(numbers: np.ndarray) -> list[dict[str, Any]]:
             groups = self._group_of(numbers).tolist()
             with self.lock:
-                for index in dict.fromkeys(groups):
-                    if index not in tables:
-                        file, group = self.groups[index]
-                        tables[index] = file.read(group, columns)
-                    tables.move_to_end(index)
-                used = {index: tables[index] for index in groups}
-                while len(tables) > max(kept, len(used)):
-                    tables.popitem(last=False)
+                tables = {index: read_group(index) for index in dict.fromkeys(groups)}
             rows = zip(groups, (numbers - self.starts[groups]).tolist(), strict=True)
             return [
-                {name: used[index][name][row].as_py() for name in columns} for index, row in rows
+                {name: tables[index][name][row].as_py() for name in columns} for index, row in rows
             ]
 
         return read_rows
@@ -322,8 +316,7 @@ class _ShardReader:
             groups = range(metadata.num_row_groups)
             self.rows = [metadata.row_group(group).num_rows for group in groups]
             require_columns(self.file.schema_arrow, COLUMNS)
-            if (self.rows and min(self.rows) < 1) or sum(self.rows) != shard.rows:
-                raise ValueError(f"has {sum(self.rows)} rows, not the manifest's {shard.rows}")
+            _require_rows(sum(self.rows), shard.rows)
 
     def read(self, group: int, columns: list[str]) -> pa.Table:
         """Return some columns of a row group.
@@ -335,10 +328,13 @@ class _ShardReader:
         with input_errors(self.uri, SHARD):
             table = self.file.read_row_group(group, columns=columns)
             require_values(table, columns)
-            if table.num_rows != self.rows[group]:
-                rows = f"{table.num_rows} rows, not {self.rows[group]}"
-                raise ValueError(f"row group {group} has {rows}")
+            _require_rows(table.num_rows, self.rows[group])
         return table
+
+
+def _require_rows(rows: int, expected: int) -> None:
+    if rows != expected:
+        raise ValueError(f"has {rows} rows, not {expected}")
 
 
 def _require_size(shard: Shard) -> None:
@@ -376,7 +372,7 @@ def verify(shards: Sequence[Shard], name: str, workers: int = 0, shown: bool = T
                 "ingest anew"
             )
 
-    threads = ThreadPoolExecutor(workers or cpu_count())
-    with threads, Progress(f"check data for {name}", len(shards), "shards", shown=shown) as bar:
-        for _ in threads.map(check, shards):
-            bar.advance()
+    workers = workers or cpu_count()
+    with Progress(f"check data for {name}", len(shards), "shards", shown=shown) as progress:
+        for _ in prefetch_map(check, shards, workers, depth=workers):
+            progress.advance()

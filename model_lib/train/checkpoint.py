@@ -1,8 +1,8 @@
-"""Training checkpoints at any fsspec URI: found whole, or not found at all.
+"""Training checkpoints at any fsspec URI.
 
     <output>/checkpoints/step-00000120/state.safetensors  weights, their average, AdamW's moments
-                                       state.json         step, scores, what the run was made from
-                                       manifest.json      sizes and sha256 of both, written last
+                                       state.json         step, scores, configuration
+                                       manifest.json      sha256 of both, written last
                          step-00000120-validated/         the same after the validation of this step
 
 Resuming takes the newest checkpoint that matches its manifest; half-written ones are ignored. No
@@ -18,23 +18,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.io import storage
 from model_lib.io.errors import store_errors
 from model_lib.io.remote_cache import local_copy
 from model_lib.io.validation import parse
-from model_lib.train.step import StepState
 from model_lib.train.validation import ValidationScore
 
 log = logging.getLogger(__name__)
-FILES = ("state.safetensors", "state.json")
-FORMAT_VERSION = 3
-"""Of a checkpoint's content; part of what a run was made from."""
+WEIGHTS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+FORMAT_VERSION = 4
+"""Of a checkpoint's content; a run resumes from checkpoints of its own version."""
 
 
 @dataclass(frozen=True)
@@ -47,44 +45,11 @@ class Position:
     stale: int
     """Validations since the best one."""
     best: ValidationScore | None
-    origin: str
-    """Key of the configuration and data that the run was made from."""
-    state: StepState
+    skipped: int
+    """Steps whose gradients were not finite."""
+    scaler: dict[str, Any]
+    """State of the loss scaler."""
     configuration: dict[str, Any]
-
-
-def snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return copies on the CPU of all tensors that a run goes on from."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"model.{name}"] = parameter
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-    tensors |= {f"average.{name}": average for name, average in averages.items()}
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }
-
-
-def restore(
-    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Put the weights and the optimizer's moments of a snapshot back; return the averages."""
-    parameters, averages = dict(model.named_parameters()), {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(".")
-        if kind == "model":
-            parameters[name].data.copy_(tensor)
-        elif kind == "optimizer":
-            moment, _, name = name.partition(".")
-            parameter = parameters[name]
-            optimizer.state[parameter][moment] = tensor.to(parameter.device, copy=True)
-        else:
-            averages[name] = tensor
-    return averages
 
 
 def load(uri: str) -> tuple[dict[str, Tensor], Position]:
@@ -95,13 +60,19 @@ def load(uri: str) -> tuple[dict[str, Tensor], Position]:
     """
     with store_errors(uri), local_copy(uri) as folder:
         try:
-            position = parse(Position, (folder / "state.json").read_bytes())
-            return load_file(folder / "state.safetensors"), position
+            position = parse(Position, (folder / STATE).read_bytes())
+            return load_file(folder / WEIGHTS), position
         except (ValueError, SafetensorError) as error:
             raise UserError(
                 f"{uri}: is a checkpoint of something else ({first_line(error)}); remove it and "
                 "start again: it goes on from the checkpoint before"
             ) from error
+
+
+def digest(file: Path) -> str:
+    """Return the sha256 of a local file in hex."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 class Checkpoints:
@@ -139,8 +110,8 @@ class Checkpoints:
     def _is_whole(self, name: str) -> bool:
         try:
             with store_errors(self._uri(name)), local_copy(self._uri(name)) as folder:
-                manifest = storage.read_json(str(folder / "manifest.json"))
-                return bool(manifest == {file: _entry(folder / file) for file in FILES})
+                manifest = storage.read_json(str(folder / MANIFEST))
+                return bool(manifest == {file: digest(folder / file) for file in (WEIGHTS, STATE)})
         except UserError as error:
             if isinstance(error.__cause__, PermissionError):
                 raise
@@ -151,7 +122,7 @@ class Checkpoints:
 
         Args:
             name: "step-…"; names sort by age.
-            tensors: a `snapshot`.
+            tensors: a `TrainStep.snapshot`.
             position: of the run.
 
         Raises:
@@ -165,20 +136,19 @@ class Checkpoints:
                 "one stops; give each run an output of its own"
             )
         self._known.add(name)
-        entries = {}
+        state = json.dumps(asdict(position)).encode()
+        manifest = {STATE: hashlib.sha256(state).hexdigest()}
         try:
-            with storage.atomic_file(self._uri(name, "state.safetensors")) as part:
+            with storage.atomic_file(self._uri(name, WEIGHTS)) as part:
                 save_file(dict(tensors), part)
-                entries["state.safetensors"] = _entry(Path(part))
-            with storage.atomic_file(self._uri(name, "state.json")) as part:
-                Path(part).write_text(json.dumps(asdict(position)))
-                entries["state.json"] = _entry(Path(part))
-            storage.write_json(self._uri(name, "manifest.json"), entries)
+                manifest[WEIGHTS] = digest(Path(part))
+            storage.write_bytes(self._uri(name, STATE), state)
+            storage.write_json(self._uri(name, MANIFEST), manifest)
         except Exception:
             self._remove(name)
             raise
         names = self._names()
-        whole = [other for other in names if storage.exists(self._uri(other, "manifest.json"))]
+        whole = [other for other in names if storage.exists(self._uri(other, MANIFEST))]
         for other in set(names) - {name, *whole[-self.kept :]}:
             self._remove(other)
 
@@ -187,9 +157,3 @@ class Checkpoints:
             storage.remove(self._uri(name))
         except (UserError, WorkError) as error:  # a role may write and not delete
             log.warning("%s: not removed: %s", self._uri(name), first_line(error))
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}

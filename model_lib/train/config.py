@@ -112,30 +112,27 @@ class TrainConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {', '.join(PRESETS)}"
-        )
-        require(
-            re.fullmatch(r"\w[\w.-]*", self.name) is not None,
-            f"name {self.name!r}: use letters, digits, . - _ only",
-        )
+        presets = ", ".join(PRESETS)
+        require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {presets}")
+        is_name = re.fullmatch(r"\w[\w.-]*", self.name) is not None
+        require(is_name, f"name {self.name!r}: use letters, digits, . - _ only")
         rate = self.learning_rate
         require(rate is None or rate > 0, f"learning_rate: {rate} is not above 0")
         for name in ("warmup", "label_smoothing", "dropout", "ema"):
             value = getattr(self, name)
             require(value is None or value < 1, f"{name}: {value} is not less than 1")
-        no_parts = self.vision is None and self.decoder is None and self.tokenizer is None
-        require(
-            no_parts or PRESETS[self.preset].vision is not None,
-            f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
-            "tokenizer",
-        )
         require(self.vision_layer < 0, f"vision_layer: {self.vision_layer} is not below 0")
-        require(
-            no_parts or self.init_from is None,
-            "init_from: a trained captioner has its own vision, decoder and tokenizer; give "
-            "either it or them",
-        )
+        if (self.vision, self.decoder, self.tokenizer) != (None, None, None):
+            require(
+                PRESETS[self.preset].vision is not None,
+                f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
+                "tokenizer",
+            )
+            require(
+                self.init_from is None,
+                "init_from: a trained captioner has its own vision, decoder and tokenizer; give "
+                "either it or them",
+            )
         if self.objective == "self-critical":
             require(
                 self.init_from is not None,

@@ -111,12 +111,12 @@ class World:
             failure = error
         codes = self.gather(0 if failure is None else exit_code(failure))
         failed = [rank for rank, code in enumerate(codes) if code]
-        if failed and failure is not None and failed[0] == self.rank:
+        if not failed:
+            return result  # type: ignore[return-value]
+        if failure is not None and failed[0] == self.rank:
             raise failure
-        if failed:
-            time.sleep(1)  # the launcher ends all when one has ended; the first prints its error
-            raise SystemExit(codes[failed[0]])
-        return result  # type: ignore[return-value]
+        time.sleep(1)  # the launcher ends all when one has ended; the first prints its error
+        raise SystemExit(codes[failed[0]])
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """Return the module in DistributedDataParallel, which averages the gradients."""
@@ -156,18 +156,11 @@ def join_world(device: str) -> Iterator[World]:
         yield World(choose_device(device))
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
     world = World(torch.device("cpu"), rank, size, local_rank)
     try:
-        world = replace(world, device=_own_device(device, local_rank))
-    except UserError as error:
-        if world.is_main:
-            raise
-        time.sleep(1)  # the main process prints it
-        raise SystemExit(exit_code(error)) from None
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        yield world
+        yield replace(world, device=world.run_on_all(lambda: _own_device(device, local_rank)))
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

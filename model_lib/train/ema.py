@@ -1,10 +1,10 @@
 """An exponential moving average (EMA) of the trained weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
@@ -18,18 +18,16 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.weights = {n: p for n, p in model.named_parameters() if decay and p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take a step's weights into the average."""
-        if not self.weights:
-            return
-        self.updates += 1
-        decay = min(self.decay, self.updates / (10 + self.updates))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), 1 - decay)
+    def update(self, number: int) -> None:
+        """Take a step's weights into the average; `number` counts the updates, from 1."""
+        if self.weights:
+            d = min(self.decay, number / (10 + number))
+            torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), 1 - d)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -44,10 +42,3 @@ class EMA:
     def _swap(self) -> None:
         for name, weight in self.weights.items():
             weight.data, self.averages[name] = self.averages[name], weight.data
-
-    @torch.no_grad()
-    def restore(self, averages: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from `averages` after `updates` updates."""
-        self.updates = updates
-        for name, average in self.averages.items():
-            average.copy_(averages[name])

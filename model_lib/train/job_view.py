@@ -1,5 +1,5 @@
-"""What a step shows of a TrainJob: its first machine's log, what machines wait for, why they
-ended."""
+"""A TrainJob's progress as its step shows it: the first machine's log, the reasons for which
+machines wait, and those for which they ended."""
 
 import logging
 import re
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 POLL = 5.0
 """Seconds between two looks at a job."""
 INDEX = "batch.kubernetes.io/job-completion-index"
-START_ERRORS = (
+START_ERRORS = {
     "ErrImagePull",
     "ImagePullBackOff",
     "InvalidImageName",
     "CreateContainerConfigError",
-)
+}
 """Reasons for which a container waits, and which rarely go away."""
 START_SECONDS = 600.0
 """Time after which a machine that waits for one of them fails the job."""
@@ -39,16 +39,16 @@ def follow(cluster: Cluster, name: str) -> None:
         WorkError: the job failed otherwise, or was deleted.
     """
     view = _JobView(cluster, name)
-    end = None
-    while end is None:
-        job = cluster.trainjob(name)
-        end = _end(job)
-        pods = cluster.job_pods(job)
+    while (job := cluster.trainjob(name)) is not None:
+        pods = cluster.pods(name)
         view.update(pods)
-        if end is None:
-            time.sleep(POLL)
-    if end[0] != "Complete":
-        raise view.failure(pods, end[1] or "without a reason")
+        for condition in job.get("status", {}).get("conditions", []):
+            if condition["status"] == "True" and condition["type"] == "Complete":
+                return
+            if condition["status"] == "True" and condition["type"] == "Failed":
+                raise view.failure(pods, condition.get("message", ""))
+        time.sleep(POLL)
+    raise WorkError(f"TrainJob {name} failed: it was deleted")
 
 
 class _JobView:
@@ -56,9 +56,8 @@ class _JobView:
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name = cluster, name
-        self.start = time.monotonic()
+        self.start = self.read_at = time.monotonic()
         self.last_stamp = ""
-        self.read_at: float | None = None
         self.messages: set[str] = set()
         self.start_errors: dict[str, tuple[float, str]] = {}
         """Of each pod that cannot start: since when, and the first reason."""
@@ -75,18 +74,15 @@ class _JobView:
 
     def _print_new_lines(self, pod: Any) -> None:
         now = time.monotonic()
-        options: dict[str, Any] = {"timestamps": True}
-        if self.read_at is not None:
-            options["since_seconds"] = int(now - self.read_at) + 10
-        for line in self.cluster.read_log(pod, **options):
+        seconds = int(now - self.read_at) + 10
+        for line in self.cluster.read_log(pod, timestamps=True, since_seconds=seconds):
             match = TIMESTAMPED.match(line)
             if match is not None and match[1] > self.last_stamp:
                 print(match[2], file=sys.stderr, flush=True)
                 self.last_stamp, self.read_at = match[1], now
 
     def _check_start(self, pod: Any) -> None:
-        name, (reason, message) = pod.metadata.name, _waiting_reason(pod)
-        text = f"{reason}: {message}" if message else reason
+        name, (reason, text) = pod.metadata.name, _waiting_reason(pod)
         if reason:
             self._show(f"{name} waits: {text}")
         if reason not in START_ERRORS:
@@ -94,9 +90,8 @@ class _JobView:
             return
         since, first = self.start_errors.setdefault(name, (time.monotonic(), text))
         if time.monotonic() - since > START_SECONDS:
-            raise UserError(
-                f"{name}: has not started for {START_SECONDS / 60:.0f} minutes: {first}"
-            )
+            minutes = f"{START_SECONDS / 60:.0f} minutes"
+            raise UserError(f"{name}: has not started for {minutes}: {first}")
 
     def _show(self, message: str) -> None:
         if message not in self.messages:
@@ -105,54 +100,47 @@ class _JobView:
 
     def failure(self, pods: list[Any], reason: str) -> UserError | WorkError:
         """Print the last lines of each failed machine; return the error that says why."""
-        reasons, codes, mistakes, has_lines = [reason], set(), [], False
-        for pod in pods:
-            if pod.status.phase != "Failed":
-                continue
-            code, why, message = _termination(pod)
-            reasons.append(f"{pod.metadata.name}: {why}")
+        reasons, shown = [reason], ""
+        for pod in (pod for pod in pods if pod.status.phase == "Failed"):
+            reason, message = _termination(pod)
+            reasons.append(f"{pod.metadata.name}: {reason}")
             lines = self.cluster.read_log(pod, tail_lines=LAST_LINES)
+            for line in (*lines, *message.split("\n")):
+                if line.startswith(MISTAKE):  # one of several machines prints it
+                    return UserError(line.removeprefix(MISTAKE))
             if any(lines):
-                has_lines = True
-                heading = f"--- {pod.metadata.name}: {why}"
-                print(heading, *lines, sep="\n", file=sys.stderr, flush=True)
-            codes.add(code)
-            mistakes += [ln for ln in (*lines, *message.split("\n")) if ln.startswith(MISTAKE)]
-        if 2 in codes and mistakes:  # one of several machines prints it
-            return UserError(mistakes[-1].removeprefix(MISTAKE))
-        text = f"TrainJob {self.name} failed: {'; '.join(reasons)}"
-        return WorkError(f"{text}; its machines' last lines are above" if has_lines else text)
-
-
-def _end(job: dict[str, Any] | None) -> tuple[str, str] | None:
-    """Return "Complete" or "Failed", and why; None for a job that has not ended."""
-    if job is None:
-        return "Failed", "it was deleted"
-    for condition in job.get("status", {}).get("conditions", []):
-        if condition["status"] == "True" and condition["type"] in ("Complete", "Failed"):
-            return condition["type"], condition.get("message", "")
-    return None
+                print(f"--- {reasons[-1]}", *lines, sep="\n", file=sys.stderr, flush=True)
+                shown = "; its machines' last lines are above"
+        return WorkError(f"TrainJob {self.name} failed: {'; '.join(reasons)}{shown}")
 
 
 def _waiting_reason(pod: Any) -> tuple[str, str]:
-    """Return why a pod does not run yet, and Kubernetes' message; empty if it does."""
-    for status in pod.status.container_statuses or []:
-        if status.state.waiting is not None:
-            return status.state.waiting.reason or "", status.state.waiting.message or ""
-    for condition in pod.status.conditions or []:
-        if condition.type == "PodScheduled" and condition.status == "False":
-            return condition.reason or "", condition.message or ""
+    """Return why a pod does not run yet, also with Kubernetes' message; empty if it does."""
+    causes = [status.state.waiting for status in pod.status.container_statuses or []]
+    causes += [
+        condition
+        for condition in pod.status.conditions or []
+        if condition.type == "PodScheduled" and condition.status == "False"
+    ]
+    for cause in causes:
+        if cause is not None and cause.reason:
+            return cause.reason, _join(": ", cause.reason, cause.message)
     return "", ""
 
 
-def _termination(pod: Any) -> tuple[int, str, str]:
-    """Return a failed pod's exit code, or -1; why it ended; and its program's own message."""
-    code, reasons, message = -1, [], ""
+def _termination(pod: Any) -> tuple[str, str]:
+    """Return why a failed pod ended, and its program's own message."""
+    reason, message = None, ""
     for status in pod.status.container_statuses or []:
         terminated = status.state.terminated
         if status.name == NODE and terminated is not None:
-            code, message = terminated.exit_code, (terminated.message or "").strip()
-            reasons = [f"{terminated.reason or 'ended'} (exit code {code})", message]
-    if pod.status.reason:  # of the whole pod: evicted, or its node was shut down
-        reasons.append(": ".join(filter(None, (pod.status.reason, pod.status.message))))
-    return code, "; ".join(filter(None, reasons)) or "lost, without a reason", message
+            message = (terminated.message or "").strip()
+            end = f"{terminated.reason or 'ended'} (exit code {terminated.exit_code})"
+            reason = _join("; ", end, message)
+    # The pod's own reason: it was evicted, or its node was shut down.
+    pod_reason = _join(": ", pod.status.reason, pod.status.message)
+    return _join("; ", reason, pod_reason) or "lost, without a reason", message
+
+
+def _join(separator: str, *parts: str | None) -> str:
+    return separator.join(part for part in parts if part)

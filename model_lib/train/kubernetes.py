@@ -1,7 +1,4 @@
-"""A TrainJob in a Kubernetes cluster with Kubeflow Trainer: checked, created, deleted.
-
-Transient errors of Kubernetes are retried; the others come out as one line.
-"""
+"""A TrainJob in a Kubernetes cluster with Kubeflow Trainer: checked, created, deleted."""
 
 import json
 import logging
@@ -26,34 +23,9 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 TIMEOUT = 60
 """Seconds that a request may take."""
 POLL = 1.0
-"""Seconds between two looks at what is being deleted."""
-MARGIN = 15.0
-"""Seconds beyond its grace period after which a deleted pod should be gone."""
-
-
-@contextmanager
-def kubernetes_errors() -> Iterator[None]:
-    """Raise the Kubernetes client's exceptions as one line.
-
-    Raises:
-        UserError: Kubernetes refuses the request.
-        WorkError: it fails or does not answer.
-    """
-    from kubernetes.client import ApiException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield
-    except ApiException as error:
-        message = error.reason
-        with suppress(ValueError, TypeError, KeyError):
-            message = json.loads(error.body)["message"]
-        if is_transient(error):
-            message = f"Kubernetes fails: {message} ({error.status}); try again later"
-            raise WorkError(message) from error
-        raise UserError(f"Kubernetes refused: {message} ({error.status})") from error
-    except HTTPError as error:
-        raise WorkError(f"Kubernetes does not answer: {first_line(error)}") from error
+"""Seconds between two looks at a job that is being deleted."""
+DELETION_SECONDS = 135.0
+"""Time after which a deleted job's pods should be gone; their grace period is 120 seconds."""
 
 
 class Cluster:
@@ -63,6 +35,11 @@ class Cluster:
         UserError: there is none.
         WorkError: it does not answer.
     """
+
+    account = "default"
+    """Service account of this pod."""
+    owners: tuple[dict[str, str], ...] = ()
+    """Reference to this pod: Kubernetes deletes a job together with its owner."""
 
     def __init__(self) -> None:
         from kubernetes import client, config
@@ -84,64 +61,65 @@ class Cluster:
         self.objects, self.core = client.CustomObjectsApi(), client.CoreV1Api()
         self.trainjobs = (GROUP, VERSION, self.namespace, "trainjobs")
         self.jobsets = ("jobset.x-k8s.io", "v1alpha2", self.namespace, "jobsets")
-        pod = os.environ.get("KFP_POD_NAME")
-        self.pod = self._pod(pod) if pod else None
-
-    @property
-    def account(self) -> str:
-        """Service account of this pod."""
-        return "default" if self.pod is None else str(self.pod.spec.service_account_name)
-
-    @property
-    def owner(self) -> dict[str, str] | None:
-        """Reference to this pod: Kubernetes deletes a job together with its owner."""
-        if self.pod is None:
-            return None
-        metadata = self.pod.metadata
-        return {"apiVersion": "v1", "kind": "Pod", "name": metadata.name, "uid": metadata.uid}
+        pod = self._pod(os.environ.get("KFP_POD_NAME", ""))
+        if pod is not None:
+            self.account = pod.spec.service_account_name
+            reference = {"name": pod.metadata.name, "uid": pod.metadata.uid}
+            self.owners = ({"apiVersion": "v1", "kind": "Pod", **reference},)
 
     def _request(self, action: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        with kubernetes_errors():
-            action = partial(action, *arguments, _request_timeout=TIMEOUT, **options)
-            return retry("Kubernetes", action)
+        """Return Kubernetes' answer, or None if the object does not exist.
 
-    def _get(self, action: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return Kubernetes' answer, or None if the object does not exist."""
+        Raises:
+            UserError: Kubernetes refuses the request.
+            WorkError: it fails or does not answer.
+        """
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        action = partial(action, *arguments, _request_timeout=TIMEOUT, **options)
         try:
-            return self._request(action, *arguments, **options)
-        except UserError as error:
-            if http_status(error) != 404:
-                raise
-            return None
+            return retry("Kubernetes", action)
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            message = error.reason
+            with suppress(ValueError, TypeError, KeyError):
+                message = json.loads(error.body)["message"]
+            if is_transient(error):
+                message = f"Kubernetes fails: {message} ({error.status}); try again later"
+                raise WorkError(message) from error
+            raise UserError(f"Kubernetes refused: {message} ({error.status})") from error
+        except HTTPError as error:
+            raise WorkError(f"Kubernetes does not answer: {first_line(error)}") from error
 
     def _pod(self, name: str) -> Any:
-        return self._get(self.core.read_namespaced_pod, name, self.namespace)
+        return self._request(self.core.read_namespaced_pod, name, self.namespace) if name else None
 
-    def _pods(self, labels: str) -> list[Any]:
-        pods = self._request(self.core.list_namespaced_pod, self.namespace, label_selector=labels)
-        return list(pods.items)
+    def _object(self, kind: tuple[str, ...], name: str) -> dict[str, Any] | None:
+        get = self.objects.get_namespaced_custom_object
+        document: dict[str, Any] | None = self._request(get, *kind, name)
+        return document
 
     def trainjob(self, name: str) -> dict[str, Any] | None:
-        job: dict[str, Any] | None = self._get(
-            self.objects.get_namespaced_custom_object, *self.trainjobs, name
-        )
-        return job
+        return self._object(self.trainjobs, name)
 
-    def _jobset(self, name: str) -> dict[str, Any] | None:
-        jobset: dict[str, Any] | None = self._get(
-            self.objects.get_namespaced_custom_object, *self.jobsets, name
-        )
-        return jobset
+    def pods(self, job: str) -> list[Any]:
+        """Return the pods of a TrainJob's machines."""
+        labels = f"{LABEL}jobset-name={job},{LABEL}replicatedjob-name={NODE}"
+        pods = self._request(self.core.list_namespaced_pod, self.namespace, label_selector=labels)
+        return list(pods.items)
 
     def _create(self, document: dict[str, Any], **options: Any) -> None:
         create = self.objects.create_namespaced_custom_object
         try:
-            self._request(create, *self.trainjobs, document, **options)
+            answer = self._request(create, *self.trainjobs, document, **options)
         except UserError as error:
-            if http_status(error) == 404:
-                raise UserError("this cluster has no Kubeflow Trainer") from error
             if http_status(error) != 409:  # it exists: the answer to an earlier attempt was lost
                 raise
+        else:
+            if answer is None:
+                raise UserError("this cluster has no Kubeflow Trainer")
 
     def dry_run(self, document: dict[str, Any]) -> None:
         """Let Kubernetes check a TrainJob without creating it.
@@ -152,7 +130,7 @@ class Cluster:
         """
         try:
             self._create(document, dry_run="All")
-            self._jobset(document["metadata"]["name"])  # the step reads JobSets, too
+            self._object(self.jobsets, document["metadata"]["name"])  # the step reads JobSets, too
         except UserError as error:
             raise UserError(
                 f"train_nodes: no TrainJob can be created: {error}; if Kubeflow Trainer, its "
@@ -177,30 +155,24 @@ class Cluster:
             yield
         finally:
             try:
-                if self._other_step(name) is None:
-                    self._delete(name)
+                self._refuse_other_step(name)
+                self._delete(name)
             except (UserError, WorkError) as error:
-                log.warning("TrainJob %s may be left: %s", name, error)
+                log.warning("TrainJob %s is not deleted: %s", name, error)
 
     def _refuse_other_step(self, name: str) -> None:
-        if (pod := self._other_step(name)) is not None:
-            raise WorkError(
-                f"TrainJob {name}: the step in pod {pod} is using it; wait until that ends, or "
-                "choose another output"
-            )
-
-    def _other_step(self, name: str) -> str | None:
-        """Return the name of the running pod that owns a job, unless it is this one."""
+        """Raise `WorkError` if a job belongs to another running pod."""
         job = self.trainjob(name) or {"metadata": {}}
+        own = [owner["uid"] for owner in self.owners]
         for owner in job["metadata"].get("ownerReferences", []):
-            pod = self._pod(owner["name"])
-            is_own = self.pod is not None and owner["uid"] == self.pod.metadata.uid
-            if pod is None or is_own or pod.metadata.uid != owner["uid"]:
+            pod = None if owner["uid"] in own else self._pod(owner["name"])
+            if pod is None or pod.metadata.deletion_timestamp is not None:
                 continue
-            is_running = pod.status.phase in ("Pending", "Running")
-            if is_running and pod.metadata.deletion_timestamp is None:
-                return str(owner["name"])
-        return None
+            if pod.status.phase in ("Pending", "Running"):
+                raise WorkError(
+                    f"TrainJob {name}: the step in pod {owner['name']} is using it; wait until "
+                    "that ends, or choose another output"
+                )
 
     def _delete(self, name: str) -> None:
         """Delete a job if it exists, and wait until its pods and its JobSet are gone.
@@ -213,27 +185,14 @@ class Cluster:
             WorkError: they are still there after their grace period.
         """
         delete = self.objects.delete_namespaced_custom_object
-        if self._get(delete, *self.trainjobs, name, propagation_policy="Background") is not None:
+        if self._request(delete, *self.trainjobs, name, propagation_policy="Background"):
             log.warning("TrainJob %s is deleted", name)
-        start, grace = time.monotonic(), 0
-        while (pods := self._pods(f"{LABEL}jobset-name={name}")) or self._jobset(name) is not None:
-            grace = max([grace, *(pod.spec.termination_grace_period_seconds or 30 for pod in pods)])
-            if time.monotonic() - start > grace + MARGIN:
+        deadline = time.monotonic() + DELETION_SECONDS
+        while (pods := self.pods(name)) or self._object(self.jobsets, name) is not None:
+            if time.monotonic() > deadline:
                 left = ", ".join(pod.metadata.name for pod in pods) or "its JobSet"
                 raise WorkError(f"TrainJob {name}: {left} does not end; delete it with kubectl")
             time.sleep(POLL)
-
-    def job_pods(self, job: dict[str, Any] | None) -> list[Any]:
-        """Return the machines' pods: those of the job's own JobSet, as an earlier job of the same
-        name may have left some."""
-        jobset = None if job is None else self._jobset(job["metadata"]["name"])
-        if job is None or jobset is None:
-            return []
-        owners = {owner["uid"] for owner in jobset["metadata"].get("ownerReferences", [])}
-        if job["metadata"]["uid"] not in owners:
-            return []
-        uid = jobset["metadata"]["uid"]
-        return self._pods(f"{LABEL}jobset-uid={uid},{LABEL}replicatedjob-name={NODE}")
 
     def warnings(self, name: str) -> list[str]:
         """Return Kubernetes' warnings about a TrainJob, its JobSet and the Job in that."""
@@ -245,9 +204,12 @@ class Cluster:
 
     def read_log(self, pod: Any, **options: Any) -> list[str]:
         """Return the lines of a machine's log; none if it cannot be read, as from a lost node."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
         options |= {"container": NODE, "_preload_content": False, "_request_timeout": TIMEOUT}
-        with suppress(UserError, WorkError), kubernetes_errors():
-            name = pod.metadata.name
-            response = self.core.read_namespaced_pod_log(name, self.namespace, **options)
+        read = self.core.read_namespaced_pod_log
+        with suppress(ApiException, HTTPError):
+            response = read(pod.metadata.name, self.namespace, **options)
             return str(response.data.decode(errors="replace")).rstrip().split("\n")
         return []

@@ -34,7 +34,8 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         WorkError: a process was killed.
         SystemExit: the processes failed and printed why; with the exit code of the first failure.
     """
-    count, machines = process_count(config), int(os.environ.get("PET_NNODES", 1))
+    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    count, machines = config.processes or gpus or 1, int(os.environ.get("PET_NNODES", 1))
     if count * machines == 1 or started_by_launcher():
         from model_lib.train.training import train
 
@@ -65,8 +66,7 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         codes = [failure.exitcode for failure in error.failures.values()]
         killed = [code for code in codes if code < 0]
         if not killed:
-            code = 2 if 2 in codes else next((code for code in codes if code > 1), 1)
-            raise SystemExit(code) from None
+            raise SystemExit(2 if 2 in codes else max(codes)) from None
         raise WorkError(
             f"{config.name}: one of {count} processes was ended by "
             f"{signal.Signals(-killed[0]).name}, as happens where memory runs out; start again: it "
@@ -88,13 +88,6 @@ def _rendezvous(machines: int) -> dict[str, Any]:
     endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
     configs = {"rank": int(os.environ["PET_NODE_RANK"]), "timeout": JOIN_TIMEOUT}
     return {"rdzv_backend": "static", "rdzv_endpoint": endpoint, "rdzv_configs": configs}
-
-
-def process_count(config: TrainConfig) -> int:
-    """Return the number of processes that train on this machine."""
-    if config.processes:
-        return config.processes
-    return max(1, torch.cuda.device_count()) if config.device in ("auto", "cuda") else 1
 
 
 def _train_process(config: TrainConfig, tracking: Tracking) -> Trained:

@@ -132,9 +132,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             kind = dtype or weight.dtype
             matrix, inputs = weight.to(kind), hidden.to(kind)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            need_hidden, need_weight = ctx.needs_input_grad[:2]
-            by_hidden = torch.empty_like(inputs) if need_hidden else None
-            by_weight = None
+            needs_gradients = ctx.needs_input_grad[0]
+            if needs_gradients:
+                by_hidden = torch.empty_like(inputs)
+                by_weight = torch.zeros_like(weight, dtype=torch.float32)
             for start in range(0, len(inputs), SLICE):
                 part = slice(start, start + SLICE)
                 target, share = targets[part].unsqueeze(1), chosen[part].unsqueeze(1)
@@ -144,21 +145,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 if smoothing:
                     loss = loss - smoothing * logits.mean(1, keepdim=True)
                 total += (loss * share).sum()
-                if not (need_hidden or need_weight):
+                if not needs_gradients:
                     continue
                 by_logits = logits.sub_(log_total).exp_().sub_(smoothing / logits.shape[1])
                 by_logits.scatter_add_(1, target, torch.full_like(log_total, smoothing - 1))
                 by_logits = by_logits.mul_(share).to(kind)
-                if by_hidden is not None:
-                    torch.mm(by_logits, matrix, out=by_hidden[part])
-                if need_weight:
-                    if kind == torch.float16:  # the sum over a slice's tokens could leave its range
-                        product = by_logits.float().t() @ inputs[part].float()
-                    else:
-                        product = by_logits.t() @ inputs[part]
-                    by_weight = product.float() if by_weight is None else by_weight.add_(product)
-        ctx.gradients = by_hidden, by_weight
-        ctx.kind = hidden.dtype
+                torch.mm(by_logits, matrix, out=by_hidden[part])
+                if kind == torch.float16:  # the sum over a slice's tokens could leave its range
+                    by_weight += by_logits.float().t() @ inputs[part].float()
+                else:
+                    by_weight += by_logits.t() @ inputs[part]
+        if needs_gradients:
+            ctx.gradients = by_hidden.to(hidden.dtype), by_weight
         return total
 
     @staticmethod
@@ -166,6 +164,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         by_hidden, by_weight = ctx.gradients
         ctx.gradients = None  # used up: scaled in place
-        by_hidden = None if by_hidden is None else by_hidden.to(ctx.kind).mul_(gradient)
-        by_weight = None if by_weight is None else by_weight.mul_(gradient)
-        return by_hidden, by_weight, None, None, None, None
+        return by_hidden.mul_(gradient), by_weight.mul_(gradient), None, None, None, None

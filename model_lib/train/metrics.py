@@ -33,6 +33,10 @@ class MetricLogger:
         """Return whether the last metrics are several seconds old."""
         return time.monotonic() - self.time > INTERVAL
 
+    def count_step(self, images: int) -> None:
+        self.images += images
+        self.progress.advance()
+
     def log(self, measured: dict[str, Tensor | float], step: int, skipped: int) -> None:
         """Log what `TrainStep.run` returned in each process."""
         parts = [float(measured["train_loss"]), float(measured["reward"])]
@@ -49,7 +53,9 @@ class MetricLogger:
         if self.self_critical:
             metrics["reward"] = reward
             note = f"reward {reward:.3f}"
+        note += f", {speed:,.1f} images per second"
+        if skipped:
+            note += f", {skipped} steps skipped: gradients not finite"
         self.run.log(metrics, step)
-        left_out = f", {skipped} steps skipped: gradients not finite" if skipped else ""
-        self.progress.advance(0, f"{note}, {speed:,.1f} images per second{left_out}")
+        self.progress.advance(0, note)
         self.restart()

@@ -12,7 +12,7 @@ from torch import Tensor
 from model_lib.io import storage
 from model_lib.io.background import Background
 from model_lib.io.errors import store_errors
-from model_lib.train.checkpoint import Checkpoints, Position, snapshot
+from model_lib.train.checkpoint import Checkpoints, Position
 from model_lib.train.config import ResolvedConfig
 from model_lib.train.step import TrainStep
 
@@ -54,8 +54,7 @@ class Saver(Background):
             best: the model's weights, and the content of its training.json.
         """
         self.wait()
-        train_step = self.train_step
-        tensors = snapshot(train_step.model, train_step.optimizer, train_step.ema.averages)
+        tensors = self.train_step.snapshot()
         suffix = "-validated" if position.validated == position.step else ""
 
         def write() -> None:

@@ -14,8 +14,6 @@ from model_lib.scores.cider import END, CiderD, words
 from model_lib.train.config import TrainConfig
 from model_lib.train.loss import Targets
 
-LARGEST_SEED = 2**63 - 1
-
 
 class SelfCriticalObjective:
     """Makes drawn captions likelier if they score better than the others of their image.
@@ -59,20 +57,17 @@ class SelfCriticalObjective:
             temperature=1.0,
             num_captions=samples,
             max_new_tokens=self.config.max_tokens,
-            seed=int(rng.integers(LARGEST_SEED)),
+            seed=int(rng.integers(2**63 - 1)),
         )
         was_training = model.training
         model.eval()
         drawn = decode(model, features.detach(), sampling)
         model.train(was_training)
-        rewards = torch.tensor(
-            [self.rewards(model, *pair) for pair in zip(numbers, drawn, strict=True)]
-        )
+        pairs = zip(numbers, drawn, strict=True)
+        rewards = torch.tensor([self.rewards(model, *pair) for pair in pairs])
         baselines = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
-        rows = pack_captions(
-            [[caption.tokens for caption in captions] for captions in drawn],
-            model.start_token,
-        )
+        tokens = [[caption.tokens for caption in captions] for captions in drawn]
+        rows = pack_captions(tokens, model.start_token)
         advantages = (rewards - baselines).gather(1, rows.caption.clamp(min=0))
         weights = advantages * (rows.targets != IGNORED)
         device = features.device

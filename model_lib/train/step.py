@@ -9,8 +9,6 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +25,6 @@ from model_lib.train.loss import Objective, caption_loss
 log = logging.getLogger(__name__)
 MAX_SKIPPED = 25
 """Steps in a row without finite gradients that end a run; float16 needs some to find its scale."""
-
-
-@dataclass(frozen=True)
-class StepState:
-    """What continues from step to step besides tensors, as JSON."""
-
-    ema_updates: int
-    scaler: dict[str, Any]
-    skipped: int
-    skipped_in_a_row: int
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -62,9 +50,7 @@ def require_compiler(device: torch.device) -> None:
     """Raise `UserError` if torch.compile cannot work here."""
     compiler = "g++" if device.type == "cpu" else "gcc"
     if shutil.which(compiler) is None:
-        raise UserError(
-            f"compile: torch.compile needs {compiler} here (apt-get install {compiler})"
-        )
+        raise UserError(f"compile: torch.compile needs {compiler} (apt-get install {compiler})")
 
 
 class LossModule(nn.Module):
@@ -79,11 +65,10 @@ class LossModule(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, H, W] on any device."""
-        pixels = pixels.to(self.model.device, non_blocking=True)
-        if not self.model.config.train_everything:  # the tower's weights have the dtype already
-            return self.model.encode(pixels)
-        with autocast(self.dtype, self.model.device):
-            return self.model.encode(pixels)
+        # A frozen tower's weights have the dtype already.
+        dtype = self.dtype if self.model.config.train_everything else torch.float32
+        with autocast(dtype, self.model.device):
+            return self.model.encode(pixels.to(self.model.device, non_blocking=True))
 
     def forward(self, pixels: Tensor, numbers: list[int], step: int) -> tuple[Tensor, float]:
         features = self.encode(pixels)
@@ -98,7 +83,7 @@ class LossModule(nn.Module):
 
 
 class TrainStep:
-    """A model in training, with its objective, optimizer, loss scaler and moving average.
+    """A model in training, with its optimizer, loss scaler and moving average.
 
     Args:
         model: on the device of `world`.
@@ -149,43 +134,34 @@ class TrainStep:
         rate = learning_rate(step, self.steps, self.config.learning_rate, self.config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, reward = self._backward_in_memory(batch, pixels, step)
+        while True:
+            try:
+                loss, reward = self._backward(batch, pixels, step)
+                break
+            except torch.OutOfMemoryError:
+                size = self.micro_batch_size or len(pixels)
+            # Not above, where the exception still holds the tensors of the failed pass.
+            self._halve_micro_batches(size, step)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
         self._step_if_finite(norm)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        self.ema.update(step + 1)
         return {"train_loss": loss, "reward": reward, "learning_rate": rate, "gradient_norm": norm}
 
-    def _backward_in_memory(
-        self, batch: np.ndarray, pixels: Tensor, step: int
-    ) -> tuple[Tensor, float]:
-        """Return `_backward`, in halves from now on if memory runs out."""
-        while True:
-            try:
-                return self._backward(batch, pixels, step)
-            except torch.OutOfMemoryError:
-                size = self.micro_batch_size or len(pixels)
-            failure = f"{self.device}: out of memory in step {step} with {size} images at once"
-            # Several processes cannot repeat: the others wait in their backward pass.
-            if size == 1 or not self.world.single_process:
-                remedy = "--recompute needs less"
-                if size > 1:
-                    remedy = "give a smaller --micro_batch_size"
-                raise WorkError(
-                    f"{failure}; {remedy} and start again: it goes on from its last checkpoint"
-                )
-            self.micro_batch_size = size // 2
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            parts = -(-len(pixels) // self.micro_batch_size)
-            log.warning(
-                "%s; going on with %d, and %d gradients added up",
-                failure,
-                self.micro_batch_size,
-                parts,
+    def _halve_micro_batches(self, size: int, step: int) -> None:
+        failure = f"{self.device}: out of memory in step {step} with {size} images at once"
+        # Several processes cannot repeat: the others wait in their backward pass.
+        if size == 1 or not self.world.single_process:
+            remedy = "--recompute needs less" if size == 1 else "give a smaller --micro_batch_size"
+            raise WorkError(
+                f"{failure}; {remedy} and start again: it goes on from its last checkpoint"
             )
+        self.micro_batch_size = size // 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("%s; going on with %d, gradients added up", failure, self.micro_batch_size)
 
     def _backward(self, batch: np.ndarray, pixels: Tensor, step: int) -> tuple[Tensor, float]:
         """Compute the gradients of the batch's mean loss; return this process's part of that loss
@@ -200,8 +176,7 @@ class TrainStep:
         total, total_reward = torch.zeros((), device=self.device), 0.0
         for start in range(0, len(numbers), size):
             part = slice(start, start + size)
-            last = start + size >= len(numbers)
-            with self.world.no_sync(self.parallel_loss, last):
+            with self.world.no_sync(self.parallel_loss, last=start + size >= len(numbers)):
                 loss, reward = self.parallel_loss(pixels[part], numbers[part], step)
                 self.scaler.scale(loss * scale).backward()
             if not no_rows:
@@ -232,18 +207,30 @@ class TrainStep:
             )
         return int(self.skipped)
 
-    def state(self) -> StepState:
-        """Return what a checkpoint needs besides the tensors of `checkpoint.snapshot`."""
-        return StepState(
-            ema_updates=self.ema.updates,
-            scaler=self.scaler.state_dict(),
-            skipped=int(self.skipped),
-            skipped_in_a_row=int(self.skipped_in_a_row),
-        )
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies on the CPU of all tensors that training goes on from."""
+        tensors = {f"average.{name}": average for name, average in self.ema.averages.items()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                tensors[f"model.{name}"] = parameter
+                for moment, value in self.optimizer.state[parameter].items():
+                    tensors[f"optimizer.{moment}.{name}"] = value
+        return {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
 
-    def restore(self, averages: Mapping[str, Tensor], state: StepState) -> None:
-        """Go on from `state`; weights and the optimizer's moments are there already."""
-        self.ema.restore(averages, state.ema_updates)
-        self.scaler.load_state_dict(state.scaler)
-        self.skipped.fill_(state.skipped)
-        self.skipped_in_a_row.fill_(state.skipped_in_a_row)
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from the tensors of a `snapshot`."""
+        parameters = dict(self.model.named_parameters())
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "model":
+                parameters[name].copy_(tensor)
+            elif kind == "average":
+                self.ema.averages[name].copy_(tensor)
+            else:
+                moment, _, name = name.partition(".")
+                state = self.optimizer.state[parameters[name]]
+                state[moment] = tensor.to(self.device, copy=True)

@@ -64,10 +64,7 @@ def train(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained:
     ):
         world.run_on_main(tracking.require_answer)
         world.run_on_main(lambda: stack.enter_context(output_lock(config.output)))
-        resolved, manifest = world.run_on_all(lambda: _prepare(config, world))
-        model = world.run_on_all(lambda: build_model(resolved, manifest).to(world.device))
-        world.run_on_main(lambda: _warn_of_small_images(manifest, model.image_size))
-        return Trainer(resolved, manifest, model, world, tracking, stop_request).run()
+        return Trainer(config, world, tracking, stop_request).run()
 
 
 def _warn_of_small_images(manifest: Manifest, size: int) -> None:
@@ -83,16 +80,20 @@ def _warn_of_small_images(manifest: Manifest, size: int) -> None:
         )
 
 
-def _prepare(config: TrainConfig, world: World) -> tuple[ResolvedConfig, Manifest]:
-    """Return the resolved configuration and the verified data set."""
+def _prepare(config: TrainConfig, world: World) -> tuple[ResolvedConfig, Manifest, Captioner]:
+    """Return the resolved configuration, the verified data set, and the model on its device."""
     if config.compile:
         require_compiler(world.device)
+    resolved = pin_sources(resolve(config))
     manifest, splits = read_manifest(config.data), ("train", "val")
     for split in splits:
         manifest.require_split(split)
     shards = [shard for shard in manifest.shards if shard.split in splits]
     verify(world.share(shards), config.name, config.workers, world.is_main)
-    return pin_sources(resolve(config)), manifest
+    model = build_model(resolved, manifest).to(world.device)
+    if world.is_main:
+        _warn_of_small_images(manifest, model.image_size)
+    return resolved, manifest, model
 
 
 class _Stopped(Exception):
@@ -114,40 +115,31 @@ class Trainer:
     """One training run.
 
     Args:
-        config: with the preset's values.
-        manifest: the data set.
-        model: on the device of `world`.
+        config: of training.
         world: the processes that train together.
         tracking: takes the metrics.
         stop_request: whether a signal has come.
     """
 
     def __init__(
-        self,
-        config: ResolvedConfig,
-        manifest: Manifest,
-        model: Captioner,
-        world: World,
-        tracking: Tracking,
-        stop_request: StopRequest,
+        self, config: TrainConfig, world: World, tracking: Tracking, stop_request: StopRequest
     ) -> None:
-        self.config, self.manifest, self.model = config, manifest, model
         self.world, self.tracking, self.stop_request = world, tracking, stop_request
-        start = [] if config.init_from is None else [identity(model)]
-        self.origin = config.key(manifest.fingerprint, str(checkpoint.FORMAT_VERSION), *start)
-        self.data = TrainData(config, manifest, model, world)
-        self.steps = self.data.epoch_steps * config.epochs
+        resolved, manifest, model = world.run_on_all(lambda: _prepare(config, world))
+        self.config, self.manifest, self.model = resolved, manifest, model
+        self.data = TrainData(resolved, manifest, model, world)
+        self.steps = self.data.epoch_steps * resolved.epochs
         objective: Objective
         self.reward: dict[str, Any] = {}
-        if config.objective == "self-critical":
-            objective = SelfCriticalObjective(self.data.captions, config)
+        if resolved.objective == "self-critical":
+            objective = SelfCriticalObjective(self.data.captions, resolved)
             self.reward = {f"reward_{name}": v for name, v in objective.describe().items()}
         else:
             objective = CrossEntropyObjective(self.data.ids)
-        self.train_step = TrainStep(model, objective, config, world, self.steps)
-        self.validator = Validator(config, manifest, model.preprocess, world)
-        self.saver = Saver(config, self.train_step)
-        self.logged = Run()
+        self.train_step = TrainStep(model, objective, resolved, world, self.steps)
+        self.validator = Validator(resolved, manifest, model.preprocess, world)
+        self.saver = Saver(resolved, self.train_step)
+        self.tracked = Run()
         self.step, self.validated, self.stale = 0, 0, 0
         self.best: ValidationScore | None = None
 
@@ -163,22 +155,21 @@ class Trainer:
 
     def run(self) -> Trained:
         """Train from the newest checkpoint to the end."""
+        config, is_main = self.config, self.world.is_main
         record = self.world.run_on_main(self._run_record)
         self._resume()
         self.world.run_on_main(self.saver.require_room)
-        run = self._start_run(record.key) if self.world.is_main else Run()
-        progress = Progress(
-            f"train {self.config.name}", self.steps, "steps", self.step, shown=self.world.is_main
-        )
-        self.logged = run
-        with run, progress, self.saver, self.stop_request.defer_stop():
-            metrics = MetricLogger(run, progress, self.world, bool(self.reward))
+        if is_main:
+            self.tracked = self._start_run(record.key)
+        progress = Progress(f"train {config.name}", self.steps, "steps", self.step, shown=is_main)
+        metrics = MetricLogger(self.tracked, progress, self.world, bool(self.reward))
+        with self.tracked, progress, self.saver, self.stop_request.defer_stop():
             try:
                 while not self.finished:
                     if self.validation_due:
-                        self._validate(run)
+                        self._validate()
                     else:
-                        self._train_epoch(progress, metrics)
+                        self._train_epoch(metrics)
             except _Stopped:
                 self._stop()
         assert self.best is not None
@@ -187,7 +178,7 @@ class Trainer:
             validation_loss=-self.best.negative_loss,
             validation_cider=self.best.cider,
             steps=self.step,
-            run_id=run.run_id,
+            run_id=self.tracked.run_id,
         )
 
     def _start_run(self, key: str) -> Run:
@@ -204,20 +195,20 @@ class Trainer:
             config.name, key, params, tags, folder=config.output, step=self.step
         )
 
-    def _train_epoch(self, progress: Progress, metrics: MetricLogger) -> None:
+    def _train_epoch(self, metrics: MetricLogger) -> None:
         """Take steps to the next validation or the epoch's end."""
         self.model.train()
         metrics.restart()
+        is_main = self.world.is_main
         with closing(self.data.batches(self.step)) as batches:
             for batch, pixels in batches:
                 self.saver.check()
                 measured = self.train_step.run(batch, pixels, self.step)
                 self.step += 1
-                metrics.images += len(batch)
-                progress.advance()
+                metrics.count_step(len(batch))
                 log_due, save_due, stopped = self.world.any(
-                    self.world.is_main and metrics.late(),
-                    self.world.is_main and self.saver.due(self.step),
+                    is_main and metrics.late(),
+                    is_main and self.saver.due(self.step),
                     self.stop_request.signal > 0,
                 )
                 if log_due or self.step % self.config.log_steps == 0 or self.step == self.steps:
@@ -230,14 +221,15 @@ class Trainer:
                 if self.validation_due:
                     return
 
-    def _validate(self, run: Run) -> None:
+    def _validate(self) -> None:
         """Evaluate the model, keep it if it is the best so far, and write a checkpoint."""
         weights = None
         with self.train_step.ema.applied():
             scores = self.validator.measure(self.train_step, self._stop_if_alone)
-            run.log(scores, self.step)
-            self.world.run_on_all(lambda: self._require_finite(scores["val_loss"]))
-            score = ValidationScore(scores["val_slice_CIDEr"], -scores["val_loss"])
+            self.tracked.log(scores, self.step)
+            loss, cider = scores["val_loss"], scores["val_slice_CIDEr"]
+            self.world.run_on_all(lambda: self._require_finite(loss))
+            score = ValidationScore(cider, -loss)
             self.stale += 1
             if self.best is None or score > self.best:
                 self.best, self.stale = score, 0
@@ -246,9 +238,9 @@ class Trainer:
         about = {
             "name": self.config.name,
             "step": self.step,
-            "validation_loss": scores["val_loss"],
-            "validation_cider": scores["val_slice_CIDEr"],
-            "mlflow_run_id": run.run_id,
+            "validation_loss": loss,
+            "validation_cider": cider,
+            "mlflow_run_id": self.tracked.run_id,
             "data_fingerprint": self.manifest.fingerprint,
             "configuration": self.config.to_dict(),
         }
@@ -270,14 +262,14 @@ class Trainer:
     def _checkpoint(self, best: tuple[dict[str, Tensor], Any] | None = None) -> None:
         if not self.world.is_main:
             return
-        self.logged.flush()  # points before a checkpoint are not logged again
+        self.tracked.flush()  # points before a checkpoint are not logged again
         position = checkpoint.Position(
             step=self.step,
             validated=self.validated,
             stale=self.stale,
             best=self.best,
-            origin=self.origin,
-            state=self.train_step.state(),
+            skipped=int(self.train_step.skipped),
+            scaler=self.train_step.scaler.state_dict(),
             configuration=self.config.to_dict(),
         )
         self.saver.save(position, best)
@@ -290,12 +282,8 @@ class Trainer:
         self.world.run_on_all(self.saver.wait)
         number = max(self.world.gather(self.stop_request.signal))
         if self.world.is_main:
-            log.warning(
-                "%s: stopped by %s after step %d; the same command goes on",
-                self.config.name,
-                signal.Signals(number).name,
-                self.step,
-            )
+            message = "%s: stopped by %s after step %d; the same command goes on"
+            log.warning(message, self.config.name, signal.Signals(number).name, self.step)
         raise SystemExit(128 + number)
 
     def _resume(self) -> None:
@@ -303,25 +291,36 @@ class Trainer:
         uri = self.world.run_on_main(self.saver.checkpoints.newest)
         if uri is None:
             return
-
-        def load() -> tuple[dict[str, Tensor], checkpoint.Position]:
-            tensors, position = checkpoint.load(uri)
-            self._require_same(position.origin, position.configuration)
-            return tensors, position
-
-        tensors, position = self.world.run_on_all(load)
-        averages = checkpoint.restore(tensors, self.model, self.train_step.optimizer)
-        self.train_step.restore(averages, position.state)
-        self.step, self.validated = position.step, position.validated
-        self.stale, self.best = position.stale, position.best
-        self.saver.step = self.step
+        tensors, position = self.world.run_on_all(lambda: checkpoint.load(uri))
+        self.train_step.restore(tensors)
+        self.train_step.skipped.fill_(position.skipped)
+        self.train_step.scaler.load_state_dict(position.scaler)
+        self.step = self.saver.step = position.step
+        self.validated, self.stale, self.best = position.validated, position.stale, position.best
         if self.world.is_main:
             log.warning("resuming %s at step %d of %d", self.config.name, self.step, self.steps)
 
-    def _require_same(self, origin: str, configuration: dict[str, Any]) -> None:
+    def _run_record(self) -> RunRecord:
+        """Return the content of `run.json`, written if there is none.
+
+        Raises:
+            UserError: the output holds a run with other options or data.
+        """
+        config, version = self.config, str(checkpoint.FORMAT_VERSION)
+        start = [] if config.init_from is None else [identity(self.model)]
+        origin = config.key(self.manifest.fingerprint, version, *start)
+        file = storage.join(config.output, "run.json")
+        if not storage.exists(file):
+            record = RunRecord(uuid.uuid4().hex, origin, config.to_dict())
+            storage.write_json(file, vars(record))
+            return record
+        record = read_record(file, RunRecord, "what captioner train wrote; choose another output")
+        if record.origin != origin:
+            self._refuse_other_run(record.configuration)
+        return record
+
+    def _refuse_other_run(self, configuration: dict[str, Any]) -> None:
         """Raise `UserError` that names the first option in which the run in the output differs."""
-        if origin == self.origin:
-            return
         options = self.config.shaping().items()
         changed = [
             f"{n} {configuration.get(n)}, not {v}" for n, v in options if configuration.get(n) != v
@@ -331,15 +330,3 @@ class Trainer:
         if storage.exists(self.saver.best_uri):
             remedy += f", with --init_from {self.saver.best_uri} to go on from its model"
         raise UserError(f"{self.config.output}: holds a run {problem}; {remedy}")
-
-    def _run_record(self) -> RunRecord:
-        """Return the content of `run.json`, written if there is none."""
-        file = storage.join(self.config.output, "run.json")
-        if storage.exists(file):
-            what = "what captioner train wrote; choose another output"
-            record = read_record(file, RunRecord, what)
-            self._require_same(record.origin, record.configuration)
-            return record
-        record = RunRecord(uuid.uuid4().hex, self.origin, self.config.to_dict())
-        storage.write_json(file, vars(record))
-        return record

@@ -35,31 +35,22 @@ PASSED_ON = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """Where and with what the machines of a job run, as the pipeline's parameters say it.
-
-    Args:
-        nodes: number of machines.
-        image: of the container.
-        cpu: cores requested.
-        memory: GiB, requested and limit.
-        gpu_resource: "nvidia.com/gpu", for example.
-        gpu_count: GPUs of each machine, as text.
-        gpu_node_selector: labels of the nodes.
-        gpu_tolerations: of the nodes' taints.
-        secret_name: the Kubernetes secret …
-        secret_variables: … and the variable that each of its keys becomes.
-    """
+    """The machines of a job, as the pipeline's parameters describe them."""
 
     nodes: int
     image: str
     cpu: int
+    """Cores requested; the limit is twice as many."""
     memory: int
+    """GiB."""
     gpu_resource: str
     gpu_count: str
+    """GPUs of each machine, a whole number as text."""
     gpu_node_selector: Mapping[str, str]
     gpu_tolerations: Sequence[Mapping[str, Any]]
     secret_name: str
     secret_variables: Mapping[str, str]
+    """The environment variable for each key of the secret."""
 
     def __post_init__(self) -> None:
         is_number = self.gpu_count.isdecimal()
@@ -71,7 +62,7 @@ def job_document(
     config: TrainConfig,
     machines: Machines,
     account: str,
-    owner: Mapping[str, str] | None = None,
+    owners: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Return the TrainJob that trains a candidate, as Kubernetes takes it.
 
@@ -79,19 +70,19 @@ def job_document(
         name: of the job.
         config: of the candidate.
         machines: on which it is trained.
-        account: their Kubernetes service account.
-        owner: reference to the pod with which Kubernetes deletes the job.
+        account: Kubernetes service account of the machines.
+        owners: references to the pods with which Kubernetes deletes the job.
     """
     gpus = int(machines.gpu_count)
     resources = {"memory": f"{machines.memory}Gi"}
     if gpus:
-        resources[machines.gpu_resource] = str(gpus)
-    variables: list[dict[str, Any]] = []
-    for key in PASSED_ON:
-        value = os.environ.get(key)
+        resources[machines.gpu_resource] = machines.gpu_count
+    variables: list[dict[str, Any]] = [
+        {"name": key, "value": os.environ[key]}
+        for key in PASSED_ON
         # A step that adopted its secret's variables has them under these names as well.
-        if value is not None and value != os.environ.get(FROM_SECRET + key):
-            variables.append({"name": key, "value": value})
+        if key in os.environ and os.environ[key] != os.environ.get(FROM_SECRET + key)
+    ]
     for key, variable in machines.secret_variables.items():
         reference = {"name": machines.secret_name, "key": key, "optional": True}
         variables.append({"name": variable, "valueFrom": {"secretKeyRef": reference}})
@@ -105,7 +96,7 @@ def job_document(
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
-        "metadata": {"name": name, **({"ownerReferences": [owner]} if owner else {})},
+        "metadata": {"name": name, "ownerReferences": list(owners)},
         "spec": {
             "runtimeRef": RUNTIME,
             "trainer": {
@@ -126,8 +117,7 @@ def job_document(
 
 
 def job_name(config: TrainConfig, fingerprint: str) -> str:
-    """Return the name of a candidate's job: the same in a second attempt, another for another
-    output."""
+    """Return the name of a candidate's job, the same in each attempt with the same output."""
     return f"captioner-{config.key(fingerprint, config.output)}"
 
 
@@ -142,7 +132,7 @@ def train_on(machines: Machines, config: TrainConfig, fingerprint: str) -> dict[
     name = job_name(config, fingerprint)
     with catch_signals(signal.SIGTERM):  # so that the job is deleted
         cluster = Cluster()
-        document = job_document(name, config, machines, cluster.account, cluster.owner)
+        document = job_document(name, config, machines, cluster.account, cluster.owners)
         with cluster.job(document):
             follow(cluster, name)
     best = storage.join(config.output, "best")
@@ -159,4 +149,4 @@ def require_trainer(candidates: Sequence[TrainConfig], machines: Machines) -> No
     cluster = Cluster()
     for config in candidates:
         name = "captioner-preflight"
-        cluster.dry_run(job_document(name, config, machines, cluster.account, cluster.owner))
+        cluster.dry_run(job_document(name, config, machines, cluster.account, cluster.owners))

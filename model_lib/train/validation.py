@@ -95,6 +95,7 @@ class Validator:
     ) -> tuple[float, float]:
         """Return the mean cross-entropy a token, and the CIDEr of greedy captions."""
         config, tokenizer = self.config, step.model.tokenizer
+        decoding = DecodeConfig(max_new_tokens=config.max_tokens)
         total, count = 0.0, 0
         captions: dict[int, tuple[str, list[str]]] = {}
         for batch in self.readers[split].batches(order):
@@ -110,22 +111,19 @@ class Validator:
             rows = pack_captions(ids, step.model.start_token)
             with autocast(step.dtype, features.device):
                 total += float(caption_loss(step.model, features, rows.to(features.device)))
-                decoded = decode(
-                    step.model, features, DecodeConfig(max_new_tokens=config.max_tokens)
-                )
+                decoded = decode(step.model, features, decoding)
             count += rows.count
-            for number, (caption,), texts in zip(
-                batch.numbers, decoded, batch.captions, strict=True
-            ):
-                captions[number] = decode_tokens(tokenizer, caption.tokens), texts
+            texts = [decode_tokens(tokenizer, caption.tokens) for (caption,) in decoded]
+            pairs = zip(texts, batch.captions, strict=True)
+            captions.update(zip(batch.numbers, pairs, strict=True))
             progress.advance(len(batch.numbers))
         totals, counts, shares = zip(*self.world.gather((total, count, captions)), strict=True)
-        merged = sorted((number, *pair) for share in shares for number, pair in share.items())
 
         def cider() -> float:
+            rows = sorted(row for share in shares for row in share.items())
             return corpus_cider(
-                {number: text for number, text, _ in merged},
-                {number: references for number, _, references in merged},
+                {number: text for number, (text, _) in rows},
+                {number: references for number, (_, references) in rows},
             )
 
         return sum(totals) / sum(counts), self.world.run_on_main(cider)

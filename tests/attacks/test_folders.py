@@ -87,7 +87,7 @@ def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_
     whole = json.loads(manifest.read_text())
     outside = tmp_path / "outside"
     outside.write_bytes(b"x")
-    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    entry = hashlib.sha256(b"x").hexdigest()
     lies: list[Any] = [{}, [], None, 1, {"../../../outside": entry}, {**whole, str(outside): entry}]
     lies += [{"state.json": whole["state.json"]}]
     for content in [
@@ -109,7 +109,7 @@ def whole_checkpoint(folder: Path, state: Any) -> None:
     write(folder / "state.json", state)
     write(
         folder / "manifest.json",
-        {name: checkpoint._entry(folder / name) for name in checkpoint.FILES},
+        {name: checkpoint.digest(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)},
     )
 
 
@@ -132,7 +132,7 @@ def test_training_refuses_a_checkpoint_and_a_run_that_lie(
     config = TrainConfig(data=str(data), output=str(run), preset="tiny", epochs=3)
     newest = Path(str(Checkpoints(str(run)).newest()))
     state = json.loads((newest / "state.json").read_text())
-    for lie in ({"state": {}}, {"state": []}, {"best": 5}):
+    for lie in ({"scaler": 1}, {"skipped": []}, {"best": 5}):
         whole_checkpoint(newest, {**state, **lie})
         assert str(newest) in refused(lambda: train(config), run / "checkpoints")
     whole_checkpoint(newest, state)

@@ -89,8 +89,8 @@ STATE = {
     "validated": 2,
     "stale": 0,
     "best": {"cider": 0.5, "negative_loss": -1.0},
-    "origin": "0",
-    "state": {"ema_updates": 0, "scaler": {}, "skipped": 0, "skipped_in_a_row": 0},
+    "skipped": 0,
+    "scaler": {},
     "configuration": {},
 }
 OPTIONS = {

@@ -15,13 +15,11 @@ import pytest
 import torch
 
 from model_lib import UserError
-from model_lib.data.shards import read_manifest
 from model_lib.errors import WorkError
 from model_lib.tracking.server import MlflowTracking
-from model_lib.train.build import build_model
-from model_lib.train.checkpoint import Checkpoints, Position, snapshot
-from model_lib.train.config import TrainConfig, resolve
-from model_lib.train.step import StepState, TrainStep, make_optimizer
+from model_lib.train.checkpoint import Checkpoints, Position
+from model_lib.train.config import TrainConfig
+from model_lib.train.step import TrainStep
 from model_lib.train.training import train
 from model_lib.train.validation import Validator
 from tests.helpers.killed import killed
@@ -37,7 +35,7 @@ from tests.helpers.training import (
 )
 from tests.helpers.training import train_config as config
 
-NOWHERE = Position(0, 0, 0, None, "", StepState(0, {}, 0, 0), {})
+NOWHERE = Position(0, 0, 0, None, 0, {}, {})
 
 # ---- killed and started again --------------------------------------------------------------------
 
@@ -209,9 +207,7 @@ def test_the_last_ones_are_kept_and_what_a_kill_left_half_written_is_not(
     assert names == ["step-00000005", "step-00000006", "step-00000006-validated"]
 
 
-def test_half_written_checkpoints_never_push_out_whole_ones(
-    finished: Path, data: Path, tmp_path: Path
-) -> None:
+def test_half_written_checkpoints_never_push_out_whole_ones(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     for step in (7, 8, 9):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir()
@@ -219,10 +215,7 @@ def test_half_written_checkpoints_never_push_out_whole_ones(
     checkpoints = Checkpoints(str(tmp_path))
     newest = checkpoints.newest()
     assert newest is not None and newest.endswith("step-00000006-validated")
-    options = resolve(config(data, tmp_path))
-    model = build_model(options, read_manifest(str(data)))
-    tensors = snapshot(model, make_optimizer(model, options), {})
-    checkpoints.write("step-00000005", tensors, NOWHERE)
+    checkpoints.write("step-00000005", {"model.w": torch.zeros(3)}, NOWHERE)
     names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
     assert names[0] == "step-00000005" and checkpoints.newest() == newest
 

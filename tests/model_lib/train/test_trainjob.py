@@ -261,29 +261,6 @@ def test_a_job_that_is_deleted_is_followed_no_longer(
     assert capfd.readouterr().err.count("at work") == 1
 
 
-def test_machines_of_another_job_of_the_same_name_are_not_its_own(
-    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cluster.program = "import time; print('ours', flush=True); time.sleep(1)"
-    name = job_name(config(tmp_path, tmp_path), "fingerprint")
-    pretend_trained(tmp_path)
-    theirs = [sys.executable, "-c", "import time; print('theirs', flush=True); time.sleep(60)"]
-
-    def appear() -> None:
-        while not cluster.machines.get(name):
-            time.sleep(0.01)
-        other = Machine(name, "0" * 36, 0, theirs, os.environ, tmp_path)
-        cluster.machines[name].insert(0, other)
-        cluster.stopped.add(other.name)
-        threading.Timer(2, other.kill).start()
-
-    threading.Thread(target=appear).start()
-    train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
-    log = capfd.readouterr().err
-    assert "ours" in log and "theirs" not in log
-    assert (tmp_path / f"{name}-node-0-0-00000.log").read_text() == "theirs\n"
-
-
 @pytest.mark.soak
 def test_a_step_that_is_stopped_deletes_its_job_and_a_second_one_resumes(
     cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -343,7 +320,7 @@ def test_preflight_checks_the_jobs_that_the_step_would_send(
     assert not cluster.jobs
     client = Cluster()
     sent = [
-        job_document("captioner-preflight", candidate, MACHINES, client.account, client.owner)
+        job_document("captioner-preflight", candidate, MACHINES, client.account, client.owners)
         for candidate in candidates
     ]
     assert cluster.checked == sent and sent[0]["spec"]["runtimePatches"] and sent[0] != sent[1]
