@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.errors import input_errors
 from model_lib.io.validation import read_parquet, read_record, require_values
+from model_lib.options import require
 from model_lib.scores.significance import Comparison, Statistics
 
 FEW_IMAGES = 100
@@ -131,10 +131,9 @@ class EvaluationResult:
         """Read what `write` wrote; `UserError` if there is none, or something else."""
         evaluation, uri = Evaluation.read(folder), storage.join(folder, "predictions.parquet")
         predictions = read_predictions(uri)
-        images = len(predictions.image_ids)
-        if images != evaluation.images:
-            counts = f"{images} images, and scores.json beside it {evaluation.images}"
-            raise UserError(f"{uri}: has {counts}; evaluate again")
+        counts = f"{len(predictions.image_ids)} images, and scores.json beside it"
+        message = f"{uri}: has {counts} {evaluation.images}; evaluate again"
+        require(len(predictions.image_ids) == evaluation.images, message)
         return cls(evaluation, predictions)
 
     def write(self, folder: str, report: str) -> None:
@@ -210,14 +209,8 @@ def read_predictions(uri: str) -> Predictions:
         for image_id, jpeg, words, maps in zip(*columns, strict=True):
             if jpeg is not None:
                 views[image_id] = View(jpeg, list(zip(words, map(_square, maps), strict=True)))
-        return Predictions(
-            image_ids=values["image_id"],
-            file_names=values["file_name"],
-            captions=values["caption"],
-            references=values["references"],
-            statistics=statistics,
-            views=views,
-        )
+        ids, names, captions, references = (values[name] for name in texts)
+        return Predictions(ids, names, captions, references, statistics, views)
 
 
 def _square(weights: bytes) -> np.ndarray:

@@ -16,6 +16,7 @@ from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import FEW_IMAGES, Evaluation, EvaluationResult, Predictions
 from model_lib.ingest.image_source import open_image_source
 from model_lib.io import storage
+from model_lib.io.errors import input_errors
 from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
 from model_lib.io.prefetch import prefetch_map
@@ -51,10 +52,8 @@ def _score_results(config: ScoreConfig) -> EvaluationResult:
     captions = read_results(config.results)
     unknown = captions.keys() - {i for i, texts in references.items() if texts}
     if unknown:
-        raise UserError(
-            f"{config.results}: image_id {min(unknown)} has no reference captions in "
-            f"{config.annotations}"
-        )
+        message = f"image_id {min(unknown)} has no reference captions in {config.annotations}"
+        raise UserError(f"{config.results}: {message}")
     if len(captions) < len(images):
         counts = f"{len(captions)} of the {len(images)} images"
         log.warning("%s captions %s in %s", config.results, counts, config.annotations)
@@ -106,19 +105,15 @@ def read_results(uri: str) -> dict[int, str]:
     """Read a COCO results JSON: caption by image id; `UserError` if it is something else or names
     an id twice."""
     captions: dict[int, str] = {}
-    try:
-        for row in storage.read_json(uri):
+    rows = storage.read_json(uri)
+    with input_errors(uri, 'COCO results; expected [{"image_id", "caption"}]'):
+        for row in rows:
             image_id, caption = row["image_id"], row["caption"]
             if type(image_id) is not int or abs(image_id) >= 2**63 or not isinstance(caption, str):
                 raise TypeError(f"image_id {image_id!r:.60} with caption {caption!r:.60}")
             if image_id in captions:
                 raise UserError(f"{uri}: image_id {image_id} occurs twice")
             captions[image_id] = SURROGATES.sub("", caption)
-    except (KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f'{uri}: is not COCO results ({reason}); expected [{{"image_id", "caption"}}]'
-        ) from error
     if not captions:
         raise UserError(f"{uri}: holds no captions")
     return captions

@@ -16,21 +16,17 @@ THUMBNAIL = 240
 
 def render_page(template: str, **values: Any) -> str:
     """Return an HTML page from a template in `templates`; all values are escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
+    options = {"autoescape": True, "finalize": _visible, "trim_blocks": True, "lstrip_blocks": True}
+    return _render(template, values, options)
 
 
 def render_markdown(template: str, **values: Any) -> str:
     """Return a Markdown text from a template in `templates`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), keep_trailing_newline=True
-    )
+    return _render(template, values, {"keep_trailing_newline": True})
+
+
+def _render(template: str, values: dict[str, Any], options: dict[str, Any]) -> str:
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), **options)
     return environment.get_template(template).render(**values)
 
 

@@ -5,8 +5,8 @@ Pure functions.
 
 from collections.abc import Sequence
 
-from model_lib.errors import UserError
 from model_lib.evaluate.result import Decision, Evaluation, EvaluationResult
+from model_lib.options import require
 from model_lib.registry.config import Policy
 from model_lib.scores.significance import Comparison, compare
 
@@ -16,13 +16,10 @@ COMPARABLE = ("data_fingerprint", "split", "images", "tokenizer", "decoding", "c
 
 def score_of(evaluation: Evaluation, metric: str) -> float:
     """Return the deciding score; `UserError` if the evaluation lacks it."""
-    if metric not in evaluation.scores:
-        reason = evaluation.missing.get(
-            metric, f"only {', '.join(evaluation.scores)} were computed"
-        )
-        raise UserError(
-            f"metric {metric}: the evaluation of {evaluation.model} has no such score: {reason}"
-        )
+    computed = f"only {', '.join(evaluation.scores)} were computed"
+    reason = evaluation.missing.get(metric, computed)
+    message = f"the evaluation of {evaluation.model} has no such score: {reason}"
+    require(metric in evaluation.scores, f"metric {metric}: {message}")
     return evaluation.scores[metric]
 
 
@@ -31,15 +28,12 @@ def require_comparable(results: Sequence[EvaluationResult]) -> None:
     first = results[0]
     for other in results[1:]:
         both = f"evaluations of {first.evaluation.model} and {other.evaluation.model}"
+        remedy = "evaluate both on the same data with the same options"
         for name in COMPARABLE:
-            values = getattr(first.evaluation, name), getattr(other.evaluation, name)
-            if values[0] != values[1]:
-                raise UserError(
-                    f"{both} differ in {name} ({values[0]} and {values[1]}); evaluate both on the "
-                    "same data with the same options"
-                )
-        if first.predictions.image_ids != other.predictions.image_ids:
-            raise UserError(f"{both} are of different images; evaluate both on the same data")
+            ours, theirs = getattr(first.evaluation, name), getattr(other.evaluation, name)
+            require(ours == theirs, f"{both} differ in {name} ({ours} and {theirs}); {remedy}")
+        same = first.predictions.image_ids == other.predictions.image_ids
+        require(same, f"{both} are of different images; {remedy}")
 
 
 def choose_winner(candidates: Sequence[EvaluationResult], metric: str) -> EvaluationResult:

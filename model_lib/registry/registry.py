@@ -12,12 +12,12 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from model_lib.errors import UserError
 from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import Decision, Evaluation, EvaluationResult
 from model_lib.io import storage
 from model_lib.io.retries import retry
 from model_lib.model.sources import captioner_folder
+from model_lib.options import require
 from model_lib.registry.config import NO_CHAMPION, Policy, RegisterConfig
 from model_lib.registry.model_uris import CHAMPION, MODEL, version_uri
 from model_lib.registry.packaging import LONGEST_CARD, log_model, render_card
@@ -112,18 +112,16 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     present = champion_version(tracking.uri)
     tags = _version_tags(winner.evaluation, champion, config)
     version = _find_version(tags, present, tracking)
-    if version is not None and str(version.version) == present:
-        decision = _read_decision(version)
+    serves = version is not None and str(version.version) == present
+    if version is not None and (serves or DECISION in version.tags):
+        comparisons = [Comparison(**row) for row in json.loads(version.tags[COMPARISONS])]
+        decision = Decision(serves, version.tags[REASON], comparisons)
         if version.tags[COMPARED_WITH] != tags[COMPARED_WITH]:
             champion = None  # it was evaluated as the champion that it is by now
-    elif version is not None and DECISION in version.tags:
-        decision = replace(_read_decision(version), promote=False)
     else:
-        if config.champion_evaluation is None and present is not None:
-            raise UserError(
-                f"there is a champion, version {present}, to be evaluated on the same data first: "
-                f"{REMEDY}"
-            )
+        message = f"there is a champion, version {present}, to be evaluated on the same data first"
+        is_evaluated = config.champion_evaluation is not None or present is None
+        require(is_evaluated, f"{message}: {REMEDY}")
         storage.remove(page)  # of another decision on the same evaluation
         decision = decide(champion, winner, config)
         if version is None:
@@ -173,9 +171,8 @@ def _champion_result(config: RegisterConfig) -> EvaluationResult | None:
         return None
     champion = EvaluationResult.read(config.champion_evaluation)
     model = champion.evaluation.model
-    if not model.startswith(version_uri("")):
-        message = f"evaluates {model}, no version of {MODEL}: {REMEDY}"
-        raise UserError(f"{config.champion_evaluation}: {message}")
+    message = f"{config.champion_evaluation}: evaluates {model}, no version of {MODEL}: {REMEDY}"
+    require(model.startswith(version_uri("")), message)
     return champion
 
 
@@ -279,8 +276,3 @@ def _set_alias(
             client.set_registered_model_alias(MODEL, CHALLENGER, number)
         client.set_model_version_tag(MODEL, number, DECISION, alias)
     return decision
-
-
-def _read_decision(version: Any) -> Decision:
-    comparisons = [Comparison(**row) for row in json.loads(version.tags[COMPARISONS])]
-    return Decision(True, version.tags[REASON], comparisons)

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from model_lib.errors import UserError
+from model_lib.options import require
 from model_lib.registry.model_uris import CHAMPION, MODEL
 from model_lib.registry.registry import COMPARED_WITH, DECISION, NONE, REASON, champion_version
 from model_lib.tracking.errors import find, mlflow_errors
@@ -120,15 +121,12 @@ def rollback(tracking: Tracking) -> dict[str, str]:
         message = f"there is no champion at {uri}; register a model first"
         raise UserError(f"models:/{MODEL}@{CHAMPION}: {message}")
     previous = client.get_model_version(MODEL, present).tags.get(COMPARED_WITH, NONE)
-    if previous == NONE:
-        raise UserError(
-            f"version {present}: is the champion and replaced none, so there is none to go back to"
-        )
+    message = "is the champion and replaced none, so there is none to go back to"
+    require(previous != NONE, f"version {present}: {message}")
     if find(lambda: client.get_model_version(MODEL, previous)) is None:
-        raise UserError(
-            f"version {previous}: was champion before version {present}, but is not at {uri} any "
-            f"more; set MLflow's alias {CHAMPION} to another"
-        )
+        message = f"was champion before version {present}, but is not at {uri} any more"
+        remedy = f"set MLflow's alias {CHAMPION} to another"
+        raise UserError(f"version {previous}: {message}; {remedy}")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     # The tag comes first: killed between the two, a second rollback does the same again.
     note = f"version {previous} is champion again since {now}"

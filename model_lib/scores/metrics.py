@@ -162,9 +162,7 @@ def _java(name: str, command: Sequence[str], lines: Sequence[str]) -> list[str]:
 def require_scorers(spice: str | None) -> None:
     """Raise `UserError` if pycocoevalcap is not installed, or SPICE's models are not in `spice`."""
     if importlib.util.find_spec("pycocoevalcap") is None:
-        raise UserError(
-            "the caption scores need pycocoevalcap, which is not installed: "
-            "pip install pycocoevalcap"
-        )
+        remedy = "pip install pycocoevalcap"
+        raise UserError(f"the caption scores need pycocoevalcap, which is not installed: {remedy}")
     if spice is not None:
         require_spice(spice)
