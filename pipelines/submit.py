@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,19 +27,21 @@ from model_lib.errors import UserError, WorkError, first_line
 from model_lib.io.errors import is_transient
 from model_lib.io.validation import parse
 from model_lib.options import StageConfig, option, require
+from pipelines.checks import CHECKS
 from pipelines.following import follow
 from pipelines.local import say
 
 log = logging.getLogger(__name__)
 COMPILED = Path(__file__).parent / "compiled"
-TYPES: dict[str, type] = {
+READERS: dict[str, Callable[[str], Any]] = {
+    "STRING": str,
     "NUMBER_INTEGER": int,
     "NUMBER_DOUBLE": float,
-    "BOOLEAN": bool,
-    "LIST": list,
-    "STRUCT": dict,
+    "BOOLEAN": partial(parse, bool),
+    "LIST": partial(parse, list),
+    "STRUCT": partial(parse, dict),
 }
-"""Types of the pipelines' parameters that are given as JSON."""
+"""From the text of a parameter to its value; `ValueError` if it has another type."""
 TIMEOUT = 15
 """Seconds in which a server must answer that it is there."""
 
@@ -86,10 +89,10 @@ class _ServerConfig(StageConfig):
             require(name in inputs, f"param {name}: unknown; {known}")
             kind = inputs[name]["parameterType"]
             try:
-                values[name] = value if kind == "STRING" else parse(TYPES[kind], value.encode())
+                values[name] = READERS[kind](value)
             except ValueError:
                 form = kind.lower().replace("_", " ")
-                message = f"param {name}: {value} is not a JSON value of type {form}"
+                message = f"param {name}: {value} is not a value of type {form}"
                 raise UserError(message) from None
         # Every step's driver would fail, without a reason.
         remedy = "is empty; name a Kubernetes secret, which need not exist"
@@ -97,6 +100,8 @@ class _ServerConfig(StageConfig):
         required = [name for name, about in inputs.items() if not about.get("isOptional")]
         missing = [f"--param {name}=…" for name in required if name not in values]
         require(not missing, f"{self.pipeline}: needs {', '.join(missing)}")
+        defaults = {name: about.get("defaultValue") for name, about in inputs.items()}
+        CHECKS[self.pipeline](defaults | values)
         return values
 
 

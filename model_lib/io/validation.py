@@ -17,7 +17,7 @@ from model_lib.io.errors import input_errors
 T = TypeVar("T")
 
 
-def parse(kind: type[T], document: bytes | dict[str, Any]) -> T:
+def parse(kind: type[T], document: bytes | str | dict[str, Any]) -> T:
     """Return a JSON document as a dataclass, without conversions between types.
 
     Raises:
@@ -25,7 +25,7 @@ def parse(kind: type[T], document: bytes | dict[str, Any]) -> T:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    content = document if isinstance(document, bytes) else json.dumps(document)
+    content = json.dumps(document) if isinstance(document, dict) else document
     try:
         return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:

@@ -3,6 +3,7 @@ does."""
 
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from email.message import Message
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from model_lib import UserError
 from pipelines import following, submit
 from pipelines.submit import COMPILED
 from tests.helpers.kfp_server import KfpServer
@@ -45,7 +47,7 @@ def test_a_run_is_started_and_the_pipeline_uploaded_once(captioner: Run) -> None
     with KfpServer() as server:
         options = ("submit", "--host", server.host, "--pipeline", "train_captioner", *TRAINING)
         candidates = [{"name": "a"}, {"name": "b", "epochs": 3}]
-        typed = ("train_learning_rate=1e-4", f"train_candidates={json.dumps(candidates)}")
+        typed = ("train_learning_rate=.0001", f"train_candidates={json.dumps(candidates)}")
         first = captioner(*options, *(f"--param={parameter}" for parameter in typed))
         assert first.returncode == 0, first.stderr
         assert "local images, as captioner-core:" in first.stderr and "make push" in first.stderr
@@ -266,6 +268,32 @@ def test_wrong_usage_is_one_line_before_the_server_is_asked(
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     for word in words:
         assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "parameter", "message"),
+    [
+        ("train_captioner", "train_preset=huge", "preset 'huge': unknown; one of clip-l-gpt2"),
+        ("train_captioner", 'train_candidates=[{"name": "a", "colour": 1}]', "option 'colour'"),
+        ("train_captioner", 'train_candidates=[{"name": "a", "ema": NaN}]', "ema: nan is not a"),
+        ("train_captioner", "train_candidates=[]", "candidates: expected a JSON list of objects"),
+        ("train_captioner", "train_learning_rate=nan", "learning_rate: nan is not a finite number"),
+        ("train_captioner", "register_metric=Cider", "metric 'Cider': unknown"),
+        ("train_captioner", "register_min_gain=nan", "min_gain: nan is not a finite number"),
+        ("train_captioner", "eval_num_beams=0", "num_beams: 0 is not at least 1"),
+        ("train_captioner", "gpu_count=many", "gpu_count 'many': is not a whole number"),
+        ("caption_bucket", 'caption_options={"colour": 1}', "unknown option 'colour'"),
+        ("caption_bucket", "caption_shard_images=0", "shard_images: 0 is not at least 1"),
+    ],
+)
+def test_what_preflight_would_refuse_is_refused_before_anything_is_uploaded(
+    pipeline: str, parameter: str, message: str
+) -> None:
+    required = ("caption_images=gs://b/in", "caption_output=gs://b/out")
+    if pipeline == "train_captioner":
+        required = tuple(option.removeprefix("--param=") for option in TRAINING)
+    with pytest.raises(UserError, match=re.escape(message)):
+        submit.SubmitConfig(host="http://h", pipeline=pipeline, param=(*required, parameter))
 
 
 def test_a_server_that_is_not_there_is_said_at_once(captioner: Run) -> None:
