@@ -29,6 +29,10 @@ OUTPUTS = ("candidates", "captions", "data", "mlartifacts", "mlflow.db", "pipeli
 """What steps write in the working directory."""
 REASON = re.compile(r"^\s*captioner: (error|failed): (.*)$", re.MULTILINE)
 """The line in which a step says why it ends."""
+FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
+EXCEPTION = re.compile(r"^\s*((?:\w+\.)*\w*(?:Error|Exception): .*)$", re.MULTILINE)
+"""The last line of a traceback."""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PROGRESS = re.compile(r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/|captioner:")
 
 
@@ -43,7 +47,7 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
 
     Raises:
         UserError: a step refused its input; the message is the step's.
-        WorkError: a step failed; the message is the step's, or says where the log is.
+        WorkError: a step failed; the message is the step's, or the end of its traceback.
     """
     from kfp import local
 
@@ -59,10 +63,13 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
             with contextlib.redirect_stdout(_Log(log)):
                 _without_retries(pipeline)(**arguments)
         except Exception as error:
-            if reasons := REASON.findall(log_file.read_text()):
-                kind, reason = reasons[-1]
+            lines = COLOUR.sub("", log_file.read_text())
+            if reasons := REASON.findall(lines):
+                kind, reason = reasons[0]  # not that of a step after it, which may fail too
                 raise (UserError if kind == "error" else WorkError)(reason) from error
-            message = f"the pipeline stopped ({error}); {log_file} has all that its steps printed"
+            step = "".join(f"step {name} " for name in FAILED.findall(lines)[:1])
+            reason = (EXCEPTION.findall(lines) or ["it was killed, or says nothing"])[-1]
+            message = f"{step}failed: {reason}; {log_file} has all that the steps printed"
             raise WorkError(message) from error
     (outputs,) = set(root.iterdir()) - before
     return outputs
@@ -178,7 +185,7 @@ class _Log(io.TextIOBase):
         self.log.flush()
         *lines, self.line = (self.line + text).split("\n")
         for line in lines:
-            line = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+            line = COLOUR.sub("", line).strip()
             if step := re.search(r"Executing task '([\w-]+)'", line):
                 say(f"step {step[1]}")
             elif PROGRESS.match(line):
