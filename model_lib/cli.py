@@ -80,9 +80,13 @@ class CaptionConfig(StageConfig):
     """Images: paths, URIs, http(s) addresses, folders, patterns such as "photos/*.jpg"; - takes a
     list from stdin."""
     model: str = CHAMPION_URI
-    """A folder, hub name, URI or model of the MLflow registry."""
+    """A folder, hub name, URI or model of the MLflow registry; or hf: before a hub name, folder or
+    URI of a captioner of transformers."""
     decode: DecodeConfig = DecodeConfig()
     """How captions are decoded."""
+    prompt: str | None = None
+    """Text beside the image, for a model hf:…: a chat model's instruction, or the beginning that
+    BLIP, BLIP-2 and GIT continue."""
     explain: str | None = None
     """HTML file that shows the model's attention for each word."""
     batch_size: int = option(16, minimum=1)
@@ -227,13 +231,14 @@ def caption(config: CaptionConfig) -> Output:
     from model_lib.io.images import ImageError
     from model_lib.model.captioner import Captioner
     from model_lib.model.captioning import caption_each, find_images
+    from model_lib.model.rivals import load_captioner
 
     _find_registry(config.model)
     if config.explain is not None:
         storage.require_writable(config.explain.rpartition("/")[0] or ".")
-    model = Captioner.from_pretrained(
-        config.model, device=config.device, precision=config.precision
-    )
+    model = load_captioner(config.model, config.device, config.precision, config.prompt)
+    if config.explain is not None and not isinstance(model, Captioner):
+        raise UserError(f"explain: {config.model} is another project's, and shows no attention")
     output = Output([], [])
 
     def lines() -> Iterator[str]:
@@ -260,6 +265,7 @@ def caption(config: CaptionConfig) -> Output:
         if config.explain is not None:
             from model_lib.evaluate.explain import render_explanation
 
+            assert isinstance(model, Captioner)
             storage.write_bytes(config.explain, render_explanation(model, captioned).encode())
 
     output.lines = lines()

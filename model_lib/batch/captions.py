@@ -26,8 +26,8 @@ from model_lib.io.errors import http_status
 from model_lib.io.images import ImageError, decode_image, read_image, require_readable
 from model_lib.io.prefetch import PREFETCH, prefetch_map
 from model_lib.io.url_policy import UrlNotAllowed, require_allowed, store_of
-from model_lib.model.captioner import Captioner
 from model_lib.model.captioning import ImageCaptioner
+from model_lib.model.rivals import load_captioner
 from model_lib.progress import Progress
 
 RETRY_SECONDS = 60.0
@@ -138,5 +138,5 @@ def caption_planned(reference: str, index: int) -> None:
     caption_shards(plan, [index], model)
 
 
-def load_model(config: BatchConfig) -> Captioner:
-    return Captioner.from_pretrained(config.model, device=config.device, precision=config.precision)
+def load_model(config: BatchConfig) -> ImageCaptioner:
+    return load_captioner(config.model, config.device, config.precision, config.prompt)

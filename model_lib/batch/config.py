@@ -18,9 +18,13 @@ class BatchConfig(StageConfig):
     """Folder or URI, in which images, model and options have their own: Parquet files,
     summary.json, report.html."""
     model: str
-    """The model: a folder, hub name, URI or models:/captioner@champion."""
+    """The model: a folder, hub name, URI or models:/captioner@champion; or hf: before a hub name,
+    folder or URI of a captioner of transformers."""
     decode: DecodeConfig = DecodeConfig()
     """How captions are decoded."""
+    prompt: str | None = None
+    """Text beside the image, for a model hf:…: a chat model's instruction, or the beginning that
+    BLIP, BLIP-2 and GIT continue."""
     recursive: bool = option(True, shapes=False)
     """Search folders below too."""
     include: tuple[str, ...] = option((), shapes=False)

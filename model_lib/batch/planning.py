@@ -22,7 +22,7 @@ from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.errors import input_errors
 from model_lib.io.validation import read_parquet, read_record, require_file_name, require_values
-from model_lib.model.sources import lasting_source, source_digest
+from model_lib.model.sources import RIVAL, lasting_source, source_digest
 
 RETRIED = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may have gone by the next run: the store's, or what somebody has put right."""
@@ -125,7 +125,7 @@ def model_files(model: str) -> str:
 
     It is that of an empty listing for a registry's version or a hub name.
     """
-    files = storage.find_files(model)
+    files = storage.find_files(model.removeprefix(RIVAL))
     return _digest([[path, info["size"], *storage.version(info)] for path, info in files.items()])
 
 

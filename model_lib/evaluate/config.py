@@ -11,7 +11,8 @@ class EvaluateConfig(StageConfig):
     """Score a model on a split of the data, with 95 % intervals and a report."""
 
     model: str
-    """The model: a folder, hub name, URI or models:/captioner@champion."""
+    """The model: a folder, hub name, URI or models:/captioner@champion; or hf: before a hub name,
+    folder or URI of a captioner of transformers."""
     data: str = option(shapes=False)
     """Data that ingest made: folder, URI or manifest.json."""
     output: str = option(shapes=False)
@@ -22,6 +23,11 @@ class EvaluateConfig(StageConfig):
     """Number of images, the first of the split; 0: all."""
     decode: DecodeConfig = DecodeConfig(num_beams=5)
     """How captions are decoded."""
+    prompt: str | None = None
+    """Text beside the image, for a model hf:…: a chat model's instruction, or the beginning that
+    BLIP, BLIP-2 and GIT continue."""
+    compare: tuple[str, ...] = ()
+    """Folders of other models' evaluations on the same images, to be compared in the report."""
     batch_size: int = option(32, minimum=1)
     """Images decoded together; it changes which captions a seed draws."""
     clip: str | None = None

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model_lib import __version__
-from model_lib.data.shards import read_manifest
+from model_lib.data.shards import Manifest, read_manifest
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.gallery import select_images
 from model_lib.evaluate.report import render_report
-from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions, View
+from model_lib.evaluate.result import (
+    Evaluation,
+    EvaluationResult,
+    Predictions,
+    View,
+    require_comparable,
+)
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
 from model_lib.evaluate.scoring import score_predictions
 from model_lib.io import storage
@@ -31,8 +37,7 @@ from model_lib.tracking.runs import NO_TRACKING, Tracking
 
 if TYPE_CHECKING:
     from model_lib.data.shards import Batch, SplitReader
-    from model_lib.model.captioner import Captioner
-    from model_lib.model.captioning import Caption
+    from model_lib.model.captioning import Caption, ImageCaptioner
     from model_lib.scores.clipscore import ClipScorer
 
 log = logging.getLogger(__name__)
@@ -57,24 +62,16 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
             log.warning("%s: was evaluated before, only its scores are sent", config.output)
             evaluation = Evaluation.read(config.output)
         else:
-            result = _evaluate(config)
+            others = [EvaluationResult.read(folder) for folder in config.compare]
+            result = _evaluate(config, others)
+            require_comparable([result, *others])
             evaluation = result.evaluation
             storage.remove(unsent)
             run_id = evaluation.mlflow_run_id
             curves = {} if run_id is None else {run_id: read_curves(config.model)}
-            result.write(config.output, render_report(result, curves=curves))
+            result.write(config.output, render_report(result, others=others, curves=curves))
             storage.write_json(unsent, mark)
-        if evaluation.mlflow_run_id is not None:
-            page = storage.read_bytes(storage.join(config.output, "report.html")).decode()
-            metrics, tags = evaluation_metrics(evaluation), evaluation_tags(evaluation)
-            pages = {"evaluation/report.html": page}
-            try:
-                tracking.add(evaluation.mlflow_run_id, metrics, tags, pages)
-            except Exception as error:
-                raise WorkError(
-                    f"{config.output}: is written, but its scores are not in MLflow "
-                    f"({reason(error)}); the same command sends them, and evaluates nothing again"
-                ) from error
+        _log_scores(config.output, evaluation, tracking, mark["key"])
         storage.remove(unsent)
         return evaluation
 
@@ -86,16 +83,39 @@ def _key(config: EvaluateConfig) -> str:
     return config.key(read_manifest(config.data).fingerprint, about, __version__)
 
 
-def _evaluate(config: EvaluateConfig) -> EvaluationResult:
+def _log_scores(folder: str, evaluation: Evaluation, tracking: Tracking, key: str) -> None:
+    """Log an evaluation that is written to the run of the model's training.
+
+    Another project's model has none: its evaluation gets a run of its own, found again by `key`.
+    """
+    if evaluation.mlflow_run_id is None and not evaluation.rival:
+        return
+    page = storage.read_bytes(storage.join(folder, "report.html")).decode()
+    metrics, tags = evaluation_metrics(evaluation), evaluation_tags(evaluation)
+    try:
+        run_id = evaluation.mlflow_run_id
+        if run_id is None:
+            run_id = tracking.finished_run(evaluation.name, key)
+        if run_id is not None:
+            tracking.add(run_id, metrics, tags, {"evaluation/report.html": page})
+    except Exception as error:
+        raise WorkError(
+            f"{folder}: is written, but its scores are not in MLflow ({reason(error)}); the same "
+            "command sends them, and evaluates nothing again"
+        ) from error
+
+
+def _evaluate(config: EvaluateConfig, others: Sequence[EvaluationResult]) -> EvaluationResult:
     from model_lib.data.leaks import require_unseen
     from model_lib.data.shards import SplitReader
-    from model_lib.model.captioner import Captioner
+    from model_lib.model.rivals import Rival, load_captioner
     from model_lib.model.sources import lasting_source, source_digest
 
     manifest = read_manifest(config.data)
     source = lasting_source(config.model)
+    _require_comparable(config, manifest, source, others)
     weights = source_digest(source)  # before loading: never of weights that came meanwhile
-    model = Captioner.from_pretrained(source, device=config.device, precision=config.precision)
+    model = load_captioner(source, config.device, config.precision, config.prompt)
     record = model.training_record
     require_unseen(record, manifest, config.split)
     reader = SplitReader(manifest, config.split, model.preprocess, limit=config.limit)
@@ -128,8 +148,7 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     if config.split != "train" and manifest.counts.get("train"):
         lists = SplitReader(manifest, "train").captions()
         training = [text for captions_of_image in lists for text in captions_of_image]
-    end = model.end_token
-    ended = [bool(caption.tokens) and caption.tokens[-1] == end for caption in captions]
+    ended = [model.has_ended(caption) for caption in captions]
     result = score_predictions(
         Predictions(ids, names, texts, references),
         clip_scores,
@@ -139,6 +158,7 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
         split=config.split,
         diversity=describe(texts, ended, training),
         decoding=config.decode.to_dict(),
+        rival=model.usage if isinstance(model, Rival) else {},
         images_per_second=len(rows) / seconds,
         clip=config.clip,
         data_fingerprint=manifest.fingerprint,
@@ -154,7 +174,23 @@ def _evaluate(config: EvaluateConfig) -> EvaluationResult:
     return replace(result, predictions=replace(result.predictions, views=views))
 
 
-def _encode_images(scorer: "ClipScorer", model: "Captioner", batch: "Batch") -> np.ndarray:
+def _require_comparable(
+    config: EvaluateConfig, manifest: Manifest, source: str, others: Sequence[EvaluationResult]
+) -> None:
+    """Raise `UserError` if it is known before the work that evaluations cannot be compared."""
+    for other in others:
+        expected = replace(
+            other.evaluation,
+            model=source,
+            data_fingerprint=manifest.fingerprint,
+            split=config.split,
+            decoding=config.decode.to_dict(),
+            clip=config.clip,
+        )
+        require_comparable([replace(other, evaluation=expected), other])
+
+
+def _encode_images(scorer: "ClipScorer", model: "ImageCaptioner", batch: "Batch") -> np.ndarray:
     """Return CLIP's vectors of a batch; the model's pixels serve if CLIP takes the same."""
     pixels = batch.pixels
     if scorer.preprocess != model.preprocess:
@@ -163,17 +199,26 @@ def _encode_images(scorer: "ClipScorer", model: "Captioner", batch: "Batch") -> 
 
 
 def _views(
-    model: "Captioner", reader: "SplitReader", numbers: Sequence[int], captions: Sequence["Caption"]
+    model: "ImageCaptioner",
+    reader: "SplitReader",
+    numbers: Sequence[int],
+    captions: Sequence["Caption"],
 ) -> Mapping[int, View]:
-    """Return the report's views of some images, given by their numbers in the split, by id."""
+    """Return the report's views of some images, given by their numbers in the split, by id.
+
+    They show the attention of our models.
+    """
     from model_lib.evaluate.explain import word_attention
+    from model_lib.model.captioner import Captioner
 
     views: dict[int, View] = {}
     batches = reader.batches([np.array([number]) for number in numbers])
     for batch, caption in zip(batches, captions, strict=True):
-        words = [
-            (word, (255 * weights / max(float(weights.max()), 1e-9)).round().astype(np.uint8))
-            for word, weights in word_attention(model, batch.pixels[0], caption)
-        ]
+        words = []
+        if isinstance(model, Captioner):
+            words = [
+                (word, (255 * weights / max(float(weights.max()), 1e-9)).round().astype(np.uint8))
+                for word, weights in word_attention(model, batch.pixels[0], caption)
+            ]
         views[batch.image_ids[0]] = View(thumbnail(decode_image(batch.files[0])), words)
     return views

@@ -6,7 +6,7 @@ It loads nothing from elsewhere, so it works in a sandboxed frame and without a 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from model_lib.evaluate.gallery import make_cards
 from model_lib.evaluate.result import FEW_IMAGES, MAIN, Decision, Evaluation, EvaluationResult
@@ -52,6 +52,9 @@ class _Row:
     ranges: list[str]
     """Their intervals; empty where unknown."""
     comparison: Comparison | None = None
+    """With the champion."""
+    comparisons: list[Comparison | None] = field(default_factory=list)
+    """One for each model: the first less that model; None for the first and the champion."""
 
 
 def render_report(
@@ -66,7 +69,7 @@ def render_report(
 
     Args:
         result: of the model that the page is about.
-        others: of the other candidates, on the same images.
+        others: of other models, on the same images: candidates, or those to compare with.
         champion: of the present champion, on the same images.
         decision: whether the model becomes the champion, and why.
         curves: for each training's MLflow run its metrics, each a list of step and value.
@@ -76,7 +79,12 @@ def render_report(
         compared = {comparison.metric: comparison for comparison in decision.comparisons}
     elif champion is not None and champion.predictions.image_ids == result.predictions.image_ids:
         compared = compare(result.predictions.statistics, champion.predictions.statistics)
-    roles = [("candidate", result), *(("other candidate", other) for other in others)]
+    is_candidate = decision is not None or champion is not None
+    role = "candidate" if is_candidate else "model"
+    roles = [(role, result), *((f"other {role}", other) for other in others)]
+    against = [
+        compare(result.predictions.statistics, other.predictions.statistics) for other in others
+    ]
     if champion is not None:
         replaced = decision is not None and decision.promote
         roles.append(("champion until now" if replaced else "champion", champion))
@@ -92,11 +100,12 @@ def render_report(
         models=models,
         main=MAIN,
         scale=_scale(models),
-        rows=_score_rows(models, compared),
+        rows=_score_rows(models, compared, against),
         habits=_habit_rows(models),
         charts=_charts(models),
         cards=make_cards(result.predictions, None if champion is None else champion.predictions),
         champion=champion is not None,
+        others=bool(others),
     )
 
 
@@ -109,8 +118,18 @@ def _scale(models: Sequence[_Model]) -> float:
     return max(1.05 * end for end in ends if math.isfinite(end))
 
 
-def _score_rows(models: Sequence[_Model], compared: Mapping[str, Comparison]) -> list[_Row]:
-    """Return a row for each score that any model has, CIDEr and the shuffled one first."""
+def _score_rows(
+    models: Sequence[_Model],
+    compared: Mapping[str, Comparison],
+    against: Sequence[Mapping[str, Comparison]],
+) -> list[_Row]:
+    """Return a row for each score that any model has, CIDEr and the shuffled one first.
+
+    Args:
+        models: the first is the one that the page is about; the last may be the champion.
+        compared: the first's scores with the champion's, by name.
+        against: with those of each other model.
+    """
     evaluations = [model.evaluation for model in models]
     names = dict.fromkeys(name for evaluation in evaluations for name in evaluation.scores)
     rows = []
@@ -118,7 +137,10 @@ def _score_rows(models: Sequence[_Model], compared: Mapping[str, Comparison]) ->
         values = [_text(evaluation.scores.get(name), "{:.3f}") for evaluation in evaluations]
         intervals = [evaluation.intervals.get(name) for evaluation in evaluations]
         ranges = ["" if ends is None else "{:.3f} to {:.3f}".format(*ends) for ends in intervals]
-        rows.append(_Row(name.replace("_", "-"), "", values, ranges, compared.get(name)))
+        comparisons = [None, *(others.get(name) for others in against)]
+        comparisons += [None] * (len(models) - len(comparisons))
+        row = _Row(name.replace("_", "-"), "", values, ranges, compared.get(name), comparisons)
+        rows.append(row)
         if name == MAIN:
             values = [_text(evaluation.shuffled_cider, "{:.3f}") for evaluation in evaluations]
             explanation = "against other images' references"

@@ -7,7 +7,7 @@ without the scorers.
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -34,6 +34,8 @@ COLUMNS = {
     "attention": "list of bytes",
 }
 """Of predictions.parquet, besides a column for each score."""
+COMPARABLE = ("data_fingerprint", "split", "images", "tokenizer", "decoding", "clip")
+"""Fields of two evaluations that must be equal before their scores may be compared."""
 COUNTS = "counts of "
 """Before the names of columns that hold a score's counts."""
 
@@ -72,6 +74,8 @@ class Evaluation:
     """Versions of the packages with which the model captioned."""
     weights: str | None = None
     """Digest of the weights in a folder, which may change later: see `sources.weights_digest`."""
+    rival: dict[str, Any] = field(default_factory=dict)
+    """Of another project's captioner, how it captions: see `Rival.usage`. Empty for ours."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -149,6 +153,19 @@ class EvaluationResult:
         storage.write_bytes(storage.join(folder, "predictions.parquet"), parquet)
         storage.write_bytes(storage.join(folder, "report.html"), report.encode())
         storage.write_json(storage.join(folder, "scores.json"), self.evaluation.to_dict())
+
+
+def require_comparable(results: Sequence[EvaluationResult]) -> None:
+    """Raise `UserError` unless all were evaluated on the same images in the same way."""
+    first = results[0]
+    for other in results[1:]:
+        both = f"evaluations of {first.evaluation.model} and {other.evaluation.model}"
+        remedy = "evaluate both on the same data with the same options"
+        for name in COMPARABLE:
+            ours, theirs = getattr(first.evaluation, name), getattr(other.evaluation, name)
+            require(ours == theirs, f"{both} differ in {name} ({ours} and {theirs}); {remedy}")
+        same = first.predictions.image_ids == other.predictions.image_ids
+        require(same, f"{both} are of different images; {remedy}")
 
 
 @dataclass(frozen=True)

@@ -29,4 +29,7 @@ def evaluation_tags(evaluation: Evaluation) -> dict[str, str]:
         "clip": evaluation.clip,
         "missing": ", ".join(evaluation.missing),
     }
-    return {f"captioner.{evaluation.split}.{name}": text for name, text in values.items() if text}
+    tags = {f"captioner.{evaluation.split}.{name}": text for name, text in values.items() if text}
+    if evaluation.rival:
+        tags["captioner.rival"] = evaluation.rival["class"]
+    return tags

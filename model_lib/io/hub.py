@@ -11,8 +11,8 @@ from typing import Any
 from model_lib.errors import UserError, WorkError, first_line
 
 WEIGHTS = "model*.safetensors"
-FILES = ["*.json", "*.txt", "*.model"]
-"""Configurations and tokenizers."""
+FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""Configurations, tokenizers and chat templates."""
 REMEDY = "mirror it into a bucket and name that URI, or let this machine reach the hub"
 
 

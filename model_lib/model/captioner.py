@@ -291,6 +291,10 @@ class Captioner(PreTrainedModel):
             for rows in decode(self, features, config)
         ]
 
+    def has_ended(self, caption: Caption) -> bool:
+        """Return whether a caption ended by itself, not at the longest length."""
+        return caption.tokens[-1:] == [self.end_token]
+
     def caption(self, images: Iterable[Any], **options: Any) -> list[Caption]:
         """Caption images: paths, URIs, addresses, bytes, PIL images, arrays or tensors.
 

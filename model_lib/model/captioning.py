@@ -48,6 +48,9 @@ class ImageCaptioner(Protocol):
     ) -> list[list[Caption]]:
         """Return each image's `num_captions` captions."""
 
+    def has_ended(self, caption: Caption) -> bool:
+        """Return whether a caption ended by itself, not at the longest length."""
+
 
 def load_image(image: Any, redirects: bool = True) -> Image.Image:
     """Return an image, upright and RGB.

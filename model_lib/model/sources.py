@@ -16,6 +16,8 @@ from model_lib.io.hub import download_model, pin_revision
 from model_lib.io.remote_cache import cached_folder
 from model_lib.io.validation import read_record
 
+RIVAL = "hf:"
+"""Prefix of another project's captioner, before its hub name, folder or URI: see `rivals`."""
 REGISTRIES = {"models:/": "model_lib.registry.model_uris"}
 """By prefix of a source the module that resolves it, imported when a source has that prefix, as
 fsspec does with protocols. It has `pin_version(source)` and `download_model(source)`."""
@@ -58,6 +60,10 @@ def model_folder(source: str, weights: bool = True, subfolder: str = "", **optio
 def captioner_folder(source: str, **options: Any) -> str:
     """Return a local folder that holds a captioner; options and errors as for `model_folder`."""
     source = str(source)
+    if source.startswith(RIVAL):
+        raise UserError(
+            f"{source}: is another project's captioner, which caption, batch and evaluate take"
+        )
     if (registry := _registry_of(source)) is not None:
         return str(registry.download_model(source))
     folder = model_folder(source, **options)
@@ -84,8 +90,11 @@ def source_digest(source: str) -> str | None:
     """Return the digest of a model folder's weights, which somebody may replace.
 
     None for a registry's version and a hub's commit, which never change. Raises as
-    `captioner_folder`.
+    `captioner_folder`, or for another project's captioner as `model_folder`.
     """
+    if source.startswith(RIVAL):
+        rival = source.removeprefix(RIVAL)
+        return None if is_hub_name(rival) else weights_digest(model_folder(rival))
     if _registry_of(source) is not None or is_hub_name(source):
         return None
     return weights_digest(captioner_folder(source))
@@ -94,6 +103,8 @@ def source_digest(source: str) -> str | None:
 def lasting_source(source: str) -> str:
     """Return a source that means the same later: an alias as its version, a hub name with its
     commit, a path as absolute."""
+    if source.startswith(RIVAL):
+        return RIVAL + lasting_source(source.removeprefix(RIVAL))
     if (registry := _registry_of(source)) is not None:
         return str(registry.pin_version(source))
     if is_hub_name(source):

@@ -5,13 +5,15 @@ Pure functions.
 
 from collections.abc import Sequence
 
-from model_lib.evaluate.result import Decision, Evaluation, EvaluationResult
+from model_lib.evaluate.result import (
+    Decision,
+    Evaluation,
+    EvaluationResult,
+    require_comparable,
+)
 from model_lib.options import require
 from model_lib.registry.config import Policy
 from model_lib.scores.significance import Comparison, compare
-
-COMPARABLE = ("data_fingerprint", "split", "images", "tokenizer", "decoding", "clip")
-"""Fields of two evaluations that must be equal before their scores may be compared."""
 
 
 def score_of(evaluation: Evaluation, metric: str) -> float:
@@ -21,19 +23,6 @@ def score_of(evaluation: Evaluation, metric: str) -> float:
     message = f"the evaluation of {evaluation.model} has no such score: {reason}"
     require(metric in evaluation.scores, f"metric {metric}: {message}")
     return evaluation.scores[metric]
-
-
-def require_comparable(results: Sequence[EvaluationResult]) -> None:
-    """Raise `UserError` unless all were evaluated on the same images in the same way."""
-    first = results[0]
-    for other in results[1:]:
-        both = f"evaluations of {first.evaluation.model} and {other.evaluation.model}"
-        remedy = "evaluate both on the same data with the same options"
-        for name in COMPARABLE:
-            ours, theirs = getattr(first.evaluation, name), getattr(other.evaluation, name)
-            require(ours == theirs, f"{both} differ in {name} ({ours} and {theirs}); {remedy}")
-        same = first.predictions.image_ids == other.predictions.image_ids
-        require(same, f"{both} are of different images; {remedy}")
 
 
 def choose_winner(candidates: Sequence[EvaluationResult], metric: str) -> EvaluationResult:

@@ -104,6 +104,9 @@ def register(config: RegisterConfig, tracking: Tracking) -> Registered:
     """
     tracking = require_mlflow(tracking)
     candidates = [EvaluationResult.read(folder) for folder in config.evaluations]
+    for candidate in candidates:
+        message = "is another project's model, which is compared and not registered"
+        require(not candidate.evaluation.rival, f"{candidate.evaluation.model}: {message}")
     winner = choose_winner(candidates, config.metric)
     pairs = zip(config.evaluations, candidates, strict=True)
     folder = next(folder for folder, candidate in pairs if candidate is winner)
@@ -223,7 +226,7 @@ def _create_version(
     client = tracking.client
     run_id = winner.mlflow_run_id
     if run_id is None or not tracking.knows(run_id):
-        run_id = tracking.create_finished_run(winner.name)
+        run_id = tracking.finished_run(winner.name)
     card = render_card(winner, folder)
     model_id = log_model(winner, folder, card, run_id, tracking)
     # Another pod may have registered the same evaluation meanwhile.

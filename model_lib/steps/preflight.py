@@ -17,7 +17,7 @@ from model_lib.ingest.annotations import coco_2017
 from model_lib.io import storage
 from model_lib.io.errors import is_transient
 from model_lib.io.hub import pin_revision
-from model_lib.model.sources import is_hub_name
+from model_lib.model.sources import RIVAL, is_hub_name
 from model_lib.options import require
 from model_lib.presets import PRESETS
 from model_lib.registry.config import Policy
@@ -170,6 +170,7 @@ def _tracking(uri: str | None) -> None:
 
 
 def _weights(source: str) -> None:
+    source = source.removeprefix(RIVAL)
     if source.startswith("models:/"):
         require_version(source)
     elif is_hub_name(source):

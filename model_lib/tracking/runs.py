@@ -80,6 +80,11 @@ class Tracking:
         """
         return Run(folder, step)
 
+    def finished_run(self, name: str, key: str | None = None) -> str | None:
+        """Create a run for a model that was trained elsewhere, or find that of the same key; return
+        its id, or None without a server."""
+        return None
+
     def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
         """Add final metrics, tags and HTML pages (by path) to a run that has ended."""
 

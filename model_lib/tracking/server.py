@@ -128,9 +128,11 @@ class MlflowTracking(Tracking):
             self.client.update_run(run_id, name=name)
             return MlflowRun(self.client, run_id, params, tags, folder, step)
 
-    def create_finished_run(self, name: str) -> str:
-        """Create a run for a model that was trained elsewhere; return its id."""
-        run_id = self._create_run(name, {**code_version(), **self._pipeline_tags()})
+    def finished_run(self, name: str, key: str | None = None) -> str:
+        if key and (runs := self._search(f"tags.`{RUN_TAG}` = '{key}'")):
+            return str(runs[0].info.run_id)
+        key_tag = {RUN_TAG: key} if key else {}
+        run_id = self._create_run(name, {**code_version(), **self._pipeline_tags(), **key_tag})
         self.client.set_terminated(run_id)
         return run_id
 
