@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java browser demo quick test soak fuzz audit lint images push test-containers compile clean
+.PHONY: help install java browser demo quick test pytest soak fuzz audit lint images push test-containers compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,11 +41,14 @@ apt = if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO=sudo; fi; command -v apt-get
 demo: install  ## run the whole training pipeline here, on generated scenes
 	$(BIN)/captioner run --workdir runs
 
-# On two cores: 3 workers, as many tests wait for processes and servers; a file's tests share fixtures.
 quick: $(INSTALLED)  ## run the unit tests that start no process or server, in a minute
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not containers and not soak" tests/model_lib
 
-test: install browser lint  ## run linters, type checker and all tests
+test: install browser  ## run linters, type checker and all tests
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going lint pytest
+
+# On two cores: 3 workers, as many tests wait for processes and servers; a file's tests share fixtures.
+pytest: $(INSTALLED)
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 soak: install  ## run the tests that take long: attacks at full size, the second stage, a pipeline twice

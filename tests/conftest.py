@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,23 +36,17 @@ if "PATH_WITH_JAVA" not in os.environ:
 
 import pytest
 
-from tests.helpers.commands import prepare
-from tests.helpers.commands import run as run_command
+from tests.helpers.warm_python import warm_python
 
 if TYPE_CHECKING:
     from model_lib.model.captioner import Captioner
 
-LONGEST = (
-    "test_run.py",
-    "test_documents.py",
-    "test_distributed.py",
-    "test_trainjob.py",
-    "test_model.py",
-    "test_images.py",
-)
-"""Files of tests that take longest."""
+LONGEST = ["mlflow_down", "bucket", "survival", "distributed", "training", "run", "trainjob"]
+LONGEST += ["secrets", "batch", "cli", "tracking", "mlflow_ui", "evaluation", "documents", "images"]
+LONGEST += ["serving", "registry", "faults", "model"]
+"""Files of tests that take longest, the longest first."""
 SLOW_FIXTURES = frozenset(
-    ["bucket", "captioner", "commands", "finished", "java", "page", "small_disk", "with_java"]
+    ["bucket", "captioner", "finished", "java", "page", "small_disk", "with_java"]
 )
 """Fixtures that start processes, a server, a browser or a training."""
 SLOW_FILES = re.compile(
@@ -71,13 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if SLOW_FILES.fullmatch(item.path.name) or not SLOW_FIXTURES.isdisjoint(fixtures):
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """What a test leaves in the environment, as the choice of an MLflow store, is nothing to the
-    next one."""
+    """Restore the environment after each test, with MLflow's choice of a store."""
     before = dict(os.environ)
     yield
     if "mlflow" in sys.modules:
@@ -88,7 +82,7 @@ def environment_as_it_was() -> Iterator[None]:
 
 @pytest.fixture()
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of a pipeline's step, without what a step may be told."""
+    """The environment of a pipeline's step, without the variables that a step may have."""
     from tests.helpers.tracked import NAMES
 
     for name in NAMES:
@@ -99,7 +93,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
-        pytest.skip(f"test data {folder} is absent; CAPTIONER_TEST_DATA names another place")
+        pytest.skip(f"test data {folder} is absent; CAPTIONER_TEST_DATA names the folder of all")
     return folder
 
 
@@ -214,29 +208,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 40 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("a small disk can be mounted by root only")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted: needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.fixture(scope="session")
-def commands() -> None:
-    """Processes for `captioner`, which must not begin with one test's environment."""
-    prepare()
-
-
 @pytest.fixture()
-def captioner(commands: None, tmp_path: Path):
+def captioner(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Return a function that runs the command line in a process of its own, in an empty folder."""
 
     def run(*arguments: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        return run_command(
-            [*map(str, arguments)], tmp_path, {**kept, "COLUMNS": "200", **environment}, stdin
+        return subprocess.run(
+            [warm_python(), "-m", "model_lib", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**kept, "COLUMNS": "200", **environment},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
 
     return run

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 SMALL = ["--preset", "tiny", "--device", "cpu", "--rounds", "1"]
-
-
 Benchmark = Callable[..., None]
 
 

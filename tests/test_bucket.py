@@ -1,25 +1,21 @@
 """Every command against a bucket on loopback: Google Cloud Storage by gcsfs, S3 by s3fs."""
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import fsspec
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from torch import Tensor
 
 from model_lib import UserError
 from model_lib.io.storage import version
 from model_lib.train.config import TrainConfig
-from model_lib.train.step import TrainStep
 from model_lib.train.training import train
-from tests.helpers.services import STORES, Faults, faulty_bucket, store
+from tests.helpers.batches import read_output
+from tests.helpers.services import STORES, Faults, empty_store, faulty_bucket, put_folder, store
+from tests.helpers.steps import before_steps
 
 Run = Callable[..., CompletedProcess]
 BUCKET = "gs://images"
@@ -34,9 +30,7 @@ class Bucket(NamedTuple):
 def bucket(request: pytest.FixtureRequest, scenes: Path, tmp_path: Path) -> Iterator[Bucket]:
     """A bucket with the scenes in it, for this process and those that it starts."""
     with store(request.param, "images", tmp_path / request.param) as fs:
-        for file in sorted(scenes.rglob("*")):
-            if file.is_file():
-                fs.pipe_file(f"images/scenes/{file.relative_to(scenes)}", file.read_bytes())
+        put_folder(fs, scenes, "images/scenes")
         yield Bucket(f"{request.param}://images", fs)
 
 
@@ -44,7 +38,7 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
     uri, fs = bucket
     variables = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "MLFLOW_TRACKING_URI": empty_store(tmp_path),
     }
 
     def run(*arguments: object) -> Any:
@@ -85,7 +79,7 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
     assert (summary["images"], summary["ok"]) == (14, 12)
     assert summary["errors"] == {"unreadable": 1, "empty": 1}
     parts = sorted(fs.glob("images/captions/*/captions/*.parquet"))
-    rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
+    rows = read_output("images/captions", fs)
     assert len(parts) == 3 and len(rows) == 14
     assert all(row["uri"].startswith(f"{uri}/scenes/val2017/") for row in rows)
 
@@ -108,27 +102,13 @@ def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: Bucket) 
 
 
 @pytest.fixture()
-def faults(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+def faults(data: Path, tmp_path: Path) -> Iterator[Faults]:
     """A bucket with the data set in it, behind a proxy that lets a tenth of the requests fail."""
-    sleep = asyncio.sleep
-    quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
-    monkeypatch.setattr("gcsfs.retry.asyncio", quickly)  # its six attempts would take half a minute
     faults = Faults(0.0, seed=0)
     with faulty_bucket("images", tmp_path / "gcs", faults) as fs:
         fs.put(f"{data}/", "images/data/", recursive=True)
         faults.share = 0.1
         yield faults
-
-
-def each_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
-    """Do something before each step of training."""
-    learn = TrainStep.run
-
-    def acting(learner: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
-        act(step)
-        return learn(learner, batch, pixels, step)
-
-    monkeypatch.setattr("model_lib.train.step.TrainStep.run", acting)
 
 
 def test_training_outlasts_a_bucket_that_fails(
@@ -137,7 +117,7 @@ def test_training_outlasts_a_bucket_that_fails(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    each_step(monkeypatch, lambda step: faults.outage(4) if step == 3 else None)
+    before_steps(monkeypatch, lambda step: faults.outage(4) if step == 3 else None)
     options = {"preset": "tiny", "epochs": 3, "checkpoint_steps": 1}
     train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/run", **options))
     assert faults.failed > 20
@@ -155,7 +135,7 @@ def test_a_shard_that_disappears_is_one_line(
         if step == 2:
             fs.rm_file("images/data/train-00000.parquet")
 
-    each_step(monkeypatch, remove)
+    before_steps(monkeypatch, remove)
     with pytest.raises(UserError, match=r"data/train-00000\.parquet: (no such file|the manifest)"):
         train(TrainConfig(data=f"{BUCKET}/data", output=f"{BUCKET}/lost", preset="tiny", epochs=3))
     assert fs.exists("images/lost/checkpoints/step-00000002-validated/manifest.json")

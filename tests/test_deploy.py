@@ -28,24 +28,20 @@ from pipelines.submit import ScheduleConfig, SubmitConfig, pipeline_inputs
 Run = Callable[..., subprocess.CompletedProcess]
 ROOT = Path(__file__).parents[1]
 MANIFESTS = sorted((ROOT / "deploy").glob("*.yaml"))
-DOCUMENTS = [
-    (file.name, document) for file in MANIFESTS for document in yaml.safe_load_all(file.read_text())
-]
+DOCUMENTS = [document for file in MANIFESTS for document in yaml.safe_load_all(file.read_text())]
+RUNTIMES = [document for document in DOCUMENTS if document["kind"] == "TrainingRuntime"]
+SERVICES = [document for document in DOCUMENTS if document["kind"] == "Service"]
 WORKLOADS = [
     document
-    for _, document in DOCUMENTS
-    if "selector" in document.get("spec", {}).get("template", {})
-    or ("template" in document.get("spec", {}) and document["kind"] != "TrainingRuntime")
+    for document in DOCUMENTS
+    if "template" in document.get("spec", {}) and document not in RUNTIMES
 ]
 PIPELINES = {"train_captioner", "caption_bucket"}
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
 
 
-def named(documents: list[dict[str, Any]]) -> list[Any]:
-    return [
-        pytest.param(document, id=f"{document['kind']}-{document['metadata']['name']}")
-        for document in documents
-    ]
+def name_of(document: dict[str, Any]) -> str:
+    return f"{document['kind']}-{document['metadata']['name']}"
 
 
 def validate(document: dict[str, Any]) -> None:
@@ -55,13 +51,13 @@ def validate(document: dict[str, Any]) -> None:
     kubernetes_validate.validate(document, "1.32", strict=True)
 
 
-@pytest.mark.parametrize("document", named([document for _, document in DOCUMENTS]))
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_manifests_are_what_kubernetes_takes(document: dict[str, Any]) -> None:
     validate(document)
 
 
 def test_a_manifest_with_a_misspelt_key_is_not() -> None:
-    (service, *_) = (document for _, document in DOCUMENTS if document["kind"] == "Service")
+    service = SERVICES[0]
     with pytest.raises(kubernetes_validate.ValidationError):
         validate({**service, "spec": {**service["spec"], "selectors": {}}})
 
@@ -70,23 +66,18 @@ def test_a_mistake_in_the_input_is_not_retried_and_anything_else_is() -> None:
     """The expression was evaluated with expr-lang 1.17.7, as Argo 4.0.5 does, on these messages of
     its nodes."""
     (patch,) = yaml.safe_load_all((ROOT / "deploy" / "argo-retries.yaml").read_text())
-    strategy = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"][
-        "retryStrategy"
-    ]
+    defaults = yaml.safe_load(patch["data"]["workflowDefaults"])["spec"]["templateDefaults"]
+    strategy = defaults["retryStrategy"]
     words = re.fullmatch(r'not \(lastRetry\.message contains "(.*)"\)', strategy["expression"])
     assert words is not None and words[1] == MISTAKE and strategy["retryPolicy"] == "Always"
     assert words[1] in "main: Error (exit code 1): captioner: error: gs://b/x: no such file"
-    for message in (
-        "",
-        "pod deleted",
-        "main: Error (exit code 1): captioner: failed: gs://b: fails",
-        "OOMKilled",
-    ):
+    failed = "main: Error (exit code 1): captioner: failed: gs://b: fails"
+    for message in ("", "pod deleted", failed, "OOMKilled"):
         assert words[1] not in message
 
 
 def test_a_machine_that_trains_gets_signals_and_is_not_root() -> None:
-    (runtime,) = (document for _, document in DOCUMENTS if document["kind"] == "TrainingRuntime")
+    (runtime,) = RUNTIMES
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["shareProcessNamespace"], "or it is process 1"
@@ -99,20 +90,18 @@ def test_a_machine_that_trains_gets_signals_and_is_not_root() -> None:
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.mark.parametrize("workload", named(WORKLOADS))
+@pytest.mark.parametrize("workload", WORKLOADS, ids=name_of)
 def test_pods_are_modest_and_watched(workload: dict[str, Any]) -> None:
     pod = workload["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    claims = workload["spec"].get("volumeClaimTemplates", [])
     volumes = {volume["name"] for volume in pod.get("volumes", [])}
-    volumes |= {
-        claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])
-    }
+    volumes |= {claim["metadata"]["name"] for claim in claims}
     for container in [*pod["containers"], *pod.get("initContainers", [])]:
         security = container["securityContext"]
-        assert security["allowPrivilegeEscalation"] is False and security["capabilities"][
-            "drop"
-        ] == ["ALL"]
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["capabilities"]["drop"] == ["ALL"]
         assert security["readOnlyRootFilesystem"]
         assert {"cpu", "memory"} <= set(container["resources"]["requests"])
         assert container["resources"]["limits"]["memory"]
@@ -121,20 +110,14 @@ def test_pods_are_modest_and_watched(workload: dict[str, Any]) -> None:
         assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
 
 
-@pytest.mark.parametrize("workload", named(WORKLOADS))
+@pytest.mark.parametrize("workload", WORKLOADS, ids=name_of)
 def test_pods_fit_their_selectors_and_services(workload: dict[str, Any]) -> None:
     labels = workload["spec"]["template"]["metadata"]["labels"]
     assert workload["spec"]["selector"]["matchLabels"].items() <= labels.items()
-    services = [
-        d
-        for _, d in DOCUMENTS
-        if d["kind"] == "Service" and d["spec"]["selector"].items() <= labels.items()
-    ]
+    (service,) = (s for s in SERVICES if s["spec"]["selector"].items() <= labels.items())
     (container,) = workload["spec"]["template"]["spec"]["containers"]
-    open_ports = {
-        key for port in container["ports"] for key in (port["name"], port["containerPort"])
-    }
-    (service,) = services
+    ports = container["ports"]
+    open_ports = {*(port["name"] for port in ports), *(port["containerPort"] for port in ports)}
     for port in service["spec"]["ports"]:
         assert port.get("targetPort", port["port"]) in open_ports
 
@@ -142,26 +125,20 @@ def test_pods_fit_their_selectors_and_services(workload: dict[str, Any]) -> None
 def variables() -> list[dict[str, Any]]:
     """Return the environment variables of all containers."""
     pods = [workload["spec"]["template"]["spec"] for workload in WORKLOADS]
-    return [
-        variable
-        for pod in pods
-        for container in pod["containers"]
-        for variable in container.get("env", [])
-    ]
+    containers = [container for pod in pods for container in pod["containers"]]
+    return [variable for container in containers for variable in container.get("env", [])]
 
 
 def test_passwords_come_from_a_secret_that_the_page_makes() -> None:
-    assert not [name for name, document in DOCUMENTS if document["kind"] == "Secret"]
+    assert not [document for document in DOCUMENTS if document["kind"] == "Secret"]
     assert not re.search(r"://[^\s/$]*:[^\s/$]*@", "".join(file.read_text() for file in MANIFESTS))
     secret = [v for v in variables() if re.search("PASSWORD|TOKEN|SECRET|KEY", v["name"])]
     assert secret
     for variable in secret:
         reference = variable["valueFrom"]["secretKeyRef"]
-        produced = (
-            f"create secret generic {reference['name']} --namespace mlflow "
-            f"--from-literal={reference['key']}="
-        )
-        assert f'{produced}"$(openssl rand -hex 24)"' in PAGE
+        command = f"create secret generic {reference['name']} --namespace mlflow "
+        command += f'--from-literal={reference["key"]}="$(openssl rand -hex 24)"'
+        assert command in PAGE
 
 
 def test_config_maps_that_pods_read_are_made_by_the_page() -> None:
@@ -183,9 +160,8 @@ def commands(word: str) -> list[list[str]]:
     """Return the words of each command of the page that starts with `word`, or with it in
     `.venv/bin`."""
     lines = [line.strip() for block in blocks() for line in block.replace("\\\n", " ").splitlines()]
-    split = [
-        shlex.split(line) for line in lines if line.startswith((f"{word} ", f".venv/bin/{word} "))
-    ]
+    starts = (f"{word} ", f".venv/bin/{word} ")
+    split = [shlex.split(line) for line in lines if line.startswith(starts)]
     assert split, f"the page has no {word} command"
     return split
 
@@ -198,12 +174,11 @@ def test_shell_blocks_are_shell(block: str) -> None:
 
 def test_variables_are_set_before_they_are_used() -> None:
     known = {"PWD"}
+    variable = re.compile(r"\$\{?([A-Za-z_]+)|(?:export |\s)([A-Z]+)=|for (\w+) in")
     for block in blocks():
         for line in block.splitlines():
             # What a line sets may be used further right on it.
-            for match in re.finditer(
-                r"\$\{?([A-Za-z_]+)|(?:export |\s)([A-Z]+)=|for (\w+) in", line
-            ):
+            for match in variable.finditer(line):
                 used, *produced = match.groups()
                 assert used is None or used in known, f"{used} in: {line}"
                 known |= {name for name in produced if name}
@@ -230,25 +205,17 @@ def options(captioner: Run, command: str) -> set[str]:
 
 @pytest.mark.parametrize("command", sorted({line[1] for line in commands("captioner")}))
 def test_options_of_captioner_in_commands_are_there(captioner: Run, command: str) -> None:
-    lines = [line for line in commands("captioner") if line[1] == command]
-    mentioned = {
-        word[2:].partition("=")[0].replace("-", "_")
-        for line in lines
-        for word in line
-        if word.startswith("--")
-    }
-    assert mentioned <= options(captioner, command)
+    words = [word for line in commands("captioner") if line[1] == command for word in line]
+    names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    assert {name.replace("-", "_") for name in names} <= options(captioner, command)
 
 
 def test_options_of_captioner_in_the_text_are_there(captioner: Run) -> None:
     start = PAGE.index("## 9.")
     spans = re.findall(r"`([^`\n]+)`", PAGE[start : PAGE.index("\n## 10.", start)])
     mentioned = {option for span in spans for option in re.findall(r"--([a-z_]+)", span)}
-    assert (
-        {"auth", "client_id"}
-        <= mentioned
-        <= options(captioner, "submit") | options(captioner, "schedule")
-    )
+    known = options(captioner, "submit") | options(captioner, "schedule")
+    assert {"auth", "client_id"} <= mentioned <= known
 
 
 RUNS = [line for line in commands("captioner") if "--pipeline" in line]
@@ -270,10 +237,8 @@ def test_runs_are_given_parameters_that_their_pipeline_takes(number: int) -> Non
 
 def test_parameters_in_the_text_are_there() -> None:
     known = {name for pipeline in PIPELINES for name in pipeline_inputs(pipeline)}
-    mentioned = (
-        set(re.findall(r"`((?:data|train|eval|register|caption|gpu|secret)_[a-z_]+)[`=]", PAGE))
-        - PIPELINES
-    )
+    prefixes = "data|train|eval|register|caption|gpu|secret"
+    mentioned = set(re.findall(rf"`((?:{prefixes})_[a-z_]+)[`=]", PAGE)) - PIPELINES
     assert mentioned and mentioned <= known
 
 
@@ -286,12 +251,9 @@ def test_secret_keys_in_the_text_are_those_of_the_steps() -> None:
 
 def test_nodes_are_those_that_the_pipelines_ask_for() -> None:
     (pool,) = (line for line in commands("gcloud") if "--spot" in line)
-    assert (
-        f"type={GPU_NODES['cloud.google.com/gke-accelerator']},count=1,gpu-driver-version=default"
-        in pool
-    )
+    gpu = GPU_NODES["cloud.google.com/gke-accelerator"]
+    assert f"type={gpu},count=1,gpu-driver-version=default" in pool
     tainted = pool[pool.index("--node-taints") + 1]
     assert tainted in {f"{t['key']}={t.get('value')}:{t['effect']}" for t in GPU_TOLERATIONS}
-    assert GPU_RESOURCE in {t["key"] for t in GPU_TOLERATIONS}, (
-        "GKE taints GPU nodes with the resource's name"
-    )
+    # GKE taints GPU nodes with the resource's name.
+    assert GPU_RESOURCE in {t["key"] for t in GPU_TOLERATIONS}

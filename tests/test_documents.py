@@ -6,10 +6,11 @@ import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -42,6 +43,8 @@ RUN_BY = {
 PROCESS = """
 import json, sys
 from model_lib.cli import main
+
+from tests.helpers.warm_python import warm_python
 for words in json.loads(sys.argv[1]):
     try:
         main(words)
@@ -77,11 +80,8 @@ def test_every_command_is_run_or_says_what_it_needs(page: Path) -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    names = {
-        path.name
-        for folder in ("benchmarks", "components", "docs", "model_lib", "pipelines", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-    }
+    folders = ("benchmarks", "components", "docs", "model_lib", "pipelines", "tests")
+    names = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
     for file in RUN_BY.values():
         assert (ROOT / file).exists(), file
     for page in PAGES:
@@ -93,12 +93,8 @@ def test_files_that_are_named_exist() -> None:
 def test_every_pytest_command_that_is_named_selects_tests(page: Path) -> None:
     for arguments in re.findall(r"`pytest ([^`]*)`", page.read_text()):
         paths, _, keyword = arguments.partition(" -k ")
-        tests = [
-            name
-            for path in paths.split()
-            for name in re.findall(r"def (test_\w+)", (ROOT / path).read_text())
-        ]
-        assert any(keyword in name for name in tests), arguments
+        text = "".join((ROOT / path).read_text() for path in paths.split())
+        assert any(keyword in name for name in re.findall(r"def (test_\w+)", text)), arguments
 
 
 def test_the_commands_and_the_python_of_the_readme_work(tmp_path: Path) -> None:
@@ -111,19 +107,15 @@ def test_the_commands_and_the_python_of_the_readme_work(tmp_path: Path) -> None:
     for words in arguments:
         if "--epochs" not in words:
             words += SMALLER.get(words[0], [])
-    subprocess.run(
-        [sys.executable, "-c", PROCESS, json.dumps(arguments)],
-        cwd=tmp_path,
-        check=True,
-        timeout=600,
-    )
+    command = [warm_python(), "-c", PROCESS, json.dumps(arguments)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)
 
     block = (ROOT / "README.md").read_text().partition("## From Python\n\n")[2].partition("\n\n")[0]
     (tmp_path / "runs").mkdir(exist_ok=True)
     (tmp_path / "runs" / "best").symlink_to(tmp_path / "out" / "best")
     shutil.copy(tmp_path / "scenes" / "val2017" / "000000000001.jpg", tmp_path / "image.jpg")
     python = re.sub("^    ", "", block, flags=re.MULTILINE) + "\nprint(caption)"
-    output = subprocess.check_output([sys.executable, "-c", python], cwd=tmp_path, text=True)
+    output = subprocess.check_output([warm_python(), "-c", python], cwd=tmp_path, text=True)
     assert re.search(r"\w", output)
 
 

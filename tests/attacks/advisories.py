@@ -62,20 +62,16 @@ def main(database: str) -> int:
                 continue
             if any(affected(version, package) for package in advisory["affected"]):
                 vulnerable += 1
-                print(
-                    f"{name} {version}: {advisory['id']} {', '.join(advisory.get('aliases', []))}"
-                )
-    print(
-        f"{vulnerable} of {looked} advisories for {len(pins)} pinned packages hold for the pinned "
-        "versions"
-    )
+                aliases = ", ".join(advisory.get("aliases", []))
+                print(f"{name} {version}: {advisory['id']} {aliases}")
+    count = f"{vulnerable} of {looked} advisories for {len(pins)} pinned packages"
+    print(f"{count} hold for the pinned versions")
     return int(vulnerable > 0)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not Path(sys.argv[1], "vulns").is_dir():
         sys.exit(
-            "advisories: which copy? git clone https://github.com/pypa/advisory-database, then "
-            "give its folder"
+            "advisories: give the folder of a copy of https://github.com/pypa/advisory-database"
         )
     sys.exit(main(sys.argv[1]))

@@ -1,9 +1,7 @@
 """Paths and addresses that others chose: they open neither files of this machine nor servers inside
 its network."""
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -11,11 +9,12 @@ import pytest
 
 from model_lib import Captioner
 from model_lib.batch.batching import batch
-from model_lib.batch.config import BatchConfig
 from model_lib.io.images import ImageError, read_image
 from model_lib.io.url_policy import VARIABLE, UrlNotAllowed, require_allowed, store_of
 from model_lib.model.captioning import caption_each
 from model_lib.model.config import DecodeConfig
+from tests.helpers.batches import batch_config
+from tests.helpers.http_server import Handler, serving
 
 CLIMBING = [
     f"images/{up}secret" for up in ("%2e%2e/", ".%2E/", "%252e%252e/", "..%2f", "%5c..%5c", ".\t./")
@@ -54,13 +53,8 @@ def test_only_what_is_below_a_prefix_of_the_operator_is_opened(
     monkeypatch.setenv(VARIABLE, f"{ours}/, http://10.0.0.7:8000/images, memory://kept")
     assert opens(f"{ours}/a.jpg") and opens(f"file://{ours}/a.jpg") and opens(f"{ours}/x/../a.jpg")
     assert opens("http://10.0.0.7:8000/images/a.jpg") and opens("memory://kept/a.jpg")
-    for uri in (
-        f"{ours}/../secret",
-        f"{ours}/link",
-        f"{ours}-evil/a.jpg",
-        f"{ours}/::file:///etc/passwd",
-    ):
-        assert not opens(uri)
+    for ending in ("/../secret", "/link", "-evil/a.jpg", "/::file:///etc/passwd"):
+        assert not opens(f"{ours}{ending}")
     for host in ("10.0.0.7:8001", "10.0.0.7:8000@evil", "10.0.0.71:8000", "10.0.0.7"):
         assert not opens(f"http://{host}/images/a.jpg")
     for path in ("images-evil/a.jpg", "images/../a.jpg", "", *CLIMBING):
@@ -79,28 +73,19 @@ def web(scenes: Path, requests: list[str]) -> Iterator[str]:
     """A server on loopback that has an image, and redirects for a path with `?to=…`."""
     image = (scenes / "val2017" / "000000000001.jpg").read_bytes()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Redirecting(Handler):
         protocol_version = "HTTP/1.1"  # connections are kept
 
         def do_GET(self) -> None:
             requests.append(self.path)
             target = self.path.partition("?to=")[2]
-            self.send_response(302 if target else 200)
-            body = b"" if target else image
-            self.send_header("Content-Length", str(len(body)))
             if target:
-                self.send_header("Location", target)
-            self.end_headers()
-            self.wfile.write(body)
+                self.reply(302, headers=[("Location", target)])
+            else:
+                self.reply(200, image)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Redirecting) as address:
+        yield address
 
 
 def test_redirects_are_followed_only_where_the_user_chose_the_address(
@@ -116,14 +101,8 @@ def test_redirects_are_followed_only_where_the_user_chose_the_address(
 def test_a_list_in_a_bucket_names_images_of_its_own_bucket_only() -> None:
     own = store_of("gs://b/lists/today.csv")
     require_allowed("gs://b/x/a.jpg", own)
-    for uri in (
-        "/etc/passwd",
-        "file:///etc/passwd",
-        "gs://other/a.jpg",
-        "gs://b-evil/a.jpg",
-        METADATA,
-        "zip://a::gs://b/c",
-    ):
+    local, other = ["/etc/passwd", "file:///etc/passwd"], ["gs://other/a.jpg", "gs://b-evil/a.jpg"]
+    for uri in (*local, *other, METADATA, "zip://a::gs://b/c"):
         with pytest.raises(UrlNotAllowed):
             require_allowed(uri, own)
 
@@ -133,9 +112,7 @@ def test_an_image_that_a_list_may_not_name_has_a_row_all_the_same(
 ) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/store/in.jpg", (scenes / "val2017" / "000000000001.jpg").read_bytes())
-    fs.pipe_file(
-        "/store/list.txt", f"in.jpg\n{scenes}/val2017/000000000002.jpg\n{METADATA}\n".encode()
-    )
-    images = "memory://store/list.txt"
-    summary = batch(BatchConfig(images=images, output=str(tmp_path), model=str(saved_model)))
+    names = ["in.jpg", f"{scenes}/val2017/000000000002.jpg", METADATA]
+    fs.pipe_file("/store/list.txt", "\n".join(names).encode())
+    summary = batch(batch_config("memory://store/list.txt", tmp_path, saved_model))
     assert (summary.images, summary.ok, summary.errors) == (3, 1, {"not_allowed": 2})

@@ -18,10 +18,10 @@ from model_lib.errors import UserError
 from model_lib.ingest.annotations import read_listing
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.image_source import Archive, open_zip
-from model_lib.ingest.ingesting import ingest
 from model_lib.io.images import ImageError
 from tests.helpers import samples
 from tests.helpers.coco_files import write_captions
+from tests.helpers.ingests import ingested
 from tests.helpers.invalid_files import fingerprint, refused
 
 MEGABYTE = 2**20
@@ -76,9 +76,8 @@ def test_a_bomb_is_not_inflated(bomb: Path) -> None:
     with memory(20 * MEGABYTE):
         with pytest.raises(ImageError, match="too_large"):
             Archive(str(bomb)).read("large.jpg")
-        assert "a value of more than" in refused(
-            lambda: list_member("large.json", bomb), bomb.parent
-        )
+        message = refused(partial(list_member, "large.json", bomb), bomb.parent)
+        assert "a value of more than" in message
 
 
 @pytest.mark.parametrize("false", [10, 2**27])
@@ -95,30 +94,27 @@ def test_a_bomb_that_lies_about_its_size_is_not_inflated_further(
 def test_members_are_read_or_quarantined_and_never_unpacked(tmp_path: Path) -> None:
     images = tmp_path / "in" / "images.zip"
     images.parent.mkdir()
+    names = ["link.jpg", "whole.jpg", "secret.jpg", "unknown.jpg", "damaged.jpg"]
+    outside = ["../outside.jpg", str(tmp_path / "absolute.jpg")]
     link = zipfile.ZipInfo("link.jpg")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(images, "w") as zipped:
         zipped.writestr(link, "/etc/passwd")
-        for name in ("../outside.jpg", str(tmp_path / "absolute.jpg"), "whole.jpg"):
+        for name in (*outside, *names[1:]):
             zipped.writestr(name, samples.JPEG)
-        zipped.writestr("secret.jpg", samples.JPEG)
-        zipped.writestr("unknown.jpg", samples.JPEG)
-        zipped.writestr("damaged.jpg", samples.JPEG)
         # As the directory says: encrypted, and compressed by an unknown method.
         zipped.getinfo("secret.jpg").flag_bits |= 1
         zipped.getinfo("unknown.jpg").compress_type = 77
         zipped.getinfo("damaged.jpg").CRC ^= 1
-    names = ["link.jpg", "whole.jpg", "secret.jpg", "unknown.jpg", "damaged.jpg"]
     file = write_captions(images.parent / "captions.json", list(enumerate(names)))
     before = fingerprint(images.parent)
-    options = {"annotations": str(file), "images": str(images), "split": "train"}
-    manifest = ingest(IngestConfig(**options, output=str(tmp_path / "out")))
+    options = {"annotations": file, "images": images, "split": "train"}
+    manifest = ingested(tmp_path / "out", **options)
     assert manifest.counts == {"train": 1} and manifest.quarantined == {"unreadable": 4}
     assert fingerprint(images.parent) == before
-    for name in ("../outside.jpg", str(tmp_path / "absolute.jpg")):
+    for name in outside:
         write_captions(file, [(0, name)])
-        config = IngestConfig(**options, output=str(tmp_path / "out"))
-        message = refused(partial(ingest, config), tmp_path)
+        message = refused(partial(ingested, tmp_path / "out", **options), tmp_path)
         assert f"file_name {name!r} of image 0 leaves the image folder" in message
     assert {file.name for file in tmp_path.iterdir()} == {"in", "out"}
 
@@ -132,21 +128,20 @@ def test_encrypted_and_missing_lists_are_refused(tmp_path: Path) -> None:
         refused(partial(list_member, member, file), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-)
+@pytest.mark.parametrize("compression", samples.COMPRESSIONS)
 def test_archives_that_are_damaged_anywhere_are_refused_or_read(
     tmp_path: Path, compression: int
 ) -> None:
     file, whole = tmp_path / "a.zip", samples.archive(compression)
+    readers = (
+        lambda: Archive(str(file)).read("a/0.jpg"),
+        partial(list_member, "captions.json", file),
+    )
     for position in range(0, len(whole), 7):
         damaged = bytearray(whole)
         damaged[position] ^= 0x81
         file.write_bytes(damaged)
-        for read in (
-            lambda: Archive(str(file)).read("a/0.jpg"),
-            lambda: list_member("captions.json", file),
-        ):
+        for read in readers:
             try:
                 read()
             except (UserError, ImageError) as error:
@@ -162,14 +157,8 @@ def test_overlapping_members_are_each_measured_alone(tmp_path: Path) -> None:
     deflated = body.compress(content) + body.flush()
     crc, file = zlib.crc32(content), io.BytesIO()
     sizes = struct.pack("<III", crc, len(deflated), len(content))
-    file.write(
-        b"PK\3\4"
-        + struct.pack("<HHHHH", 20, 0, 8, 0, 0)
-        + sizes
-        + struct.pack("<HH", 4, 0)
-        + b"0000"
-        + deflated
-    )
+    file.write(b"PK\3\4" + struct.pack("<HHHHH", 20, 0, 8, 0, 0) + sizes)
+    file.write(struct.pack("<HH", 4, 0) + b"0000" + deflated)
     start = file.tell()
     for n in range(1000):
         name = f"{n:04}".encode()

@@ -1,28 +1,14 @@
 """A bucket whose answers break off: no row is lost or doubled, and none holds half an image."""
 
-import asyncio
 import random
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
-
-import pyarrow.parquet as pq
-import pytest
 
 from model_lib.batch.batching import batch
-from model_lib.batch.config import BatchConfig
-from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.image_source import open_image_source, open_list
-from model_lib.ingest.ingesting import ingest
-from tests.helpers.services import Faults, faulty_bucket
-
-
-@pytest.fixture(autouse=True)
-def driver_that_fails_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's own attempts would take most of the tests."""
-    sleep = asyncio.sleep
-    quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
-    monkeypatch.setattr("gcsfs.retry.asyncio", quickly)
+from tests.helpers.batches import batch_config, captions_by_name, read_output, read_rows
+from tests.helpers.ingests import ingested
+from tests.helpers.services import Faults, faulty_bucket, put_folder
 
 
 def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_path: Path) -> None:
@@ -50,41 +36,19 @@ def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_
 def test_answers_that_break_off_are_asked_for_again(
     scenes: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    here = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path / "data"), shard_mb=1))
-    local = {
-        "images": str(scenes / "train2017"),
-        "output": str(tmp_path / "out"),
-        "model": str(saved_model),
-    }
-    expected = batch(BatchConfig(**local, shard_images=8))
+    here = ingested(tmp_path / "data", dataset=scenes, shard_mb=1)
+    options = {"model": saved_model, "shard_images": 8}
+    expected = batch(batch_config(scenes / "train2017", tmp_path / "out", **options))
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
-        for file in sorted(scenes.rglob("*")):
-            if file.is_file():
-                fs.pipe_file(f"b/in/{file.relative_to(scenes)}", file.read_bytes())
+        put_folder(fs, scenes, "b/in")
         faults.cut = 0.1
-        there = ingest(IngestConfig(dataset="gs://b/in", output="gs://b/data", shard_mb=1))
-        remote = {
-            "images": "gs://b/in/train2017",
-            "output": "gs://b/out",
-            "model": str(saved_model),
-        }
-        remote_summary = batch(BatchConfig(**remote, shard_images=8))
+        there = ingested("gs://b/data", dataset="gs://b/in", shard_mb=1)
+        summary = batch(batch_config("gs://b/in/train2017", "gs://b/out", **options))
         faults.cut = 0.0
-        files = fs.glob("b/out/*/captions/*.parquet")
-        rows = [row for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()]
+        rows = read_output("b/out", fs)
     assert faults.broken_off > 10
-    assert (
-        there.fingerprint == here.fingerprint
-        and there.counts == here.counts
-        and not there.quarantined
-    )
-    assert (remote_summary.images, remote_summary.ok) == (expected.images, expected.ok) == (64, 64)
-    captions = {Path(row["uri"]).name: row["caption"] for row in rows}
-    parts = (tmp_path / "out").glob("*/captions/*.parquet")
-    ours = {
-        Path(row["uri"]).name: row["caption"]
-        for file in parts
-        for row in pq.read_table(file).to_pylist()
-    }
-    assert len(rows) == 64 and captions == ours
+    assert (there.fingerprint, there.counts) == (here.fingerprint, here.counts)
+    assert not there.quarantined
+    assert (summary.images, summary.ok) == (expected.images, expected.ok) == (64, 64)
+    assert captions_by_name(rows) == captions_by_name(read_rows(expected))

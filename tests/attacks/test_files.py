@@ -15,15 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import cli
-from model_lib.batch import listing, merging, planning, rows
+from model_lib.batch import listing, merging, planning
 from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.data.coco import read_captions
 from model_lib.errors import LONGEST, UserError
 from model_lib.evaluate import result, scoring
-from model_lib.ingest.annotations import read_listing
-from model_lib.ingest.config import IngestConfig
-from model_lib.io import storage
 from model_lib.io.pixels import Preprocessing
 from tests.helpers import readers, samples
 from tests.helpers.invalid_files import broken, refused, write
@@ -34,20 +31,14 @@ Run = Callable[..., CompletedProcess]
 # ---- JSON ----------------------------------------------------------------------------------------
 
 
-def listed(option: str, file: Path) -> object:
-    return read_listing(
-        IngestConfig(**{option: str(file), "images": str(file.parent), "output": "unused"})
-    )
-
-
 JSON: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "manifest.json": (samples.MANIFEST, lambda file: shards.read_manifest(str(file))),
     "plan.json": (samples.PLAN, lambda file: planning.read_plan(str(file.parent))),
     "scores.json": (samples.SCORES, lambda file: result.Evaluation.read(str(file.parent))),
     "results.json": (samples.RESULTS, lambda file: scoring.read_results(str(file))),
     "captions.json": (samples.COCO, lambda file: read_captions(str(file))),
-    "listed.json": (samples.COCO, lambda file: listed("annotations", file)),
-    "karpathy.json": (samples.KARPATHY, lambda file: listed("karpathy", file)),
+    "listed.json": (samples.COCO, readers.table),
+    "karpathy.json": (samples.KARPATHY, readers.karpathy),
 }
 STRANGE: list[Any] = [None, True, -1, 2**63, 10**400, math.nan, math.inf, [], [[]], {}, {"x": 0}]
 STRANGE += ["", "x", "../x", "/etc/x", "a\0b", "\ud800", "gs://b/x"]
@@ -103,9 +94,8 @@ def test_a_document_with_any_value_replaced_or_gone_is_read_or_refused(
 
 def test_a_manifest_of_a_later_format_says_so(tmp_path: Path) -> None:
     write(tmp_path / "manifest.json", {**samples.MANIFEST, "format_version": 2})
-    assert "format version 2 is not 1" in refused(
-        lambda: shards.read_manifest(str(tmp_path)), tmp_path
-    )
+    message = refused(lambda: shards.read_manifest(str(tmp_path)), tmp_path)
+    assert "format version 2 is not 1" in message
 
 
 OUTSIDE = ["../x", "/etc/passwd", "sub/x", "..", ".", "", "a\\..\\b", "/data/../x", "C:x"]
@@ -121,10 +111,10 @@ def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: str) ->
         write(tmp_path / "plan.json", {**samples.PLAN, **change})
         refused(lambda: planning.read_plan(str(tmp_path)), tmp_path)
     if name in ("sub/x", "", "."):
-        return  # an image may changed in a folder below
+        return  # an image may lie in a folder below
     images = [{"id": 1, "file_name": name}]
     write(tmp_path / "captions.json", {**samples.COCO, "images": images})
-    refused(lambda: listed("annotations", tmp_path / "captions.json"), tmp_path)
+    refused(lambda: readers.table(tmp_path / "captions.json"), tmp_path)
 
 
 def test_a_manifest_names_its_own_folders_files_by_their_whole_address_too(tmp_path: Path) -> None:
@@ -145,24 +135,16 @@ def test_halves_of_surrogate_pairs_do_not_reach_results(tmp_path: Path) -> None:
 # ---- Parquet -------------------------------------------------------------------------------------
 
 
-def read_split(file: Path) -> object:
-    rows = samples.ROWS
-    about = shards.Shard(str(file), "train", rows, file.stat().st_size, "")
-    manifest = shards.Manifest(1, [about], {"train": rows}, {}, "", {}, str(file.parent))
-    reader = shards.SplitReader(manifest, "train", Preprocessing(8), workers=1)
-    return reader.captions(), list(reader.batches(reader.in_order(4)))
-
-
-def planned() -> bytes:
-    return samples.parquet(
-        {"uri": samples.NAMES, "bytes": [1] * samples.ROWS, "version": [""] * samples.ROWS}
-    )
-
-
 def as_file(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
+
+
+def with_column(content: bytes, name: str, values: pa.Array) -> bytes:
+    """Return a Parquet file with other values of a column."""
+    table = pq.read_table(pa.BufferReader(content))
+    return as_file(table.set_column(table.column_names.index(name), name, values))
 
 
 def no_text(rows: int) -> pa.Array:
@@ -171,19 +153,11 @@ def no_text(rows: int) -> pa.Array:
 
 
 PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str]]] = {
-    "train-00000.parquet": (samples.shard, read_split, list(shards.COLUMNS)),
-    "predictions.parquet": (
-        samples.images,
-        lambda file: result.read_predictions(str(file)),
-        [*result.COLUMNS, "CIDEr"],
-    ),
-    "part-0.parquet": (samples.captions, lambda file: rows.read_shard(str(file)), merging.COLUMNS),
-    "listing-0.parquet": (planned, readers.listing_of_plan, ["uri"]),
-    "table.parquet": (
-        lambda: next(samples.of("table.parquet")),
-        lambda file: listed("annotations", file),
-        ["file", "caption"],
-    ),
+    "train-00000.parquet": (samples.shard, readers.shard, list(shards.COLUMNS)),
+    "predictions.parquet": (samples.images, readers.images, [*result.COLUMNS, "CIDEr"]),
+    "part-0.parquet": (samples.captions, readers.captions, merging.COLUMNS),
+    "listing-0.parquet": (samples.listing, readers.listing_of_plan, ["uri"]),
+    "table.parquet": (samples.table, readers.table, ["file", "caption"]),
 }
 
 
@@ -196,14 +170,12 @@ def test_what_is_no_such_table_is_refused(tmp_path: Path, name: str) -> None:
     invalid += [whole[:-8] + length + b"PAR1" for length in (b"\xff\xff\xff\x7f", bytes(4))]
     table = pq.read_table(pa.BufferReader(whole))
     for column in columns:
-        index = table.column_names.index(column)
-        kind = pa.string() if column in ("CIDEr", "score") else pa.float64()
-        values = pa.array(["x" if kind == pa.string() else 1.5] * len(table), kind)
+        value = "x" if column in ("CIDEr", "score") else 1.5
         invalid.append(as_file(table.drop_columns([column])))
-        invalid.append(as_file(table.set_column(index, column, values)))
+        invalid.append(with_column(whole, column, pa.array([value] * len(table))))
         invalid.append(as_file(table.append_column(column, table[column])))
         if table.schema.field(column).type == pa.string():
-            invalid.append(as_file(table.set_column(index, column, no_text(len(table)))))
+            invalid.append(with_column(whole, column, no_text(len(table))))
         invalid.append(whole.replace(column.encode(), b"\xe7" + column.encode()[1:]))
     narrow = as_file(table.append_column("more", pa.array([1] * len(table), pa.int8())))
     # The footer's type becomes integers of 4 bits.
@@ -220,31 +192,24 @@ def test_what_is_no_such_table_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("column", shards.COLUMNS)
 def test_a_shard_with_a_value_missing_is_refused(tmp_path: Path, column: str) -> None:
     table = pq.read_table(pa.BufferReader(samples.shard()))
-    values = [*table[column].to_pylist()[:-1], None]
-    table = table.set_column(
-        table.column_names.index(column), column, pa.array(values, table.schema.field(column).type)
-    )
-    pq.write_table(table, tmp_path / "t.parquet")
-    assert column in refused(lambda: read_split(tmp_path / "t.parquet"), tmp_path)
+    values = pa.array([*table[column].to_pylist()[:-1], None], table.schema.field(column).type)
+    file = tmp_path / "t.parquet"
+    file.write_bytes(with_column(samples.shard(), column, values))
+    assert column in refused(lambda: readers.shard(file), tmp_path)
 
 
 def test_a_shard_whose_captions_are_no_text_is_refused(tmp_path: Path) -> None:
-    table = pq.read_table(pa.BufferReader(samples.shard()))
-    captions = pa.ListArray.from_arrays(range(len(table) + 1), no_text(len(table)))
+    captions = pa.ListArray.from_arrays(range(samples.ROWS + 1), no_text(samples.ROWS))
     file = tmp_path / "t.parquet"
-    file.write_bytes(
-        as_file(table.set_column(table.column_names.index("captions"), "captions", captions))
-    )
-    assert "UTF8" in refused(lambda: read_split(file), tmp_path)
+    file.write_bytes(with_column(samples.shard(), "captions", captions))
+    assert "UTF8" in refused(lambda: readers.shard(file), tmp_path)
 
 
 def test_a_shard_whose_image_is_none_is_refused_by_its_name(tmp_path: Path) -> None:
-    table = pq.read_table(pa.BufferReader(samples.shard()))
-    images = pa.array([b"no image"] * len(table), pa.binary())
-    pq.write_table(
-        table.set_column(table.column_names.index("image"), "image", images), tmp_path / "t.parquet"
-    )
-    assert "image 0" in refused(lambda: read_split(tmp_path / "t.parquet"), tmp_path)
+    images = pa.array([b"no image"] * samples.ROWS, pa.binary())
+    file = tmp_path / "t.parquet"
+    file.write_bytes(with_column(samples.shard(), "image", images))
+    assert "image 0" in refused(lambda: readers.shard(file), tmp_path)
 
 
 def test_a_shard_with_more_rows_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
@@ -307,8 +272,5 @@ def test_a_file_that_lies_ends_a_command_with_one_line_and_2(
 
 def test_a_line_that_quotes_a_whole_file_is_cut(tmp_path: Path) -> None:
     assert len(str(UserError("x" * 10**6))) < 2 * LONGEST
-    storage.write_bytes(
-        str(tmp_path / "results.json"),
-        json.dumps([{"image_id": "x" * 10**6, "caption": 1}]).encode(),
-    )
+    write(tmp_path / "results.json", [{"image_id": "x" * 10**6, "caption": 1}])
     refused(lambda: scoring.read_results(str(tmp_path / "results.json")), tmp_path)

@@ -21,16 +21,16 @@ from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.errors import WorkError
 from model_lib.ingest.annotations import Rejected
-from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.journal import Finished, Journal
 from model_lib.model.captioner import Captioner
 from model_lib.train import checkpoint
 from model_lib.train.checkpoint import Checkpoints
-from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 from tests.helpers import samples
+from tests.helpers.batches import batch_config
+from tests.helpers.ingests import ingested
 from tests.helpers.invalid_files import broken, fingerprint, refused, write
+from tests.helpers.training import train_config
 
 Run = Callable[..., CompletedProcess]
 
@@ -49,10 +49,8 @@ def test_a_record_of_a_killed_ingest_that_lies_is_passed_over(tmp_path: Path) ->
     whole = json.loads(record.read_text())
     assert len(list(journal.read("train", 6))) == 1
     lies: list[Any] = [{**whole, "end": end} for end in (-1, 0, 7, "6", 2**70, math.nan)]
-    lies += [
-        {**whole, "shard": {**whole["shard"], **lie}}
-        for lie in ({"uri": "../x"}, {"split": "val"}, {"rows": []})
-    ]
+    for lie in ({"uri": "../x"}, {"split": "val"}, {"rows": []}):
+        lies.append({**whole, "shard": {**whole["shard"], **lie}})
     for lie in [*lies, [], None, {}, {**whole, "rejected": [1]}]:
         write(record, lie)
         assert list(journal.read("train", 6)) == []
@@ -64,21 +62,21 @@ def test_a_record_of_a_killed_ingest_that_lies_is_passed_over(tmp_path: Path) ->
 def test_an_ingest_goes_on_beside_a_record_that_lies(
     scenes: Path, data: Path, tmp_path: Path
 ) -> None:
-    config = IngestConfig(dataset=str(scenes), output=str(tmp_path))
     for key in ("a", "b"):
         (tmp_path / ".journal" / key).mkdir(parents=True)
         (tmp_path / ".journal" / key / "train-00000.parquet.json").write_text("[]")
-    assert ingest(config).fingerprint == shards.read_manifest(str(data)).fingerprint
+    manifest = ingested(tmp_path, dataset=scenes)
+    assert manifest.fingerprint == shards.read_manifest(str(data)).fingerprint
 
 
 @pytest.fixture()
 def kept(tmp_path: Path) -> Checkpoints:
     """Two checkpoints."""
-    target = Checkpoints(str(tmp_path / "run"))
+    checkpoints = Checkpoints(str(tmp_path / "run"))
     for step in (1, 2):
-        position = checkpoint.Position(**{**samples.STATE, "step": step})
-        target.write(f"step-0000000{step}", {"model.w": torch.full((3,), float(step))}, position)
-    return target
+        position, weights = checkpoint.Position(**{**samples.STATE, "step": step}), torch.ones(3)
+        checkpoints.write(f"step-0000000{step}", {"model.w": weights * step}, position)
+    return checkpoints
 
 
 def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_path: Path) -> None:
@@ -90,10 +88,8 @@ def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_
     entry = hashlib.sha256(b"x").hexdigest()
     lies: list[Any] = [{}, [], None, 1, {"../../../outside": entry}, {**whole, str(outside): entry}]
     lies += [{"state.json": whole["state.json"]}]
-    for content in [
-        *(json.dumps(lie).encode() for lie in lies),
-        *broken(manifest.read_bytes().strip()),
-    ]:
+    documents = [json.dumps(lie).encode() for lie in lies]
+    for content in [*documents, *broken(manifest.read_bytes().strip())]:
         manifest.write_bytes(content)
         before = fingerprint(tmp_path)
         assert str(kept.newest()).endswith("step-00000001")
@@ -107,10 +103,8 @@ def test_a_checkpoint_whose_manifest_lies_is_passed_over(kept: Checkpoints, tmp_
 def whole_checkpoint(folder: Path, state: Any) -> None:
     """Write a checkpoint's state with a manifest that says the truth of it."""
     write(folder / "state.json", state)
-    write(
-        folder / "manifest.json",
-        {name: checkpoint.digest(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.STATE)},
-    )
+    files = (checkpoint.WEIGHTS, checkpoint.STATE)
+    write(folder / "manifest.json", {name: checkpoint.digest(folder / name) for name in files})
 
 
 def test_a_whole_checkpoint_of_something_else_is_refused(kept: Checkpoints, tmp_path: Path) -> None:
@@ -129,7 +123,7 @@ def test_training_refuses_a_checkpoint_and_a_run_that_lie(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    config = TrainConfig(data=str(data), output=str(run), preset="tiny", epochs=3)
+    config = train_config(data, run, epochs=3)
     newest = Path(str(Checkpoints(str(run)).newest()))
     state = json.loads((newest / "state.json").read_text())
     for lie in ({"scaler": 1}, {"skipped": []}, {"best": 5}):
@@ -156,13 +150,11 @@ class Evil:
 @pytest.fixture()
 def folder(saved_model: Path, tmp_path: Path) -> Path:
     """A model's folder to lie in."""
-    target = tmp_path / "model"
-    shutil.copytree(saved_model, target)
-    return target
+    return Path(shutil.copytree(saved_model, tmp_path / "model"))
 
 
-def configure(folder: Path, **changes: Any) -> None:
-    file = folder / "config.json"
+def configure(folder: Path, name: str = "config.json", **changes: Any) -> None:
+    file = folder / name
     write(file, {**json.loads(file.read_text()), **changes})
 
 
@@ -182,13 +174,8 @@ def test_a_pickle_in_place_of_weights_is_refused_unopened(
     weights.unlink()
     (folder / "a.safetensors").write_bytes(whole)
     (tmp_path / "b.safetensors").write_bytes(whole)
-    for name in (
-        "pytorch_model.bin",
-        "../b.safetensors",
-        "../opened",
-        str(tmp_path / "b.safetensors"),
-        "none.safetensors",
-    ):
+    outside = ["../b.safetensors", "../opened", str(tmp_path / "b.safetensors")]
+    for name in ("pytorch_model.bin", *outside, "none.safetensors"):
         index = {"metadata": {"total_size": 1}, "weight_map": {"head.weight": name}}
         write(folder / "model.safetensors.index.json", index)
         refused(lambda: Captioner.from_pretrained(str(folder)), folder)
@@ -201,19 +188,9 @@ def test_a_pickle_in_place_of_weights_is_refused_unopened(
 def test_weights_that_are_cut_or_lie_are_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    lies = [
-        b"",
-        whole[:4],
-        whole[:100],
-        whole[:-1],
-        b"\xff" * 8 + whole[8:],
-        (2**62).to_bytes(8, "little"),
-    ]
-    lies += [
-        (2).to_bytes(8, "little") + b"{}",
-        (2).to_bytes(8, "little") + b"[]",
-        whole[:8] + b"\0" * len(whole[8:]),
-    ]
+    lies = [b"", whole[:4], whole[:100], whole[:-1], b"\xff" * 8 + whole[8:]]
+    lies += [(2**62).to_bytes(8, "little"), whole[:8] + b"\0" * len(whole[8:])]
+    lies += [(2).to_bytes(8, "little") + header for header in (b"{}", b"[]")]
     for content in lies:
         weights.write_bytes(content)
         refused(lambda: Captioner.from_pretrained(str(folder)), folder)
@@ -221,24 +198,13 @@ def test_weights_that_are_cut_or_lie_are_refused(folder: Path) -> None:
 
 def test_code_that_a_model_brings_is_not_run(folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "run"
-    (folder / "evil.py").write_text(
-        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Evil: pass\n"
-    )
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Evil: pass\n"
+    (folder / "evil.py").write_text(code)
     mapped = {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoTokenizer")}
-    configure(
-        folder,
-        auto_map=mapped,
-        trust_remote_code=True,
-        custom_pipelines={"x": {"impl": "evil.Evil"}},
-    )
-    tokens = folder / "tokenizer_config.json"
-    write(
-        tokens,
-        {
-            **json.loads(tokens.read_text()),
-            "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-        },
-    )
+    pipelines = {"x": {"impl": "evil.Evil"}}
+    configure(folder, auto_map=mapped, trust_remote_code=True, custom_pipelines=pipelines)
+    mapped = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    configure(folder, "tokenizer_config.json", auto_map=mapped)
     Captioner.from_pretrained(str(folder))
     assert not marker.exists()
 
@@ -278,16 +244,8 @@ def test_documents_of_a_model_that_are_none_are_refused(folder: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "training.json"):
         file = folder / name
         whole = file.read_bytes() if file.exists() else b'{"name": "a"}'
-        for content in (
-            b"",
-            b"[]",
-            b"null",
-            b"5",
-            b'"x"',
-            whole[:-2],
-            b"\xff\xfe",
-            pickle.dumps(1),
-        ):
+        other = [b"", b"[]", b"null", b"5", b'"x"', b"\xff\xfe", pickle.dumps(1)]
+        for content in [*other, whole[:-2]]:
             file.write_bytes(content)
             refused(lambda: Captioner.from_pretrained(str(folder)), folder)
         file.write_bytes(whole)
@@ -304,9 +262,7 @@ def captioned(folder: Path, tmp_path: Path) -> tuple[BatchConfig, Path]:
     images.mkdir()
     for name in samples.NAMES:
         (images / name).write_bytes(samples.JPEG)
-    config = BatchConfig(
-        images=str(images), output=str(tmp_path / "out"), model=str(folder), shard_images=3
-    )
+    config = batch_config(images, tmp_path / "out", folder, shard_images=3)
     return config, Path(batching.batch(config).captions).parent
 
 
@@ -327,21 +283,15 @@ def test_captions_of_other_images_or_without_what_a_row_has_are_not_merged(
     captioned: tuple[BatchConfig, Path],
 ) -> None:
     config, out = captioned
-    target = planning.read_plan(str(out))
+    plan = planning.read_plan(str(out))
     file = next(out.glob("captions/*.parquet"))
     table = pq.read_table(file)
-    for column, value in (
-        ("uri", "x"),
-        ("status", "x"),
-        ("caption", None),
-        ("score", None),
-        ("status", "error"),
-    ):
-        position, kind = table.column_names.index(column), table.schema.field(column).type
-        pq.write_table(
-            table.set_column(position, column, pa.array([value] * len(table), kind)), file
-        )
-        refused(lambda: merging.merge(target), Path(config.output), WorkError)
+    lies = [("uri", "x"), ("status", "x"), ("caption", None), ("score", None), ("status", "error")]
+    for column, value in lies:
+        index, kind = table.column_names.index(column), table.schema.field(column).type
+        values = pa.array([value] * len(table), kind)
+        pq.write_table(table.set_column(index, column, values), file)
+        refused(lambda: merging.merge(plan), Path(config.output), WorkError)
     for about in (b"[]", b"{}", b"x", b'{"seconds": "x"}'):
         pq.write_table(table.replace_schema_metadata({rows.METADATA_KEY: about}), file)
-        refused(lambda: merging.merge(target), Path(config.output))
+        refused(lambda: merging.merge(plan), Path(config.output))

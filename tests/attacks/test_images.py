@@ -4,14 +4,15 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.batches import read_output
 from tests.helpers.hostile_images import corpus, encoded, image
+from tests.helpers.warm_python import warm_python
 
 SEED = 20_261_123
 LIMIT = 600
@@ -35,7 +36,7 @@ def run(harmless: list[object], hostile: list[object]) -> str:
     """Run a stage on harmless images, then in the same process on hostile ones; return its output
     about these."""
     words = [[str(word) for word in arguments] for arguments in (harmless, hostile)]
-    command = [sys.executable, "-c", STAGES, json.dumps(words)]
+    command = [warm_python(), "-c", STAGES, json.dumps(words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, env=os.environ)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     lines = [line for line in done.stderr.splitlines() if re.fullmatch(r"\[\d+, \d+\]", line)]
@@ -86,13 +87,12 @@ def test_batch_has_a_row_for_each(
     folders: tuple[Path, Path], saved_model: Path, tmp_path: Path
 ) -> None:
     options = ["--model", saved_model, "--max_new_tokens", 5]
-    arguments = [
+    hostile, harmless = (
         ["batch", "--images", folder, "--output", tmp_path / folder.name, *options]
         for folder in folders
-    ]
-    run(arguments[1], arguments[0])
-    parts = (tmp_path / "hostile").glob("*/captions/*.parquet")
-    rows = [row for file in parts for row in pq.read_table(file).to_pylist()]
+    )
+    run(harmless, hostile)
+    rows = read_output(f"{tmp_path}/hostile")
     assert sorted(Path(row["uri"]).name for row in rows) == names(folders[0])
     for row in rows:
         assert (row["status"] == "ok") == (row["caption"] is not None) == (row["error"] is None)

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 
 import mlflow
-import pyarrow.parquet as pq
 import pytest
 
+from model_lib.evaluate.config import EvaluateConfig
+from model_lib.evaluate.evaluation import evaluate
 from model_lib.registry.registry import MODEL
+from tests.helpers.batches import captions_by_name, read_output
 from tests.helpers.killed import killed
 from tests.helpers.training import RECIPE, curves, same_best
 
@@ -24,10 +26,7 @@ def rounds(stage: str, options: dict, folder: Path, seed: int) -> list[Path]:
     kills = killed(stage, options, str(folder), seed, KILLS)
     assert sum(map(len, kills)) == KILLS
     in_a_save = sum(map(sum, kills))
-    print(
-        f"{stage}: {KILLS} kills in {len(kills)} rounds, {in_a_save} of them while files were "
-        "half-written"
-    )
+    print(f"{stage}: {KILLS} kills, {in_a_save} of them while files were half-written")
     assert in_a_save >= KILLS // 5, "what a kill in a save leaves was not tried"
     return [folder / f"killed-{number}" for number in range(len(kills))]
 
@@ -53,22 +52,14 @@ def test_ingest(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_train(data: Path, tmp_path: Path) -> None:
-    options = {
-        "data": str(data),
-        "preset": "tiny",
-        "epochs": 4,
-        "batch_size": 8,
-        "validate_every": 5,
-        **RECIPE,
-    }
-    options |= {"checkpoint_steps": 1, "log_steps": 1}
+    options = {"data": str(data), "preset": "tiny", "epochs": 4, "batch_size": 8, **RECIPE}
+    options |= {"validate_every": 5, "checkpoint_steps": 1, "log_steps": 1}
     outputs = rounds("train", options, tmp_path, seed=2)
     theirs = curves(tmp_path / "whole-store" / "mlflow.db")
     for output in outputs:
         ours = curves(Path(f"{output}-store", "mlflow.db"))
-        assert ours == theirs and all(
-            len(values) == 1 for metric in ours.values() for values in metric.values()
-        )
+        assert ours == theirs
+        assert {len(values) for metric in ours.values() for values in metric.values()} == {1}
         assert same_best(output, tmp_path / "whole") and not list(output.rglob(".part-*"))
 
 
@@ -78,22 +69,14 @@ def test_evaluate(data: Path, finished: Path, tmp_path: Path) -> None:
         ours, theirs = files(output), files(tmp_path / "whole")
         assert ours.keys() == theirs.keys()
         assert all(ours[name] == theirs[name] for name in ("results.json", "predictions.parquet"))
-        scores = [
-            json.loads(tree["scores.json"]) | {"images_per_second": 0} for tree in (ours, theirs)
-        ]
-        assert scores[0] == scores[1]
+        scores = [json.loads(tree["scores.json"]) for tree in (ours, theirs)]
+        assert scores[0] == scores[1] | {"images_per_second": scores[0]["images_per_second"]}
 
 
 def test_register(data: Path, finished: Path, tmp_path: Path) -> None:
-    from model_lib.evaluate.config import EvaluateConfig
-    from model_lib.evaluate.evaluation import evaluate
-
-    evaluate(
-        EvaluateConfig(
-            model=str(finished / "best"), data=str(data), output=str(tmp_path / "evaluated")
-        )
-    )
-    options = {"evaluations": str(tmp_path / "evaluated")}
+    evaluated = str(tmp_path / "evaluated")
+    evaluate(EvaluateConfig(model=str(finished / "best"), data=str(data), output=evaluated))
+    options = {"evaluations": evaluated}
     for output in rounds("register", options, tmp_path, seed=4):
         client = mlflow.MlflowClient(f"sqlite:///{output}-store/mlflow.db")
         champion = client.get_registered_model(MODEL).aliases["champion"]
@@ -105,13 +88,6 @@ def test_register(data: Path, finished: Path, tmp_path: Path) -> None:
 
 def test_batch(scenes: Path, saved_model: Path, tmp_path: Path) -> None:
     options = {"images": str(scenes / "train2017"), "model": str(saved_model), "shard_images": 4}
-
-    def captions(output: Path) -> dict[str, str]:
-        tables = map(pq.read_table, output.glob("*/captions/*.parquet"))
-        rows = [row for table in tables for row in table.to_pylist()]
-        by_uri = {row["uri"]: row["caption"] for row in rows}
-        assert len(by_uri) == len(rows) == 64
-        return by_uri
-
     for output in rounds("batch", options, tmp_path, seed=5):
-        assert captions(output) == captions(tmp_path / "whole")
+        ours, theirs = (captions_by_name(read_output(o)) for o in (output, tmp_path / "whole"))
+        assert ours == theirs and len(ours) == 64

@@ -12,12 +12,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from model_lib.data.shards import read_manifest
+from tests.helpers.batches import captions_by_name, read_output
 from tests.helpers.training import same_best
 
+CAPTIONER = (sys.executable, "-m", "model_lib")
+TRAIN = ("--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1", "--data")
 GROUPS = Path("/sys/fs/cgroup")
 ADDRESSES = 'ulimit -v "$0" && exec "$@"'
 JOIN = 'echo $$ > "$0" && exec "$@"'
@@ -41,16 +43,7 @@ class Group:
     def run(self, limit: int, *arguments: object) -> subprocess.CompletedProcess:
         """Run `captioner` with these arguments under a limit of so many bytes."""
         self.limit.write_text(str(limit))
-        command = [
-            "sh",
-            "-c",
-            JOIN,
-            self.folder / "cgroup.procs",
-            sys.executable,
-            "-m",
-            "model_lib",
-            *arguments,
-        ]
+        command = ["sh", "-c", JOIN, self.folder / "cgroup.procs", *CAPTIONER, *arguments]
         return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
 
 
@@ -59,7 +52,7 @@ def group() -> Iterator[Group]:
     try:
         cgroup = Group()
     except OSError:
-        pytest.skip("a control group can be made by root only")
+        pytest.skip("no control group can be made: needs root and a writable /sys/fs/cgroup")
     try:
         if not cgroup.limit.exists() or not cgroup.peak.exists():
             pytest.skip("the system's control groups do not limit memory")
@@ -78,28 +71,21 @@ def survivors(group: Group, tmp_path: Path, *arguments: object) -> list[Path]:
         output = tmp_path / str(limit)
         done = group.run(int(limit * peak), *arguments, "--output", output)
         if done.returncode != -signal.SIGKILL:
-            assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (
-                limit,
-                done.stderr,
-            )
+            assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
             continue
         again = group.run(PLENTY, *arguments, "--output", output)
-        assert again.returncode == 0, (limit, again.stderr)
+        assert again.returncode == 0, again.stderr
         killed.append(output)
         if len(killed) == KILLS:
             break
-    print(
-        f"{arguments[0]}: killed at {', '.join(folder.name for folder in killed)} of "
-        f"{peak / 2**20:.0f} MiB"
-    )
+    print(f"{arguments[0]}: killed at {[file.name for file in killed]} of {peak >> 20} MiB")
     assert len(killed) == KILLS
     return killed
 
 
 @pytest.mark.soak
 def test_training_ends_with_the_same_model(group: Group, data: Path, tmp_path: Path) -> None:
-    options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
-    for output in survivors(group, tmp_path, "train", *options):
+    for output in survivors(group, tmp_path, "train", *TRAIN, data):
         assert same_best(output, tmp_path / "whole")
 
 
@@ -108,37 +94,22 @@ def test_training_under_a_limit_of_addresses_tells_or_goes_on_the_same(
     data: Path, tmp_path: Path
 ) -> None:
     ended: dict[int, list[int]] = {}
-    options = ("--data", data, "--preset", "tiny", "--epochs", "2", "--checkpoint_steps", "1")
-    command = [
-        "sh",
-        "-c",
-        ADDRESSES,
-        None,
-        sys.executable,
-        "-m",
-        "model_lib",
-        "train",
-        *options,
-        "--output",
-    ]
 
-    def run(megabytes: int | str, output: Path) -> subprocess.CompletedProcess:
-        command[3] = str(megabytes if megabytes == "unlimited" else int(megabytes) * 1024)
+    def run(kilobytes: int | str, output: Path) -> subprocess.CompletedProcess:
+        command = ["sh", "-c", ADDRESSES, kilobytes, *CAPTIONER, "train", *TRAIN, data]
+        words = [str(part) for part in (*command, "--output", output)]
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
-        words = [str(part) for part in (*command, output)]
         return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
 
     assert run("unlimited", tmp_path / "whole").returncode == 0
     for megabytes in range(2000, 3600, 100):
         output = tmp_path / str(megabytes)
-        done = run(megabytes, output)
+        done = run(megabytes * 1024, output)
         ended.setdefault(done.returncode, []).append(megabytes)
         assert done.returncode in (0, 1, -signal.SIGABRT, -signal.SIGSEGV, 127), done.stderr
         if done.returncode == 1:
-            assert "captioner: failed: " in done.stderr and "Traceback" not in done.stderr, (
-                megabytes,
-                done.stderr,
-            )
+            assert "captioner: failed: " in done.stderr, done.stderr
+            assert "Traceback" not in done.stderr, done.stderr
         if output.exists() and done.returncode:
             assert run("unlimited", output).returncode == 0
             assert same_best(output, tmp_path / "whole")
@@ -158,15 +129,6 @@ def test_batch_ends_with_the_same_captions(
     group: Group, scenes: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     options = ("--images", scenes / "train2017", "--model", saved_model, "--shard_images", "4")
-    folders = survivors(group, tmp_path, "batch", *options)
-
-    def captions(folder: Path) -> dict[str, str]:
-        rows = [
-            row
-            for file in folder.glob("*/captions/*.parquet")
-            for row in pq.read_table(file).to_pylist()
-        ]
-        assert len(rows) == len({row["uri"] for row in rows}) == 64
-        return {row["uri"]: row["caption"] for row in rows}
-
-    assert all(captions(folder) == captions(tmp_path / "whole") for folder in folders)
+    for output in survivors(group, tmp_path, "batch", *options):
+        ours, theirs = (captions_by_name(read_output(o)) for o in (output, tmp_path / "whole"))
+        assert ours == theirs and len(ours) == 64

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import numpy as np
 import pytest
-from torch import Tensor
 
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
@@ -27,10 +25,11 @@ from model_lib.tracking.errors import FAIL_FAST
 from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
-from model_lib.train.step import TrainStep
 from model_lib.train.training import train
 from tests.helpers.evaluations import write_evaluation
 from tests.helpers.services import Faults, faulty_proxy, free_port, mlflow_server
+from tests.helpers.steps import before_steps
+from tests.helpers.training import train_config
 
 
 class Server:
@@ -75,28 +74,19 @@ def before_step(
     monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], None]]
 ) -> list[int]:
     """Do something before some steps; return the list of the steps that are run."""
-    run, steps = TrainStep.run, list[int]()
+    steps: list[int] = []
 
-    def acting(train_step: TrainStep, batch: np.ndarray, pixels: Tensor, step: int) -> dict:
+    def act(step: int) -> None:
         actions.get(step, lambda: None)()
         steps.append(step)
-        return run(train_step, batch, pixels, step)
 
-    monkeypatch.setattr("model_lib.train.step.TrainStep.run", acting)
+    before_steps(monkeypatch, act)
     return steps
 
 
 def options(data: Path, output: Path) -> TrainConfig:
-    return TrainConfig(
-        data=str(data),
-        output=str(output),
-        preset="tiny",
-        epochs=6,
-        validate_every=6,
-        log_steps=1,
-        checkpoint_steps=1,
-        name=output.name,
-    )
+    often = {"validate_every": 6, "log_steps": 1, "checkpoint_steps": 1}
+    return train_config(data, output, epochs=6, name=output.name, **often)
 
 
 def only_run(tracking: MlflowTracking, name: str) -> mlflow.entities.Run:
@@ -140,11 +130,7 @@ def test_a_server_that_accepts_calls_and_never_answers_is_named(
 
 
 def test_away_in_the_middle_training_goes_on_and_all_points_arrive(
-    server: Server,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    server: Server, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     tracking = MlflowTracking(server.address)
     before_step(monkeypatch, {2: server.stop, 10: server.start})
@@ -216,10 +202,7 @@ def test_away_when_an_evaluation_is_logged_the_same_command_only_sends(
     server: Server, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking = MlflowTracking(server.address)
-    output = str(tmp_path / "run")
-    model = train(
-        TrainConfig(data=str(data), output=output, preset="tiny", epochs=1, name="e"), tracking
-    )
+    model = train(train_config(data, tmp_path / "run", epochs=1, name="e"), tracking)
     folder = tmp_path / "evaluated"
     config = EvaluateConfig(model=model.model, data=str(data), output=str(folder))
     server.away()

@@ -8,29 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import pyarrow.parquet as pq
 import pytest
 
 from model_lib.batch.batching import batch
-from model_lib.batch.config import BatchConfig
 from model_lib.errors import UserError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
-from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.ingesting import ingest
 from model_lib.model.config import DecodeConfig
 from model_lib.model.tokens import train_tokenizer
 from model_lib.tracking.server import MlflowTracking, embedded_uri, tracking_from_environment
-from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
+from tests.helpers.batches import batch_config, read_rows
+from tests.helpers.ingests import ingested
 from tests.helpers.small import small_model
+from tests.helpers.training import train_config
 
+Run = Callable[..., CompletedProcess]
 STRANGE = "-a b::c [d]*{e} ü図é #?%20 'q\" =f|g;$h~ \u202ertl\nnext"
 """A folder's name that is legal, and that every quick shell script falls over."""
-STEERING = (
-    "\x1b]0;owned\x07 \x1b[31mred =cmd|x @SUM +1 <img src=x onerror=alert(1)> \u202etxt.exe "
-    "[a](javascript:b)"
-)
+STEERING = "\x1b]0;owned\x07 \x1b[31mred =cmd|x @SUM +1 <img src=x onerror=alert(1)> "
+STEERING += "\u202etxt.exe [a](javascript:b)"
 
 
 @pytest.fixture()
@@ -42,55 +39,27 @@ def strange(tmp_path: Path) -> Path:
 
 def test_stages_work_in_a_folder_of_any_name(strange: Path, scenes: Path) -> None:
     shutil.copytree(scenes, strange / "scenes")
-    ingest(IngestConfig(dataset=str(strange / "scenes"), output=str(strange / "data")))
-    options = {"preset": "tiny", "epochs": 1, "batch_size": 32}
-    trained = train(TrainConfig(data=str(strange / "data"), output=str(strange / "out"), **options))
-    assert str(strange) in trained.model
-    options = {"model": trained.model, "decode": DecodeConfig(max_new_tokens=5)}
-    evaluate(
-        EvaluateConfig(
-            data=str(strange / "data"), output=str(strange / "evaluated"), limit=4, **options
-        )
-    )
-    summary = batch(
-        BatchConfig(
-            images=str(strange / "scenes" / "val2017"), output=str(strange / "captions"), **options
-        )
-    )
+    data, images, output = strange / "data", strange / "scenes" / "val2017", strange / "captions"
+    ingested(data, dataset=strange / "scenes")
+    model = train(train_config(data, strange / "out", epochs=1, batch_size=32)).model
+    assert str(strange) in model
+    options = {"model": model, "data": str(data), "output": str(strange / "evaluated")}
+    evaluate(EvaluateConfig(**options, limit=4, decode=DecodeConfig(max_new_tokens=5)))
+    summary = batch(batch_config(images, output, model, max_new_tokens=5))
     assert summary.ok == summary.images == 12
-    assert sorted(file.name for file in strange.iterdir()) == [
-        "captions",
-        "data",
-        "evaluated",
-        "out",
-        "scenes",
-    ]
+    names = {"captions", "data", "evaluated", "out", "scenes"}
+    assert {file.name for file in strange.iterdir()} == names
 
 
 def test_images_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_model: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     image = (scenes / "val2017" / "000000000001.jpg").read_bytes()
-    names = [
-        b"a::b.jpg",
-        b"#?*[x]%20.jpg",
-        b"=1+1\n<b>\x1b[31m.jpg",
-        " ü図\u202e.jpg".encode(),
-        b"-f.jpg",
-        b"not-utf-8-\xff.jpg",
-    ]
+    names = [b"a::b.jpg", b"#?*[x]%20.jpg", b"=1+1\n<b>\x1b[31m.jpg", b"-f.jpg"]
+    names += [" ü図\u202e.jpg".encode(), b"not-utf-8-\xff.jpg"]
     for name in names:
         Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(image)
-    config = BatchConfig(
-        images=str(folder),
-        output=str(tmp_path / "out"),
-        model=str(saved_model),
-        decode=DecodeConfig(max_new_tokens=5),
-    )
-    summary = batch(config)
-    rows = [
-        row for file in Path(summary.captions).iterdir() for row in pq.read_table(file).to_pylist()
-    ]
+    rows = read_rows(batch(batch_config(folder, tmp_path / "out", saved_model, max_new_tokens=5)))
     failed = [row["uri"].rpartition("/")[2] for row in rows if row["status"] != "ok"]
     assert len(rows) == len(names) and failed == ["not-utf-8-\\udcff.jpg"]
 
@@ -99,9 +68,8 @@ def test_images_of_any_name_have_a_row(tmp_path: Path, scenes: Path, saved_model
 def test_a_place_that_mlflow_cannot_use_is_refused_before_the_work(
     tmp_path: Path, character: str
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"MLflow keeps no store under a path with .; set MLFLOW_TRACKING_URI"
-    ):
+    message = r"MLflow keeps no store under a path with .; set MLFLOW_TRACKING_URI"
+    with pytest.raises(UserError, match=message):
         embedded_uri(str(tmp_path / f"a{character}b"))
 
 
@@ -118,11 +86,11 @@ def test_an_output_that_json_cannot_name_is_refused_before_the_work(
     scenes: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="is not UTF-8; choose another output"):
-        ingest(IngestConfig(dataset=str(scenes), output=os.fsdecode(bytes(tmp_path) + b"/\xff")))
+        ingested(os.fsdecode(bytes(tmp_path) + b"/\xff"), dataset=scenes)
 
 
 def test_captions_steer_no_terminal_and_no_page(
-    captioner: Callable[..., CompletedProcess], scenes: Path, tmp_path: Path
+    captioner: Run, scenes: Path, tmp_path: Path
 ) -> None:
     """A model that learned from hostile captions says hostile things."""
     model = small_model()
@@ -132,24 +100,19 @@ def test_captions_steer_no_terminal_and_no_page(
     files = sorted((scenes / "val2017").iterdir())
     done = captioner("caption", "-f", *files, *options)
     assert done.returncode == 0 and "\\x1b" in done.stdout, done.stdout
-    assert not set(done.stdout) & set("\x1b\x07\u202e") and len(done.stdout.splitlines()) == len(
-        files
-    )
+    assert not set(done.stdout) & set("\x1b\x07\u202e")
+    assert len(done.stdout.splitlines()) == len(files)
     done = captioner("caption", "-f", *files, *options, "--json")
-    assert (
-        "\x1b" in "".join(row["caption"] for row in json.loads(done.stdout))
-        and "\x1b" not in done.stdout
-    )
+    assert "\x1b" not in done.stdout
+    assert "\x1b" in "".join(row["caption"] for row in json.loads(done.stdout))
 
-    done = captioner(
-        "batch", "--images", scenes / "val2017", "--output", tmp_path / "out", *options
-    )
+    captioner("batch", "--images", scenes / "val2017", "--output", tmp_path / "out", *options)
     (page,) = (tmp_path / "out").glob("*/report.html")
     assert "&lt;" in page.read_text() and "<img src=x" not in page.read_text()
 
 
 def test_an_image_whose_name_is_no_text_is_captioned(
-    captioner: Callable[..., CompletedProcess], saved_model: Path, scenes: Path, tmp_path: Path
+    captioner: Run, saved_model: Path, scenes: Path, tmp_path: Path
 ) -> None:
     file = os.fsdecode(bytes(tmp_path) + b"/\xff.jpg")
     shutil.copy(scenes / "val2017" / "000000000001.jpg", file)

@@ -5,24 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import pyarrow.parquet as pq
 import pytest
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from model_lib.batch.batching import batch
-from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
-from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
 from model_lib.model.config import DecodeConfig
-from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
-from tests.helpers.services import Faults, faulty_bucket
-from tests.helpers.training import interrupt_at
+from tests.helpers.batches import batch_config, read_output
+from tests.helpers.ingests import ingested
+from tests.helpers.services import Faults, faulty_bucket, put_folder
+from tests.helpers.training import interrupt_at, train_config
 
 AGE = 5.0
 """Seconds that a listing is behind."""
@@ -34,26 +31,17 @@ def bucket(scenes: Path, tmp_path: Path) -> Iterator[Bucket]:
     """A bucket with the scenes."""
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
-        for file in sorted(scenes.rglob("*")):
-            if file.is_file():
-                fs.pipe_file(f"b/in/{file.relative_to(scenes)}", file.read_bytes())
+        put_folder(fs, scenes, "b/in")
         yield fs, faults
 
 
 def caption(model: Path) -> Summary:
-    return batch(
-        BatchConfig(
-            images="gs://b/in/val2017", output="gs://b/out", model=str(model), shard_images=4
-        )
-    )
+    return batch(batch_config("gs://b/in/val2017", "gs://b/out", model, shard_images=4))
 
 
 def captioned(fs: fsspec.AbstractFileSystem) -> list[str]:
     fs.invalidate_cache()
-    files = fs.glob("b/out/*/captions/*.parquet")
-    return sorted(
-        row["uri"] for file in files for row in pq.ParquetFile(fs.open(file)).read().to_pylist()
-    )
+    return [row["uri"] for row in read_output("b/out", fs)]
 
 
 def test_what_others_add_and_remove_meanwhile_is_seen(
@@ -88,10 +76,8 @@ def test_a_model_is_trained_and_evaluated_though_listings_are_old(
 ) -> None:
     _, faults = bucket
     faults.stale = AGE
-    ingest(IngestConfig(dataset="gs://b/in", output="gs://b/data"))
-    config = TrainConfig(
-        data="gs://b/data", output="gs://b/run", preset="tiny", epochs=3, checkpoint_steps=1
-    )
+    ingested("gs://b/data", dataset="gs://b/in")
+    config = train_config("gs://b/data", "gs://b/run", epochs=3, checkpoint_steps=1)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         interrupt_at(4, patched)
         train(config)
@@ -100,20 +86,10 @@ def test_a_model_is_trained_and_evaluated_though_listings_are_old(
     for attempt in Retrying(retry=retry_if_exception_type(WorkError), stop=stop_after_attempt(4)):
         with attempt:
             trained = train(config)
-    evaluated = evaluate(
-        EvaluateConfig(
-            model=trained.model,
-            data="gs://b/data",
-            output="gs://b/evaluated",
-            decode=DecodeConfig(),
-        )
+    remote = {"model": trained.model, "data": "gs://b/data", "output": "gs://b/evaluated"}
+    local = {"model": finished / "best", "data": data, "output": tmp_path / "evaluated"}
+    ours, theirs = (
+        evaluate(EvaluateConfig(**{k: str(v) for k, v in options.items()}, decode=DecodeConfig()))
+        for options in (remote, local)
     )
-    expected = evaluate(
-        EvaluateConfig(
-            model=str(finished / "best"),
-            data=str(data),
-            output=str(tmp_path / "evaluated"),
-            decode=DecodeConfig(),
-        )
-    )
-    assert faults.outdated and evaluated.scores == expected.scores
+    assert faults.outdated and ours.scores == theirs.scores

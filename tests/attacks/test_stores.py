@@ -1,11 +1,11 @@
 """Stores that are hostile, refuse or fail: nothing is written elsewhere, nothing good is lost."""
 
+import contextlib
 import errno
 import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -14,20 +14,19 @@ import pytest
 
 from model_lib import UserError
 from model_lib.batch.batching import batch
-from model_lib.batch.config import BatchConfig
 from model_lib.errors import WorkError
-from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.ingesting import ingest
 from model_lib.io import images, storage
 from model_lib.io.images import ImageError, read_image
 from model_lib.io.remote_cache import cached_folder, local_copy
 from model_lib.train.checkpoint import Checkpoints
+from tests.helpers.batches import batch_config
 from tests.helpers.coco_files import write_captions
-from tests.helpers.http_server import serving
+from tests.helpers.http_server import Handler, serving
+from tests.helpers.ingests import ingested
 from tests.helpers.services import Faults, faulty_proxy
 
 
-class Website(BaseHTTPRequestHandler):
+class Website(Handler):
     """Serves a file for ever, one that inflates, one that is forbidden, and those of `folder`."""
 
     protocol_version = "HTTP/1.1"
@@ -42,29 +41,19 @@ class Website(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.end_headers()
             self.close_connection = True
-            try:
+            with contextlib.suppress(ConnectionError):
                 while True:
                     self.wfile.write(bytes(2**16))
-            except ConnectionError:
-                pass
+        elif name == "inflates.jpg":
+            content = zlib.compress(bytes(50 * 2**20))
+            self.reply(200, content, [("Content-Encoding", "deflate")])
         else:
-            self.send_response(200)
-            if name == "inflates.jpg":
-                content = zlib.compress(bytes(50 * 2**20))
-                self.send_header("Content-Encoding", "deflate")
-            else:
-                content = (self.folder / name).read_bytes()
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.reply(200, (self.folder / name).read_bytes())
 
 
 @pytest.fixture()
 def website(scenes: Path) -> Iterator[str]:
-    with serving(type("Handler", (Website,), {"folder": scenes / "val2017"})) as address:
+    with serving(type("Served", (Website,), {"folder": scenes / "val2017"})) as address:
         yield address
 
 
@@ -87,9 +76,8 @@ def test_a_key_of_a_bucket_that_leaves_its_folder_is_written_nowhere(
     finally:
         store.clear()
     left = {file.name.partition("-")[0] for file in tmp_path.rglob("*") if file.is_file()}
-    assert left == {".lock"} and not list((tmp_path / "cache" / "captioner").glob(".part-*")), (
-        "nor anything half-fetched"
-    )
+    assert left == {".lock"}
+    assert not list((tmp_path / "cache" / "captioner").glob(".part-*")), "half-fetched"
 
 
 @pytest.mark.parametrize("name", ["endless.jpg", "inflates.jpg"])
@@ -113,14 +101,9 @@ def test_a_list_of_hostile_addresses_has_a_row_for_each(
 ) -> None:
     monkeypatch.setattr(images, "LARGEST_FILE", 2**20)
     names = ["000000000001.jpg", "endless.jpg", "forbidden.jpg", "000000000002.jpg"]
-    (tmp_path / "list.txt").write_text(
-        "\n".join([*(f"{website}/{name}" for name in names), "/dev/zero"])
-    )
-    result = batch(
-        BatchConfig(
-            images=str(tmp_path / "list.txt"), output=str(tmp_path / "out"), model=str(saved_model)
-        )
-    )
+    addresses = [*(f"{website}/{name}" for name in names), "/dev/zero"]
+    (tmp_path / "list.txt").write_text("\n".join(addresses))
+    result = batch(batch_config(tmp_path / "list.txt", tmp_path / "out", saved_model))
     assert (result.images, result.ok) == (5, 2)
     assert result.errors == {"too_large": 1, "forbidden": 1, "missing": 1}
 
@@ -128,8 +111,8 @@ def test_a_list_of_hostile_addresses_has_a_row_for_each(
 def test_an_image_that_its_server_refuses_costs_itself(website: str, tmp_path: Path) -> None:
     names = ["000000000001.jpg", "forbidden.jpg", "000000000002.jpg"]
     file = write_captions(tmp_path / "list.json", list(enumerate(names)))
-    options = {"annotations": str(file), "images": website, "output": str(tmp_path / "data")}
-    result = ingest(IngestConfig(**options, split="train"))
+    options = {"annotations": file, "images": website, "split": "train"}
+    result = ingested(tmp_path / "data", **options)
     assert result.counts == {"train": 2} and result.quarantined == {"forbidden": 1}
     (row,) = pq.read_table(tmp_path / "data" / "quarantine.parquet").to_pylist()
     assert row["file_name"] == "forbidden.jpg" and "403" in row["detail"]

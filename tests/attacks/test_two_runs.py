@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 
 from model_lib.batch.batching import batch
-from model_lib.batch.config import BatchConfig
 from model_lib.batch.planning import output_folder, resolve
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
-from model_lib.ingest.config import IngestConfig
-from model_lib.ingest.ingesting import ingest
 from model_lib.io.locks import output_lock
-from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
+from tests.helpers.batches import batch_config
+from tests.helpers.ingests import ingested
+from tests.helpers.training import train_config
 
 LOCK = """
 import sys, time
@@ -48,18 +47,13 @@ def test_the_second_is_refused_and_after_a_kill_of_the_first_it_runs(
     stage: str, scenes: Path, data: Path, finished: Path, saved_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    batching = BatchConfig(
-        images=str(scenes / "val2017"), output=str(output), model=str(saved_model)
-    )
+    batching = batch_config(scenes / "val2017", output, saved_model)
+    evaluating = {"model": str(finished / "best"), "data": str(data), "output": str(output)}
     folder = output_folder(resolve(batching)) if stage == "batch" else str(output)
     run: dict[str, Callable[[], object]] = {
-        "ingest": lambda: ingest(IngestConfig(dataset=str(scenes), output=str(output))),
-        "train": lambda: train(
-            TrainConfig(data=str(data), output=str(output), preset="tiny", epochs=1)
-        ),
-        "evaluate": lambda: evaluate(
-            EvaluateConfig(model=str(finished / "best"), data=str(data), output=str(output))
-        ),
+        "ingest": lambda: ingested(output, dataset=scenes),
+        "train": lambda: train(train_config(data, output, epochs=1)),
+        "evaluate": lambda: evaluate(EvaluateConfig(**evaluating)),
         "batch": lambda: batch(batching),
     }
     with another(folder) as first:

@@ -19,7 +19,6 @@ from typing import Any
 import docker
 import fsspec
 import mlflow
-import pyarrow.parquet as pq
 import pytest
 
 from components import CORE, EVALUATE, MODEL
@@ -27,7 +26,15 @@ from model_lib import __version__
 from model_lib.errors import UserError
 from pipelines import caption_bucket, train_captioner
 from pipelines.local import RUN_LABEL, run_locally
-from tests.helpers.services import free_port, gcs_emulator, mlflow_server, running, webhook
+from tests.helpers.batches import read_output
+from tests.helpers.services import (
+    free_port,
+    gcs_emulator,
+    mlflow_server,
+    put_folder,
+    running,
+    webhook,
+)
 
 pytestmark = pytest.mark.containers
 ROOT = Path(__file__).parents[2]
@@ -57,14 +64,10 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
     assert re.fullmatch("[0-9a-f]{40}", config["Labels"]["org.opencontainers.image.revision"])
     check = config["Healthcheck"]["Test"]
-    assert check == [
-        "CMD",
-        "captioner",
-        "info",
-    ] and f"captioner            {__version__}" in inside(image, *check[1:])
-    assert "captioner COMMAND --help" in inside(image, *config["Cmd"]), (
-        "the library alone is there, no pipelines"
-    )
+    assert check == ["CMD", "captioner", "info"]
+    assert f"captioner            {__version__}" in inside(image, *check[1:])
+    # The library alone is there, no pipelines.
+    assert "captioner COMMAND --help" in inside(image, *config["Cmd"])
     with pytest.raises(subprocess.CalledProcessError):
         inside(image, "touch", "/opt/code/x")
 
@@ -73,13 +76,9 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
 def test_a_step_works_on_as_many_cores_as_its_limit_leaves() -> None:
     limits = ("--cpus", "1")
     assert json.loads(inside(CORE, "captioner", "info", "--json", limits=limits))["cpus"] == 1
-    torchs = (
-        "import torch; from model_lib.model.precision import choose_device; choose_device('auto')"
-    )
-    assert (
-        inside(MODEL, "python", "-c", f"{torchs}; print(torch.get_num_threads())", limits=limits)
-        == "1\n"
-    )
+    code = "import torch; from model_lib.model.precision import choose_device; "
+    code += "choose_device('auto'); print(torch.get_num_threads())"
+    assert inside(MODEL, "python", "-c", code, limits=limits) == "1\n"
 
 
 @pytest.mark.usefixtures("engine")
@@ -88,65 +87,39 @@ def test_a_step_leaves_its_reason_where_kubernetes_keeps_it(tmp_path: Path) -> N
     kept.touch()
     kept.chmod(0o666)  # as the kubelet makes it
     mounts = ("--volume", f"{kept}:/dev/termination-log")
+    command = "captioner ingest --dataset /gone --output /tmp/data"
     with pytest.raises(subprocess.CalledProcessError) as ended:
-        inside(
-            CORE,
-            "captioner",
-            "ingest",
-            "--dataset",
-            "/gone",
-            "--output",
-            "/tmp/data",
-            limits=mounts,
-        )
+        inside(CORE, *command.split(), limits=mounts)
     assert ended.value.returncode == 2 and kept.read_text() == ended.value.stderr
     assert kept.read_text().startswith("captioner: error: /gone/annotations")
 
 
+def versions(lines: str) -> dict[str, str]:
+    """Return the versions of packages, from lines as pip freeze prints them."""
+    return dict(line.lower().split("==") for line in lines.splitlines() if "==" in line)
+
+
 def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
-    has = {
-        image: (
-            {line.split("==")[0].lower() for line in inside(image, "pip", "freeze").splitlines()},
-            inside(image, "sh", "-c", "command -v java || true").strip() != "",
-        )
-        for image in IMAGES
-    }
     for image, torch, java in ((CORE, False, False), (MODEL, True, False), (EVALUATE, True, True)):
-        packages, has_java = has[image]
-        assert ("torch" in packages, "transformers" in packages, has_java) == (
-            torch,
-            torch,
-            java,
-        ), image
-        assert ("pycocoevalcap" in packages) == java and {
-            "kfp",
-            "mlflow-skinny",
-            "gcsfs",
-            "s3fs",
-            "pyarrow",
-        } <= packages
-    accelerators = {name for name in has[CORE][0] if name.startswith(("nvidia", "cuda", "triton"))}
-    assert accelerators <= {"nvidia-ml-py"}  # pure Python, with which MLflow reads a GPU's load
+        packages = set(versions(inside(image, "pip", "freeze")))
+        has_java = inside(image, "sh", "-c", "command -v java || true").strip() != ""
+        assert ("torch" in packages, "transformers" in packages) == (torch, torch), image
+        assert (has_java, "pycocoevalcap" in packages) == (java, java), image
+        assert {"kfp", "mlflow-skinny", "gcsfs", "s3fs", "pyarrow"} <= packages
+        if image == CORE:
+            gpu = {name for name in packages if name.startswith(("nvidia", "cuda", "triton"))}
+            assert gpu <= {"nvidia-ml-py"}  # pure Python, with which MLflow reads a GPU's load
 
 
 def test_the_packages_are_those_of_the_constraints() -> None:
-    pinned = dict(
-        line.lower().split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    )
-    installed = dict(
-        line.lower().split("==")
-        for line in inside(EVALUATE, "pip", "freeze").splitlines()
-        if "==" in line
-    )
+    pinned = versions((ROOT / "constraints.txt").read_text())
+    installed = versions(inside(EVALUATE, "pip", "freeze"))
     installed = {name: version.split("+")[0] for name, version in installed.items()}
     accelerators = ("nvidia-", "cuda-", "triton")  # torch itself pins what its CUDA builds need
     free = {name for name in installed if name not in pinned and not name.startswith(accelerators)}
     assert len(installed) > 100 and free <= {"captioner", "pip", "setuptools"}
-    assert {
-        name: at for name, at in installed.items() if name in pinned and at != pinned[name]
-    } == {}
+    others = {name for name in installed.keys() & pinned if installed[name] != pinned[name]}
+    assert not others
 
 
 class Watched:
@@ -160,12 +133,8 @@ class Watched:
     def _watch(self) -> None:
         for event in self.events:
             started = self.engine.api.inspect_container(event["id"])
-            how = (
-                started["Config"]["Image"],
-                started["Config"]["User"],
-                started["HostConfig"]["ReadonlyRootfs"],
-            )
-            self.seen.append(how)
+            config, read_only = started["Config"], started["HostConfig"]["ReadonlyRootfs"]
+            self.seen.append((config["Image"], config["User"], read_only))
 
 
 def test_both_pipelines_in_containers(
@@ -189,9 +158,7 @@ def test_both_pipelines_in_containers(
         monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
         monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
         fs = fsspec.filesystem("gs", skip_instance_cache=True)
-        for file in sorted(scenes.rglob("*")):
-            if file.is_file():
-                fs.pipe_file(f"b/scenes/{file.relative_to(scenes)}", file.read_bytes())
+        put_folder(fs, scenes, "b/scenes")
         fs.pipe_file("b/scenes/val2017/broken.jpg", b"no image")
 
         def run(pipeline: Any, arguments: dict[str, Any], name: str) -> None:
@@ -199,9 +166,8 @@ def test_both_pipelines_in_containers(
             (tmp_path / name).mkdir()
             (tmp_path / name / "mine").write_text("of somebody else")
             run_locally(pipeline, arguments, tmp_path / name, "docker")
-            assert (tmp_path / name / "mine").stat().st_uid == os.getuid(), (
-                "only captioner's own files change hands"
-            )
+            # Only captioner's own files change hands.
+            assert (tmp_path / name / "mine").stat().st_uid == os.getuid()
 
         for path in (finished, finished / "best", *(finished / "best").iterdir()):
             path.chmod(0o755)
@@ -230,9 +196,7 @@ def test_both_pipelines_in_containers(
         assert {run.info.run_name for run in nested} == {"slow", "fast"}
         assert parent.info.status == "FINISHED"
         assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in nested)
-        assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), (
-            "the image's Java computed it"
-        )
+        assert all(run.data.metrics["val_METEOR"] >= 0 for run in nested), "by the image's Java"
         assert champion.tags["name"] in ("slow", "fast")
 
         arguments = {
@@ -242,7 +206,7 @@ def test_both_pipelines_in_containers(
         }
         run(caption_bucket.define(parallel=1), arguments, "caption")
         parts = sorted(fs.glob("b/captions/*/captions/*.parquet"))
-        rows = [row for part in parts for row in pq.ParquetFile(fs.open(part)).read().to_pylist()]
+        rows = read_output("b/captions", fs)
         assert len(parts) == 3 and len({row["uri"] for row in rows}) == len(rows) == 13
         assert {row["model"] for row in rows} == {"models:/captioner/1"}
         assert sorted(row["status"] for row in rows) == ["error"] + ["ok"] * 12
@@ -258,12 +222,7 @@ def test_both_pipelines_in_containers(
             run(caption_bucket.define(parallel=1), arguments, "no")
 
     watched.events.close()
-    assert [post["state"] for post in notifications] == [
-        "SUCCEEDED",
-        "SUCCEEDED",
-        "SUCCEEDED",
-        "FAILED",
-    ]
+    assert [post["state"] for post in notifications] == [*["SUCCEEDED"] * 3, "FAILED"]
     images = {image for image, *_ in watched.seen}
     users = {(user.split(":")[0] != "0", read_only) for _, user, read_only in watched.seen}
     assert images == set(IMAGES) and users == {(True, True)} and len(watched.seen) >= 23
@@ -296,25 +255,20 @@ def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> N
     storage = f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}"
     config.write_text(f"version: 0.1\n{storage}\nhttp: {{addr: '127.0.0.1:{port}'}}\n")
     copy = tmp_path / "tree"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
-    )
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
     (copy / ".venv").symlink_to(Path(sys.executable).parents[1])
     name = f"localhost:{port}/captions"
-    with running(
-        [program, "serve", str(config)], f"http://127.0.0.1:{port}/v2/", tmp_path / "registry.log"
-    ):
+    serve = [program, "serve", str(config)]
+    with running(serve, f"http://127.0.0.1:{port}/v2/", tmp_path / "registry.log"):
         for image in IMAGES:
             pushed = image.replace("captioner-", f"{name}/captioner-")
             subprocess.run(["docker", "tag", image, pushed], check=True)
         environment = {**os.environ, "PYTHONPATH": str(copy)}
         subprocess.run(["make", "push", f"REGISTRY={name}"], cwd=copy, env=environment, check=True)
         lock = (copy / "images" / "images.lock").read_text()
-        digests = re.findall(
-            rf"^(core|model|evaluate) ({re.escape(name)}/captioner-\1@sha256:[0-9a-f]{{64}})$",
-            lock,
-            re.M,
-        )
+        digest = rf"{re.escape(name)}/captioner-\1@sha256:[0-9a-f]{{64}}"
+        digests = re.findall(rf"^(core|model|evaluate) ({digest})$", lock, re.M)
         assert [image for image, _ in digests] == ["core", "model", "evaluate"]
         for pipeline in ("train_captioner", "caption_bucket"):
             compiled = (copy / "pipelines" / "compiled" / f"{pipeline}.yaml").read_text()

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from tests.helpers.http_server import serving
+from tests.helpers.http_server import Handler, serving
 
 
 class Hub:
@@ -65,26 +64,18 @@ def running_hub(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
 
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Models(Handler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             if self.path.count("/") > 2:
                 hub.tokens.add(self.headers.get("Authorization"))
             status, headers, body = hub.answer(self.path)
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            self.reply(status, body, headers.items())
 
         do_HEAD = do_GET
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with serving(Handler) as address:
+    with serving(Models) as address:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         use_hub(patch, address)

@@ -1,5 +1,6 @@
 """Compiled pipelines as scheduled runs: without a name, everything in S3, MLflow's files too."""
 
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from kfp import components
 from pipelines.local import run_locally
 from pipelines.submit import COMPILED
 from tests.helpers.kfp_server import take_output
-from tests.helpers.services import mlflow_server, store, webhook
+from tests.helpers.services import mlflow_server, put_folder, store, webhook
+from tests.helpers.warm_python import warm_python
 
+NAME = "'{{$.pipeline_job_name}}'"
 WORKFLOW = "nightly-x7k2p-1-3056141721"
 
 
@@ -34,10 +37,8 @@ class Cloud:
         """Run a compiled pipeline; return its folder, and each step's output as Kubeflow Pipelines
         takes it."""
         text = (COMPILED / f"{name}.yaml").read_text()
-        assert "constant: '{{$.pipeline_job_name}}'" in text
-        pipeline = components.load_component_from_text(
-            text.replace("'{{$.pipeline_job_name}}'", "''")
-        )
+        assert f"constant: {NAME}" in text
+        pipeline = components.load_component_from_text(text.replace(NAME, "''"))
         root = run_locally(pipeline, arguments, self.work, "subprocess")
         files = root.rglob("executor_output.json")
         return root, {file.parent.name: take_output(file.read_text(), str(root)) for file in files}
@@ -58,17 +59,13 @@ def cloud(scenes: Path, work: Path) -> Iterator[Cloud]:
         webhook() as (address, notifications),
         pytest.MonkeyPatch.context() as patch,
     ):
-        variables = {
-            "CAPTIONER_MLFLOW_TRACKING_URI": server,
-            "WEBHOOK_URL": address,
-            "KFP_RUN_ID": str(uuid.uuid4()),
-        }
-        variables |= {"KFP_WORKFLOW": WORKFLOW, "XDG_CACHE_HOME": str(work / "cache")}
+        patch.setattr(sys, "executable", warm_python())  # with which kfp starts steps
+        variables = {"CAPTIONER_MLFLOW_TRACKING_URI": server, "WEBHOOK_URL": address}
+        variables |= {"KFP_RUN_ID": str(uuid.uuid4()), "KFP_WORKFLOW": WORKFLOW}
+        variables["XDG_CACHE_HOME"] = str(work / "cache")
         for name, value in variables.items():
             patch.setenv(name, value)
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             patch.delenv(name, raising=False)
-        for file in sorted(scenes.rglob("*")):
-            if file.is_file():
-                fs.pipe_file(f"bucket/scenes/{file.relative_to(scenes)}", file.read_bytes())
+        put_folder(fs, scenes, "bucket/scenes")
         yield Cloud(fs, server, notifications, work)

@@ -7,11 +7,8 @@ types, ids are known. A run's state advances each time that it is read.
 
 import json
 import re
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from google.protobuf import json_format
@@ -19,18 +16,14 @@ from kfp.kubernetes import kubernetes_executor_config_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 from requests_toolbelt import MultipartDecoder
 
+from tests.helpers.http_server import ApiServer, Handler, Refused
+
 WORKFLOW = "caption-bucket-x7k2p"
 """Name of the runs' workflow."""
 LAST = {"preflight": 42, "preflight-driver": 30}
 """Number of the node with the last attempt of what fails."""
-KINDS: dict[str, Any] = {
-    "STRING": str,
-    "NUMBER_INTEGER": int,
-    "NUMBER_DOUBLE": (int, float),
-    "BOOLEAN": bool,
-    "LIST": list,
-    "STRUCT": dict,
-}
+KINDS: dict[str, Any] = {"STRING": str, "BOOLEAN": bool, "LIST": list, "STRUCT": dict}
+KINDS |= {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
 
 
 def parse_strictly(text: str) -> tuple[Any, dict[str, Any]]:
@@ -78,25 +71,15 @@ def take_output(text: str, root: str) -> pipeline_spec_pb2.ExecutorOutput:
     for name, artifacts in output.artifacts.items():
         for artifact in artifacts.artifacts:
             if not artifact.uri.startswith(root):
-                raise ValueError(
-                    f"{name}: URI {artifact.uri!r} does not have expected bucket prefix {root!r}"
-                )
+                raise ValueError(f"{artifact.uri} does not have expected bucket prefix {root}")
             for key, value in artifact.metadata.fields.items():
                 if value.WhichOneof("kind") == "null_value":
                     raise ValueError(f"{name}: {key}: unknown/unsupported value type NullValue")
     return output
 
 
-class Refused(Exception):
-    """An HTTP status with the server's message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class KfpServer:
-    """Runs in a thread on a free port; the tables show what it was asked.
+class KfpServer(ApiServer):
+    """Keeps what it was asked for in tables.
 
     Args:
         states: of a run, one for each time it is read; an integer is an HTTP status to fail with.
@@ -130,93 +113,43 @@ class KfpServer:
         self.specs: dict[str, Any] = {}
         self.runs: dict[str, dict] = {}
         self.recurring: dict[str, dict] = {}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.host = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__()
 
-    def __enter__(self) -> "KfpServer":
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
+    def route(self, request: Handler, path: str, query: dict[str, str]) -> dict | str:
+        authorization = request.headers.get("Authorization")
+        if self.token and authorization != f"Bearer {self.token}":
+            raise Refused(401, "Unauthenticated")
+        body = request.body()
 
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        def document() -> dict:
+            return json.loads(body)
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
+        def upload() -> dict:
+            return self._upload(query, body, request.headers["Content-Type"])
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer("GET")
-
-            def do_POST(self) -> None:
-                self.answer("POST")
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def answer(self, method: str) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                url = urlsplit(self.path)
-                try:
-                    bearer = f"Bearer {server.token}" if server.token else None
-                    if bearer and self.headers.get("Authorization") != bearer:
-                        raise Refused(401, "Unauthenticated")
-                    query = {name: values[0] for name, values in parse_qs(url.query).items()}
-                    kind = self.headers.get("Content-Type") or ""
-                    status, document = 200, server.route(method, url.path, query, body, kind)
-                except Refused as refused:
-                    status = refused.status
-                    document = {"code": status, "message": str(refused)}
-                is_text = isinstance(document, str)
-                content = (document if is_text else json.dumps(document)).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/plain" if is_text else "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-        return Handler
-
-    def route(
-        self, method: str, path: str, query: dict[str, str], body: bytes, kind: str
-    ) -> dict | str:
-        """Return the answer to a request."""
-        api = "/apis/v2beta1"
-        version = r"pipelines/([^/]+)/versions"
         add, named = self._add, self._named
-        routes: list[tuple[str, str, Callable[..., dict | str]]] = [
-            ("GET", f"{api}/healthz", lambda: {"multi_user": False}),
-            ("GET", f"{api}/experiments", lambda: {"experiments": named(self.experiments, query)}),
-            (
-                "POST",
-                f"{api}/experiments",
-                lambda: add(self.experiments, "experiment_id", json.loads(body)),
-            ),
-            ("GET", f"{api}/pipelines", lambda: {"pipelines": named(self.pipelines, query)}),
-            (
-                "POST",
-                f"{api}/pipelines",
-                lambda: add(self.pipelines, "pipeline_id", json.loads(body)),
-            ),
-            ("GET", f"{api}/{version}", lambda owner: self._versions(owner, query)),
-            ("POST", f"{api}/pipelines/upload_version", lambda: self._upload(query, body, kind)),
-            ("POST", f"{api}/runs", lambda: self._start(json.loads(body), self.runs, "run_id")),
-            ("GET", f"{api}/runs/([^/]+)", self._look),
-            ("GET", "/apis/v1beta1/runs/([^/]+)", self._manifest),
-            ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", self._log),
-            ("GET", "/k8s/pod/logs", lambda: self._ui_log(query)),
-            (
-                "GET",
-                f"{api}/recurringruns",
-                lambda: {"recurringRuns": named(self.recurring, query)},
-            ),
-            ("POST", f"{api}/recurringruns", lambda: self._schedule(json.loads(body))),
-        ]
-        for verb, pattern, function in routes:
-            match = re.fullmatch(pattern, path)
-            if verb == method and match:
+        experiments, pipelines, recurring = self.experiments, self.pipelines, self.recurring
+        api = "/apis/v2beta1"
+        routes: dict[str, Callable[..., dict | str]] = {
+            f"GET {api}/healthz": lambda: {"multi_user": False},
+            f"GET {api}/experiments": lambda: {"experiments": named(experiments, query)},
+            f"POST {api}/experiments": lambda: add(experiments, "experiment_id", document()),
+            f"GET {api}/pipelines": lambda: {"pipelines": named(pipelines, query)},
+            f"POST {api}/pipelines": lambda: add(pipelines, "pipeline_id", document()),
+            f"GET {api}/pipelines/([^/]+)/versions": lambda owner: self._versions(owner, query),
+            f"POST {api}/pipelines/upload_version": upload,
+            f"POST {api}/runs": lambda: self._start(document(), self.runs, "run_id"),
+            f"GET {api}/runs/([^/]+)": self._look,
+            "GET /apis/v1beta1/runs/([^/]+)": self._manifest,
+            "GET /apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log": self._log,
+            "GET /k8s/pod/logs": lambda: self._ui_log(query),
+            f"GET {api}/recurringruns": lambda: {"recurringRuns": named(recurring, query)},
+            f"POST {api}/recurringruns": lambda: self._schedule(document()),
+        }
+        for pattern, function in routes.items():
+            if match := re.fullmatch(pattern, f"{request.command} {path}"):
                 return function(*match.groups())
-        raise Refused(404, f"{method} {path}: not found")
+        raise Refused(404, f"{request.command} {path}: not found")
 
     def _add(self, table: dict[str, dict], key: str, row: dict) -> dict:
         if not row.get("display_name"):
@@ -322,16 +255,12 @@ class KfpServer:
             "41": {**impl, **lost, "startedAt": "2026-11-27T12:00:00Z"},
             "42": {**impl, **ends, "startedAt": "2026-11-27T12:02:00Z"},
         }
-        named = {
-            f"{WORKFLOW}-{number}": {**node, "id": f"{WORKFLOW}-{number}"}
-            for number, node in nodes.items()
-        }
+        names = {number: f"{WORKFLOW}-{number}" for number in nodes}
+        named = {names[number]: {**node, "id": names[number]} for number, node in nodes.items()}
         status = {"compressedNodes": "H4sI"} if self.large else {"nodes": named}
         manifest = {"metadata": {"name": WORKFLOW}, "status": status}
-        return {
-            "run": {"id": run_id},
-            "pipeline_runtime": {"workflow_manifest": json.dumps(manifest)},
-        }
+        runtime = {"workflow_manifest": json.dumps(manifest)}
+        return {"run": {"id": run_id}, "pipeline_runtime": runtime}
 
     def _log(self, run_id: str, node: str) -> str:
         if self.is_ui:

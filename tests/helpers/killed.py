@@ -2,13 +2,14 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.helpers.warm_python import warm_python
 
 
 def killed(stage: str, options: dict, folder: str, seed: int, kills: int) -> list[list[bool]]:
     """Return the rounds of kills, and for each kill whether files were half-written."""
-    command = [sys.executable, "-m", "tests.helpers.killing", stage, json.dumps(options), folder]
+    command = [warm_python(), "-m", "tests.helpers.killing", stage, json.dumps(options), folder]
     process = subprocess.run(
         [*command, str(seed), str(kills)],
         cwd=Path(__file__).parents[2],

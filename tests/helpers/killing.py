@@ -17,10 +17,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
-import mlflow.pyfunc  # noqa: F401  (before the forks, as all that follows)
+import mlflow.pyfunc  # noqa: F401  (before the forks)
 import torch
 
 from model_lib.batch.batching import batch
@@ -32,9 +31,10 @@ from model_lib.ingest.ingesting import ingest
 from model_lib.io import storage
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
-from model_lib.tracking.server import MlflowTracking, tracking_from_environment
+from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
+from tests.helpers.services import empty_store
 
 MOST = 6
 """Kills a round."""
@@ -42,31 +42,25 @@ MOST = 6
 
 def _tracking(output: str) -> MlflowTracking:
     """Return the tracking in the output's own store."""
-    store = f"sqlite:///{output}-store/mlflow.db"
+    folder = Path(f"{output}-store")
+    store = f"sqlite:///{folder}/mlflow.db" if folder.exists() else empty_store(folder)
     os.environ["MLFLOW_TRACKING_URI"] = store
-    tracking = tracking_from_environment()
-    assert isinstance(tracking, MlflowTracking)
-    return tracking
+    return require_mlflow(tracking_from_environment())
 
 
-def _register(options: dict, output: str) -> None:
-    """Register a copy of the evaluations, OUTPUT."""
-    if not Path(output).exists():
-        shutil.copytree(options["evaluations"], output)
-    register(RegisterConfig(evaluations=(output,)), _tracking(output))
-
-
-STAGES: dict[str, Callable[[dict, str], object]] = {
-    "ingest": lambda options, output: ingest(IngestConfig(**options, output=output)),
-    "train": lambda options, output: train(
-        TrainConfig(**options, output=output), _tracking(output)
-    ),
-    "evaluate": lambda options, output: evaluate(
-        EvaluateConfig.from_options(**options, output=output), _tracking(output)
-    ),
-    "register": _register,
-    "batch": lambda options, output: batch(BatchConfig.from_options(**options, output=output)),
-}
+def run(stage: str, options: dict, output: str) -> None:
+    if stage == "ingest":
+        ingest(IngestConfig(**options, output=output))
+    elif stage == "train":
+        train(TrainConfig(**options, output=output), _tracking(output))
+    elif stage == "evaluate":
+        evaluate(EvaluateConfig.from_options(**options, output=output), _tracking(output))
+    elif stage == "batch":
+        batch(BatchConfig.from_options(**options, output=output))
+    elif stage == "register":  # a copy of the evaluations
+        if not Path(output).exists():
+            shutil.copytree(options["evaluations"], output)
+        register(RegisterConfig(evaluations=(output,)), _tracking(output))
 
 
 def start(stage: str, options: dict, output: str) -> int:
@@ -77,7 +71,7 @@ def start(stage: str, options: dict, output: str) -> int:
     code = 1
     try:
         torch.set_num_threads(1)
-        STAGES[stage](options, output)
+        run(stage, options, output)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from kubeflow_trainer_api import models
 
+from tests.helpers.http_server import Refused
+
 MANIFEST = Path(__file__).parents[2] / "deploy" / "trainer.yaml"
 DEPLOYED = {document["kind"]: document for document in yaml.safe_load_all(MANIFEST.read_text())}
 RUNTIME = DEPLOYED["TrainingRuntime"]
@@ -24,26 +26,13 @@ JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/kubeflow/trainjobs"
 JOBSETS = "/apis/jobset.x-k8s.io/v1alpha2/namespaces/kubeflow/jobsets"
 PODS = "/api/v1/namespaces/kubeflow/pods"
 EVENTS = "/api/v1/namespaces/kubeflow/events"
-RESERVED = {
-    "PET_NNODES",
-    "PET_NPROC_PER_NODE",
-    "PET_NODE_RANK",
-    "PET_MASTER_ADDR",
-    "PET_MASTER_PORT",
-}
+RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK"}
+RESERVED |= {"PET_MASTER_ADDR", "PET_MASTER_PORT"}
 SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 PATH = r"[A-Za-z0-9/\-._~%!$&'()*+,;=:]+"
 WEBHOOK = "validator.trainjob.trainer.kubeflow.org"
 DENIED = f'admission webhook "{WEBHOOK}" denied the request'
 VERBS = {"GET": {"get", "list"}, "POST": {"create"}, "DELETE": {"delete"}}
-
-
-class Refused(Exception):
-    """An HTTP status with the server's message."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def checked(document: dict[str, Any]) -> dict[str, Any]:
@@ -73,10 +62,8 @@ def denied(spec: dict[str, Any]) -> Iterator[str]:
     for patch in spec.get("runtimePatches", []):
         host, slash, path = patch["manager"].partition("/")
         if not slash or not re.fullmatch(SUBDOMAIN, host) or not re.fullmatch(PATH, path):
-            yield (
-                f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}": must be a '
-                'domain-prefixed path (such as "acme.io/foo")'
-            )
+            value = f'spec.runtimePatches.manager: Invalid value: "{patch["manager"]}"'
+            yield f'{value}: must be a domain-prefixed path (such as "acme.io/foo")'
         for job in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
             if job["name"] not in TEMPLATES:
                 yield "must not have replicated job that doesn't exist in the runtime job template"

@@ -11,19 +11,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
+from tests.helpers.http_server import ApiServer, Handler, Refused
 from tests.helpers.kube_rules import (
     EVENTS,
     JOBS,
@@ -32,10 +31,10 @@ from tests.helpers.kube_rules import (
     PODS,
     VERBS,
     WEBHOOK,
-    Refused,
     allowed,
     checked,
 )
+from tests.helpers.warm_python import warm_python
 
 GRACE = POD["terminationGracePeriodSeconds"]
 COLLECTED = 0.5
@@ -158,8 +157,8 @@ class Machine:
             self.process.wait()
 
 
-class KubeServer:
-    """Runs in a thread on a free port.
+class KubeServer(ApiServer):
+    """The cluster.
 
     Args:
         folder: for logs and the kubeconfig.
@@ -196,33 +195,27 @@ class KubeServer:
         self.webhook_fails = False
         self.failing = 0
         """So many of the next requests are answered 503."""
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        address = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__()
         context = {"cluster": "here", "user": "here", "namespace": "kubeflow"}
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "here",
-            "clusters": [{"name": "here", "cluster": {"server": address}}],
+            "clusters": [{"name": "here", "cluster": {"server": self.host}}],
             "users": [{"name": "here", "user": {}}],
             "contexts": [{"name": "here", "context": context}],
         }
         self.kubeconfig = folder / "kubeconfig"
         self.kubeconfig.write_text(yaml.safe_dump(config))
 
-    def __enter__(self) -> "KubeServer":
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
     def __exit__(self, *_: object) -> None:
         for machines in self.machines.values():
             for machine in machines:
                 machine.kill()
-        self.server.shutdown()
-        self.server.server_close()
+        super().__exit__()
 
-    def route(self, method: str, path: str, query: dict[str, str], body: bytes) -> dict[str, Any]:
-        """Return the answer to a request."""
+    def route(self, request: Handler, path: str, query: dict[str, str]) -> dict[str, Any]:
+        method = request.command
         if self.failing:
             self.failing -= 1
             raise Refused(503, "the server is currently unable to handle the request")
@@ -231,20 +224,17 @@ class KubeServer:
             raise Refused(403, f'{path} is forbidden: User "{user}" cannot {VERBS[method]} it')
         name = path.rpartition("/")[2]
         if path.startswith(JOBS):
-            return self._jobs(method, "" if path == JOBS else name, query, body)
+            name = "" if path == JOBS else name
+            return self._jobs(method, name, query, request.body())
         self._collect()
         if path.startswith(f"{JOBSETS}/") and name in self.jobsets:
             return self.jobsets[name]
         if path == EVENTS:
             items = [
-                {
-                    "metadata": {"name": "e"},
-                    "involvedObject": {"name": name},
-                    "reason": reason,
-                    "message": message,
-                }
+                {"involvedObject": {"name": name}, "reason": reason, "message": message}
                 for name, reason, message in self.events
             ]
+            items = [{"metadata": {"name": "e"}, **item} for item in items]
             return {"kind": "EventList", "apiVersion": "v1", "items": items}
         if path == PODS:
             labels = dict(pair.split("=") for pair in query["labelSelector"].split(","))
@@ -253,11 +243,9 @@ class KubeServer:
             return {"kind": "PodList", "apiVersion": "v1", "items": pods}
         if path.startswith(f"{PODS}/") and name in self.steps:
             uid, phase = self.steps[name]
-            return {
-                "metadata": {"name": name, "uid": uid},
-                "spec": {"serviceAccountName": "pipeline-runner", "containers": []},
-                "status": {"phase": phase},
-            }
+            metadata = {"name": name, "uid": uid}
+            spec = {"serviceAccountName": "pipeline-runner", "containers": []}
+            return {"metadata": metadata, "spec": spec, "status": {"phase": phase}}
         raise Refused(404, f"{path} not found")
 
     def _jobs(self, method: str, name: str, query: dict[str, str], body: bytes) -> dict[str, Any]:
@@ -309,7 +297,7 @@ class KubeServer:
         trainer = self.jobs[name]["spec"]["trainer"]
         assert trainer["command"][0] == "python"
         command = [*trainer["command"][1:], *trainer["args"]]
-        command = [sys.executable, *(["-c", self.program] if self.program else command)]
+        command = [warm_python(), *(["-c", self.program] if self.program else command)]
         plain = {e["name"]: e["value"] for e in trainer.get("env", []) if "value" in e}
         for index in range(trainer["numNodes"]):
             environment = {
@@ -361,46 +349,24 @@ class KubeServer:
             message = "jobset completed"
         return [{"type": end, "status": "True", "reason": "r", "message": message}] if end else []
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
+    def refusal(self, refused: Refused) -> dict:
+        return {"kind": "Status", "status": "Failure", **super().refusal(refused)}
 
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                url = urlsplit(self.path)
-                query = {name: values[0] for name, values in parse_qs(url.query).items()}
-                if url.path.endswith("/log"):
-                    with contextlib.suppress(BrokenPipeError):
-                        self.send_log(url.path.split("/")[-2], query)
-                    return
-                try:
-                    status, document = 200, server.route(self.command, url.path, query, body)
-                except Refused as refused:
-                    status = refused.status
-                    document = {"kind": "Status", "status": "Failure", "code": status}
-                    document["message"] = str(refused)
-                content = json.dumps(document).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_POST = do_DELETE = answer
-
-            def send_log(self, pod: str, query: dict[str, str]) -> None:
-                every = (m for machines in server.machines.values() for m in machines)
-                (machine,) = (m for m in every if m.name == pod)
-                self.send_response(200)
-                self.end_headers()
-                since = datetime.now(UTC) - timedelta(seconds=int(query.get("sinceSeconds", 10**6)))
-                lines = [(stamp, line) for stamp, line in machine.lines() if stamp >= since]
-                for stamp, line in lines[-int(query.get("tailLines", 10**6)) :]:
-                    if query.get("timestamps", "").lower() == "true":  # as Go's RFC3339Nano
-                        line = f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"
-                    self.wfile.write(f"{line}\n".encode(errors="surrogateescape"))
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        return Handler
+    def answer(self, request: Handler) -> None:
+        url = urlsplit(request.path)
+        if not url.path.endswith("/log"):
+            super().answer(request)
+            return
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        pod = url.path.split("/")[-2]
+        every = (machine for machines in self.machines.values() for machine in machines)
+        (machine,) = (machine for machine in every if machine.name == pod)
+        since = datetime.now(UTC) - timedelta(seconds=int(query.get("sinceSeconds", 10**6)))
+        lines = [(stamp, line) for stamp, line in machine.lines() if stamp >= since]
+        text = ""
+        for stamp, line in lines[-int(query.get("tailLines", 10**6)) :]:
+            if query.get("timestamps", "").lower() == "true":  # as Go's RFC3339Nano
+                line = f"{stamp:%Y-%m-%dT%H:%M:%S.%f}".rstrip("0") + f"Z {line}"
+            text += f"{line}\n"
+        with contextlib.suppress(BrokenPipeError):
+            request.reply(200, text.encode(errors="surrogateescape"))

@@ -136,10 +136,9 @@ def archive(file: Path) -> None:
     for name in source.zip.namelist()[:20]:
         with contextlib.suppress(ImageError):
             source.read(name)
+        options = {"annotations": f"zip://{name}::{file}", "images": str(file), "output": "unused"}
         with contextlib.suppress(UserError):
-            annotations.read_listing(
-                IngestConfig(annotations=f"zip://{name}::{file}", images=str(file), output="unused")
-            )
+            annotations.read_listing(IngestConfig(**options))
 
 
 READERS: dict[str, tuple[Callable[[Path], None], str]] = {

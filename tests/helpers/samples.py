@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from model_lib.data.shards import FORMAT_VERSION
 from model_lib.evaluate.result import Predictions, View, encode_predictions
-from tests.helpers.hostile_images import encoded, image
+from tests.helpers.hostile_images import FORMATS, encoded, image
 
 ROWS = 6
 JPEG = encoded(image(np.random.default_rng(0), 32, 24), "jpg")
@@ -21,17 +21,9 @@ COCO = {
     "images": [{"id": n, "file_name": name} for n, name in enumerate(NAMES)],
     "annotations": [{"id": n, "image_id": n, "caption": f"an image {n}"} for n in range(ROWS)],
 }
+SENTENCES = {"filepath": "", "split": "train", "sentences": [{"raw": "an image"}]}
 KARPATHY = {
-    "images": [
-        {
-            "cocoid": n,
-            "filepath": "",
-            "filename": name,
-            "split": "train",
-            "sentences": [{"raw": "an image"}],
-        }
-        for n, name in enumerate(NAMES)
-    ]
+    "images": [{"cocoid": n, "filename": name, **SENTENCES} for n, name in enumerate(NAMES)]
 }
 RESULTS = [{"image_id": n, "caption": "an image"} for n in range(ROWS)]
 SCORES = {
@@ -60,11 +52,10 @@ PLAN = {
     "listing": "listing-0.parquet",
     "shards": [{"file": "part-0.parquet", "images": ROWS}],
 }
+SHARD = {"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"}
 MANIFEST = {
     "format_version": FORMAT_VERSION,
-    "shards": [
-        {"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"}
-    ],
+    "shards": [SHARD],
     "counts": {"train": ROWS},
     "quarantined": {},
     "fingerprint": "f",
@@ -73,13 +64,7 @@ MANIFEST = {
     "cleaned_captions": 0,
 }
 RECORD = {
-    "shard": {
-        "uri": "train-00000.parquet",
-        "split": "train",
-        "rows": ROWS,
-        "bytes": 1,
-        "sha256": "0",
-    },
+    "shard": SHARD,
     "end": ROWS,
     "content": "0",
     "rejected": [{"file_name": "a.jpg", "reason": "missing", "detail": "no such file"}],
@@ -102,23 +87,13 @@ OPTIONS = {
     "ScenesConfig": {"output": "o", "train": 3},
     "CaptionConfig": {"files": ["a.jpg"], "top_p": 0.9, "temperature": 0.5},
 }
-ARGUMENTS = [
-    ["train", "--data", "d", "--output", "o", "--epochs=2", "--learning_rate", "1e-3"],
-    [
-        "batch",
-        "--images",
-        "i",
-        "--output",
-        "o",
-        "--model",
-        "m",
-        "--include",
-        "*.jpg",
-        "--no-recursive",
-    ],
-    ["caption", "-f", "a.jpg", "--num-beams=2"],
-    ["ingest", "--output", "o", "--annotations", "a", "--images", "i", "--split", "val"],
+COMMANDS = [
+    "train --data d --output o --epochs=2 --learning_rate 1e-3",
+    "batch --images i --output o --model m --include *.jpg --no-recursive",
+    "caption -f a.jpg --num-beams=2",
+    "ingest --output o --annotations a --images i --split val",
 ]
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
 def parquet(columns: dict[str, Any], **options: Any) -> bytes:
@@ -143,9 +118,8 @@ def images() -> bytes:
     counts = {"CIDEr": np.ones((ROWS, 1)), "Bleu": np.ones((ROWS, 10))}
     views = {0: View(JPEG, [("a", np.zeros((2, 2), np.uint8))])}
     captions = ["an image"] * ROWS
-    return encode_predictions(
-        Predictions(list(range(ROWS)), NAMES, captions, references, counts, views)
-    )
+    ids = list(range(ROWS))
+    return encode_predictions(Predictions(ids, NAMES, captions, references, counts, views))
 
 
 def captions() -> bytes:
@@ -167,54 +141,53 @@ def archive(compression: int) -> bytes:
     return file.getvalue()
 
 
-def of(name: str) -> Iterator[bytes]:
-    """Yield files as the one called so should be."""
-    documents = {
-        "manifest.json": MANIFEST,
-        "captions.json": COCO,
-        "karpathy.json": KARPATHY,
-        "results.json": RESULTS,
-        "scores.json": SCORES,
-        "plan.json": PLAN,
-        "train-00000.parquet.json": RECORD,
-        "state.json": STATE,
-    }
-    if name in documents:
-        yield json.dumps(documents[name]).encode()
-    elif name == "options.json":
-        for kind, options in OPTIONS.items():
-            yield json.dumps({kind: options}).encode()
-    elif name == "arguments":
-        for arguments in ARGUMENTS:
-            yield "\n".join(arguments).encode()
-    elif name == "train-00000.parquet":
-        yield shard()
-    elif name == "predictions.parquet":
-        yield images()
-    elif name == "part-0.parquet":
-        yield captions()
-    elif name == "table.csv":
-        yield b'file,caption\na.jpg,an image\nb.jpg,"two\nlines"\n'
-    elif name == "table.jsonl":
-        yield b'{"file": "a.jpg", "caption": "an image"}\n{"file": "b.jpg", "caption": null}\n'
-    elif name == "table.parquet":
-        yield parquet({"file": NAMES, "caption": ["an image"] * ROWS})
-    elif name == "list.csv":
-        yield b"uri,more\na.jpg,1\ngs://b/c.jpg,2\n"
-    elif name == "list.parquet":
-        yield parquet({"uri": NAMES})
-    elif name == "listing-0.parquet":
-        yield parquet(
-            {"uri": NAMES, "bytes": pa.array([1] * ROWS, pa.int64()), "version": ["1"] * ROWS}
-        )
-    elif name == "a.jpg":
-        for kind in ("jpg", "png", "gif", "webp", "bmp", "tif"):
-            yield encoded(image(np.random.default_rng(0), 32, 24), kind)
-    elif name == "archive.zip":
-        for compression in (
-            zipfile.ZIP_STORED,
-            zipfile.ZIP_DEFLATED,
-            zipfile.ZIP_BZIP2,
-            zipfile.ZIP_LZMA,
-        ):
-            yield archive(compression)
+def table() -> bytes:
+    return parquet({"file": NAMES, "caption": ["an image"] * ROWS})
+
+
+def listing() -> bytes:
+    sizes = pa.array([1] * ROWS, pa.int64())
+    return parquet({"uri": NAMES, "bytes": sizes, "version": ["1"] * ROWS})
+
+
+DOCUMENTS = {
+    "manifest.json": MANIFEST,
+    "captions.json": COCO,
+    "karpathy.json": KARPATHY,
+    "results.json": RESULTS,
+    "scores.json": SCORES,
+    "plan.json": PLAN,
+    "train-00000.parquet.json": RECORD,
+    "state.json": STATE,
+}
+TEXTS = {
+    "arguments": ["\n".join(command.split()) for command in COMMANDS],
+    "options.json": [json.dumps({kind: options}) for kind, options in OPTIONS.items()],
+    "table.csv": ['file,caption\na.jpg,an image\nb.jpg,"two\nlines"\n'],
+    "table.jsonl": [
+        '{"file": "a.jpg", "caption": "an image"}\n{"file": "b.jpg", "caption": null}\n'
+    ],
+    "list.csv": ["uri,more\na.jpg,1\ngs://b/c.jpg,2\n"],
+}
+TABLES: dict[str, Callable[[], bytes]] = {
+    "train-00000.parquet": shard,
+    "predictions.parquet": images,
+    "part-0.parquet": captions,
+    "table.parquet": table,
+    "list.parquet": lambda: parquet({"uri": NAMES}),
+    "listing-0.parquet": listing,
+}
+
+
+def of(name: str) -> list[bytes]:
+    """Return valid contents of the file that is called so."""
+    if name in DOCUMENTS:
+        return [json.dumps(DOCUMENTS[name]).encode()]
+    if name in TEXTS:
+        return [text.encode() for text in TEXTS[name]]
+    if name in TABLES:
+        return [TABLES[name]()]
+    if name == "a.jpg":
+        return [encoded(image(np.random.default_rng(0), 32, 24), kind) for kind in FORMATS]
+    assert name == "archive.zip"
+    return [archive(compression) for compression in COMPRESSIONS]

@@ -1,6 +1,7 @@
 """Real servers on loopback for the tests: MLflow, an emulator of Google Cloud Storage, faults
 before it, a webhook."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -17,11 +18,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
+
+from tests.helpers.http_server import Handler, serving
+from tests.helpers.warm_python import warm_python
 
 TIMEOUT = 120.0
 """Seconds in which a server must answer."""
@@ -36,14 +41,10 @@ def free_port() -> int:
 @contextlib.contextmanager
 def running(command: list[str], address: str, log: Path) -> Iterator[None]:
     """Run a server until the body ends; its output is in `log`."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("MLFLOW_", "STORAGE_"))
-    }
-    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = (
-        "false"  # eight more processes, as deploy/mlflow.yaml says
-    )
+    foreign = ("MLFLOW_", "STORAGE_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    # Without eight more processes, as deploy/mlflow.yaml says.
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     with log.open("w") as output:
         server = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -52,7 +53,7 @@ def running(command: list[str], address: str, log: Path) -> Iterator[None]:
             deadline = time.monotonic() + TIMEOUT
             while not _answers(address):
                 assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+                time.sleep(0.05)
             yield
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -70,42 +71,45 @@ def _answers(address: str) -> bool:
     return True
 
 
+@cache
+def _empty_database() -> bytes:
+    """Return MLflow's tables in SQLite, whose making takes two seconds."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+        return Path(folder, "mlflow.db").read_bytes()
+
+
+def empty_store(folder: Path) -> str:
+    """Return the URI of a new MLflow store, FOLDER/mlflow.db."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mlflow.db").write_bytes(_empty_database())
+    return f"sqlite:///{folder}/mlflow.db"
+
+
 @contextlib.contextmanager
 def mlflow_server(
     folder: Path, store: str | None = None, port: int = 0, artifacts: str | None = None
 ) -> Iterator[str]:
     """Yield the address of an MLflow server, its store and its artifacts by default in `folder`."""
     port = port or free_port()
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    command += [
-        "--backend-store-uri",
-        store or f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        artifacts or str(folder / "art"),
-    ]
-    with running(command, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
-        yield f"http://127.0.0.1:{port}"
+    if store is None:
+        exists = (folder / "mlflow.db").exists()
+        store = f"sqlite:///{folder}/mlflow.db" if exists else empty_store(folder)
+    command = f"{warm_python()} -m mlflow server --host 127.0.0.1 --port {port} --workers 1"
+    stores = ["--backend-store-uri", store]
+    stores += ["--artifacts-destination", artifacts or str(folder / "art")]
+    address = f"http://127.0.0.1:{port}"
+    with running([*command.split(), *stores], f"{address}/health", folder / "mlflow.log"):
+        yield address
 
 
 def postgres_programs() -> Path | None:
     """Return the folder with PostgreSQL's programs, or None."""
     initdb = shutil.which("initdb")
-    folders = [
-        *([Path(initdb).resolve().parent] if initdb else []),
-        *sorted(Path("/usr/lib/postgresql").glob("*/bin")),
-    ]
+    folders = [Path(initdb).resolve().parent] if initdb else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     return next((folder for folder in folders if (folder / "initdb").exists()), None)
 
 
@@ -120,9 +124,8 @@ def postgres_server(programs: Path) -> Iterator[str]:
 
         def run(program: str, *arguments: str) -> None:
             command = [str(programs / program), "-D", data, *arguments]
-            subprocess.run(
-                command, check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL, timeout=120
-            )
+            options = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
+            subprocess.run(command, check=True, timeout=120, **options)
 
         run("initdb", "--auth=trust", "--username=mlflow", "--encoding=UTF8", "--locale=C")
         run("pg_ctl", "--wait", f"--options={options}", f"--log={folder}/log", "start")
@@ -132,6 +135,8 @@ def postgres_server(programs: Path) -> Iterator[str]:
             run("pg_ctl", "--wait", "--mode=immediate", "stop")
 
 
+OF_A_CONNECTION = {"content-length", "transfer-encoding", "connection", "date", "server"}
+"""Headers that a proxy does not pass on."""
 Answer = tuple[int, list[tuple[str, str]], bytes]
 """Status, headers and content."""
 
@@ -150,7 +155,7 @@ class Faults:
         """Until when everything fails, and the share of answers that break off in their middle."""
         self.authorization: str | None = None
         """What a request must prove itself with; without it, it is answered 401."""
-        self.failed = self.stop_request = self.broken_off = self.outdated = 0
+        self.failed = self.broken_off = self.outdated = 0
         self.stale = 0.0
         """Seconds for which a bucket's listing is answered as it was first asked for."""
         self._listings: dict[str, tuple[float, Answer]] = {}
@@ -181,7 +186,6 @@ class Faults:
     def next(self) -> int | None:
         """Return how the next request fails: a status, 0 for a broken connection, or None if it
         does not."""
-        self.stop_request += 1
         down = time.monotonic() < self.down_until
         if not down and self.rng.random() >= self.share:
             return None
@@ -195,26 +199,23 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
     host, port = target.removeprefix("http://").split(":")
     one_by_one = threading.Lock()  # as the emulator serves: it loses what waits longer
 
-    class Handler(BaseHTTPRequestHandler):
+    class Proxy(Handler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True  # else each answer waits for 40 ms
 
         def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = faults.next()
+            body, fault = self.body(), faults.next()
             if faults.authorization not in (None, self.headers.get("Authorization")):
                 fault = 401
             if fault == 0:
                 self.close_connection = True
                 self.connection.close()
-                return
-            if fault is not None:
-                self.answer(fault, [], b"out of order")
-                return
-            is_listing = self.command == "GET" and self.path.partition("?")[0].endswith("/o")
-            self.answer(
-                *faults.listed(self.path, lambda: self.ask(body)) if is_listing else self.ask(body)
-            )
+            elif fault is not None:
+                self.reply(fault, b"out of order")
+            elif self.command == "GET" and self.path.partition("?")[0].endswith("/o"):
+                self.answer(*faults.listed(self.path, lambda: self.ask(body)))
+            else:
+                self.answer(*self.ask(body))
 
         def ask(self, body: bytes) -> Answer:
             onward = http.client.HTTPConnection(host, int(port), timeout=60)
@@ -228,30 +229,20 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
             finally:
                 onward.close()
             headers = [
-                (name, value.replace(target, address)) for name, value in answer.getheaders()
+                (name, value.replace(target, address))
+                for name, value in answer.getheaders()
+                if name.lower() not in OF_A_CONNECTION
             ]
             return answer.status, headers, content.replace(target.encode(), address.encode())
 
         do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = forward
 
         def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
-            self.send_response(status)
-            for name, value in headers:
-                if name.lower() not in (
-                    "content-length",
-                    "transfer-encoding",
-                    "connection",
-                    "date",
-                    "server",
-                ):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            breaks = self.command == "GET" and len(content) > 1 and faults.breaks_off()
-            with contextlib.suppress(BrokenPipeError):
-                self.wfile.write(content[: len(content) // 2] if breaks else content)
-            if breaks:
+            length = len(content)
+            if self.command == "GET" and length > 1 and faults.breaks_off():
                 self.close_connection = True
+                content = content[: length // 2]
+            self.reply(status, content, headers, length)
 
         def handle_one_request(self) -> None:
             try:
@@ -259,20 +250,8 @@ def faulty_proxy(target: str, faults: Faults) -> Iterator[str]:
             except (ConnectionError, ValueError):  # closed on purpose, here or there
                 self.close_connection = True
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Proxy(ThreadingHTTPServer):
-        request_queue_size = 128  # of five, others are lost, and tried again after a second
-
-    proxy = Proxy(("127.0.0.1", 0), Handler)
-    address = f"http://127.0.0.1:{proxy.server_port}"
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    try:
+    with serving(Proxy) as address:
         yield address
-    finally:
-        proxy.shutdown()
-        proxy.server_close()
 
 
 @contextlib.contextmanager
@@ -283,24 +262,13 @@ def gcs_emulator(
     memory."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    program = str(Path(sys.executable).parent / "gcp-storage-emulator")
-    command = [
-        program,
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--in-memory",
-        "--default-bucket",
-        bucket,
-    ]
+    program = Path(sys.executable).parent / "gcp-storage-emulator"
+    command = f"{program} start --host 127.0.0.1 --port {port} --in-memory --default-bucket"
     emulator = f"http://127.0.0.1:{port}"
     with (
-        running(command, emulator, folder / "gcs.log"),
-        faulty_proxy(
-            emulator, faults or Faults(0.0, seed=0)
-        ) as address,  # without one, it loses requests
+        running([*command.split(), bucket], emulator, folder / "gcs.log"),
+        # Without a proxy, the emulator loses requests.
+        faulty_proxy(emulator, faults or Faults(0.0, seed=0)) as address,
     ):
         # Without the second, gcsfs asks for a kind of bucket that emulators lack, and waits 30
         # seconds for an answer.
@@ -311,26 +279,15 @@ def gcs_emulator(
 def s3_server(bucket: str, folder: Path) -> Iterator[dict[str, str]]:
     """Yield the environment in which s3://`bucket` is one that a server on loopback holds in
     memory."""
-    address = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "moto.server",
-        "-H",
-        "127.0.0.1",
-        "-p",
-        address.rpartition(":")[2],
-    ]
-    # The three that a cluster's secret holds, and no region.
-    environment = {
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-    }
+    command = f"{warm_python()} -m moto.server -H 127.0.0.1 -p {port}".split()
+    # What a cluster's secret holds, and no region.
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     with running(command, f"{address}/moto-api/", folder / "s3.log"):
         urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
-        yield environment
+        yield {"AWS_ENDPOINT_URL": address, **keys}
 
 
 STORES = {"gs": gcs_emulator, "s3": s3_server}
@@ -338,76 +295,69 @@ STORES = {"gs": gcs_emulator, "s3": s3_server}
 
 
 @contextlib.contextmanager
-def store(scheme: str, bucket: str, folder: Path) -> Iterator[fsspec.AbstractFileSystem]:
-    """Yield the file system of an emulated bucket, for this process and those that it starts."""
-    with STORES[scheme](bucket, folder) as environment, pytest.MonkeyPatch.context() as patch:
-        for variable, value in environment.items():
-            patch.setenv(variable, value)
+def using(
+    environment: contextlib.AbstractContextManager[dict[str, str]], scheme: str
+) -> Iterator[None]:
+    """Let this process, and those that it starts, use an emulated store."""
+    with environment as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
         fsspec.get_filesystem_class(scheme).clear_instance_cache()
-        yield fsspec.filesystem(scheme, use_listings_cache=False)
+        yield
     fsspec.get_filesystem_class(scheme).clear_instance_cache()
 
 
 @contextlib.contextmanager
-def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.AbstractFileSystem]:
-    """Yield the file system of an emulated bucket, its content in `folder`, that fails as told."""
-    import gcsfs
+def store(scheme: str, bucket: str, folder: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """Yield the file system of an emulated bucket, for this process and those that it starts."""
+    with using(STORES[scheme](bucket, folder), scheme):
+        yield fsspec.filesystem(scheme, use_listings_cache=False)
 
-    with gcs_emulator(name, folder, faults) as environment, pytest.MonkeyPatch.context() as patch:
-        for variable, value in environment.items():
-            patch.setenv(variable, value)
-        gcsfs.GCSFileSystem.clear_instance_cache()
+
+@contextlib.contextmanager
+def faulty_bucket(name: str, folder: Path, faults: Faults) -> Iterator[fsspec.AbstractFileSystem]:
+    """Yield the file system of an emulated bucket that fails as `faults` say."""
+    sleep = asyncio.sleep
+    quickly = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 50))
+    with using(gcs_emulator(name, folder, faults), "gs"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gcsfs.retry.asyncio", quickly)  # its six attempts would take half a minute
         yield fsspec.filesystem("gs")
         faults.share = 0.0
-    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def put_folder(fs: fsspec.AbstractFileSystem, folder: Path, path: str) -> None:
+    """Write a folder's files to `path` in a bucket."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            fs.pipe_file(f"{path}/{file.relative_to(folder)}", file.read_bytes())
 
 
 @contextlib.contextmanager
 def refusing(status: int = 403, content: bytes = b"") -> Iterator[tuple[str, list[str]]]:
-    """Yield the address of a server that answers everything with a status, and the proofs of those
-    who asked."""
+    """Yield the address of a server that answers everything with a status, and the `Authorization`
+    of each request."""
     proofs: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Refusing(Handler):
         def refuse(self) -> None:
             proofs.append(self.headers.get("Authorization", ""))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else content)
+            self.reply(status, content)
 
         do_GET = do_HEAD = do_POST = refuse
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_port}", proofs
-    finally:
-        listener.shutdown()
-        listener.server_close()
+    with serving(Refusing) as address:
+        yield address, proofs
 
 
 @contextlib.contextmanager
 def webhook() -> Iterator[tuple[str, list[dict]]]:
-    """Yield the address of a webhook, and what it has been told."""
-    told: list[dict] = []
+    """Yield the address of a webhook, and the documents that were posted to it."""
+    posts: list[dict] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Webhook(Handler):
         def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+            posts.append(json.loads(self.body()))
+            self.reply()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.server_port}/s3cret", told
-    finally:
-        listener.shutdown()
-        listener.server_close()
+    with serving(Webhook) as address:
+        yield f"{address}/s3cret", posts

@@ -4,15 +4,8 @@ import pytest
 
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 
-NAMES = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_EXPERIMENT_ID",
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_RUN_ID",
-    "MLFLOW_UI_URL",
-    "KFP_RUN_ID",
-    "WEBHOOK_URL",
-)
+NAMES = ["MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"]
+NAMES += ["MLFLOW_UI_URL", "KFP_RUN_ID", "WEBHOOK_URL"]
 """Variables that a step may have."""
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
 from kfp import dsl
 
@@ -18,6 +17,7 @@ from components.train.component import train
 from model_lib.data.shards import read_manifest
 from model_lib.steps.artifacts import set_metadata
 from model_lib.steps.candidates import configure_candidates
+from tests.helpers.batches import read_output
 from tests.helpers.in_s3 import WORKFLOW, cloud
 from tests.helpers.kfp_server import take_output
 
@@ -29,23 +29,14 @@ def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(
 ) -> None:
     with cloud(scenes, tmp_path) as services:
         services.fs.put(f"{saved_model}/", "bucket/model/", recursive=True)
-        arguments = {
-            "caption_images": "s3://bucket/scenes/val2017",
-            "caption_output": "s3://bucket/captions",
-            "caption_model": "s3://bucket/model",
-        }
+        names = {"images": "scenes/val2017", "output": "captions", "model": "model"}
+        arguments = {f"caption_{name}": f"s3://bucket/{path}" for name, path in names.items()}
         _, outputs = services.run("caption_bucket", arguments)
-        parts = services.fs.glob("bucket/captions/*/captions/*.parquet")
-        rows = [
-            row
-            for part in parts
-            for row in pq.ParquetFile(services.fs.open(part)).read().to_pylist()
-        ]
-        assert len(parts) == 1 and [row["status"] for row in rows] == ["ok"] * 12
+        rows = read_output("bucket/captions", services.fs)
+        assert [row["status"] for row in rows] == ["ok"] * 12
         assert services.runs() == {WORKFLOW: "FINISHED"}
-        assert [(post["state"], post["run"]) for post in services.notifications] == [
-            ("SUCCEEDED", WORKFLOW)
-        ]
+        (post,) = services.notifications
+        assert (post["state"], post["run"]) == ("SUCCEEDED", WORKFLOW)
     assert set(outputs) >= {"plan", "caption", "merge"}
     (summary,) = outputs["merge"].artifacts["summary"].artifacts
     assert Path(summary.uri).is_file()
@@ -56,15 +47,9 @@ def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
 ) -> None:
     """Of the other steps, those that write artifacts have nothing of MLflow in them, or need it."""
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
-    candidates = [{"name": "one", "epochs": 1}]
-    (candidate,) = configure_candidates(
-        str(data),
-        read_manifest(str(data)).fingerprint,
-        str(tmp_path),
-        "",
-        candidates,
-        preset="tiny",
-    )
+    fingerprint, candidates = read_manifest(str(data)).fingerprint, [{"name": "one", "epochs": 1}]
+    sources = (str(data), fingerprint, str(tmp_path), "")
+    (candidate,) = configure_candidates(*sources, candidates, preset="tiny")
     root = tmp_path / "root"
     artifacts = {name: kind(uri=str(root / name)) for name, kind in KINDS.items()}
     for artifact in artifacts.values():
@@ -83,9 +68,8 @@ def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
 def test_what_kubeflow_refuses_is_left_out_of_metadata() -> None:
     artifact = SimpleNamespace(metadata={})
     nan, infinity = float("nan"), float("inf")
-    set_metadata(
-        artifact, a=1, b=None, c=nan, d={"e": -infinity, "f": [None, 2.5, (nan, "x")]}, g=False
-    )
+    nested = {"e": -infinity, "f": [None, 2.5, (nan, "x")]}
+    set_metadata(artifact, a=1, b=None, c=nan, d=nested, g=False)
     assert artifact.metadata == {"a": 1, "d": {"f": [2.5, ["x"]]}, "g": False}
 
 

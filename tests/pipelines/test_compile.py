@@ -2,13 +2,13 @@
 be."""
 
 import ast
-import importlib
 import inspect
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +21,24 @@ from model_lib.evaluate.config import EvaluateConfig
 from model_lib.ingest.config import IngestConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
-from pipelines import caption_bucket, train_captioner
 from pipelines.compile import CompileConfig, compile_all
 from tests.helpers.kfp_server import parse_strictly
 
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"
 NAMES = ["train_captioner", "caption_bucket"]
-DESCRIPTIONS = {
-    "train_captioner": train_captioner.DESCRIPTION,
-    "caption_bucket": caption_bucket.DESCRIPTION,
-}
-STAGES = {
-    "data": IngestConfig,
-    "train": TrainConfig,
-    "eval": EvaluateConfig,
-    "register": RegisterConfig,
-    "caption": BatchConfig,
-}
+DESCRIPTIONS = {name: import_module(f"pipelines.{name}").DESCRIPTION for name in NAMES}
+STAGES = {"data": IngestConfig, "train": TrainConfig, "eval": EvaluateConfig}
+STAGES |= {"register": RegisterConfig, "caption": BatchConfig}
 PIPELINES_OWN = {"train_candidates", "train_nodes", "train_cache_key", "train_checkpoint_uri"}
 PIPELINES_OWN |= {"data_dataset", "data_output", "caption_model", "caption_options"}
-CLUSTERS = {
-    "gpu_resource",
-    "gpu_count",
-    "gpu_node_selector",
-    "gpu_tolerations",
-    "secret_name",
-    "secret_keys",
-}
+CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations"}
+CLUSTERS |= {"secret_name", "secret_keys"}
 ON_GPU = {"train", "evaluate", "evaluate-champion", "caption"}
 CACHED = {"train", "train-job", "evaluate"}
-STEPS = {
-    "train_captioner": {
-        *(
-            "preflight",
-            "ingest",
-            "evaluate-champion",
-            "candidates",
-            "train",
-            "train-job",
-            "evaluate",
-            "register",
-        ),
-        *("plan", "caption", "merge", "close"),
-    },
-    "caption_bucket": {"preflight", "plan", "caption", "merge", "close"},
-}
+STEPS = {name: {"preflight", "plan", "caption", "merge", "close"} for name in NAMES}
+STEPS["train_captioner"] |= {"ingest", "evaluate-champion", "candidates", "train", "train-job"}
+STEPS["train_captioner"] |= {"evaluate", "register"}
 
 
 def compiled(name: str) -> tuple[Any, dict[str, Any]]:
@@ -87,12 +59,9 @@ def containers(spec: Any) -> dict[str, dict[str, Any]]:
 
 def tasks(spec: Any) -> dict[str, Any]:
     """Return every task that runs a container, by name."""
-    every = {name: task for dag, _ in dags(spec) for name, task in dag.tasks.items()}
-    return {
-        name: task
-        for name, task in every.items()
-        if not spec.components[task.component_ref.name].HasField("dag")
-    }
+    every = [pair for dag, _ in dags(spec) for pair in dag.tasks.items()]
+    graphs = {name for name, component in spec.components.items() if component.HasField("dag")}
+    return {name: task for name, task in every if task.component_ref.name not in graphs}
 
 
 def test_the_committed_yaml_is_what_the_code_compiles_to(tmp_path: Path) -> None:
@@ -162,10 +131,8 @@ def test_evaluate_waits_for_whichever_step_trained() -> None:
     (loop,) = [dag for dag, _ in dags(spec) if "evaluate" in dag.tasks]
     (branches,) = loop.tasks["evaluate"].dependent_tasks
     inner = spec.components[loop.tasks[branches].component_ref.name].dag.tasks
-    trainings = [
-        spec.components[task.component_ref.name].dag.tasks.keys() for task in inner.values()
-    ]
-    assert sorted(name for names in trainings for name in names) == ["train", "train-job"]
+    steps = [spec.components[task.component_ref.name].dag.tasks for task in inner.values()]
+    assert sorted(name for names in steps for name in names) == ["train", "train-job"]
 
 
 def test_preflight_has_time_for_its_image_to_be_pulled() -> None:
@@ -262,40 +229,26 @@ def test_secrets_are_named_and_never_held(name: str, tmp_path: Path) -> None:
     """No parameter asks for a secret's value, and none that lies about in the environment gets into
     the YAML."""
     spec, configs = compiled(name)
-    keys = {
-        pair.env_var
-        for config in configs.values()
-        for env in config.secret_as_env
-        for pair in env.key_to_env
-    }
+    secrets = [env for config in configs.values() for env in config.secret_as_env]
+    keys = {pair.env_var for env in secrets for pair in env.key_to_env}
     assert {"CAPTIONER_MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY"} <= keys
     assert {"WEBHOOK_URL", "HF_TOKEN"} <= keys
     # A server with its MLflow plugin sets these itself; a pod that has one twice is refused.
     assert not {key for key in keys if key.startswith("MLFLOW_")}
     # Whatever a run may require of the secret, the step that checks it sees.
-    seen = {
-        pair.secret_key
-        for env in configs["exec-preflight"].secret_as_env
-        for pair in env.key_to_env
-    }
+    checked = configs["exec-preflight"].secret_as_env
+    seen = {pair.secret_key for env in checked for pair in env.key_to_env}
     assert {key.removeprefix("CAPTIONER_") for key in keys} == seen
-    secret = re.compile(
-        "password|token$|secret|credential|webhook|access_key|api_key", re.IGNORECASE
-    )
+    secret = re.compile("password|token$|secret|credential|webhook|access_key|api_key")
     assert {p for p in parameters(name) if secret.search(p)} == {"secret_name", "secret_keys"}
-    for config in configs.values():
-        for env in config.secret_as_env:
-            assert env.optional, (
-                "a missing key is for the preflight to say, not for a pod that never starts"
-            )
-            assert env.secret_name_parameter.component_input_parameter.endswith("secret_name")
+    for env in secrets:
+        assert env.optional, "a missing key is for the preflight to say; a pod would never start"
+        assert env.secret_name_parameter.component_input_parameter.endswith("secret_name")
     assert not any("env" in container for container in containers(spec).values())
 
-    planted = {key: f"planted-{number}" for number, key in enumerate(sorted(keys))}
+    environment = {**os.environ, **dict.fromkeys(keys, "planted-secret")}
     command = [sys.executable, "-m", "model_lib", "compile", "--output", str(tmp_path)]
-    subprocess.run(
-        command, env={**os.environ, **planted}, cwd=ROOT, check=True, capture_output=True
-    )
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
     text = (tmp_path / f"{name}.yaml").read_text()
     assert "planted-" not in text and text == (COMPILED / f"{name}.yaml").read_text()
 
@@ -304,7 +257,7 @@ def test_secrets_are_named_and_never_held(name: str, tmp_path: Path) -> None:
 def test_components_hold_no_logic(stage: str) -> None:
     """A component's body is one call of the library: no branch, and it ends in one line."""
     stage = stage.replace("-", "_")
-    component = getattr(importlib.import_module(f"components.{stage}.component"), stage)
+    component = getattr(import_module(f"components.{stage}.component"), stage)
     (function,) = ast.parse(inspect.getsource(component.python_func)).body
     logic = ast.If | ast.While | ast.Try | ast.ClassDef | ast.Lambda
     assert not any(isinstance(node, logic) for node in ast.walk(function))
@@ -317,25 +270,20 @@ def test_every_step_knows_its_run_and_its_workflow(name: str) -> None:
     """A scheduled run's name is empty (KFP 2.17): then it is called after its workflow."""
     for config in compiled(name)[1].values():
         fields = {row.name: row.field_path for row in config.field_path_as_env}
-        assert fields == {
-            "KFP_RUN_ID": "metadata.labels['pipeline/runid']",
-            "KFP_WORKFLOW": "metadata.labels['workflows.argoproj.io/workflow']",
-        }
+        labels = {"KFP_RUN_ID": "pipeline/runid", "KFP_WORKFLOW": "workflows.argoproj.io/workflow"}
+        assert fields == {name: f"metadata.labels['{label}']" for name, label in labels.items()}
 
 
 def test_images_come_by_digest_from_the_lock(tmp_path: Path) -> None:
     """What make push writes is what the compiled pipelines run."""
+    digest = f"@sha256:{7:064x}"
     names = ("core", "model", "evaluate")
-    lock = {
-        name: f"registry.example/captioner-{name}@sha256:{number:064x}"
-        for number, name in enumerate(names)
-    }
+    lock = {name: f"registry.example/captioner-{name}{digest}" for name in names}
     for package in ("components", "model_lib", "pipelines"):
         shutil.copytree(ROOT / package, tmp_path / package)
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "images.lock").write_text(
-        "# made\n" + "".join(f"{k} {v}\n" for k, v in lock.items())
-    )
+    lines = ["# made", *(f"{name} {image}" for name, image in lock.items())]
+    (tmp_path / "images" / "images.lock").write_text("\n".join(lines))
     code = "from pipelines.compile import *; compile_all(CompileConfig(output='out'))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)

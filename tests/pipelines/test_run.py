@@ -17,8 +17,10 @@ from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.run import RunConfig, dataset_or_scenes, validation_images
 from tests.conftest import zipped
-from tests.helpers.evaluations import evaluated
+from tests.helpers.coco_files import write_captions
+from tests.helpers.evaluations import write_evaluation
 from tests.helpers.kfp_server import take_output
+from tests.helpers.services import empty_store
 
 Run = Callable[..., CompletedProcess]
 RUN = ("run", "--workdir", "work", "--scenes", "48", "--num_beams", "1")
@@ -48,27 +50,28 @@ def test_from_scenes_to_captions_by_the_better_of_winner_and_champion(
     captioner: Run, saved_model: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    evaluated(0.1, "untrained", model=str(saved_model)).write(str(tmp_path / "evaluated"), "")
+    empty_store(work)
+    evaluation = write_evaluation(tmp_path, 0.1, "untrained", model=saved_model)
     tracking = require_mlflow(tracking_from_environment(str(work)))
-    register(RegisterConfig(evaluations=(str(tmp_path / "evaluated"),)), tracking)
+    register(RegisterConfig(evaluations=(evaluation,)), tracking)
 
     # Several candidates: make soak, make test-containers.
     done = captioner(*RUN, "--epochs=2", "--candidates", '[{"name": "fast"}]')
     assert done.returncode == 0, done.stderr
     for step in ("ingest", "train", "evaluate", "register", "caption"):
         assert f"step {step}" in done.stderr, done.stderr
-    for words in (
-        "Images      48 to train on, 48 to evaluate on; quarantined: none",
+    lines = ["Images      48 to train on, 48 to evaluate on; quarantined: none"]
+    lines += ["Winner      fast, version 2, is the champion now:", "Captions    48 of 48 images"]
+    words = [
         "CIDEr shuffled",
-        "Winner      fast, version 2, is the champion now:",
         "fast has CIDEr",
         "the champion 0.0",
-        "Captions    48 of 48 images",
         "Report",
         "Parquet",
         "mlflow ui",
-    ):
-        assert words in done.stdout, (words, done.stdout)
+    ]
+    for text in (*lines, *words):
+        assert text in done.stdout, done.stdout
     model = Captioner.from_pretrained(str(work / "best"))
     assert model.training_record["name"] == "fast"
     assert generate_caption(model, work / "scenes" / "val2017" / "000000000001.jpg") is not None
@@ -134,26 +137,21 @@ def test_the_validation_images_of_an_archive_are_unpacked_for_captioning(
     assert folder.is_relative_to(tmp_path / "work") and not list(tmp_path.rglob("outside.jpg"))
     written = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))]
     assert validation_images(dataset, tmp_path / "work") == str(folder)
-    assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written, (
-        "or all is captioned again"
-    )
+    # What is written again is captioned again.
+    assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written
     assert validation_images(str(scenes), tmp_path / "work") == str(scenes / "val2017")
 
 
 def test_a_data_set_without_a_usable_image_is_refused_in_one_line(
     captioner: Run, tmp_path: Path
 ) -> None:
-    for split in ("train", "val"):
-        (tmp_path / "set" / f"{split}2017").mkdir(parents=True)
-        (tmp_path / "set" / f"{split}2017" / "a.jpg").write_bytes(b"no image")
-        document = {
-            "images": [{"id": 1, "file_name": "a.jpg"}],
-            "annotations": [{"id": 1, "image_id": 1, "caption": "a scene"}],
-        }
-        (tmp_path / "set" / "annotations").mkdir(exist_ok=True)
-        (tmp_path / "set" / "annotations" / f"captions_{split}2017.json").write_text(
-            json.dumps(document)
-        )
+    empty_store(tmp_path / "work")
+    annotations = tmp_path / "set" / "annotations"
+    annotations.mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (tmp_path / "set" / split).mkdir()
+        (tmp_path / "set" / split / "a.jpg").write_bytes(b"no image")
+        write_captions(annotations / f"captions_{split}.json", [(1, "a.jpg")])
     done = captioner("run", "--dataset", "set", "--workdir", "work")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

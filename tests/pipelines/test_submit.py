@@ -4,10 +4,8 @@ does."""
 import contextlib
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 from model_lib import UserError
 from pipelines import following, submit
 from pipelines.submit import COMPILED
+from tests.helpers.http_server import Handler, serving
 from tests.helpers.kfp_server import KfpServer
 
 Run = Callable[..., CompletedProcess]
@@ -94,13 +93,9 @@ def test_waiting_follows_the_run_to_its_end(end: str, code: int, capfd: Any) -> 
     assert is_explained == (end == "FAILED")
 
 
-LAUNCHER = (
-    "E1127 12:00:00.000000      42 launcher_v2.go:473] Component failed to execute successfully: "
-    "exit status 2"
-)
+LAUNCHER = "E1127 12:00:00.000000      42 launcher_v2.go:473] Component failed to execute "
+LAUNCHER += "successfully: exit status 2"
 DRIVER = "F1127 12:00:00.000000      13 main.go:127] KFP driver: driver.Container(...) failed"
-
-
 OWN = "captioner: error: a: not there"
 PROGRAM = ["Traceback …", "ImportError: torch", LAUNCHER]
 
@@ -207,23 +202,14 @@ def leading_to(elsewhere: str | None) -> Iterator[tuple[str, list[Message]]]:
     headers that it got."""
     got: list[Message] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Leading(Handler):
         def do_GET(self) -> None:
             got.append(self.headers)
-            self.send_response(302 if elsewhere else 200)
-            if elsewhere:
-                self.send_header("Location", f"{elsewhere}/sign-in")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            location = [("Location", f"{elsewhere}/sign-in")] if elsewhere else []
+            self.reply(302 if elsewhere else 200, headers=location)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", got
-    server.shutdown()
-    server.server_close()
+    with serving(Leading) as address:
+        yield address, got
 
 
 def test_a_token_goes_to_the_server_that_was_named_and_not_where_that_leads_to(
@@ -241,17 +227,9 @@ def test_a_token_goes_to_the_server_that_was_named_and_not_where_that_leads_to(
         (("--param", "caption_imags=x"), ["caption_imags", "caption_images"]),
         (("--param", "caption_images"), ["NAME=VALUE"]),
         ((), ["--param caption_images=…", "--param caption_output=…"]),
-        (
-            (*PARAMETERS, "--param", "caption_num_beams=many"),
-            ["caption_num_beams", "number integer"],
-        ),
-        (
-            (*PARAMETERS, "--param", "caption_num_beams=1.5"),
-            ["caption_num_beams", "number integer"],
-        ),
-        (
-            (*PARAMETERS, "--param", "caption_num_beams=true"),
-            ["caption_num_beams", "number integer"],
+        *(
+            ((*PARAMETERS, f"--param=caption_num_beams={value}"), ["num_beams", "number integer"])
+            for value in ("many", "1.5", "true")
         ),
         ((*PARAMETERS, "--param", "gpu_tolerations={}"), ["gpu_tolerations", "list"]),
         ((*PARAMETERS, "--auth", "iap"), ["--client_id"]),

@@ -4,7 +4,6 @@ again."""
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from model_lib.registry.registry import champion_version, register
 from model_lib.registry.versions import rollback
 from model_lib.tracking.server import MlflowTracking, require_mlflow, tracking_from_environment
 from tests.helpers.evaluations import write_evaluation
+from tests.helpers.services import empty_store
+from tests.helpers.warm_python import warm_python
 
 KILLED = """
 import os, signal, sys
@@ -39,7 +40,7 @@ registry.register(RegisterConfig(evaluations=(sys.argv[2],)), tracking_from_envi
 @pytest.fixture()
 def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowTracking:
     monkeypatch.setattr("model_lib.registry.registry.SETTLE", 0.0)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", empty_store(tmp_path))
     return require_mlflow(tracking_from_environment())
 
 
@@ -90,7 +91,7 @@ def test_a_registration_that_was_killed_goes_on_with_its_version(
     saved_model: Path, tracking: MlflowTracking, tmp_path: Path, moment: str, present: str | None
 ) -> None:
     evaluation = write_evaluation(tmp_path, 0.5, "first", model=saved_model)
-    command = [sys.executable, "-c", KILLED, moment, evaluation]
+    command = [warm_python(), "-c", KILLED, moment, evaluation]
     process = subprocess.run(command, env=dict(os.environ), timeout=120)
     assert process.returncode == -signal.SIGKILL
     assert champion_version(tracking.uri) == present

@@ -24,13 +24,14 @@ from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
+from tests.helpers.services import empty_store
 from tests.helpers.tracked import step
 
 
 @pytest.fixture()
 def tracking(tmp_path: Path, environment: pytest.MonkeyPatch) -> MlflowTracking:
     environment.setattr("model_lib.registry.registry.SETTLE", 0.0)
-    return step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    return step(environment, MLFLOW_TRACKING_URI=empty_store(tmp_path))
 
 
 def candidate(data: Path, folder: Path, tracking: MlflowTracking, name: str, epochs: int) -> str:

@@ -25,7 +25,8 @@ from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
 from tests.helpers.evaluations import write_evaluation
 from tests.helpers.http_server import website
-from tests.helpers.services import free_port, running
+from tests.helpers.services import empty_store, free_port, running
+from tests.helpers.warm_python import warm_python
 
 PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
 
@@ -35,7 +36,7 @@ def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """An embedded store in which the small captioner is champion; its tracking URI."""
     folder = tmp_path_factory.mktemp("registry")
     evaluation = write_evaluation(folder, 0.5, "small", model=saved_model, packages=PACKAGES)
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = empty_store(folder)
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("captioner", artifact_location=str(folder / "artifacts"))
     register(RegisterConfig(evaluations=(evaluation,)), MlflowTracking(uri, experiment))
@@ -154,7 +155,7 @@ def served(registry: str, web: str, tmp_path_factory: pytest.TempPathFactory) ->
         f"PATH={Path(sys.executable).parent}:/usr/bin:/bin",
     ]
     serve = "-m mlflow models serve --model-uri models:/captioner@champion --env-manager local"
-    command = ["env", *environment, sys.executable, *serve.split()]
+    command = ["env", *environment, warm_python(), *serve.split()]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path_factory.mktemp("served") / "serve.log"
     with running(command, f"http://127.0.0.1:{port}/ping", log):

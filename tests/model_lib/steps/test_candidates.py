@@ -16,6 +16,7 @@ from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from tests.helpers.evaluations import write_evaluation
+from tests.helpers.services import empty_store
 
 Registers = Callable[..., str]
 
@@ -24,8 +25,9 @@ Registers = Callable[..., str]
 def store(tmp_path: Path, environment: pytest.MonkeyPatch) -> mlflow.MlflowClient:
     """A registry of its own, which the environment names."""
     environment.setattr("model_lib.registry.registry.SETTLE", 0.0)
-    environment.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    uri = empty_store(tmp_path)
+    environment.setenv("MLFLOW_TRACKING_URI", uri)
+    return mlflow.MlflowClient(uri)
 
 
 @pytest.fixture()

@@ -4,7 +4,6 @@ happens."""
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,8 +21,9 @@ from model_lib.tracking.server import (
     require_mlflow,
     tracking_from_environment,
 )
-from tests.helpers.services import mlflow_server, postgres_programs, postgres_server
+from tests.helpers.services import empty_store, mlflow_server, postgres_programs, postgres_server
 from tests.helpers.tracked import step
+from tests.helpers.warm_python import warm_python
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_killed_candidate_goes_on_in_a_retry_and_in_another_pipeline_run(
 
     def killed_at(step: int) -> str:
         """Let a process start or resume the candidate, and die; return its run."""
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "key-of-killed"), str(step)]
+        command = [warm_python(), "-c", KILLED, str(tmp_path / "key-of-killed"), str(step)]
         process = subprocess.run(command, env=dict(os.environ), timeout=120)
         assert process.returncode == -signal.SIGKILL
         condition = "tags.`captioner.run` = 'key-of-killed'"
@@ -250,7 +250,7 @@ def test_links_lead_where_people_see_mlflow(
     assert tracking.run_url("r") == f"{ui}/#/experiments/{tracking.experiment_id}/runs/r"
     environment.delenv("MLFLOW_UI_URL")
     environment.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
-    tracking = step(environment, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    tracking = step(environment, MLFLOW_TRACKING_URI=empty_store(tmp_path))
     assert tracking.run_url("r") is None
 
 

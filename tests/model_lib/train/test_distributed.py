@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from model_lib.tracking.server import MlflowTracking, tracking_from_environment
 from model_lib.train.distributed import World
 from model_lib.train.training import train
-from tests.helpers.commands import run as run_command
 from tests.helpers.training import curves, newest_step, same_best
 from tests.helpers.training import train_config as config
+from tests.helpers.warm_python import warm_python
 
 OPTIONS = {
     "epochs": 3,
@@ -82,11 +82,12 @@ def workers(run: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def two(commands: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
     output = tmp_path_factory.mktemp("two") / "run"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
-    done = run_command(command(data, output, "--processes=2")[2:], output.parent, environment, "")
+    words = [warm_python(), *command(data, output, "--processes=2")]
+    done = subprocess.run(words, env=environment, cwd=output.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     output.with_suffix(".log").write_text(done.stderr)
     return output

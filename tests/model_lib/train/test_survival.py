@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from dataclasses import replace
@@ -34,6 +33,7 @@ from tests.helpers.training import (
     set_validation_scores,
 )
 from tests.helpers.training import train_config as config
+from tests.helpers.warm_python import warm_python
 
 NOWHERE = Position(0, 0, 0, None, 0, {}, {})
 
@@ -71,7 +71,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(
 ) -> None:
     options = ["--data", data, "--output", tmp_path / "run", "--preset", "tiny", "--epochs", "3"]
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "model_lib",
         "train",

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from model_lib.train.trainjob import Machines, job_document, job_name, require_t
 from pipelines.placement import GPU_NODES, GPU_TOLERATIONS, MLFLOW, variables
 from tests.helpers.kube_rules import POD
 from tests.helpers.kube_server import KubeServer, Machine
+from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[3]
 MACHINES = Machines(
@@ -274,7 +274,7 @@ def test_a_step_that_is_stopped_deletes_its_job_and_a_second_one_resumes(
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
     options = {name: value for name, value in options.items() if value is not None}
-    command = [sys.executable, "-c", code, json.dumps(asdict(ONE)), json.dumps(options)]
+    command = [warm_python(), "-c", code, json.dumps(asdict(ONE)), json.dumps(options)]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
         step = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
