@@ -67,9 +67,11 @@ def require_apart(training: Manifest, evaluated: Manifest, split: str) -> None:
 def _images(manifest: Manifest, split: str, by_id: bool) -> Iterator[tuple[str, list[str | int]]]:
     """Yield each image's name, and its file's digest and COCO's id, by which it is recognised."""
     for shard in manifest.shards:
-        if shard.split == split:
-            for row in read_parquet(shard.uri, COLUMNS, SHARD).to_pylist():
-                name = PurePosixPath(row["file_name"]).name
-                coco = COCO_NAME.fullmatch(name) if by_id else None
-                is_cocos = coco is not None and int(coco[1]) == row["image_id"]
-                yield row["file_name"], [row["sha256"], *([row["image_id"]] if is_cocos else [])]
+        if shard.split != split:
+            continue
+        for row in read_parquet(shard.uri, COLUMNS, SHARD).to_pylist():
+            keys = [row["sha256"]]
+            coco = COCO_NAME.fullmatch(PurePosixPath(row["file_name"]).name)
+            if by_id and coco is not None and int(coco[1]) == row["image_id"]:
+                keys.append(row["image_id"])
+            yield row["file_name"], keys

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_lib.errors import UserError, exit_code
@@ -68,12 +68,6 @@ class World:
     def share(self, items: Sequence[_Value]) -> Sequence[_Value]:
         """Return every `size`th item, from `rank` on; there may be none."""
         return items[self.rank :: self.size]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over the processes of a tensor on the device."""
-        if not self.single_process:
-            dist.all_reduce(values)
-        return values
 
     def any(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is set in any process, without waiting for the device."""

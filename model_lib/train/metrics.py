@@ -2,7 +2,6 @@
 
 import time
 
-import torch
 from torch import Tensor
 
 from model_lib.progress import INTERVAL, Progress
@@ -39,8 +38,8 @@ class MetricLogger:
 
     def log(self, measured: dict[str, Tensor | float], step: int, skipped: int) -> None:
         """Log what `TrainStep.run` returned in each process."""
-        parts = [float(measured["train_loss"]), float(measured["reward"])]
-        loss, reward = self.world.sum(torch.tensor(parts, device=self.world.device)).tolist()
+        parts = self.world.gather((float(measured["train_loss"]), float(measured["reward"])))
+        loss, reward = map(sum, zip(*parts, strict=True))
         speed = self.images / max(time.monotonic() - self.time, 1e-9)
         metrics = {
             "train_loss": loss,

@@ -65,12 +65,12 @@ class Saver(Background):
         self.start(write)
         self.step, self.time = position.step, time.monotonic()
 
-    def _write_best(self, weights: Mapping[str, Tensor], about: Any) -> None:
+    def _write_best(self, weights: Mapping[str, Tensor], record: Any) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             with store_errors(scratch, "written"):
                 self.train_step.model.save_pretrained(scratch, state_dict=weights)
             storage.upload_folder(scratch, self.best_uri)
-        storage.write_json(storage.join(self.best_uri, "training.json"), about)
+        storage.write_json(storage.join(self.best_uri, "training.json"), record)
 
     def require_room(self) -> None:
         """Raise `UserError` if the disk has no room for what the run will write."""

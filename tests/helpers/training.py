@@ -1,6 +1,7 @@
 """Runs of training in tests: their options, interruptions, and what they leave behind."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from torch import Tensor
 
 from model_lib import Captioner
-from model_lib.tracking.runs import Run, Tracking
+from model_lib.tracking.runs import NO_TRACKING, Run, Tracking
 from model_lib.train.checkpoint import Checkpoints, load
 from model_lib.train.config import TrainConfig
+from model_lib.train.loss import CrossEntropyObjective, Targets
 from model_lib.train.step import TrainStep
+from model_lib.train.training import train
 
 RECIPE: dict[str, Any] = {"dropout": 0.3, "ema": 0.9, "augment": True, "label_smoothing": 0.1}
 """Everything that is random or goes on from step to step."""
@@ -34,16 +37,48 @@ def set_validation_scores(monkeypatch: pytest.MonkeyPatch, *scores: tuple[float,
     monkeypatch.setattr("model_lib.train.validation.Validator.measure", measure)
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let training be interrupted before it takes a step."""
+def before_steps(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[TrainStep, int], object]
+) -> None:
+    """Let training call `action` with the model's `TrainStep` and the number before each step."""
     run = TrainStep.run
 
-    def interrupted(train_step: TrainStep, batch: np.ndarray, pixels: Tensor, number: int) -> dict:
+    def run_after_action(train_step: TrainStep, batch: np.ndarray, pixels: Tensor, n: int) -> dict:
+        action(train_step, n)
+        return run(train_step, batch, pixels, n)
+
+    monkeypatch.setattr(TrainStep, "run", run_after_action)
+
+
+def interrupt_at(step: int, config: TrainConfig, tracking: Tracking = NO_TRACKING) -> None:
+    """Train until a step, and be interrupted before it."""
+
+    def interrupt(_: TrainStep, number: int) -> None:
         if number == step:
             raise KeyboardInterrupt
-        return run(train_step, batch, pixels, number)
 
-    monkeypatch.setattr("model_lib.train.step.TrainStep.run", interrupted)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        before_steps(patched, interrupt)
+        train(config, tracking)
+
+
+def change_targets(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Targets, Sequence[int], int], Targets]
+) -> None:
+    """Let each training pass learn what `change` makes of its targets, images and step."""
+    make_targets = CrossEntropyObjective.make_targets
+
+    def changed(
+        objective: CrossEntropyObjective,
+        model: Captioner,
+        features: Tensor,
+        numbers: Sequence[int],
+        step: int,
+    ) -> Targets:
+        targets = make_targets(objective, model, features, numbers, step)
+        return change(targets, numbers, step)
+
+    monkeypatch.setattr(CrossEntropyObjective, "make_targets", changed)
 
 
 class Curve(Tracking, Run):

@@ -26,6 +26,10 @@ def ids(reader: SplitReader, plan: shards.BatchOrder) -> list[list[int]]:
     return [batch.image_ids for batch in reader.batches(plan)]
 
 
+def all_ids(reader: SplitReader, plan: shards.BatchOrder) -> list[int]:
+    return [image_id for batch in ids(reader, plan) for image_id in batch]
+
+
 @pytest.mark.parametrize("window", [5, 30, 4096])
 def test_each_image_comes_once_an_epoch(
     reader: SplitReader, window: int, monkeypatch: pytest.MonkeyPatch
@@ -34,9 +38,7 @@ def test_each_image_comes_once_an_epoch(
     for epoch in range(2):
         plan = reader.shuffled(10, 3, epoch, lengths(reader))
         assert sorted(map(len, plan)) == [4] + [10] * 6
-        assert sorted(image_id for batch in ids(reader, plan) for image_id in batch) == list(
-            range(1, 65)
-        )
+        assert sorted(all_ids(reader, plan)) == list(range(1, 65))
 
 
 def test_order_depends_on_seed_and_epoch_alone(reader: SplitReader) -> None:
@@ -45,9 +47,7 @@ def test_order_depends_on_seed_and_epoch_alone(reader: SplitReader) -> None:
 
     assert order(3, 1) == order(3, 1)
     assert order(3, 1) != order(3, 2) and order(3, 1) != order(4, 1)
-    assert [image_id for batch in ids(reader, reader.in_order(10)) for image_id in batch] == list(
-        range(1, 65)
-    )
+    assert all_ids(reader, reader.in_order(10)) == list(range(1, 65))
 
 
 def test_images_with_captions_of_similar_length_come_together(reader: SplitReader) -> None:
@@ -56,9 +56,8 @@ def test_images_with_captions_of_similar_length_come_together(reader: SplitReade
     def spread(plan: shards.BatchOrder) -> float:
         return float(np.mean([np.ptp(long[batch]) for batch in plan]))
 
-    assert spread(reader.shuffled(8, 0, 0, long)) < 0.5 * spread(
-        reader.shuffled(8, 0, 0, np.zeros(64))
-    )
+    unsorted = spread(reader.shuffled(8, 0, 0, np.zeros(64)))
+    assert spread(reader.shuffled(8, 0, 0, long)) < 0.5 * unsorted
 
 
 def test_batches_hold_pixels_and_captions_of_their_numbers(reader: SplitReader) -> None:
@@ -73,8 +72,8 @@ def test_a_limit_takes_the_first(data: Path) -> None:
     reader = SplitReader(read_manifest(str(data)), "train", Preprocessing(16), limit=6)
     assert ids(reader, reader.in_order(4)) == [[1, 2, 3, 4], [5, 6]]
     assert len(reader.captions()) == 6
-    seen = ids(reader, reader.shuffled(4, 0, 0, np.zeros(6)))
-    assert sorted(row_id for batch in seen for row_id in batch) == [1, 2, 3, 4, 5, 6]
+    seen = all_ids(reader, reader.shuffled(4, 0, 0, np.zeros(6)))
+    assert sorted(seen) == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_image_that_cannot_be_read_stops_the_reader_and_nothing_hangs(

