@@ -76,12 +76,7 @@ def digest(file: Path) -> str:
 
 
 class Checkpoints:
-    """The checkpoints under an output folder.
-
-    Args:
-        output: folder or URI of the run.
-        kept: number of newest ones to keep.
-    """
+    """The checkpoints under a run's output folder, of which the newest `kept` are kept."""
 
     def __init__(self, output: str, kept: int = 2) -> None:
         self.folder, self.kept = storage.join(output, "checkpoints"), kept
@@ -123,7 +118,7 @@ class Checkpoints:
         Args:
             name: "step-…"; names sort by age.
             tensors: a `TrainStep.snapshot`.
-            position: of the run.
+            position: of the run at that moment.
 
         Raises:
             WorkError: it could not be written, and those before it are untouched; or another run

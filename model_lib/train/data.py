@@ -23,14 +23,7 @@ SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 class TrainData:
-    """The training split in epochs of batches; the step alone decides what a batch holds.
-
-    Args:
-        config: of training.
-        manifest: the data set.
-        model: whose tokenizer and image size are used.
-        world: the processes that share each batch.
-    """
+    """The training split in epochs of batches; the step alone decides what a batch holds."""
 
     def __init__(
         self, config: ResolvedConfig, manifest: Manifest, model: Captioner, world: World

@@ -30,19 +30,13 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training run, and this one's rank among them.
-
-    Args:
-        device: on which this process computes.
-        rank: of this process, from 0.
-        size: number of processes.
-        local_rank: rank among the processes of this machine.
-    """
+    """The processes of a training run, and this one's rank and device among them."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    """Rank among the processes of this machine."""
 
     @property
     def is_main(self) -> bool:

@@ -38,25 +38,15 @@ class Objective(Protocol):
     def make_targets(
         self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
     ) -> Targets:
-        """Return the targets of B images with visual tokens `features` [B, S, E], on their device.
-
-        Args:
-            model: the captioner.
-            features: visual tokens.
-            numbers: of the B images.
-            step: of training.
-        """
+        """Return the targets of B images with visual tokens `features` [B, S, E], on their
+        device."""
 
     def normalizer(self, numbers: Sequence[int]) -> int:
         """Return the divisor of a batch's summed loss."""
 
 
 class CrossEntropyObjective:
-    """Makes each image's own captions likelier.
-
-    Args:
-        ids: the captions of each training image, as `encode_captions` returns them.
-    """
+    """Makes each image's own captions likelier: `ids`, as `encode_captions` returns them."""
 
     def __init__(self, ids: Sequence[Sequence[Sequence[int]]]) -> None:
         self.ids = ids

@@ -10,14 +10,8 @@ from model_lib.train.distributed import World
 
 
 class MetricLogger:
-    """Logs the loss, the rates and the speed since it logged last.
-
-    Args:
-        run: takes the metrics.
-        progress: shows the most important ones.
-        world: the processes over which loss and reward are summed.
-        self_critical: whether there is a reward.
-    """
+    """Logs the loss, the rates and the speed since it logged last; in self-critical training, the
+    reward."""
 
     def __init__(self, run: Run, progress: Progress, world: World, self_critical: bool) -> None:
         self.run, self.progress, self.world = run, progress, world

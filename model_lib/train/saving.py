@@ -18,12 +18,7 @@ from model_lib.train.step import TrainStep
 
 
 class Saver(Background):
-    """Saves what the main process has trained; one piece of work at a time.
-
-    Args:
-        config: of training.
-        train_step: whose model, average and optimizer are saved.
-    """
+    """Saves what the main process has trained; one piece of work at a time."""
 
     def __init__(self, config: ResolvedConfig, train_step: TrainStep) -> None:
         super().__init__()
@@ -47,12 +42,8 @@ class Saver(Background):
         }
 
     def save(self, position: Position, best: tuple[Mapping[str, Tensor], Any] | None) -> None:
-        """Start to write the best model, if there is a new one, and then a checkpoint.
-
-        Args:
-            position: of the run.
-            best: the model's weights, and the content of its training.json.
-        """
+        """Start to write the best model (weights, content of training.json), if there is a new one,
+        and then a checkpoint."""
         self.wait()
         tensors = self.train_step.snapshot()
         suffix = "-validated" if position.validated == position.step else ""

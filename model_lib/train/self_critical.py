@@ -23,10 +23,6 @@ class SelfCriticalObjective:
     Self-Critical Sequence Training"). The reward is CIDEr-D with document frequencies from the
     training captions. End-of-text counts as a word of captions and references; without it, captions
     that break off are rewarded.
-
-    Args:
-        captions: each training image's.
-        config: of training.
     """
 
     def __init__(self, captions: Sequence[Sequence[str]], config: TrainConfig) -> None:

@@ -85,12 +85,8 @@ class LossModule(nn.Module):
 class TrainStep:
     """A model in training, with its optimizer, loss scaler and moving average.
 
-    Args:
-        model: on the device of `world`.
-        objective: what it learns.
-        config: of training.
-        world: the processes that share a batch; all have the same weights after each step.
-        steps: of the whole run, for the learning rate.
+    The processes of `world` share each batch, and have the same weights after each step. The model
+    is on their device. `steps` are those of the whole run, for the learning rate.
     """
 
     def __init__(

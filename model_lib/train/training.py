@@ -112,14 +112,7 @@ class RunRecord:
 
 
 class Trainer:
-    """One training run.
-
-    Args:
-        config: of training.
-        world: the processes that train together.
-        tracking: takes the metrics.
-        stop_request: whether a signal has come.
-    """
+    """One training run, in this process of `world`."""
 
     def __init__(
         self, config: TrainConfig, world: World, tracking: Tracking, stop_request: StopRequest

@@ -66,12 +66,8 @@ def job_document(
 ) -> dict[str, Any]:
     """Return the TrainJob that trains a candidate, as Kubernetes takes it.
 
-    Args:
-        name: of the job.
-        config: of the candidate.
-        machines: on which it is trained.
-        account: Kubernetes service account of the machines.
-        owners: references to the pods with which Kubernetes deletes the job.
+    Its machines run under the service account `account`; Kubernetes deletes it together with the
+    pods to which `owners` refer.
     """
     gpus = int(machines.gpu_count)
     resources = {"memory": f"{machines.memory}Gi"}

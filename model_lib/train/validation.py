@@ -32,11 +32,7 @@ class ValidationScore:
 class Validator:
     """Measures a model on the first validation images, and on as many training images.
 
-    Args:
-        config: of training.
-        manifest: the data set.
-        preprocess: the model's.
-        world: the processes that share the images.
+    `preprocess` is the model's; the processes of `world` share the images.
     """
 
     def __init__(
@@ -51,11 +47,8 @@ class Validator:
         }
 
     def measure(self, step: TrainStep, on_batch: Callable[[], None]) -> dict[str, float]:
-        """Return loss and CIDEr on both splits, the same in each process.
-
-        Args:
-            step: whose model is measured.
-            on_batch: called before each batch.
+        """Return loss and CIDEr of a step's model on both splits, the same in each process;
+        `on_batch` is called before each batch.
 
         Raises:
             WorkError: the device has too little memory.
