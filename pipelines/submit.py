@@ -236,7 +236,7 @@ def _server(config: _ServerConfig) -> Iterator[Any]:
     except kfp_server_api.ApiException as error:
         message = f"{config.host}: {error.status}: {_answer(error)}"
         if error.status in (401, 403):
-            raise UserError(f"{message}; --auth says how to prove who you are") from error
+            raise UserError(f"{message}; --auth names the ways to sign in") from error
         raise (WorkError if is_transient(error) else UserError)(message) from error
     except urllib3.exceptions.HTTPError as error:
         raise WorkError(f"{config.host}: no server answers there: {first_line(error)}") from error
@@ -256,7 +256,9 @@ def _named(name: str) -> str:
 
 
 def _prepare(client: Any, config: _ServerConfig) -> tuple[str, dict[str, Any]]:
-    """Return the version's name, and how kfp's client names what to run; create what is missing."""
+    """Return the version's name, and the arguments of kfp's client that name it.
+
+    Experiment, pipeline and version are created if they are missing."""
     import kfp_server_api
 
     file = COMPILED / f"{config.pipeline}.yaml"

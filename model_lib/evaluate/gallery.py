@@ -46,7 +46,7 @@ class Card:
 
     @property
     def words_are_caption(self) -> bool:
-        """Whether the words make up the caption, so that they can stand for it."""
+        """Whether the words make up the whole caption; then the page shows them in its place."""
         return bool(self.words) and [word for word, _ in self.words] == self.caption.split()
 
 

@@ -72,7 +72,7 @@ def compare(new: Statistics, old: Statistics, seed: int = 0) -> dict[str, Compar
     Args:
         new: of the new model.
         old: of the old model, on the same images in the same order.
-        seed: of the drawing. Both get the same images in each round, so that an image which is hard
+        seed: of the drawing. Both get the same images in each round, and an image which is hard
             for both does not count.
     """
     new_scores, old_scores = corpus_scores(new), corpus_scores(old)

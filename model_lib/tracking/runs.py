@@ -67,8 +67,8 @@ class Tracking:
     ) -> Run:
         """Start a run, or go on with the one that was started with the same key.
 
-        A run that a pipeline run goes on with moves under it, so that it is closed with it; unless
-        it had finished, and nothing more is logged.
+        Within a pipeline run it moves under that run's own, and is closed with it; unless it had
+        finished, and nothing more is logged.
 
         Args:
             name: for people.
