@@ -376,13 +376,17 @@ def parse(function: Callable[[Any], Output], name: str, options: list[str]) -> A
 
 
 def _first_message(box: str) -> str:
-    """Return the message in tyro's framed error, up to its first ruler, as one line."""
+    """Return the message in tyro's framed error, from its title to its first ruler, as one line.
+
+    Where stdout is not UTF-8, the frame is spaces, and a ruler is under the title, too.
+    """
     message: list[str] = []
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
         row = line.strip("│ ")
-        if row and set(row) <= set("─-"):
+        is_ruler = set(row) <= set("─-")
+        if is_ruler and message:
             break
-        if not row.startswith(("╭", "╰")):
+        if not is_ruler and not row.startswith("╰"):
             message.append(row)
     return " ".join(" ".join(message).split()) or "bad usage"
 

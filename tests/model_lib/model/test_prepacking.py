@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, GPT2Config
 from model_lib import Captioner
 from model_lib.model.captioner import CaptionerConfig
 from model_lib.model.prepacking import PackedLinear, can_pack
+from model_lib.model.tokens import train_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -25,11 +26,10 @@ def wide() -> Captioner:
         image_size=28,
         patch_size=14,
     )
-    return Captioner(
-        CaptionerConfig(
-            vision_config=vision, decoder_config=GPT2Config(n_embd=512, n_layer=1, n_head=8)
-        )
-    )
+    decoder = GPT2Config(n_embd=512, n_layer=1, n_head=8, bos_token_id=0, eos_token_id=0)
+    model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=decoder))
+    model.tokenizer = train_tokenizer(["a red circle"], 300)
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

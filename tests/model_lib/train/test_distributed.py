@@ -79,7 +79,7 @@ def workers(run: subprocess.Popen) -> list[int]:
 def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nothing disturbed."""
     output = tmp_path_factory.mktemp("two") / "run"
-    words = [warm_python(), *command(data, output, "--processes=2")]
+    words = [warm_python(), "-m", "model_lib", *command(data, output, "--processes=2")]
     done = subprocess.run(
         words, env=environment(output), cwd=output.parent, capture_output=True, text=True
     )
