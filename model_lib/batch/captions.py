@@ -20,10 +20,11 @@ from model_lib.batch.rows import FIELDS, METADATA_KEY, SEVERAL, Row, write_table
 from model_lib.data.shards import Preprocess
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
+from model_lib.io.archives import read_image
 from model_lib.io.background import Background
 from model_lib.io.cpus import cpu_count
 from model_lib.io.errors import http_status
-from model_lib.io.images import ImageError, decode_image, read_image, require_readable
+from model_lib.io.images import ImageError, decode_image, require_readable
 from model_lib.io.prefetch import PREFETCH, prefetch_map
 from model_lib.io.url_policy import UrlNotAllowed, require_allowed, store_of
 from model_lib.model.captioning import ImageCaptioner

@@ -11,8 +11,9 @@ from model_lib.batch.planning import Plan, load_plan, remove_stale_files
 from model_lib.batch.rows import METADATA_KEY, WHAT, Row, read_shard
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
+from model_lib.io.archives import read_image
 from model_lib.io.errors import input_errors
-from model_lib.io.images import ImageError, decode_image, read_image
+from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
 from model_lib.pages.page import render_page, thumbnail
 

@@ -10,8 +10,9 @@ from urllib.parse import quote
 
 from model_lib.errors import UserError
 from model_lib.io import storage
+from model_lib.io.archives import read_image
 from model_lib.io.errors import input_errors
-from model_lib.io.images import ImageError, read_image, require_readable
+from model_lib.io.images import ImageError, require_readable
 from model_lib.io.remote_cache import local_file
 
 IMAGE_BUFFER, LIST_BUFFER = 2**16, 2**23

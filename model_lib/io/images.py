@@ -12,8 +12,6 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from model_lib.io import storage
-
 EXTENSIONS = {
     ".jpg",
     ".jpeg",
@@ -60,19 +58,6 @@ class ImageError(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-
-
-def read_image(uri: str, retry_seconds: float | None = 0.0, redirects: bool = True) -> bytes:
-    """Return the bytes of an image's file, as `storage.read_bytes`.
-
-    Raises:
-        UserError: it is missing, or no file.
-        WorkError: its store or server failed.
-        ImageError: it is too large to be an image.
-    """
-    content = storage.read_bytes(uri, LARGEST_FILE, retry_seconds, redirects)
-    require_readable(len(content))
-    return content
 
 
 def require_readable(size: int) -> None:

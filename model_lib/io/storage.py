@@ -201,9 +201,9 @@ def read_json(uri: str) -> Any:
 class _RemoteFile(io.RawIOBase):
     """A remote file that is read by ranges, each retried on its own."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, size: int | None) -> None:
         self.uri, (self.fs, self.path) = uri, filesystem(uri)
-        self.size, self.position = file_size(uri), 0
+        self.size, self.position = file_size(uri) if size is None else size, 0
 
     def readable(self) -> bool:
         return True
@@ -227,14 +227,15 @@ class _RemoteFile(io.RawIOBase):
         return len(content)
 
 
-def open_file(uri: str, buffer: int = 0) -> IO[bytes]:
+def open_file(uri: str, buffer: int = 0, size: int | None = None) -> IO[bytes]:
     """Open a file for random access; a remote one is read in parts of at least `buffer` bytes.
 
-    A store's failures are raised as `UserError` and `WorkError` while it is read.
+    A remote store is asked for its `size` unless that is known. A store's failures are raised as
+    `UserError` and `WorkError` while it is read.
     """
     if is_local(uri):
         return access(uri, lambda: Path(filesystem(uri)[1]).open("rb"))
-    file = _RemoteFile(uri)
+    file = _RemoteFile(uri, size)
     return io.BufferedReader(file, buffer) if buffer else file  # type: ignore[return-value]
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
-from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image, read_image
+from model_lib.io.archives import read_image
+from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image
 from model_lib.io.prefetch import prefetch_map
 from model_lib.model.config import DecodeConfig
 

@@ -9,7 +9,8 @@ import pytest
 
 from model_lib import Captioner
 from model_lib.batch.batching import batch
-from model_lib.io.images import ImageError, read_image
+from model_lib.io.archives import read_image
+from model_lib.io.images import ImageError
 from model_lib.io.url_policy import VARIABLE, UrlNotAllowed, require_allowed, store_of
 from model_lib.model.captioning import caption_each
 from model_lib.model.config import DecodeConfig

@@ -16,7 +16,8 @@ from model_lib import UserError
 from model_lib.batch.batching import batch
 from model_lib.errors import WorkError
 from model_lib.io import images, storage
-from model_lib.io.images import ImageError, read_image
+from model_lib.io.archives import read_image
+from model_lib.io.images import ImageError
 from model_lib.io.remote_cache import cached_folder, local_copy
 from model_lib.train.checkpoint import Checkpoints
 from tests.helpers.batches import batch_config
