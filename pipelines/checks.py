@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model_lib.batch.config import BatchConfig
+from model_lib.ingest.config import ingest_config
 from model_lib.registry.config import Policy
 from model_lib.steps.candidates import candidate_configs
 from model_lib.steps.preflight import require_evaluation
@@ -19,6 +20,7 @@ def _stage(parameters: Parameters, prefix: str) -> dict[str, Any]:
 
 
 def _check_training(parameters: Parameters) -> None:
+    ingest_config(**_stage(parameters, "data_"), options=parameters["ingest_options"])
     training = _stage(parameters, "train_")
     for name in ("checkpoint_uri", "cache_key"):
         training.pop(name, None)

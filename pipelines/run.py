@@ -5,22 +5,19 @@ captions, and `pipeline.log` with all that the steps printed. The terminal shows
 progress, and a summary at the end.
 """
 
-import hashlib
 import json
 import os
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from model_lib.cli import Output
 from model_lib.errors import UserError
-from model_lib.ingest.annotations import coco_2017
-from model_lib.ingest.config import ScenesConfig
-from model_lib.ingest.image_source import Folder
+from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.datasets import coco_2017, is_coco_2017, require_sources
 from model_lib.io import storage
-from model_lib.io.images import EXTENSIONS, ImageError
 from model_lib.io.locks import output_lock
 from model_lib.options import StageConfig, option, require
 from model_lib.steps.candidates import candidate_configs
@@ -37,8 +34,7 @@ class RunConfig(StageConfig):
     """Run the whole training pipeline on this machine; without --dataset, on generated scenes."""
 
     dataset: str | None = None
-    """Folder in COCO 2017's layout, annotations/captions_{train,val}2017.json, train2017/,
-    val2017/, or with its zip archives."""
+    """Folder, file or URI with images and captions, as captioner ingest --dataset takes it."""
     preset: str = "tiny"
     """Model size: tiny (from scratch, minutes on a CPU), or clip-l-gpt2-medium."""
     runner: Literal["subprocess", "docker"] = "subprocess"
@@ -57,7 +53,8 @@ class RunConfig(StageConfig):
     epochs: int | None = option(None, minimum=1)
     """Passes over the training images; by default the preset's."""
     images: str | None = None
-    """Images that the champion captions at the end; by default the data set's validation images."""
+    """Images that the champion captions at the end; by default COCO's validation images, or those
+    of the data set."""
     scenes: int = option(ScenesConfig.train, minimum=1)
     """Training images to generate when there is no --dataset."""
     num_beams: int = option(5, minimum=1)
@@ -98,7 +95,7 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, A
     tracking = require_mlflow(tracking_from_environment(str(work)))
     tracking.require_answer()
     dataset = dataset_or_scenes(config, work)
-    images = storage.absolute(config.images) if config.images else validation_images(dataset, work)
+    images = storage.absolute(config.images) if config.images else images_of(dataset)
     arguments = {
         "data_dataset": dataset,
         "data_output": str(work / "data"),
@@ -135,8 +132,7 @@ def _link_best(work: Path, model: str) -> None:
 def dataset_or_scenes(config: RunConfig, work: Path) -> str:
     """Return the data set's path or URI; without a data set, draw scenes."""
     if config.dataset is not None:
-        for split in ("train", "val"):  # raises now if one is missing
-            coco_2017(config.dataset, split)
+        require_sources(IngestConfig(dataset=config.dataset, output="-"))  # raises now
         return storage.absolute(config.dataset)
     from model_lib.ingest.scenes import make_scenes
 
@@ -147,27 +143,9 @@ def dataset_or_scenes(config: RunConfig, work: Path) -> str:
     return scenes.output
 
 
-def validation_images(dataset: str, work: Path) -> str:
-    """Return the folder of the validation images; batch reads no archives, so unpack one."""
-    _, source = coco_2017(dataset, "val")
-    if isinstance(source, Folder):
-        return source.root
-    fs, path = storage.filesystem(source.root)
-    info = fs.info(path)
-    identity = json.dumps([source.root, info["size"], storage.version(info)])
-    folder = work / f"val2017-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    say(f"unpacking the validation images of {source.root}")
-    for name in source.zip.namelist():
-        file = folder / name
-        is_image = PurePosixPath(name).suffix.lower() in EXTENSIONS
-        is_inside = file.resolve().is_relative_to(folder.resolve())  # a name may be "../x.jpg"
-        if file.exists() or not is_image or not is_inside:
-            continue
-        try:
-            storage.write_bytes(str(file), source.read(name))
-        except ImageError as error:
-            say(f"{source.root}: {name} is not captioned: {error}")
-    return str(folder)
+def images_of(dataset: str) -> str:
+    """Return the images of a data set that are captioned at the end."""
+    return coco_2017(dataset, "val")[1].root if is_coco_2017(dataset) else dataset
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import add_caption_steps
+from pipelines.caption_bucket import NO_OPTIONS, add_caption_steps
 from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [
@@ -43,7 +43,8 @@ the champion.
 
 | parameter | meaning |
 |---|---|
-| `data_dataset` | folder or URI in COCO 2017's layout, unpacked or as its zip archives |
+| `data_dataset` | folder, file or URI, as `captioner ingest --dataset` takes it |
+| `ingest_options` | further options of ingest; `annotations` or others, if no `data_dataset` |
 | `data_output` | folder or URI for the Parquet shards |
 | `data_shortest_side` | larger images are reduced to this many pixels on their shorter side |
 | `train_candidates` | list of candidates: a name and the training options that differ |
@@ -68,9 +69,10 @@ def define(parallel: int) -> Any:
 
     @dsl.pipeline(name="train-captioner", description=DESCRIPTION)
     def train_captioner(
-        data_dataset: str,
         data_output: str,
         train_checkpoint_uri: str,
+        data_dataset: str = "",
+        ingest_options: dict = NO_OPTIONS,
         data_shortest_side: int = IngestConfig.shortest_side,
         train_candidates: list[dict] = CANDIDATES,
         train_preset: str = TrainConfig.preset,
@@ -140,6 +142,8 @@ def define(parallel: int) -> Any:
                 run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
                 secret_keys=secret_keys,
                 dataset=data_dataset,
+                shortest_side=data_shortest_side,
+                ingest_options=ingest_options,
                 data_output=data_output,
                 **training,
                 **policy,
@@ -153,7 +157,10 @@ def define(parallel: int) -> Any:
             # Not cached, as "Evaluate the champion": what lies at a URI, or which model is the
             # champion, is not among the inputs.
             ingested = ingest(
-                dataset=data_dataset, output=data_output, shortest_side=data_shortest_side
+                dataset=data_dataset,
+                output=data_output,
+                shortest_side=data_shortest_side,
+                options=ingest_options,
             ).after(checked)
             placed(ingested, "Ingest", keys=BUCKET, cpu=4, memory=8, hours=12)
             # By URI and fingerprint: an artifact would be a new input in each run, and nothing

@@ -1,4 +1,4 @@
-"""Ingest: captions and images in COCO's layout to Parquet shards and a manifest."""
+"""Ingest: captions and images to Parquet shards and a manifest."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,17 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def ingest(
-    dataset: str, output: str, shortest_side: int, data: dsl.Output[dsl.Dataset]
+    dataset: str, output: str, shortest_side: int, options: dict, data: dsl.Output[dsl.Dataset]
 ) -> NamedTuple("Ingested", [("manifest", str), ("fingerprint", str)]):  # type: ignore[valid-type]
     """Write shards under `output`; the artifact is their manifest, which holds their URIs."""
     from model_lib.exits import exit_in_one_line
-    from model_lib.ingest.config import IngestConfig
+    from model_lib.ingest.config import ingest_config
     from model_lib.ingest.ingesting import ingest as run
     from model_lib.io.storage import join, write_json
     from model_lib.steps.artifacts import set_metadata
 
     with exit_in_one_line():
-        manifest = run(IngestConfig(dataset=dataset, output=output, shortest_side=shortest_side))
+        manifest = run(ingest_config(dataset, output, shortest_side, options))
         write_json(data.path, manifest.located(manifest.uri).to_dict())
         counts = {**manifest.counts, "quarantined": manifest.quarantined}
         set_metadata(data, **counts, fingerprint=manifest.fingerprint)

@@ -12,6 +12,8 @@ def preflight(
     secret_keys: list,
     candidates: list,
     dataset: str = "",
+    shortest_side: int = 0,
+    ingest_options: dict = {},
     images: str = "",
     model: str = "",
     preset: str = "",
@@ -44,6 +46,7 @@ def preflight(
 ) -> None:
     """Check options, data, weights, MLflow and secrets; then open the run in MLflow."""
     from model_lib.exits import exit_in_one_line
+    from model_lib.ingest.config import ingest_config
     from model_lib.registry.config import Policy
     from model_lib.steps.candidates import candidate_configs
     from model_lib.steps.kfp_runs import run_state, run_title
@@ -88,8 +91,9 @@ def preflight(
             secret_name=secret_name,
             secret_variables=secret_variables,
         )
+        data = (dataset, data_output, shortest_side, ingest_options)
         preflight(
-            dataset=dataset,
+            data=ingest_config(*data) if data_output else None,
             images=images,
             caption_output=caption_output,
             outputs=[data_output, checkpoint_uri],

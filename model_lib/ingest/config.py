@@ -1,7 +1,7 @@
 """The configurations of `captioner download`, `ingest` and `scenes`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -39,33 +39,51 @@ class IngestConfig(StageConfig):
     Karpathy's splits, images under the names that he gives:
         captioner ingest --karpathy dataset_coco.json --images coco2014 --output data
 
-    A JSON file of COCO captions, with images in a folder, bucket or zip archive or on a web server:
+    A list, with images in a folder, bucket or archive or on a web server:
         captioner ingest --annotations captions.json --images images --output data
-        captioner ingest --annotations captions.json --images gs://bucket/images --output data
-        captioner ingest --annotations captions.json --images https://example.org/a --output data
-        captioner ingest --annotations captions.json --images images.zip --output data
+        captioner ingest --annotations captions.csv --images gs://bucket/images --output data
+        captioner ingest --annotations captions.csv --images https://example.org/a --output data
+        captioner ingest --annotations captions.csv --images images.zip --output data
 
-    Your own table with the columns file and caption, as CSV, JSON lines or Parquet:
-        captioner ingest --annotations captions.csv --images images --output data
+    A list of addresses, or one beside its images:
+        captioner ingest --annotations addresses.csv --output data
 
+    A list for training and one for validation:
+        captioner ingest --train train.csv --val val.csv --images images --output data
+
+    Images and captions in one place: with metadata.csv, a .txt beside each image, tar archives of
+    WebDataset, Parquet of Hugging Face:
+        captioner ingest --dataset folder --output data
+        captioner ingest --dataset "shards/*.tar" --output data
+
+    The form of a list is told by its content.
     After a kill, the same command writes only the unfinished shards.
     """
 
     output: str = option(shapes=False)
     """Folder or URI for the shards, manifest.json and quarantine.parquet."""
     dataset: str | None = None
-    """A folder or URI in COCO 2017's own layout: annotations/captions_{train,val}2017.json,
-    train2017/, val2017/, or its archives annotations_trainval2017.zip, train2017.zip, val2017.zip,
-    which are read in place."""
+    """A folder, file or pattern, or URI, with images and their captions: COCO 2017's own layout,
+    unpacked or as its zip archives; a folder with metadata.csv, captions.txt or the like, or with a
+    .txt beside each image; .tar files of WebDataset; .parquet files with images in them."""
     karpathy: str | None = None
     """Karpathy's dataset_coco.json, for its captions and splits: with dataset, or with images."""
     annotations: str | None = None
-    """Instead of dataset: a JSON file of COCO captions, or a table of file,caption (.csv, .jsonl,
-    .parquet) …"""
+    """Instead of dataset: a list of images and captions, as COCO's JSON, CSV, TSV, JSON, JSON lines
+    or Parquet."""
+    train: str | None = None
+    """Instead of annotations: a list, folder or file of training images …"""
+    val: str | None = None
+    """… and one of validation images."""
     images: str | None = None
-    """… and the folder, URI, address or zip archive of its images."""
+    """Folder, URI, address, or zip or tar archive of the list's images; by default the list's own
+    folder, and the list may have addresses and absolute paths."""
+    columns: str | None = None
+    """The list's own names of columns: file=photo,caption=title,split=part. Numbers from 1 are
+    columns of a table without a heading."""
     split: Literal["auto", "train", "val"] = "auto"
-    """Where images of --annotations go; auto keeps about a tenth, chosen by id, for validation."""
+    """Where the images go that have no split of their own; auto keeps about a tenth, chosen by id,
+    for validation."""
     store: Literal["reduced", "original"] = "reduced"
     """Store images reduced, as JPEG, or their files as they are."""
     shortest_side: int = option(PRESETS[DEFAULT_PRESET].stored_side, minimum=16)
@@ -80,20 +98,48 @@ class IngestConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.jpeg_quality <= 100, f"jpeg_quality: {self.jpeg_quality} is not at most 100")
-        options = {"dataset", "karpathy", "annotations", "images"}
-        options = {name for name in options if getattr(self, name) is not None}
-        sources = [{"dataset"}, {"annotations", "images"}]
-        sources += [{"dataset", "karpathy"}, {"karpathy", "images"}]
+        names = ("dataset", "karpathy", "annotations", "train", "val")
+        options = {name for name in names if getattr(self, name) is not None}
         require(
-            options in sources,
-            "give either --dataset, or --annotations with --images, or --karpathy with --dataset "
+            options in ({"dataset"}, {"annotations"}, {"train", "val"}, {"dataset", "karpathy"})
+            or (options == {"karpathy"} and self.images is not None),
+            "give --dataset, or --annotations, or --train with --val, or --karpathy with --dataset "
             "or --images",
         )
+        if "dataset" in options:
+            require(self.images is None, "images: a dataset has its own; give its --annotations")
         if self.split != "auto":
-            require(
-                self.dataset is None and self.karpathy is None,
-                f"split {self.split}: the data has splits of its own",
-            )
+            has_splits = "karpathy" in options or "train" in options
+            require(not has_splits, f"split {self.split}: the data has splits of its own")
+        self.column_names()
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Return the lists or data sets to read, each with its split."""
+        sources = [(self.dataset or self.annotations, self.split)]
+        if self.train is not None:
+            sources = [(self.train, "train"), (self.val, "val")]
+        return [(uri, split) for uri, split in sources if uri is not None]
+
+    def column_names(self) -> dict[str, str]:
+        """Return `columns` as a dictionary; `UserError` if it is none."""
+        names = {}
+        for part in filter(None, (self.columns or "").split(",")):
+            key, equals, name = (text.strip() for text in part.partition("="))
+            is_known = key in ("file", "caption", "split") and equals and name
+            require(bool(is_known), f"columns {part!r}: write file=…, caption=… or split=…")
+            names[key] = name
+        positions = [int(name) for name in names.values() if name.isdecimal()]
+        is_either = not positions or (len(positions) == len(names) and min(positions) > 0)
+        require(is_either, f"columns {self.columns}: give names, or numbers from 1")
+        return names
+
+
+def ingest_config(
+    dataset: str, output: str, shortest_side: int, options: dict[str, Any]
+) -> IngestConfig:
+    """Return the configuration of a pipeline's parameters; `options` are all others."""
+    named = {"dataset": dataset or None, "output": output, "shortest_side": shortest_side}
+    return IngestConfig.from_options(**{**named, **options})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from model_lib.errors import UserError, WorkError
 from model_lib.ingest.config import DownloadConfig
-from model_lib.ingest.image_source import open_zip
 from model_lib.io import storage
+from model_lib.io.archives import open_archive
 from model_lib.io.errors import is_transient
 from model_lib.io.locks import output_lock
 from model_lib.progress import Progress
@@ -76,9 +76,7 @@ def fetch(url: str, target: str, md5: str | None) -> Archive:
             _check(url, part, md5)
             with storage.atomic_file(target) as copy:
                 part.replace(copy)
-    with open_zip(target) as zipped:
-        files = sum(not info.is_dir() for info in zipped.infolist())
-    return Archive(target, storage.file_size(target), files)
+    return Archive(target, storage.file_size(target), len(open_archive(target).sizes))
 
 
 def _fetch_part(url: str, folder: Path, name: str) -> Path:
@@ -143,7 +141,7 @@ def _check(url: str, part: Path, md5: str | None) -> None:
     try:
         if md5 is not None and digest != md5:
             raise UserError(f"its MD5 is {digest} and not {md5}")
-        open_zip(str(part)).close()
+        open_archive(str(part))
     except UserError as error:
         part.unlink()
         remedy = "start again, or use another --base"

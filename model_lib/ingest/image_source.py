@@ -1,88 +1,187 @@
-"""Images of a folder, bucket or web server, or of a zip archive that is read in place."""
+"""Where the images of a list are: a folder, bucket or web server, archives, or Parquet files."""
 
 import contextlib
+import posixpath
+import unicodedata
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import IO, Protocol
 from urllib.parse import quote
 
-from model_lib.errors import UserError
+from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
-from model_lib.io.archives import read_image
-from model_lib.io.errors import input_errors
-from model_lib.io.images import ImageError, require_readable
+from model_lib.io.archives import Archive, open_archive, read_image, split_uri
+from model_lib.io.errors import input_errors, is_transient
+from model_lib.io.images import ImageError
 from model_lib.io.remote_cache import local_file
+from model_lib.io.url_policy import require_allowed, store_of
 
-IMAGE_BUFFER, LIST_BUFFER = 2**16, 2**23
-"""Bytes of a remote archive that are read at once at least, for an image and for a list."""
-WHOLE_ARCHIVE = "a whole zip archive; fetch it anew"
+LIST_BUFFER = 2**23
+"""Bytes of a remote archive that are read at once for a list in it."""
 WEB = ("http://", "https://")
+WEB_SECONDS = 5.0
+"""Seconds for which an address in a list is tried again: in a long list, some servers are gone."""
+
+
+class ImageSource(Protocol):
+    """Images by their names."""
+
+    @property
+    def root(self) -> str:
+        """Path or URI of the whole."""
+
+    @property
+    def takes_any_name(self) -> bool:
+        """Whether a name may be absolute, or lead out of the root."""
+
+    def uri(self, name: str) -> str:
+        """Return an image's address."""
+
+    def read(self, name: str) -> bytes:
+        """Return an image's bytes.
+
+        Raises:
+            UserError: it is missing.
+            WorkError: its store or server failed.
+            ImageError: it is damaged, or too large to be an image.
+        """
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Images of a folder, bucket or web server."""
+    """Images of a folder, bucket or web server.
+
+    A name that is not there may be written otherwise than the file's: with backslashes, in another
+    case or another form of Unicode, or without its ending. The only such file is taken.
+    """
 
     root: str
     """Path or URI that names are appended to."""
+    list_uri: str = ""
+    """The list in this folder whose names are read; they may also be absolute, or addresses; if it
+    is remote, of its own bucket or server alone. Empty: names stay in the folder."""
+    _names: dict[str, Mapping[str, str]] = field(default_factory=dict, compare=False, repr=False)
+    _uris: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def takes_any_name(self) -> bool:
+        return bool(self.list_uri)
 
     def uri(self, name: str) -> str:
+        if name in self._uris:
+            return self._uris[name]
+        if self.list_uri and ("://" in name or name.startswith("/")):
+            return name
         return storage.join(self.root, quote(name) if self.root.startswith(WEB) else name)
 
     def read(self, name: str) -> bytes:
-        """Return an image's bytes, as `read_image`."""
-        return read_image(self.uri(name), retry_seconds=None)
+        uri = self.uri(name)
+        is_remote_list = bool(self.list_uri) and not storage.is_local(self.list_uri)
+        if is_remote_list:
+            require_allowed(uri, store_of(self.list_uri))
+        is_address = name.startswith(WEB)
+        seconds = WEB_SECONDS if is_address else None
+        try:
+            return read_image(uri, seconds, redirects=not is_remote_list)
+        except UserError as error:
+            is_missing = isinstance(error.__cause__, FileNotFoundError)
+            if not is_missing or uri.startswith(WEB) or uri == name:
+                raise
+            similar = self._find_similar(name)
+            if similar is None:
+                raise
+            self._uris[name] = similar
+            return read_image(similar, None)
+        except WorkError as error:
+            if is_address and is_transient(error):
+                raise ImageError("unreachable", str(error)) from error
+            raise
+
+    def _find_similar(self, name: str) -> str | None:
+        uri = self.root
+        for part in PurePosixPath(name.replace("\\", "/")).parts:
+            similar = self._list(uri).get(_folded(part))
+            if not similar:
+                return None
+            uri = storage.join(uri, similar)
+        return uri
+
+    def _list(self, folder: str) -> Mapping[str, str]:
+        if folder not in self._names:
+            self._names[folder] = _index(storage.list_names(folder))
+        return self._names[folder]
 
 
-class Archive:
-    """Images of the zip archive `root`, by their names in it, or in the folder of its name."""
+def _index(names: Sequence[str]) -> dict[str, str]:
+    """Return names by other ways of writing them; "" where these are several names'."""
+    index: dict[str, str] = {}
+    stems: dict[str, str] = {}
+    for name in names:
+        folded = _folded(name)
+        index[folded] = "" if folded in index else name
+        stem = folded.rpartition(".")[0]
+        stems[stem] = "" if stem in stems else name
+    return stems | index
 
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.zip = open_zip(root)
-        self.top = Path(root).stem
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+class Archived:
+    """Images of a zip or tar archive, by their names in it or below its only folder; like those of
+    a `Folder`, names may be written otherwise."""
+
+    takes_any_name = False
+
+    def __init__(self, uri: str) -> None:
+        self.root = uri
+        self.archive = open_archive(uri)
+        names = [name for name in self.archive.sizes if not name.startswith("__MACOSX/")]
+        folders = {name.partition("/")[0] for name in names}
+        only = f"{folders.pop()}/" if len(folders) == 1 else ""
+        self._members = _index([name.removeprefix(only) for name in names])
+        self._members = {key: name and only + name for key, name in self._members.items()}
 
     def uri(self, name: str) -> str:
-        """Return the address that fsspec understands."""
-        return f"zip://{self._member(name)}::{self.root}"
+        return self.archive.uri(self._member(name))
 
     def read(self, name: str) -> bytes:
-        """Return an image's bytes; `UserError` if it is missing, `ImageError` if it is damaged."""
-        member = self._member(name)
-        if member not in self.zip.NameToInfo:
-            raise UserError(f"{self.root}: has no {name}")
-        size = self.zip.NameToInfo[member].file_size
-        require_readable(size)
-        try:
-            with input_errors(self.uri(name), "whole"), self.zip.open(member) as file:
-                return file.read(size + 1)  # a member may be larger than its size says
-        except UserError as error:
-            raise ImageError("unreadable", str(error)) from error
+        return self.archive.read(self._member(name))
 
     def _member(self, name: str) -> str:
-        inside = f"{self.top}/{name}"
-        return inside if name not in self.zip.NameToInfo and inside in self.zip.NameToInfo else name
+        if name in self.archive.sizes:
+            return name
+        return self._members.get(_folded(posixpath.normpath(name.replace("\\", "/")))) or name
 
 
-ImageSource = Folder | Archive
+class Archives:
+    """Images of several archives, each by its archive's name, a slash and its name in there."""
 
+    takes_any_name = True
 
-def open_zip(uri: str, buffer: int = IMAGE_BUFFER) -> zipfile.ZipFile:
-    """Open a zip archive for several threads; `UserError` if it is missing or damaged."""
-    file = storage.open_file(uri, buffer)
-    with input_errors(uri, WHOLE_ARCHIVE):
-        return zipfile.ZipFile(file)
+    def __init__(self, root: str, archives: Mapping[str, Archive]) -> None:
+        self.root = root
+        self.archives = archives
+
+    def uri(self, name: str) -> str:
+        archive, _, member = name.partition("/")
+        return self.archives[archive].uri(member)
+
+    def read(self, name: str) -> bytes:
+        archive, _, member = name.partition("/")
+        return self.archives[archive].read(member)
 
 
 def open_image_source(uri: str) -> ImageSource:
-    """Return the images at a folder, address or zip archive; `UserError` if it is not there."""
-    if uri.lower().endswith(".zip"):
-        return Archive(uri)
-    if not uri.startswith(WEB) and not storage.is_folder(uri):  # the web knows no folders
-        raise UserError(f"{uri}: no such folder of images")
-    return Folder(uri)
+    """Return the images at a folder, address or archive; `UserError` if it is not there."""
+    if uri.startswith(WEB) or storage.is_folder(uri):  # the web knows no folders
+        return Folder(uri)
+    if not storage.exists(uri):
+        raise UserError(f"{uri}: no such folder or archive of images")
+    return Archived(uri)
 
 
 @contextlib.contextmanager
@@ -92,8 +191,18 @@ def open_list(uri: str) -> Iterator[IO[bytes]]:
         with local_file(uri) as path, path.open("rb") as file:
             yield file
         return
-    member, _, archive = uri.removeprefix("zip://").partition("::")
-    with open_zip(archive, LIST_BUFFER) as zipped:
-        with input_errors(archive, WHOLE_ARCHIVE):
-            content = zipped.open(member)
+    member, archive = split_uri(uri)
+    what = "a whole zip archive; fetch it anew"
+    with storage.open_file(archive, LIST_BUFFER) as packed, contextlib.ExitStack() as stack:
+        with input_errors(archive, what):
+            zipped = stack.enter_context(zipfile.ZipFile(packed))
+            content = stack.enter_context(zipped.open(member))
         yield content
+
+
+def read_head(uri: str, size: int) -> bytes:
+    """Return the first `size` bytes of a list."""
+    if not uri.startswith("zip://"):
+        return storage.read_bytes(uri, size)
+    with open_list(uri) as file, input_errors(uri, "whole"):
+        return file.read(size)

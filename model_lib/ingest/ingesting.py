@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -23,11 +23,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from model_lib.data.shards import FORMAT_VERSION, SHARD, Manifest, Shard
+from model_lib.data.shards import FORMAT_VERSION, SHARD, Manifest, Shard, read_manifest
 from model_lib.errors import UserError, WorkError
-from model_lib.ingest.annotations import Entry, Listing, Rejected, read_listing
 from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.datasets import read_listing
 from model_lib.ingest.journal import Finished, Journal, sha256_of, shard_name
+from model_lib.ingest.listing import Entry, Listing, Rejected
 from model_lib.ingest.transcode import original, reduced
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
@@ -35,6 +36,7 @@ from model_lib.io.errors import is_transient
 from model_lib.io.images import ImageError
 from model_lib.io.locks import output_lock
 from model_lib.io.prefetch import prefetch_map
+from model_lib.io.url_policy import UrlNotAllowed
 from model_lib.io.validation import read_parquet
 from model_lib.progress import Progress
 
@@ -74,7 +76,22 @@ def ingest(config: IngestConfig) -> Manifest:
     _keep_memory()
     listing = read_listing(config)
     with output_lock(config.output):
+        _require_no_loss(config.output, {entry.split for entry in listing.entries})
         return _ingest(config, listing)
+
+
+def _require_no_loss(output: str, splits: set[str]) -> None:
+    """Raise `UserError` if the output has a split that would be lost."""
+    if not storage.exists(storage.join(output, "manifest.json")):
+        return
+    try:
+        counts = read_manifest(output).counts
+    except UserError:  # a damaged one is to be replaced
+        return
+    lost = ", ".join(f"{n:,} {split}" for split, n in counts.items() if split not in splits)
+    if lost and splits:
+        remedy = "ingest both lists at once (--train, --val), choose another output, or remove it"
+        raise UserError(f"{output}: holds {lost} images, which would be lost; {remedy}")
 
 
 def _keep_memory() -> None:
@@ -86,15 +103,13 @@ def _keep_memory() -> None:
 
 
 def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
-    # Published splits stay whole, even if they share files.
-    own_splits = config.annotations is not None and config.split == "auto"
-    if own_splits:
+    if listing.has_auto_split:
         _hold_one_out(listing.entries, config)
     key = config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP))
     journal = Journal(config.output, key)
     finished: dict[str, list[Finished]] = {}
     quarantine = list(listing.rejected)
-    train_files: set[str] | None = set() if own_splits else None
+    train_files: set[str] | None = None if listing.is_published else set()
     with Progress("ingest", len(listing.entries), "images") as progress:
         for split in sorted({entry.split for entry in listing.entries}):
             entries = [entry for entry in listing.entries if entry.split == split]
@@ -106,10 +121,7 @@ def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
             quarantine += writer.rejected
     reasons = dict(Counter(row.reason for row in quarantine))
     if not finished:
-        counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        problem = f"no usable image among {len(quarantine)} listed"
-        uris = ", ".join(listing.uris)
-        raise UserError(f"{uris}: {problem} ({counts or 'the list is empty'})")
+        raise UserError(_no_image(config.output, listing.uris, quarantine))
     rows = {split: sum(f.shard.rows for f in records) for split, records in finished.items()}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -124,6 +136,19 @@ def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
     _write_manifest(config.output, manifest, quarantine)
     journal.close()
     return manifest
+
+
+def _no_image(output: str, uris: Sequence[str], quarantine: Sequence[Rejected]) -> str:
+    """Write the quarantine, unless the output is another data set's; return the message."""
+    counts = Counter(row.reason for row in quarantine)
+    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+    message = f"{', '.join(uris)}: no usable image among {len(quarantine):,} rows"
+    if not quarantine:
+        return f"{message}: it is empty"
+    message = f"{message} ({reasons}); the first: {quarantine[0].detail}"
+    if storage.exists(storage.join(output, "manifest.json")):
+        return message
+    return f"{message}; all are in {_write_quarantine(output, quarantine)}"
 
 
 def _hold_one_out(entries: list[Entry], config: IngestConfig) -> None:
@@ -232,6 +257,8 @@ def _store(entry: Entry, config: IngestConfig) -> Row | Rejected:
             stored = original(content)
         else:
             stored = reduced(content, config.shortest_side, config.jpeg_quality)
+    except UrlNotAllowed as error:
+        return Rejected(entry.file_name, "not_allowed", str(error))
     except UserError as error:
         return Rejected(entry.file_name, "missing", str(error))
     except ImageError as error:
@@ -251,17 +278,24 @@ def _store(entry: Entry, config: IngestConfig) -> Row | Rejected:
         "image": stored.content,
         "captions": captions,
         "sha256": sha256,
-        "source": entry.uri,
+        "source": entry.source.uri(entry.file_name),
         "digest": repr((entry.image_id, entry.file_name, digest, sha256, captions)),
     }
+
+
+def _write_quarantine(output: str, quarantine: Sequence[Rejected]) -> str:
+    """Write the quarantine; return its URI."""
+    uri = storage.join(output, "quarantine.parquet")
+    with storage.atomic_file(uri) as part:
+        rows = pa.Table.from_pylist([vars(row) for row in quarantine], QUARANTINE_SCHEMA)
+        pq.write_table(rows, part)
+    return uri
 
 
 def _write_manifest(output: str, manifest: Manifest, quarantine: list[Rejected]) -> None:
     """Write quarantine and manifest; remove an earlier ingest's shards."""
     storage.remove(storage.join(output, "manifest.json"))
-    with storage.atomic_file(storage.join(output, "quarantine.parquet")) as part:
-        rows = pa.Table.from_pylist([vars(row) for row in quarantine], QUARANTINE_SCHEMA)
-        pq.write_table(rows, part)
+    _write_quarantine(output, quarantine)
     shards = {shard.uri for shard in manifest.shards}
     for name in storage.list_names(output):
         if re.fullmatch(r"(train|val|test)-\d{5}\.parquet", name) and name not in shards:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model_lib.data.shards import Shard
 from model_lib.errors import UserError
-from model_lib.ingest.annotations import Rejected
+from model_lib.ingest.listing import Rejected
 from model_lib.io import storage
 from model_lib.io.validation import read_record
 

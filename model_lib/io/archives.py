@@ -87,7 +87,7 @@ class Archive:
         require_readable(member.compress_size)
         # In one request: further fields have less than a kilobyte, or a second request follows.
         length = HEADER + len(member.orig_filename.encode()) + 2**10 + member.compress_size
-        content = self._range(member.header_offset, length)
+        content = b"" if member.header_offset < 0 else self._range(member.header_offset, length)
         if not content.startswith(b"PK\3\4") or len(content) < HEADER:
             raise ImageError("unreadable", "has no header where the archive's directory says")
         start = HEADER + sum(struct.unpack("<HH", content[HEADER - 4 : HEADER]))

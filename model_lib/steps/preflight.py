@@ -13,7 +13,8 @@ from typing import Any
 
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.evaluate.config import EvaluateConfig
-from model_lib.ingest.annotations import coco_2017
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.datasets import require_sources
 from model_lib.io import storage
 from model_lib.io.errors import is_transient
 from model_lib.io.hub import pin_revision
@@ -36,7 +37,7 @@ TIMEOUT = 40.0
 
 def preflight(
     *,
-    dataset: str = "",
+    data: IngestConfig | None = None,
     images: str = "",
     caption_output: str = "",
     outputs: Sequence[str] = (),
@@ -50,7 +51,7 @@ def preflight(
     """Check everything that a pipeline needs; empty strings are left out.
 
     Args:
-        dataset: folder or URI in COCO's layout, or with its archives.
+        data: what is to be ingested.
         images, caption_output: folders or URIs to read and to write; either both or none.
         outputs: other folders or URIs to write.
         weights: models besides those of the candidates: hub names, folders, URIs or `models:/…`.
@@ -74,8 +75,8 @@ def preflight(
     sources, tokenizers = training_sources(candidates)
     uri = environment.get("MLFLOW_TRACKING_URI")
     checks: dict[str, Check] = {"MLflow": partial(_tracking, uri)}
-    if dataset:
-        checks[f"reading {dataset}"] = partial(_dataset, dataset)
+    if data is not None:
+        checks["reading the data"] = partial(require_sources, data)
     if images:
         checks[f"reading {images}"] = partial(_readable, images)
     for output in filter(None, (*outputs, caption_output)):
@@ -147,11 +148,6 @@ def _run_checks(checks: Mapping[str, Check]) -> list[Exception]:
 def _readable(folder: str) -> None:
     if not storage.exists(folder):
         raise UserError(f"{folder}: not there, or these credentials may not see it")
-
-
-def _dataset(dataset: str) -> None:
-    for split in ("train", "val"):
-        coco_2017(dataset, split)
 
 
 def _tracking(uri: str | None) -> None:

@@ -89,7 +89,8 @@ def test_a_document_with_any_value_replaced_or_gone_is_read_or_refused(
             except UserError as error:
                 assert str(file) in str(error) and "\n" not in str(error)
                 outcomes[False] += 1
-    assert outcomes[False] > outcomes[True]
+    # Of a list of captions, what cannot be used is a row of the quarantine.
+    assert outcomes[False] > (0 if document is samples.COCO else outcomes[True])
 
 
 def test_a_manifest_of_a_later_format_says_so(tmp_path: Path) -> None:
@@ -110,8 +111,8 @@ def test_names_that_leave_their_folder_are_refused(tmp_path: Path, name: str) ->
     for change in ({"listing": name}, {"shards": [{"file": name, "images": 1}]}):
         write(tmp_path / "plan.json", {**samples.PLAN, **change})
         refused(lambda: planning.read_plan(str(tmp_path)), tmp_path)
-    if name in ("sub/x", "", "."):
-        return  # an image may lie in a folder below
+    if name in ("sub/x", "C:x"):
+        return  # an image may lie in a folder below, and have a colon in its name
     images = [{"id": 1, "file_name": name}]
     write(tmp_path / "captions.json", {**samples.COCO, "images": images})
     refused(lambda: readers.table(tmp_path / "captions.json"), tmp_path)

@@ -20,8 +20,8 @@ from model_lib.batch import batching, merging, planning, rows
 from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.errors import WorkError
-from model_lib.ingest.annotations import Rejected
 from model_lib.ingest.journal import Finished, Journal
+from model_lib.ingest.listing import Rejected
 from model_lib.model.captioner import Captioner
 from model_lib.train import checkpoint
 from model_lib.train.checkpoint import Checkpoints

@@ -18,9 +18,10 @@ from model_lib.batch.config import BatchConfig
 from model_lib.data import coco, shards
 from model_lib.errors import UserError
 from model_lib.evaluate import result, scoring
-from model_lib.ingest import annotations, image_source
+from model_lib.ingest import datasets
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.journal import Journal
+from model_lib.io.archives import open_archive
 from model_lib.io.images import ImageError, decode_image
 from model_lib.io.pixels import Preprocessing
 from model_lib.train import checkpoint
@@ -46,7 +47,10 @@ def table(file: Path) -> None:
 
 def listed(file: Path, option: str) -> None:
     options = {option: str(file), "images": str(file.parent), "output": "unused"}
-    annotations.read_listing(IngestConfig(**options)).digest()
+    listing = datasets.read_listing(IngestConfig(**options))
+    listing.digest()
+    if not listing.entries:  # as ingest
+        raise UserError(f"{file}: no usable image")
 
 
 def results(file: Path) -> None:
@@ -132,13 +136,13 @@ def list_of_images(file: Path) -> None:
 
 
 def archive(file: Path) -> None:
-    source = image_source.Archive(str(file))
-    for name in source.zip.namelist()[:20]:
+    source = open_archive(str(file))
+    for name in list(source.sizes)[:20]:
         with contextlib.suppress(ImageError):
             source.read(name)
         options = {"annotations": f"zip://{name}::{file}", "images": str(file), "output": "unused"}
         with contextlib.suppress(UserError):
-            annotations.read_listing(IngestConfig(**options))
+            datasets.read_listing(IngestConfig(**options))
 
 
 READERS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -89,9 +89,11 @@ def test_the_key_changes_with_what_shapes_the_result_only() -> None:
 
 
 def test_two_ways_to_say_the_input_are_not_mixed() -> None:
-    for inputs in ({}, {"annotations": "a"}):
-        with pytest.raises(UserError, match="give either"):
-            IngestConfig(output="o", **inputs)
+    for names in ([], ["annotations", "dataset"], ["train"], ["karpathy"], ["val", "annotations"]):
+        with pytest.raises(UserError, match="give --dataset, or --annotations, or --train with"):
+            IngestConfig(output="o", **dict.fromkeys(names, "x"))
+    with pytest.raises(UserError, match="images: a dataset has its own"):
+        IngestConfig(output="o", dataset="x", images="y")
 
 
 def test_options_of_a_nested_configuration_stand_beside_the_others() -> None:

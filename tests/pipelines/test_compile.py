@@ -31,7 +31,8 @@ DESCRIPTIONS = {name: import_module(f"pipelines.{name}").DESCRIPTION for name in
 STAGES = {"data": IngestConfig, "train": TrainConfig, "eval": EvaluateConfig}
 STAGES |= {"register": RegisterConfig, "caption": BatchConfig}
 PIPELINES_OWN = {"train_candidates", "train_nodes", "train_cache_key", "train_checkpoint_uri"}
-PIPELINES_OWN |= {"data_dataset", "data_output", "caption_model", "caption_options"}
+PIPELINES_OWN |= {"data_dataset", "data_output", "ingest_options"}
+PIPELINES_OWN |= {"caption_model", "caption_options"}
 CLUSTERS = {"gpu_resource", "gpu_count", "gpu_node_selector", "gpu_tolerations"}
 CLUSTERS |= {"secret_name", "secret_keys"}
 ON_GPU = {"train", "evaluate", "evaluate-champion", "caption"}
@@ -195,7 +196,7 @@ def parameters(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_prefixed_and_documented(name: str) -> None:
     for parameter in parameters(name):
-        assert parameter.split("_")[0] in {*STAGES, "gpu", "secret"}, parameter
+        assert parameter.split("_")[0] in {*STAGES, "ingest", "gpu", "secret"}, parameter
         assert f"`{parameter}`" in DESCRIPTIONS[name], parameter
     assert parameters(name)["gpu_count"].parameter_type == pipeline_spec_pb2.ParameterType.STRING
 

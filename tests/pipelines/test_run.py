@@ -1,7 +1,6 @@
 """The whole training pipeline through kfp.local, on a very small setting."""
 
 import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -15,7 +14,7 @@ from model_lib.io.locks import output_lock
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from pipelines.run import RunConfig, dataset_or_scenes, validation_images
+from pipelines.run import images_of
 from tests.conftest import zipped
 from tests.helpers.coco_files import write_captions
 from tests.helpers.evaluations import write_evaluation
@@ -124,22 +123,12 @@ def test_a_second_run_in_a_working_directory_is_refused_and_leaves_the_firsts_lo
     assert not (tmp_path / "work" / "scenes").exists()
 
 
-def test_the_validation_images_of_an_archive_are_unpacked_for_captioning(
+def test_the_images_captioned_at_the_end_are_cocos_images_of_or_all(
     archives: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    with zipfile.ZipFile(archives / "val2017.zip", "a") as archive:
-        archive.writestr("../../../outside.jpg", b"")
-        archive.writestr("val2017/notes.txt", b"")
-    dataset = dataset_or_scenes(RunConfig(dataset=str(archives)), tmp_path)
-    folder = Path(validation_images(dataset, tmp_path / "work"))
-    images = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert images == {file.name: file.read_bytes() for file in (scenes / "val2017").iterdir()}
-    assert folder.is_relative_to(tmp_path / "work") and not list(tmp_path.rglob("outside.jpg"))
-    written = [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))]
-    assert validation_images(dataset, tmp_path / "work") == str(folder)
-    # What is written again is captioned again.
-    assert [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.jpg"))] == written
-    assert validation_images(str(scenes), tmp_path / "work") == str(scenes / "val2017")
+    assert images_of(str(archives)) == str(archives / "val2017.zip")
+    assert images_of(str(scenes)) == str(scenes / "val2017")
+    assert images_of(str(tmp_path)) == str(tmp_path)
 
 
 def test_a_data_set_without_a_usable_image_is_refused_in_one_line(

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import UserError
+from model_lib.data.captions import LONGEST_CAPTION
 from model_lib.data.coco import read_captions
 from model_lib.data.leaks import require_apart, require_unseen
 from model_lib.data.shards import Manifest, read_manifest
-from model_lib.ingest.annotations import LONGEST_CAPTION
 from model_lib.io.storage import upload_folder
 from tests.helpers.coco_files import write_captions
 from tests.helpers.http_server import website
@@ -165,7 +165,7 @@ def test_training_on_train2017_and_evaluating_on_karpathys_test_is_a_leak(
     require_apart(split, read_manifest(own.uri), "val")
 
 
-def test_names_that_leave_the_folder_are_refused_in_cocos_lists_under_karpathys_too(
+def test_names_that_leave_the_folder_are_quarantined_in_cocos_lists_under_karpathys_too(
     scenes: Path, tmp_path: Path
 ) -> None:
     dataset = tmp_path / "coco"
@@ -177,8 +177,8 @@ def test_names_that_leave_the_folder_are_refused_in_cocos_lists_under_karpathys_
     coco.write_text(json.dumps(document))
     coco.with_name("captions_val2017.json").write_text(EMPTY)  # its ids are the same
     listed = karpathy(scenes, tmp_path / "dataset_coco.json", ["train", "test"])
-    with pytest.raises(UserError, match=r"captions_train2017\.json and .* leaves the image folder"):
-        ingested(tmp_path / "out", dataset=dataset, karpathy=listed)
+    manifest = ingested(tmp_path / "out", dataset=dataset, karpathy=listed)
+    assert manifest.quarantined == {"outside": 1} and sum(manifest.counts.values()) == 63
 
 
 def test_karpathys_list_given_as_annotations_is_named(scenes: Path, tmp_path: Path) -> None:
@@ -246,16 +246,17 @@ def test_official_splits_are_whole_whatever_is_in_them_twice(scenes: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"name,caption\na.jpg,x\n", "has no column file"),
-        ("a.csv", b"", "has no column file"),
-        ("a.csv", b"file,caption\na.jpg,\xff\n", "is not a table"),
-        ("a.jsonl", b'{"file": "a.jpg"}\n', "file and caption \\('caption'\\)"),
-        ("a.jsonl", b'{"file": "a.jpg", "caption": 7}\n', "row 1: caption 7 is not text"),
-        ("a.jsonl", b'{"file": "", "caption": "x"}\n', "row 1: file '' is not a file's name"),
-        ("a.jsonl", b"[]\n", "row 1 is not an object"),
-        ("a.jsonl", b"{\n", "is not a table"),
-        ("a.parquet", b"no parquet", "is not a table"),
-        ("a.csv", b"file,caption\n../a.jpg,x\n", "leaves the image folder"),
+        ("a.csv", b"name,caption\na.jpg,x\n", "has no file column; its columns are name, caption"),
+        ("a.csv", b"file,title\na.jpg,x\n", "has no caption column; .* --columns file=…,caption=…"),
+        ("a.csv", b"file,caption,caption\na.jpg,x,y\n", "has several columns caption"),
+        ("a.csv", b"", "has no file column; its columns are none"),
+        ("a.csv", b"file,caption\na.jpg,\xff\n", "is not a list of images \\('utf-8' codec"),
+        ("a.jsonl", b'{"file": "a.jpg"}\n', "has no caption column; its columns are file"),
+        ("a.jsonl", b"[]\n", "no usable image among 0 rows: it is empty"),
+        ("a.jsonl", b"{\n", "is not COCO captions"),
+        ("a.parquet", b"no parquet", "has no file column"),
+        ("a.parquet", b"PAR1 damaged", "is not a list of images"),
+        ("a.csv", b"file,caption\n../a.jpg,x\n", "outside: 1.; the first: leaves "),
     ],
 )
 def test_a_table_of_another_form_is_refused_in_one_line(

@@ -97,7 +97,9 @@ def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(
     first = ingested(output, annotations=annotations, images=scenes / "train2017")
     assert sum(first.counts.values()) == 64 and 1 <= first.counts["val"] <= 16
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no usable image among 64 listed \(missing: 64\)"):
+    with pytest.raises(
+        UserError, match=r"among 64 rows \(missing: 64\); the first: .*empty/0+1\.jpg: no such"
+    ):
         ingested(output, annotations=annotations, images=tmp_path / "empty")
     manifest = read_manifest(str(output))
     assert manifest.fingerprint == first.fingerprint
@@ -108,9 +110,9 @@ def test_an_ingest_by_mistake_leaves_the_data_set_that_was_there(
     "name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "..\\x.jpg", "C:\\x.jpg", "gs://b/x.jpg"]
 )
 def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="leaves the image folder"):
+    with pytest.raises(UserError, match="outside: 1"):
         ingest_files(tmp_path, [name])
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*-0*"))
 
 
 @pytest.mark.parametrize(

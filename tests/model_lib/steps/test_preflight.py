@@ -11,6 +11,7 @@ import pytest
 from components.preflight.component import preflight as component
 from model_lib import UserError
 from model_lib.errors import WorkError
+from model_lib.ingest.config import IngestConfig
 from model_lib.steps.candidates import candidate_configs
 from model_lib.steps.preflight import preflight, training_sources
 from model_lib.tracking.server import do_not_wait_long
@@ -43,7 +44,7 @@ def test_what_is_there_is_accepted(
     server: str, scenes: Path, saved_model: Path, archives: Path, tmp_path: Path
 ) -> None:
     preflight(
-        dataset=str(scenes),
+        data=IngestConfig(dataset=str(scenes), output="-"),
         images=str(scenes),
         caption_output=str(tmp_path / "captions"),
         outputs=[str(tmp_path / "out"), ""],
@@ -52,10 +53,11 @@ def test_what_is_there_is_accepted(
         environment={"MLFLOW_TRACKING_URI": server, "MLFLOW_TRACKING_PASSWORD": "x"},
     )
     assert not list((tmp_path / "out").iterdir())
-    preflight(dataset=str(archives), environment={})
+    data = IngestConfig(dataset=str(archives), output="-")
+    preflight(data=data, environment={})
     (archives / "val2017.zip").unlink()
     with pytest.raises(UserError, match="archives/val2017: not found, nor COCO's archive of it"):
-        preflight(dataset=str(archives), environment={})
+        preflight(data=data, environment={})
 
 
 def test_everything_that_is_missing_is_named_at_once(
@@ -67,7 +69,7 @@ def test_everything_that_is_missing_is_named_at_once(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     with pytest.raises(UserError) as refused:
         preflight(
-            dataset=empty,
+            data=IngestConfig(dataset=empty, output="-"),
             images=str(tmp_path / "gone"),
             outputs=["/proc/x"],
             weights=["models:/captioner@champion", "models:/captioner/99"],
@@ -83,7 +85,7 @@ def test_everything_that_is_missing_is_named_at_once(
         f"{empty}: holds no model",
         "train_nodes: there is no Kubernetes cluster here",
         f"{empty}: holds no tokenizer",
-        f"{empty}/annotations/captions_train2017.json: not found",
+        f"{empty}: holds nothing; expected COCO 2017's layout",
         "models:/captioner/99: not in the model registry",
         "models:/captioner@champion: not in the model registry",
         "caption_output: is empty",
