@@ -13,10 +13,8 @@ import simplejpeg
 from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image
 
-from model_lib.io.images import MAX_PIXELS, ImageError, decode_image, reduced_size
+from model_lib.io.images import MAX_PIXELS, ImageError, decode_image, orientation, reduced_size
 
-ORIENTATION = 0x0112
-"""EXIF's tag; 1 is upright."""
 BICUBIC = FilterType.catmull_rom
 """Pillow's bicubic filter."""
 
@@ -62,7 +60,7 @@ def _is_plain_jpeg(content: bytes) -> bool:
         return (
             image.format == "JPEG"  # not MPO, which Pillow's reader finds too
             and image.mode == "RGB"
-            and image.getexif().get(ORIENTATION, 1) == 1
+            and orientation(image) == 1
             and image.width * image.height <= MAX_PIXELS
         )
     except Exception:  # `decode_image` raises it

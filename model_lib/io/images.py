@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from model_lib.io.metadata import GDAL_NODATA, without_metadata
 
 EXTENSIONS = {
     ".jpg",
@@ -45,6 +47,16 @@ MAX_PIXELS = 128 * 1024 * 1024
 """Images with more pixels are refused: decoding one would need more than half a gigabyte."""
 LARGEST_FILE = 256 * 2**20
 """Bytes of a file from which it is not read, nor inflated from an archive."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation. Pillow's own turning writes the EXIF anew, which fails on odd tags."""
 
 
 class ImageError(Exception):
@@ -78,7 +90,15 @@ def decode_image(content: bytes) -> Image.Image:
     if not content:
         raise ImageError("empty", "the file has no bytes")
     with _image_errors():
-        return _upright_rgb(Image.open(io.BytesIO(content), formats=_formats()))
+        try:
+            return _upright_rgb(_open(content))
+        except (Image.DecompressionBombError, ImageError, MemoryError):
+            raise
+        except Exception:  # Pillow also raises all kinds on metadata
+            stripped = without_metadata(content)
+            if stripped is None:
+                raise
+            return _upright_rgb(_open(stripped))
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -87,15 +107,38 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return _upright_rgb(image, copy=True)
 
 
+def _open(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=_formats())
+
+
 def _upright_rgb(image: Image.Image, copy: bool = False) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width}x{image.height} pixels"
         raise ImageError("too_large", f"{size}, more than {MAX_PIXELS:,}")
+    no_data = _no_data(image)
     if copy:
         image = image.copy()
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return _to_rgb(image)
+    turn = TURNS.get(orientation(image))
+    return _to_rgb(image if turn is None else image.transpose(turn), no_data)
+
+
+def orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation of a Pillow image, 1 to 8; 1, upright, if it cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if value in TURNS else 1
+    except Exception:  # Pillow's readers raise all kinds
+        return 1
+
+
+def _no_data(image: Image.Image) -> float:
+    """Return the value that a TIFF of GDAL's names for pixels that have none; NaN: it names
+    none."""
+    try:
+        return float(getattr(image, "tag_v2", {}).get(GDAL_NODATA, "nan").rstrip("\0 "))
+    except (AttributeError, ValueError):
+        return float("nan")
 
 
 @contextlib.contextmanager
@@ -122,19 +165,32 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, no_data: float) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        # Integers wider than a byte are 16-bit grey; a format without a fixed range is scaled by
-        # its own maximum.
-        white = 65535.0 if image.mode.startswith("I") else 1.0
-        brightest = max(float(values.max(initial=0)), white)
-        image = Image.fromarray((values * (255 / brightest)).clip(0, 255).round().astype(np.uint8))
+        image = Image.fromarray(_as_bytes(image, no_data))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+
+
+def _as_bytes(image: Image.Image, no_data: float) -> np.ndarray:
+    """Return wide integers or floats as uint8 [height, width]; pixels without a value are black."""
+    values = np.array(image, dtype=np.float32)
+    with np.errstate(over="ignore"):  # of a double's lowest number
+        empty = values == np.float32(no_data)
+    empty |= ~np.isfinite(values)
+    if image.mode == "F":
+        empty |= values == np.finfo(np.float32).max
+    if empty.all():
+        raise ImageError("unreadable", "none of its pixels has a value")
+    values[empty] = 0
+    # Integers wider than a byte are 16-bit grey; a format without a fixed range is scaled by its
+    # own maximum.
+    white = 1.0 if image.mode == "F" else 65535.0
+    brightest = max(float(values.max()), white)
+    return (values * (255 / brightest)).clip(0, 255).round().astype(np.uint8)
 
 
 def reduced_size(width: int, height: int, shortest_side: int) -> tuple[int, int]:
@@ -147,7 +203,7 @@ def reduced_size(width: int, height: int, shortest_side: int) -> tuple[int, int]
 def is_image(content: bytes) -> bool:
     """Return whether bytes begin as an image in a format that is read; the rest may be damaged."""
     try:
-        Image.open(io.BytesIO(content), formats=_formats())
+        _open(content)
     except (Image.DecompressionBombError, MemoryError):
         return True  # which is for `decode_image` to refuse
     except Exception:  # Pillow's readers raise all kinds

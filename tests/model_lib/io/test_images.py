@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from model_lib.ingest.transcode import reduced
 from model_lib.io.images import ImageError, decode_image
+from model_lib.io.metadata import GDAL_NODATA
 from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import normalise
+from tests.helpers.hostile_images import chunk, segment
 
 BROKEN = {
     "broken.png": "unreadable",
@@ -45,14 +47,32 @@ def test_every_odd_image_opens_or_gives_its_reason(odd_images: Path) -> None:
     assert reasons == BROKEN
 
 
-def test_exif_rotation_is_applied() -> None:
+def quarter() -> Image.Image:
+    """Return a white image with a red left quarter."""
     image = Image.new("RGB", (40, 20), "white")
     image.paste("red", (0, 0, 10, 20))
+    return image
+
+
+def turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to show
-    turned = decode_image(encoded(image, "JPEG", exif=exif))
-    assert turned.size == (20, 40)
-    assert turned.getpixel((10, 3))[0] > 200 and turned.getpixel((10, 3))[1] < 60
+    exif[0x0112] = orientation
+    return exif
+
+
+def is_red_above(image: Image.Image) -> bool:
+    """Return whether `quarter` was turned clockwise by a quarter."""
+    red, green, _ = image.getpixel((10, 3))
+    return image.size == (20, 40) and red > 200 and green < 60
+
+
+def test_exif_rotation_is_applied() -> None:
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+        assert is_red_above(decode_image(encoded(quarter(), kind, exif=turned(6)))), kind
+    for orientation in range(1, 9):
+        content = encoded(quarter(), "PNG", exif=turned(orientation))
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        assert (np.asarray(decode_image(content)) == np.asarray(expected)).all()
 
 
 def test_transparency_lies_on_white() -> None:
@@ -66,6 +86,116 @@ def test_sixteen_bits_are_scaled_not_clipped_and_dark_ones_stay_dark() -> None:
     assert np.abs(values.astype(int) - np.arange(256)).max() <= 1
     dark = Image.fromarray(np.full((4, 4), 200, np.uint16))
     assert decode_image(encoded(dark)).getpixel((1, 1)) == (1, 1, 1)
+
+
+FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
+@pytest.mark.parametrize(
+    ("value", "no_data"),
+    [
+        (np.nan, None),
+        (np.inf, None),
+        (-np.inf, None),
+        (FLOAT_MAX, None),
+        (-FLOAT_MAX, "-3.4028234663852886e+38"),
+        (32767, "32767"),
+        (np.nan, "nan"),
+        (-9999, "-9999"),
+        (np.inf, "no number"),
+    ],
+)
+def test_a_pixel_without_a_value_does_not_touch_the_others(
+    value: float, no_data: str | None
+) -> None:
+    options = {} if no_data is None else {"tiffinfo": {GDAL_NODATA: no_data}}
+    for brightest in (1, 300):
+        ramp = np.linspace(0, brightest, 256, dtype=np.float32)
+        ramp[128] = value
+        content = encoded(Image.fromarray(ramp.reshape(16, 16)), "TIFF", **options)
+        expected = np.arange(256)
+        expected[128] = 0
+        assert (np.asarray(decode_image(content))[..., 0].ravel() == expected).all()
+
+
+def test_no_data_of_integers_is_black_and_does_not_touch_the_others() -> None:
+    heights = np.arange(0, 1024, 4, dtype=np.int32).reshape(16, 16) * 256
+    heights[8, 0] = 2**31 - 1
+    content = encoded(Image.fromarray(heights), "TIFF", tiffinfo={GDAL_NODATA: str(2**31 - 1)})
+    values = np.asarray(decode_image(content))[..., 0].ravel().astype(int)
+    values[128] += 128
+    assert (values == np.arange(256)).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, FLOAT_MAX, -9999])
+def test_an_image_without_any_value_is_unreadable(value: float) -> None:
+    image = Image.fromarray(np.full((4, 4), value, np.float32))
+    with pytest.raises(ImageError, match="unreadable: none of its pixels has a value"):
+        decode_image(encoded(image, "TIFF", tiffinfo={GDAL_NODATA: "-9999"}))
+
+
+LARGE = zlib.compress(b"x" * 2**21)
+NOTES = {
+    "text": chunk(b"zTXt", b"Comment\0\0" + LARGE),
+    "international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + LARGE),
+    "colour profile": chunk(b"iCCP", b"profile\0\0" + LARGE),
+    "many texts": chunk(b"tEXt", b"Comment\0" + b"x" * 2**20) * 65,
+    "unknown compression": chunk(b"zTXt", b"Comment\0\7"),
+    "wrong checksum": chunk(b"tEXt", b"Comment\0x")[:-1] + b"x",
+    "cut resolution": chunk(b"pHYs", b""),
+    "cut gamma": chunk(b"gAMA", b"1"),
+    "animation that begins late": chunk(b"fcTL", struct.pack(">I22x", 5)),
+}
+SEGMENTS = {
+    "cut JFIF": segment(0xE0, b"JFIF"),
+    "cut Adobe": segment(0xEE, b"Adobe"),
+    "cut Photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\4\4"),
+    "cut colour profile": segment(0xE2, b"ICC_PROFILE\0"),
+    "cut index of images": segment(0xE2, b"MPF\0MM\0*\0\0\0\10\0\2"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTES)
+@pytest.mark.parametrize("place", [slice(33, None), slice(-12, None)], ids=["before", "after"])
+def test_a_png_is_read_whatever_its_notes_are(kind: str, place: slice) -> None:
+    content = encoded(quarter(), exif=turned(6))
+    before = content[: place.start]
+    assert is_red_above(decode_image(before + NOTES[kind] + content[place]))
+
+
+@pytest.mark.parametrize("kind", SEGMENTS)
+def test_a_jpeg_is_read_whatever_its_notes_are(kind: str) -> None:
+    content = encoded(quarter(), "JPEG", exif=turned(6))
+    assert is_red_above(decode_image(content[:2] + SEGMENTS[kind] + content[2:]))
+
+
+def test_a_tiff_is_read_whatever_its_tags_are() -> None:
+    tags = {270: "description", 274: 6, 305: "software", 700: b"XMP" * 9}
+    for compression in (None, "tiff_lzw"):
+        content = encoded(quarter(), "TIFF", tiffinfo=tags, compression=compression)
+        (start,) = struct.unpack_from("<I", content, 4)
+        (count,) = struct.unpack_from("<H", content, start)
+        entries = range(start + 2, start + 2 + 12 * count, 12)
+        notes = [
+            at for at in entries if struct.unpack_from("<H", content, at)[0] in (270, 305, 700)
+        ]
+        assert len(notes) == 3
+        for at in notes:
+            damaged = bytearray(content)
+            damaged[at + 2 : at + 12] = b"\7\0" + b"\xff" * 8
+            assert is_red_above(decode_image(bytes(damaged)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_is_none_turns_nothing(kind: str) -> None:
+    content = encoded(quarter(), kind, exif=b"Exif\0\0no EXIF")
+    assert decode_image(content).size == (40, 20)
+
+
+def test_exif_that_points_outside_still_turns() -> None:
+    entries = struct.pack(">HHIHxx", 0x0112, 3, 1, 6) + struct.pack(">HHII", 0x8769, 4, 1, 2**31)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
+    assert is_red_above(decode_image(encoded(quarter(), "JPEG", exif=exif)))
 
 
 def test_the_first_frame_of_an_animation_is_taken() -> None:
