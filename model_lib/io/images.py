@@ -5,6 +5,7 @@ while the others go on.
 """
 
 import contextlib
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -38,11 +39,18 @@ FORMATS = (
     "BMP",
     "DIB",
     "TIFF",
-    "HEIF",
     "AVIF",
+    "HEIF",
     "PPM",
 )
-"""Pillow's names of the formats that are read, whatever a file's ending says."""
+"""Pillow's names of the formats that are read, whatever a file's ending says. AVIF is before HEIF,
+whose reader takes files of both by their name `mif1`, and fails on AVIF."""
+CODECS = {
+    "AVIF": (b"avif avis", "pip install --upgrade pillow"),
+    "HEIF": (b"heic heix heim heis hevc hevx hevm hevs mif1 msf1", "pip install pi-heif"),
+}
+"""Formats that may not be installed: their brands, by which a file's first box names its format,
+and the remedy."""
 MAX_PIXELS = 128 * 1024 * 1024
 """Images with more pixels are refused: decoding one would need more than half a gigabyte."""
 LARGEST_FILE = 256 * 2**20
@@ -108,7 +116,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _open(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=_formats())
+    formats = _formats()
+    try:
+        return Image.open(io.BytesIO(content), formats=formats)
+    except UnidentifiedImageError:
+        if content[4:8] != b"ftyp":
+            raise
+        brands = content[8 : min(int.from_bytes(content[:4]), 256)]
+        named = {brands[at : at + 4] for at in range(0, len(brands), 4)}
+        for name, (known, remedy) in CODECS.items():
+            if name not in formats and named & set(known.split()):
+                raise ImageError("unreadable", f"{name}, which needs {remedy}") from None
+        raise
 
 
 def _upright_rgb(image: Image.Image, copy: bool = False) -> Image.Image:
@@ -159,9 +178,18 @@ def _image_errors() -> Iterator[None]:
         raise ImageError(reason, str(error) or type(error).__name__) from error
 
 
+@functools.cache
+def _register_formats() -> None:
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pi_heif
+
+        pi_heif.register_heif_opener()
+
+
 def _formats() -> list[str]:
     """Return the formats that are read and installed; Pillow alone would try every one it knows."""
-    Image.init()
+    _register_formats()
     return [name for name in FORMATS if name in Image.OPEN]
 
 

@@ -1,5 +1,6 @@
 """Image files without their metadata, as readers refuse whole files for a broken note in them."""
 
+import re
 import struct
 import zlib
 
@@ -14,17 +15,22 @@ TIFF_NOTES = {269, 270, 271, 272, 285, 305, 306, 315, 316, 330, 333, 337}
 """Texts, and other images, among the tags of TIFF 6.0, which end at `TIFF_END`."""
 TIFF_END = 600
 GDAL_NODATA = 42113
+AVIF = (b"ftypavif", b"ftypavis")
+EXIF_ITEM = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
+"""How an AVIF lists its EXIF, which says nothing that its boxes do not say: these turn it."""
 
 
 def without_metadata(content: bytes) -> bytes | None:
-    """Return a PNG, JPEG or TIFF file with only what its pixels and its orientation need; None: it
-    has no more, or is of another format."""
+    """Return a PNG, JPEG, TIFF or AVIF file with little but its pixels and its orientation; None:
+    it has no more, or is of another format."""
     if content.startswith(PNG):
         stripped = _png(content)
     elif content.startswith(JPEG):
         stripped = _jpeg(content)
     elif content[:4] in TIFF:
         stripped = _tiff(content)
+    elif content[4:12] in AVIF:
+        stripped = EXIF_ITEM.sub(rb"\1free", content, 1)
     else:
         return None
     return stripped if stripped != content else None

@@ -3,6 +3,8 @@ see."""
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -24,7 +26,6 @@ BROKEN = {
     "broken_data_stream.png": "unreadable",
     "decompression_bomb.gif": "too_large",
     "made_truncated_coco397133.jpg": "truncated",
-    "photo_empty_icc.heic": "unreadable",
     "truncated_image.png": "truncated",
     "truncated_jpeg.jpg": "truncated",
 }
@@ -73,6 +74,54 @@ def test_exif_rotation_is_applied() -> None:
         content = encoded(quarter(), "PNG", exif=turned(orientation))
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         assert (np.asarray(decode_image(content)) == np.asarray(expected)).all()
+
+
+def test_a_heic_file_is_told_by_its_bytes_and_turned_as_its_boxes_say(odd_images: Path) -> None:
+    content = (odd_images / "photo_empty_icc.heic").read_bytes()
+    image = np.asarray(decode_image(content)).astype(int)
+    assert image.shape == (900, 1025, 3)
+    for brand in (b"heix", b"mif1", b"hevc"):
+        named = np.asarray(decode_image(content.replace(b"ftypheic", b"ftyp" + brand, 1)))
+        assert (named == image).all()
+    # Its colour profile becomes a rotation to the left, once.
+    rotated = np.asarray(decode_image(content.replace(b"colrprof", b"irot\1rof")))
+    assert rotated.shape == (1025, 900, 3)
+    assert np.abs(rotated.astype(int) - np.rot90(image)).mean() < 0.1
+
+
+def test_an_avif_file_under_the_brand_of_any_image_is_read() -> None:
+    content = encoded(quarter(), "AVIF", exif=turned(6))
+    assert is_red_above(decode_image(content.replace(b"ftypavif", b"ftypmif1", 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown", "remedy"),
+    [
+        ("heic", "", "HEIF, which needs pip install pi-heif"),
+        ("avif", "Image.OPEN.pop('AVIF')", "AVIF, which needs pip install --upgrade pillow"),
+    ],
+)
+def test_a_format_that_is_not_installed_names_the_command(
+    name: str, unknown: str, remedy: str, odd_images: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "image.jpg"
+    heic = (odd_images / "photo_empty_icc.heic").read_bytes()
+    file.write_bytes(heic if name == "heic" else encoded(quarter(), "AVIF"))
+    code = f"""
+import sys
+sys.modules["pi_heif"] = None
+from PIL import Image
+from model_lib.io.images import ImageError, decode_image
+Image.init()
+{unknown}
+try:
+    decode_image(open(sys.argv[1], "rb").read())
+except ImageError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(file)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output == f"unreadable: {remedy}\n"
 
 
 def test_transparency_lies_on_white() -> None:
@@ -190,6 +239,14 @@ def test_a_tiff_is_read_whatever_its_tags_are() -> None:
 def test_exif_that_is_none_turns_nothing(kind: str) -> None:
     content = encoded(quarter(), kind, exif=b"Exif\0\0no EXIF")
     assert decode_image(content).size == (40, 20)
+
+
+def test_an_avif_is_read_whatever_its_exif_is() -> None:
+    exif = turned(6)
+    exif[270] = "description"
+    content = encoded(quarter(), "AVIF", exif=exif)
+    damaged = content.replace(b"MM\0*", b"junk").replace(b"II*\0", b"junk")
+    assert damaged != content and is_red_above(decode_image(damaged))
 
 
 def test_exif_that_points_outside_still_turns() -> None:
