@@ -153,8 +153,8 @@ def score_predictions(
         log.warning("%s is missing: %s", name, reason)
     if scores.tokenizer != "PTB":
         log.warning(
-            "without Java the captions are split plainly: do not compare these scores with "
-            "published ones"
+            "without Java's tokeniser the captions are split plainly: do not compare these scores "
+            "with published ones"
         )
     if len(ids) < FEW_IMAGES:
         log.warning("only %d images: CIDEr means little on so few", len(ids))

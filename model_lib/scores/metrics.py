@@ -2,13 +2,13 @@
 CIDEr.
 
 The scorers and the Penn Treebank tokeniser are pycocoevalcap's. METEOR and the tokeniser are Java
-programs; without Java the captions are split by a plain expression, METEOR is missing, and the
-result says so.
+programs; without Java, or where it fails, the captions are split by a plain expression, METEOR is
+missing, and the result says so.
 """
 
 import importlib.util
+import logging
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ import numpy as np
 
 from model_lib.errors import UserError, WorkError
 from model_lib.scores.cider import words
+from model_lib.scores.java import FRUGAL, run_java
 from model_lib.scores.significance import BLEU, METEOR
 from model_lib.scores.spice import require_spice, spice_scores
 
-METEOR_MEMORY = "2G"
+log = logging.getLogger(__name__)
+JAVA_MEMORY = "1 GB"
 NO_JAVA = "needs Java (apt-get install default-jre-headless)"
 
 
@@ -35,7 +37,7 @@ class Scores:
     """CIDEr with each caption scored against another image's references: what a model that ignores
     the image would get."""
     tokenizer: str
-    """"PTB" for the official one, "plain" without Java."""
+    """"PTB" for the official one, "plain" where Java is missing or failed."""
     missing: dict[str, str]
     """Scores that could not be computed, and why."""
 
@@ -63,7 +65,7 @@ def score_captions(
     missing = {} if java else {"METEOR": NO_JAVA}
     plain = {i: " ".join(captions[i].split()) for i in ids}
     texts = [{i: [plain[i]] for i in ids}, {i: list(references[i]) for i in ids}]
-    res, gts = _tokenize(texts, java)
+    (res, gts), tokenizer = _tokenize(texts, java)
     with ThreadPoolExecutor(1) as pool:  # METEOR's Java runs while Python computes the others
         meteor = pool.submit(_meteor, gts, res) if java else None
         statistics = {BLEU: _bleu_counts(gts, res)}
@@ -73,11 +75,17 @@ def score_captions(
         shuffled = {ids[a]: res[ids[b]] for a, b in zip(order, np.roll(order, 1), strict=True)}
         shuffled_cider, _ = Cider().compute_score(gts, shuffled)
         if meteor is not None:
-            statistics[METEOR] = meteor.result()
+            try:
+                statistics[METEOR] = meteor.result()
+            except WorkError as error:
+                missing["METEOR"] = str(error)
     statistics |= {"ROUGE_L": np.asarray(rouge)[:, None], "CIDEr": np.asarray(cider)[:, None]}
     if spice is not None:
-        statistics["SPICE"] = spice_scores(plain, references, spice)[:, None]
-    return Scores(statistics, float(shuffled_cider), "PTB" if java else "plain", missing)
+        try:
+            statistics["SPICE"] = spice_scores(plain, references, spice)[:, None]
+        except WorkError as error:
+            missing["SPICE"] = str(error)
+    return Scores(statistics, float(shuffled_cider), tokenizer, missing)
 
 
 def _bleu_counts(gts: dict, res: dict) -> np.ndarray:
@@ -109,8 +117,7 @@ def _meteor(gts: dict, res: dict) -> np.ndarray:
     for i, (caption,) in res.items():
         texts = (*gts[i], caption.replace("|||", "").replace("  ", " "))
         lines.append(" ||| ".join(("SCORE", *texts)))
-    command = [f"-Xmx{METEOR_MEMORY}", "-jar", str(jar), *["-", "-", "-stdio", "-l", "en", "-norm"]]
-    answers = _java("METEOR", command, lines)
+    answers = _java(["-jar", str(jar), *["-", "-", "-stdio", "-l", "en", "-norm"]], lines)
     counts = np.asarray([[float(count) for count in line.split()] for line in answers])
     # METEOR does not count the chunk of a caption that matches a whole reference, also not in sums
     # of captions.
@@ -121,11 +128,21 @@ def _meteor(gts: dict, res: dict) -> np.ndarray:
 
 def _tokenize(
     sets: Sequence[Mapping[int, Sequence[str]]], java: bool
-) -> list[dict[int, list[str]]]:
-    """Return the sets of captions by image, split into words with spaces between."""
+) -> tuple[list[dict[int, list[str]]], str]:
+    """Return the sets of captions by image, split into words with spaces between, and the
+    tokeniser's name."""
     every = [text for captions in sets for texts in captions.values() for text in texts]
-    split = iter(_penn_treebank(every) if java else [" ".join(words(text)) for text in every])
-    return [{i: [next(split) for _ in texts] for i, texts in captions.items()} for captions in sets]
+    tokenizer, lines = "plain", [" ".join(words(text)) for text in every]
+    if java:
+        try:
+            tokenizer, lines = "PTB", _penn_treebank(every)
+        except WorkError as error:
+            log.warning("the official tokeniser failed: %s", error)
+    split = iter(lines)
+    split_sets = [
+        {i: [next(split) for _ in texts] for i, texts in captions.items()} for captions in sets
+    ]
+    return split_sets, tokenizer
 
 
 def _penn_treebank(texts: Sequence[str]) -> list[str]:
@@ -139,7 +156,7 @@ def _penn_treebank(texts: Sequence[str]) -> list[str]:
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     program = "edu.stanford.nlp.process.PTBTokenizer"
     command = ["-cp", str(jar), program, "-preserveLines", "-lowerCase"]
-    tokenized = _java("the tokeniser", command, [" ".join(text.split()) for text in texts])
+    tokenized = _java(command, [" ".join(text.split()) for text in texts])
     punctuation = set(ptbtokenizer.PUNCTUATIONS)
     return [
         " ".join(word for word in line.rstrip().split(" ") if word not in punctuation)
@@ -147,16 +164,13 @@ def _penn_treebank(texts: Sequence[str]) -> list[str]:
     ]
 
 
-def _java(name: str, command: Sequence[str], lines: Sequence[str]) -> list[str]:
+def _java(arguments: Sequence[str], lines: Sequence[str]) -> list[str]:
     """Return a Java program's output line for each of `lines`; `WorkError` if it fails."""
     text = "\n".join(lines).encode() + b"\n"
-    process = subprocess.run(["java", *command], input=text, capture_output=True, check=False)
-    answers = process.stdout.decode().split("\n")
-    if process.returncode or len(answers) < len(lines):
-        errors = process.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        code = f"Java ended with exit code {process.returncode}"
-        raise WorkError(f"{name}: {code} on {len(lines)} captions: {errors[-1]}")
-    return answers[: len(lines)]
+    answers = run_java([*FRUGAL, *arguments], JAVA_MEMORY, text).decode().split("\n")[:-1]
+    if len(answers) != len(lines):  # Java itself may print warnings between them
+        raise WorkError(f"Java printed {len(answers)} lines for {len(lines)} captions")
+    return answers
 
 
 def require_scorers(spice: str | None) -> None:

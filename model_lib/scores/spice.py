@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
+from model_lib.scores.java import run_java
 
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 MEMORY = "8G"
@@ -83,16 +83,13 @@ def spice_scores(
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "captions.json"), Path(scratch, "scores.json")
         inputs.write_text(json.dumps(rows))
-        command = ["java", f"-Xmx{MEMORY}", "-cp", os.pathsep.join(map(str, classes))]
+        command = [f"-Xmx{MEMORY}", "-cp", os.pathsep.join(map(str, classes))]
         command += ["edu.anu.spice.SpiceScorer", str(inputs), "-cache", f"{scratch}/cache"]
         command += ["-out", str(outputs), "-subset", "-silent"]
         environment = {**os.environ, "JDK_JAVA_OPTIONS": java_options}
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if process.returncode or not outputs.exists():
-            lines = process.stderr.splitlines()
-            errors = [line.strip() for line in lines if "Exception" in line or "Error" in line]
-            reason = errors[0] if errors else "no message"
-            raise WorkError(f"SPICE: Java ended with exit code {process.returncode}: {reason}")
+        run_java(command, f"{MEMORY}B", environment=environment)
+        if not outputs.exists():
+            raise WorkError("Java ended without a message, and without scores")
         document = json.loads(outputs.read_text())
     scores = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in document}
     return np.asarray([0.0 if math.isnan(scores[i]) else scores[i] for i in captions])

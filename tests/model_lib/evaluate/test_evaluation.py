@@ -22,6 +22,7 @@ from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import Scores, score_captions
 from model_lib.scores.significance import corpus_scores, meteor
+from model_lib.scores.spice import MODELS
 from model_lib.tracking.runs import Tags, Tracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
@@ -107,6 +108,59 @@ def test_without_java_meteor_is_missing_and_the_rest_goes_on(
     assert "Java" in without.missing["METEOR"] and "METEOR" not in without.statistics
     assert with_java.tokenizer == "PTB" and without.tokenizer == "plain"
     assert without.statistics["CIDEr"] == pytest.approx(with_java.statistics["CIDEr"], rel=1e-6)
+
+
+def with_limit(folder: Path, kilobytes: int, program: str) -> None:
+    """Put a `java` into `folder` whose programs named so have this much address space."""
+    limit = f'case "$*" in *{program}*) ulimit -v {kilobytes};; esac'
+    script = folder / "java"
+    script.write_text(f'#!/bin/sh\n{limit}\nexec {shutil.which("java")} "$@"\n')
+    script.chmod(0o755)
+
+
+@pytest.mark.usefixtures("java")
+def test_java_has_enough_in_little_memory(
+    with_java: Scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_limit(tmp_path, 1_000_000, "")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    scores = score_captions(RIGHT, THEIRS)
+    assert scores.missing == {} and scores.tokenizer == "PTB"
+    assert (scores.statistics["METEOR"] == with_java.statistics["METEOR"]).all()
+
+
+@pytest.mark.usefixtures("java")
+@pytest.mark.parametrize(("program", "tokenizer"), [("-stdio", "PTB"), ("", "plain")])
+def test_what_fails_for_want_of_memory_is_missing_with_javas_words_and_the_rest_stays(
+    with_java: Scores,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: str,
+    tokenizer: str,
+) -> None:
+    with_limit(tmp_path, 400_000, program)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    scores = score_captions(RIGHT, THEIRS)
+    assert list(scores.missing) == ["METEOR"]
+    reason = scores.missing["METEOR"]
+    assert "Could not reserve enough space for" in reason and "give it 1 GB of memory" in reason
+    assert scores.tokenizer == tokenizer
+    assert scores.statistics["CIDEr"] == pytest.approx(with_java.statistics["CIDEr"], rel=1e-6)
+    assert set(scores.statistics) == set(with_java.statistics) - {"METEOR"}
+
+
+@pytest.mark.usefixtures("java")
+def test_spice_that_fails_is_missing_and_the_rest_stays(
+    with_java: Scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_limit(tmp_path, 400_000, "-stdio")  # METEOR would take seconds
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in MODELS:
+        (tmp_path / name).write_text("no models")
+    scores = score_captions(RIGHT, THEIRS, str(tmp_path))
+    assert list(scores.missing) == ["METEOR", "SPICE"]
+    assert "NoClassDefFound" in scores.missing["SPICE"]
+    assert set(scores.statistics) == set(with_java.statistics) - {"METEOR"}
 
 
 def test_empty_captions_score_nothing_and_break_nothing() -> None:

@@ -133,7 +133,7 @@ def test_the_models_of_spice_are_fetched_only_when_asked_for(
     cli.download(DownloadConfig(dataset="spice", output=str(output), base=server.address))
     assert all((output / name).read_bytes() == b"no Java" for name in MODELS)
     # Everything but these models is there.
-    with pytest.raises(WorkError, match=r"SPICE: Java ended with exit code 1: .*NoClassDefFound"):
+    with pytest.raises(WorkError, match=r"Java ended with exit code 1: .*NoClassDefFound"):
         spice_scores({1: "a circle"}, {1: ["a circle"]}, str(output))
 
 
