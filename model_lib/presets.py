@@ -3,6 +3,12 @@
 from dataclasses import dataclass, replace
 
 
+def stored_side(image_size: int) -> int:
+    """Return the shorter side in pixels at which ingest stores images for a vision tower that takes
+    `image_size`: some more, for random crops."""
+    return image_size * 8 // 7
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """A captioner's parts and defaults."""
@@ -32,8 +38,8 @@ class Preset:
 
     @property
     def stored_side(self) -> int:
-        """Shorter side in pixels at which ingest stores images, for random crops of them."""
-        return self.vision_shape["image_size"] * 8 // 7
+        """See `stored_side`."""
+        return stored_side(self.vision_shape["image_size"])
 
 
 _CLIP_L = Preset(

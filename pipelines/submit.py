@@ -123,7 +123,7 @@ class ScheduleConfig(_ServerConfig):
     name: str = option()
     """Name of the recurring run."""
     cron: str | None = None
-    """When: five fields, or six with the seconds first, in the server's time zone: "0 3 * * *" …"""
+    """When: five fields, or six with the seconds first, in UTC: "0 3 * * *" …"""
     every: int | None = option(None, minimum=60)
     """… or seconds between two runs."""
 

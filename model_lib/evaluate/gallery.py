@@ -18,7 +18,7 @@ DARKEST = 0.25
 
 
 @dataclass(frozen=True)
-class Rival:
+class ChampionCaption:
     """The champion's caption of the image."""
 
     caption: str
@@ -35,7 +35,7 @@ class Card:
     caption: str
     references: list[str]
     cider: float
-    rival: Rival | None = None
+    champion: ChampionCaption | None = None
     thumbnail: str | None = None
     """JPEG in base64."""
     aspect: float = 1.0
@@ -61,10 +61,10 @@ def select_images(cider: np.ndarray) -> list[int]:
 
 def make_cards(predictions: Predictions, champion: Predictions | None) -> list[Card]:
     """Return the cards of the images that have a view, or of some if none has; the worst first."""
-    rivals: dict[int, tuple[str, float]] = {}
+    champions: dict[int, tuple[str, float]] = {}
     if champion is not None:
         scored = zip(champion.captions, champion.cider().tolist(), strict=True)
-        rivals = dict(zip(champion.image_ids, scored, strict=True))
+        champions = dict(zip(champion.image_ids, scored, strict=True))
     ids, cider = predictions.image_ids, predictions.cider().tolist()
     with_view = [n for n, image_id in enumerate(ids) if image_id in predictions.views]
     selected = with_view or select_images(predictions.cider())
@@ -76,9 +76,9 @@ def make_cards(predictions: Predictions, champion: Predictions | None) -> list[C
             references=predictions.references[n],
             cider=cider[n],
         )
-        if ids[n] in rivals:
-            caption, score = rivals[ids[n]]
-            card.rival = Rival(caption, score, cider[n] - score)
+        if ids[n] in champions:
+            caption, score = champions[ids[n]]
+            card.champion = ChampionCaption(caption, score, cider[n] - score)
         if view := predictions.views.get(ids[n]):
             with Image.open(io.BytesIO(view.thumbnail)) as image:
                 card.aspect = image.width / image.height

@@ -28,6 +28,7 @@ from model_lib.io import storage
 from model_lib.io.locks import output_lock
 from model_lib.io.validation import read_record
 from model_lib.model.captioner import Captioner
+from model_lib.presets import stored_side
 from model_lib.progress import Progress
 from model_lib.tracking.runs import NO_TRACKING, Run, Tracking
 from model_lib.train import checkpoint
@@ -76,7 +77,7 @@ def _warn_of_small_images(manifest: Manifest, size: int) -> None:
             manifest.uri,
             stored,
             size,
-            size * 8 // 7,
+            stored_side(size),
         )
 
 

@@ -30,7 +30,7 @@ def failing(how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("said", r"^the bucket is away$"),
+        ("reason", r"^the bucket is away$"),
         ("defect", r"^step fail failed: KeyError: 'no such thing'; .*pipeline\.log has all that"),
         ("killed", r"^step fail failed: it was killed, or says nothing; .*pipeline\.log has all"),
     ],

@@ -9,7 +9,7 @@
     index,
     cider: Number(element.dataset.cider),
     gain: Number(element.dataset.gain ?? 0),
-    text: Array.from(element.querySelectorAll(".said"), (text) => text.textContent).join("\n").toLowerCase(),
+    text: Array.from(element.querySelectorAll(".searched"), (text) => text.textContent).join("\n").toLowerCase(),
   }));
 
   function order() {

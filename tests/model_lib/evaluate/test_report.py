@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Frame, Page
 
-from model_lib.evaluate.gallery import Rival, make_cards, select_images
+from model_lib.evaluate.gallery import ChampionCaption, make_cards, select_images
 from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import EvaluationResult, Predictions, View
 from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
@@ -239,7 +239,7 @@ def test_any_text_is_shown_as_text(page: Page, incidents: list[str], tmp_path: P
         card = frame.locator(".card").nth(n)
         assert card.locator(".file").text_content() == visible
         assert card.locator("li").text_content() == visible
-        assert card.locator(".rival bdi").text_content() == visible
+        assert card.locator(".champion bdi").text_content() == visible
         assert (card.locator(".caption").text_content() or "").split() == visible.split()
         for word in card.locator(".word").all():
             word.hover()
@@ -349,8 +349,8 @@ def test_models_of_one_name_have_their_own_curves() -> None:
 def test_cards_pair_captions_by_image() -> None:
     new, old = evaluated("new", [2.0, 1.0]), evaluated("old", [0.5])
     first, second = make_cards(new.predictions, old.predictions)
-    assert (first.name, first.rival) == ("0001.jpg", None)
-    assert second.rival == Rival("old caption 0 of a dog", cider=0.5, gain=1.5)
+    assert (first.name, first.champion) == ("0001.jpg", None)
+    assert second.champion == ChampionCaption("old caption 0 of a dog", cider=0.5, gain=1.5)
 
 
 def test_axes_end_at_round_numbers() -> None:
