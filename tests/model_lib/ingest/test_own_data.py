@@ -1,13 +1,15 @@
 """Images and captions in the forms that people have: all that can be used is used, and each row
 that cannot is in the quarantine."""
 
+import contextlib
 import io
 import json
+import re
+import shlex
 import shutil
 import tarfile
 import unicodedata
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import UserError
+from model_lib.cli import COMMANDS, parse
 from model_lib.data.coco import read_captions
 from model_lib.data.shards import Manifest
 from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import ingest
 from model_lib.io.storage import upload_folder
+from tests.helpers.coco_files import write_captions
 from tests.helpers.http_server import website
 from tests.helpers.ingests import ingested, read_quarantine, read_rows
 
-Files = Callable[..., None]
 CAPTION = "a red cat, a blue dog"
 
 
@@ -448,3 +452,35 @@ def test_rows_of_one_large_row_group_are_read_in_any_order(images: Path, tmp_pat
 def test_a_folder_without_captions_says_what_is_expected(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no captions; expected COCO 2017's layout, a list"):
         ingested(tmp_path / "out", dataset=images)
+
+
+def test_every_command_of_the_table_of_forms(images: Path, tmp_path: Path) -> None:
+    """Those of docs/data.md, in a folder with what they name."""
+    table = pd.DataFrame({"file": [f"{n}.jpg" for n in range(6)], "caption": [CAPTION] * 6})
+    for name in ("captions.csv", "images/list.csv", "train.csv", "val.csv"):
+        rows = table[4:] if name == "val.csv" else table[:4]
+        rows.to_csv(tmp_path / name, index=False)
+    table.rename(columns={"file": "Photo", "caption": "Title"}).to_csv(tmp_path / "named.csv")
+    table.to_csv(tmp_path / "plain.csv", header=False)
+    table.to_json(tmp_path / "captions.json", orient="records")
+    (tmp_path / "textcaps.json").write_text(str(LISTS["TextCaps"]))
+    write_captions(tmp_path / "coco.json", list(enumerate(table["file"])))
+    pack(tmp_path / "images.zip", images, "photos/")
+    shutil.copytree(images, tmp_path / "folder" / "train")
+    table.to_json(tmp_path / "folder" / "train" / "metadata.jsonl", orient="records", lines=True)
+    shutil.copytree(images, tmp_path / "texts")
+    for number in range(6):
+        (tmp_path / "texts" / f"{number}.txt").write_text(CAPTION)
+    (tmp_path / "shards").mkdir()
+    pack(tmp_path / "shards" / "0.tar", tmp_path / "texts", "")
+    (tmp_path / "hub").mkdir()
+    parquet(tmp_path / "hub" / "train.parquet", images, [(None, n, CAPTION) for n in range(6)])
+    document = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    commands = re.findall(r"`captioner (ingest [^`]*)`", document)
+    assert len(commands) > 12
+    for command in commands:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        name, *options = shlex.split(command)
+        with contextlib.chdir(tmp_path):
+            manifest = ingest(parse(COMMANDS[name], name, options))
+            assert sum(manifest.counts.values()) >= 2 and manifest.quarantined == {}, command
