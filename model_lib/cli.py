@@ -159,9 +159,11 @@ def ingest(config: IngestConfig) -> Output:
 
     manifest = run(config)
     counts = ", ".join(f"{split} {count:,}" for split, count in manifest.counts.items())
-    rejected = ", ".join(f"{reason} {count}" for reason, count in manifest.quarantined.items())
-    line = f"{config.output}: images: {counts}; quarantined: {rejected or 'none'}"
-    return Output(manifest.to_dict(), [f"{line}; fingerprint {manifest.fingerprint[:12]}"])
+    lines = [f"{config.output}: images: {counts}; fingerprint {manifest.fingerprint[:12]}"]
+    if manifest.quarantined:
+        rejected = ", ".join(f"{reason} {n:,}" for reason, n in manifest.quarantined.items())
+        lines += [f"not used: {rejected}: {storage.join(config.output, 'quarantine.parquet')}"]
+    return Output(manifest.to_dict(), lines)
 
 
 def train(config: TrainConfig) -> Output:

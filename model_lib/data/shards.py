@@ -92,8 +92,8 @@ class Manifest:
         if not self.counts.get(split):
             splits = ", ".join(f"{name} ({count})" for name, count in self.counts.items())
             raise UserError(
-                f"{self.uri}: has no {split} images, only {splits}; ingest both: --dataset, or "
-                "--split auto"
+                f"{self.uri}: has no {split} images, only {splits}; ingest both, with --train and "
+                "--val, or with --split auto"
             )
 
 
