@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model_lib.data.coco import SURROGATES, read_captions
+from model_lib.data.coco import SURROGATES, image_id_of, read_captions
 from model_lib.errors import UserError
 from model_lib.evaluate.config import ScoreConfig
 from model_lib.evaluate.report import render_report
@@ -60,7 +60,7 @@ def _score_results(config: ScoreConfig) -> EvaluationResult:
     ids, names = sorted(captions), dict(images)
     predictions = Predictions(
         image_ids=ids,
-        file_names=[names[i] for i in ids],
+        file_names=[names.get(i, "") for i in ids],
         captions=[captions[i] for i in ids],
         references=[references[i] for i in ids],
     )
@@ -108,9 +108,9 @@ def read_results(uri: str) -> dict[int, str]:
     rows = storage.read_json(uri)
     with input_errors(uri, 'COCO results; expected [{"image_id", "caption"}]'):
         for row in rows:
-            image_id, caption = row["image_id"], row["caption"]
-            if type(image_id) is not int or abs(image_id) >= 2**63 or not isinstance(caption, str):
-                raise TypeError(f"image_id {image_id!r:.60} with caption {caption!r:.60}")
+            image_id, caption = image_id_of(row["image_id"]), row["caption"]
+            if not isinstance(caption, str):
+                raise TypeError(f"image_id {image_id} has caption {caption!r:.60}")
             if image_id in captions:
                 raise UserError(f"{uri}: image_id {image_id} occurs twice")
             captions[image_id] = SURROGATES.sub("", caption)

@@ -320,6 +320,22 @@ def test_scores_that_were_not_sent_are_not_sent_for_another_model(
 ROW = '{"image_id": 1, "caption": "a"}'
 
 
+def test_results_of_images_without_names_and_with_ids_as_text_are_scored(tmp_path: Path) -> None:
+    texts = {"17": "a dog on the grass", "b7": "a cat on a chair"}
+    references = {
+        "images": [{"id": image_id} for image_id in texts],
+        "annotations": [
+            *({"image_id": image_id, "caption": text} for image_id, text in texts.items()),
+            {"image_id": "17", "caption": "quality issues", "is_rejected": True},
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(references))
+    rows = [{"image_id": image_id, "caption": text} for image_id, text in texts.items()]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    config = ScoreConfig(results=str(tmp_path / "r.json"), annotations=str(tmp_path / "a.json"))
+    assert score(config).scores["ROUGE_L"] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -327,7 +343,7 @@ ROW = '{"image_id": 1, "caption": "a"}'
         ("{}", "holds no captions"),
         ("[]", "holds no captions"),
         ("[1]", "is not COCO results"),
-        ('[{"image_id": "1", "caption": "a"}]', "is not COCO results"),
+        ('[{"image_id": true, "caption": "a"}]', "is not COCO results"),
         ('[{"image_id": 1}]', "is not COCO results"),
         ('[{"image_id": 9, "caption": "a ghost"}]', "image_id 9 has no reference captions"),
         (f"[{ROW}, {ROW}]", "image_id 1 occurs twice"),
