@@ -8,12 +8,12 @@ from model_lib.options import Precision, StageConfig, option
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(StageConfig):
-    """Caption every image under a folder or bucket prefix into Parquet; started again, it does what
+    """Caption every image of a folder, bucket or list into Parquet; started again, it does what
     is missing."""
 
     images: str
-    """Folder or URI of the images, or a list of them: .parquet or .csv with a column uri, or .txt,
-    a line each."""
+    """Folder, URI, zip or tar archive of the images, or a list of them: CSV, TSV, JSON lines or
+    Parquet with a column of files, or a line each."""
     output: str = option(shapes=False)
     """Folder or URI, in which images, model and options have their own: Parquet files,
     summary.json, report.html."""

@@ -1,8 +1,8 @@
-"""The images to caption: those in a folder or below a bucket's prefix, or those of a list."""
+"""The images to caption: those of a folder, bucket's prefix or archive, or those of a list."""
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 
 from model_lib.batch.config import BatchConfig
 from model_lib.errors import UserError
-from model_lib.io import storage
+from model_lib.io import folders, storage
+from model_lib.io.archives import archive_kind
 from model_lib.io.errors import input_errors
-from model_lib.io.images import EXTENSIONS
+from model_lib.io.folders import START, left_out_line
+from model_lib.io.images import EXTENSIONS, begins_as_image
 
-LISTS = {".parquet", ".csv", ".txt"}
-"""Endings of files that list images."""
 COLUMNS = ("uri", "file", "file_name", "path", "url", "filename", "image")
 """Names of the column that holds a list's images; without one of them it is the first."""
 
@@ -30,6 +30,8 @@ class ListedImage:
     """Size of the file; -1: unknown, as it is from a list."""
     version: str = ""
     """Changes with the content of the file, by its store; empty: unknown."""
+    name: str = ""
+    """Its path below the folder, its name in the archive, or what the list calls it."""
 
     @property
     def is_from_list(self) -> bool:
@@ -37,38 +39,60 @@ class ListedImage:
         return self.bytes < 0
 
 
-def list_images(config: BatchConfig) -> list[ListedImage]:
-    """Return the images of the folder or list `config.images`, each once, sorted by URI."""
-    ending = PurePosixPath(config.images).suffix.lower()
-    is_list = ending in LISTS and not storage.is_folder(config.images)
-    images = _read_list(config.images, ending) if is_list else _find_images(config)
+def list_images(config: BatchConfig) -> tuple[list[ListedImage], dict[str, int]]:
+    """Return the images of `config.images`, each once, sorted by URI, and the counts of what is
+    left out, as `folders.list_images`; `UserError` if there are none."""
+    patterns = "; look at --include and --exclude" if config.include or config.exclude else ""
+    if _is_list(config.images):
+        images, left_out = list(_read_list(config.images)), {}
+    else:
+        listed = folders.list_images(config.images, config.recursive, _chooser(config))
+        left_out = listed.left_out
+        images = [
+            ListedImage(
+                storage.encodable(file.uri), file.bytes, file.version, storage.encodable(file.name)
+            )
+            for file in listed.files
+        ]
     distinct = {image.uri: image for image in images}
     if not distinct:
-        endings = "" if is_list else f" ({', '.join(sorted(EXTENSIONS))})"
-        patterns = "; look at --include and --exclude" if config.include or config.exclude else ""
-        raise UserError(f"{config.images}: no images in it{endings}{patterns}")
-    return sorted(distinct.values())
+        line = f"; {left_out_line(left_out)}" if left_out else ""
+        raise UserError(f"{config.images}: no images in it{line}{patterns}")
+    return sorted(distinct.values()), left_out
 
 
-def _find_images(config: BatchConfig) -> Iterator[ListedImage]:
-    if config.images.startswith(("http://", "https://")):
-        message = "a web server lists no folders; name a .txt file with an address a line"
-        raise UserError(f"{config.images}: {message}")
-    if not storage.is_folder(config.images):
-        raise UserError(f"{config.images}: no such folder of images")
+def _is_list(uri: str) -> bool:
+    """Return whether `uri` is a file that lists images, not a folder or an archive."""
+    is_web = uri.startswith(("http://", "https://"))
+    if is_web and "." not in uri.rpartition("/")[2]:
+        message = "a web server lists no folders; name a list with an address a line"
+        raise UserError(f"{uri}: {message}")
+    if not is_web and storage.is_folder(uri):
+        return False
+    if not is_web and not storage.exists(uri):
+        raise UserError(f"{uri}: no such folder, archive or list of images")
+    start = storage.read_bytes(uri, START - 1)
+    if start.lstrip().startswith(b"<"):
+        raise UserError(f"{uri}: is a page or a drawing, not a list of images")
+    if begins_as_image(start):
+        raise UserError(f"{uri}: is one image; name its folder, or use captioner caption -f")
+    return archive_kind(uri) is None
+
+
+def _chooser(config: BatchConfig) -> Callable[[str], bool]:
+    """Return whether a file of this name in the folder is to be captioned, if it is an image."""
     fs, folder = storage.filesystem(config.images)
     output_fs, output = storage.filesystem(config.output)
-    holds_output = output_fs == fs and output.startswith(f"{folder.rstrip('/')}/")
-    for path, info in storage.find_files(config.images, config.recursive).items():
-        is_image = PurePosixPath(path).suffix.lower() in EXTENSIONS
-        relative = path.removeprefix(folder).lstrip("/")
-        is_chosen = not config.include or _matches(relative, config.include)
-        is_output = holds_output and path.startswith(f"{output}/")
-        if not is_image or not is_chosen or is_output or _matches(relative, config.exclude):
-            continue
-        uri = path if storage.is_local(config.images) else fs.unstrip_protocol(path)
-        version = "/".join(storage.version(info))
-        yield ListedImage(storage.encodable(uri), int(info["size"]), version)
+    start = f"{folder.rstrip('/')}/"
+    holds_output = output_fs == fs and output.startswith(start)
+    below = f"{output.removeprefix(start)}/" if holds_output else None
+
+    def is_chosen(name: str) -> bool:
+        is_included = not config.include or _matches(name, config.include)
+        is_output = below is not None and name.startswith(below)
+        return is_included and not is_output and not _matches(name, config.exclude)
+
+    return is_chosen
 
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
@@ -77,9 +101,10 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _read_list(uri: str, ending: str) -> Iterator[ListedImage]:
+def _read_list(uri: str) -> Iterator[ListedImage]:
+    ending = PurePosixPath(uri).suffix.lower()
     content = storage.read_bytes(uri)
-    with input_errors(uri, f"a list of images as {ending[1:]}"):
+    with input_errors(uri, "a list of images"):
         if ending == ".parquet":
             table = pq.ParquetFile(io.BytesIO(content)).read()
             names = table[_column(table.column_names)].to_pylist()
@@ -92,7 +117,7 @@ def _read_list(uri: str, ending: str) -> Iterator[ListedImage]:
         name = str(cell or "").strip()
         if name:
             is_absolute = "://" in name or name.startswith("/")
-            yield ListedImage(name if is_absolute else storage.join(folder, name))
+            yield ListedImage(name if is_absolute else storage.join(folder, name), name=name)
 
 
 def _csv_names(text: str) -> list[str]:

@@ -13,6 +13,7 @@ from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
 from model_lib.io.archives import read_image
 from model_lib.io.errors import input_errors
+from model_lib.io.folders import left_out_line
 from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
 from model_lib.pages.page import render_page, thumbnail
@@ -32,6 +33,8 @@ class Summary:
     ok: int
     errors: dict[str, int]
     """Number of images without a caption, for each reason."""
+    left_out: dict[str, int]
+    """Number of files that are no images, by ending, and of hidden ones, as the plan counts."""
     captions: str
     """Folder of the Parquet files."""
     report: str
@@ -42,8 +45,12 @@ class Summary:
 
 
 def merge(plan: Plan) -> Summary:
-    """Check that every listed image has its row, and write the summary and the report; `WorkError`
-    if a shard is not captioned yet, or its file holds other images than were planned."""
+    """Check that every listed image has its row, and write the summary and the report.
+
+    Raises:
+        WorkError: a shard is not captioned yet, or its file holds other images than were planned;
+            or, once the rest is written, not a single image is captioned.
+    """
     # A store's listing may be out of date.
     missing = [index for index in plan.missing() if not storage.exists(plan.captions_uri(index))]
     if missing:
@@ -72,6 +79,7 @@ def merge(plan: Plan) -> Summary:
         images=images,
         ok=ok,
         errors=dict(errors),
+        left_out=plan.left_out,
         captions=storage.join(plan.folder, "captions"),
         report=storage.join(plan.folder, "report.html"),
         model=plan.config.model,
@@ -83,6 +91,7 @@ def merge(plan: Plan) -> Summary:
         "batch.html",
         summary=summary,
         images=plan.config.images,
+        left_out=left_out_line(plan.left_out),
         configuration=plan.configuration,
         gallery=sorted(gallery, key=lambda row: str(row["uri"])),
         worst=worst,
@@ -91,6 +100,10 @@ def merge(plan: Plan) -> Summary:
     storage.write_bytes(summary.report, page.encode())
     storage.write_json(storage.join(plan.folder, "summary.json"), asdict(summary))
     storage.write_json(storage.join(plan.config.output, "latest.json"), asdict(summary))
+    if not ok:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in errors.most_common())
+        problem = f"none of {images:,} images captioned: {reasons}"
+        raise WorkError(f"{plan.config.images}: {problem}; {summary.report} says more")
     return summary
 
 
@@ -139,6 +152,8 @@ def summary_markdown(summary: Summary) -> str:
     if summary.errors:
         lines += ["| without a caption | images |", "|---|---:|"]
         lines += [f"| {reason} | {count:,} |" for reason, count in sorted(summary.errors.items())]
+    if summary.left_out:
+        lines += ["", left_out_line(summary.left_out)]
     return "\n".join(lines) + "\n"
 
 

@@ -26,9 +26,11 @@ from model_lib.model.sources import RIVAL, lasting_source, source_digest
 
 RETRIED = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may have gone by the next run: the store's, or what somebody has put right."""
-COLUMNS = {"uri": "text", "bytes": "int", "version": "text"}
+COLUMNS = {"uri": "text", "bytes": "int", "version": "text", "name": "text"}
 """Columns of a listing."""
-SCHEMA = pa.schema([("uri", pa.string()), ("bytes", pa.int64()), ("version", pa.string())])
+SCHEMA = pa.schema(
+    [(name, pa.int64() if kind == "int" else pa.string()) for name, kind in COLUMNS.items()]
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Plan:
     listing: str
     """Name of the file that holds the shards' images."""
     shards: list[Shard]
+    left_out: dict[str, int]
+    """Counts of what is no image, as `list_images` returns them."""
     folder: str = ""
     """As `output_folder` returns it; not in the file."""
 
@@ -136,7 +140,7 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
         config: as `resolve` returns it.
         folder: as `output_folder` returns it.
     """
-    images = list_images(config)
+    images, left_out = list_images(config)
     storage.require_writable(folder)
     groups: list[list[ListedImage]] = []
     if storage.exists(storage.join(folder, "plan.json")):
@@ -152,7 +156,8 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
             writer.write_table(table, len(group))
     files = [f"part-{digest}.parquet" for digest in digests]
     shards = [Shard(file, len(group)) for file, group in zip(files, groups, strict=True)]
-    plan = Plan(config.to_dict(), model_files(config.model), listing, shards, folder)
+    files_of_model = model_files(config.model)
+    plan = Plan(config.to_dict(), files_of_model, listing, shards, left_out, folder)
     document = asdict(plan)
     del document["folder"]
     storage.write_json(storage.join(folder, "plan.json"), document)

@@ -15,20 +15,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from model_lib.io.metadata import GDAL_NODATA, without_metadata
 
+# fmt: off
 EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".avif",
-    ".jfif",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc",
+    ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".avif", ".avifs", ".heic", ".heif", ".hif",
 }
-"""Endings of the files that count as images when a folder is searched."""
+# fmt: on
+"""Endings of the files that count as images when a folder is searched, whatever is in them."""
 FORMATS = (
     "JPEG",
     "MPO",
@@ -51,6 +45,8 @@ CODECS = {
 }
 """Formats that may not be installed: their brands, by which a file's first box names its format,
 and the remedy."""
+WEAK = ("PPM", "BMP", "DIB")
+"""Those whose files begin with so few fixed bytes that a text or a table may begin so."""
 MAX_PIXELS = 128 * 1024 * 1024
 """Images with more pixels are refused: decoding one would need more than half a gigabyte."""
 LARGEST_FILE = 256 * 2**20
@@ -237,3 +233,15 @@ def is_image(content: bytes) -> bool:
     except Exception:  # Pillow's readers raise all kinds
         return False
     return True
+
+
+def begins_as_image(start: bytes) -> bool:
+    """Return whether the first 512 bytes of a file are those of an image in a format that is read,
+    or would be if it were installed."""
+    prefix = start[:16].ljust(16, b"\0")
+    for name in _formats():
+        accept = Image.OPEN[name][1]
+        if accept is not None and accept(prefix) is True:
+            return name not in WEAK or is_image(start)
+    brands = [brand for known, _ in CODECS.values() for brand in known.split()]
+    return prefix[4:8] == b"ftyp" and prefix[8:12] in brands

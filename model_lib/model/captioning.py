@@ -1,5 +1,6 @@
 """Calling the model: images of any kind in, `Caption`s out."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -14,10 +15,13 @@ from PIL import Image
 
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
-from model_lib.io.archives import read_image
+from model_lib.io.archives import SCHEMES, archive_kind, read_image
+from model_lib.io.folders import left_out_line, list_images
 from model_lib.io.images import EXTENSIONS, ImageError, as_rgb, decode_image
 from model_lib.io.prefetch import prefetch_map
 from model_lib.model.config import DecodeConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,15 +126,15 @@ def find_images(names: Iterable[str], lines: Iterable[str]) -> Iterator[str | Pr
     """Yield the images that `names` stand for, in order; for a name without images, the error.
 
     Args:
-        names: paths, URIs and addresses, which stand for themselves; folders, for the images in and
-            below them; patterns with * or ?, for the files that match; "-", for `lines`.
+        names: paths, URIs and addresses, which stand for themselves; folders and archives, for the
+            images in them; patterns with * or ?, for the files that match; "-", for `lines`.
         lines: more paths, URIs and addresses, one a line.
     """
     for name in names:
         if name == "-":
             yield from (line.strip() for line in lines if line.strip())
             continue
-        if name.startswith(("http://", "https://")):
+        if name.startswith(("http://", "https://", *SCHEMES)):
             yield name
             continue
         try:
@@ -140,22 +144,33 @@ def find_images(names: Iterable[str], lines: Iterable[str]) -> Iterator[str | Pr
 
 
 def _expand(name: str) -> list[str]:
-    """Return the images of a folder or pattern, or the name itself; `UserError` if none."""
+    """Return the images of a folder, archive or pattern, or the name itself; `UserError` if none.
+
+    What is left out of a folder is logged.
+    """
     fs, path = storage.filesystem(name)
-    if storage.is_folder(name):
-        files = storage.find_files(name)
-        images = [file for file in files if PurePosixPath(file).suffix.lower() in EXTENSIONS]
-        missing = "has no images in it"
+    if storage.is_folder(name) or _is_archive(name):
+        images = list_images(name)
+        left_out = left_out_line(images.left_out)
+        if not images.files:
+            raise UserError(f"{name}: has no images in it{left_out and f'; {left_out}'}")
+        if left_out:
+            log.warning("%s: %s", name, left_out)
+        uris = [file.uri for file in images.files]
     elif any(sign in name for sign in "*?") and not storage.exists(name):
-        images = storage.access(name, lambda: fs.glob(path), doing="listed")
-        missing = "matches nothing"
+        paths = sorted(storage.access(name, lambda: fs.glob(path), doing="listed"))
+        if not paths:
+            raise UserError(f"{name}: matches nothing")
+        uris = paths if storage.is_local(name) else [str(fs.unstrip_protocol(p)) for p in paths]
     else:
         return [name]
-    if not images:
-        raise UserError(f"{name}: {missing}")
-    if not storage.is_local(name):
-        return [str(fs.unstrip_protocol(file)) for file in sorted(images)]
-    return [file if os.path.isabs(name) else os.path.relpath(file) for file in sorted(images)]
+    is_plain = "://" not in uris[0] and not os.path.isabs(name)
+    return [os.path.relpath(uri) for uri in uris] if is_plain else uris
+
+
+def _is_archive(name: str) -> bool:
+    has_ending = PurePosixPath(name).suffix.lower() in EXTENSIONS
+    return not has_ending and storage.exists(name) and archive_kind(name) is not None
 
 
 def caption_images(model: ImageCaptioner, images: Iterable[Any], **options: Any) -> list[Caption]:

@@ -51,6 +51,7 @@ PLAN = {
     "model_files": "0",
     "listing": "listing-0.parquet",
     "shards": [{"file": "part-0.parquet", "images": ROWS}],
+    "left_out": {".txt": 1},
 }
 SHARD = {"uri": "train-00000.parquet", "split": "train", "rows": ROWS, "bytes": 1, "sha256": "0"}
 MANIFEST = {
@@ -147,7 +148,7 @@ def table() -> bytes:
 
 def listing() -> bytes:
     sizes = pa.array([1] * ROWS, pa.int64())
-    return parquet({"uri": NAMES, "bytes": sizes, "version": ["1"] * ROWS})
+    return parquet({"uri": NAMES, "bytes": sizes, "version": ["1"] * ROWS, "name": NAMES})
 
 
 DOCUMENTS = {

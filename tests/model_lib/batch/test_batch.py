@@ -169,7 +169,7 @@ def test_a_second_run_captions_only_what_is_new_or_changed(
 
 @pytest.mark.parametrize("name", ["000000000003.jpg", ""])
 def test_an_image_whose_store_failed_is_tried_again(
-    config: BatchConfig, name: str, monkeypatch: pytest.MonkeyPatch
+    config: BatchConfig, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of them, and all."""
     original = storage.read_bytes
@@ -182,7 +182,12 @@ def test_an_image_whose_store_failed_is_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr("model_lib.io.storage.read_bytes", failing)
         for _ in range(2):
-            assert batch(config).errors == {"unreachable": 1 if name else 12}
+            if name:
+                assert batch(config).errors == {"unreachable": 1}
+                continue
+            with pytest.raises(WorkError, match="none of 12 images captioned: unreachable 12; "):
+                batch(config)
+            assert json.loads((tmp_path / "out/latest.json").read_text())["ok"] == 0
     summary = batch(config)
     assert (summary.images, summary.ok, summary.errors) == (12, 12, {})
     assert len(read_rows(summary)) == 12

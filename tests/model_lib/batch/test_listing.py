@@ -34,7 +34,7 @@ def test_patterns_and_depth_choose_what_is_captioned(config: BatchConfig, images
     assert listed(config, include=("*.png", "deep/*")) == ["x.jpg", "y.png"]
     assert len(listed(config, exclude=("0*",))) == 2
     assert "x.jpg" not in listed(config, recursive=False)
-    with pytest.raises(UserError, match=r"no images in it .*; look at --include and --exclude"):
+    with pytest.raises(UserError, match=r"no images in it; look at --include and --exclude"):
         listed(config, include=("*.tif",))
 
 
@@ -158,9 +158,15 @@ def test_a_folder_that_cannot_be_listed_ends_the_run_and_takes_no_rows(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("images", "gone", "gone: no such folder"),
-        ("images", ".", r"no images in it \(\.avif, .*\.webp\)$"),
+        ("images", "gone", "gone: no such folder, archive or list of images"),
+        ("images", ".", r"no images in it; left out, as no images: \.txt 1; hidden .* files: 1$"),
         ("images", "http://127.0.0.1:9/images/", "a web server lists no folders; name a"),
+        (
+            "images",
+            f"../images/{FIRST}",
+            "is one image; name its folder, or use captioner",
+        ),
+        ("images", "../page.html", "is a page or a drawing, not a list of images"),
         ("model", "./typo", "typo"),
     ],
 )
@@ -173,6 +179,9 @@ def test_no_images_no_folder_or_no_model_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    (tmp_path / "empty" / ".DS_Store").touch()
+    (tmp_path / "page.html").write_text("<html></html>")
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UserError, match=message):
         batch(replace(config, **{option: value}))

@@ -1,0 +1,162 @@
+"""The images of a folder, a bucket's prefix or an archive.
+
+The content decides what is an image, not the ending: that only spares opening the many files whose
+ending is an image's, or another well-known kind's.
+"""
+
+import mimetypes
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePosixPath
+
+from model_lib.errors import UserError, WorkError
+from model_lib.io import storage
+from model_lib.io.archives import open_archive
+from model_lib.io.errors import is_transient
+from model_lib.io.images import EXTENSIONS, ImageError, begins_as_image
+from model_lib.io.prefetch import prefetch_map
+
+START = 512
+"""Bytes of a file by which it is told whether it is an image."""
+READERS = 16
+"""Threads that read the starts of files."""
+NO_IMAGES = {
+    ending
+    for ending, kind in mimetypes.MimeTypes().types_map[True].items()
+    if not kind.startswith(("image/", "application/octet-stream"))
+}
+"""Endings of files that are not opened: those of texts, tables, videos, programs …"""
+SYSTEM = {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"}
+"""Files and folders that systems leave, beside hidden ones; in lower case."""
+HIDDEN, NO_ENDING = "hidden or system files", "without an ending"
+CUT_OFF = "parts of an archive that cannot be listed"
+ENDINGS_SHOWN = 8
+"""Endings that are counted in a line; the rest is counted together."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file that is an image, or that has the ending of one."""
+
+    name: str
+    """Its path below the folder, or its name in the archive."""
+    uri: str
+    bytes: int
+    version: str
+    """Changes with the content, as far as its store says; of an archive, it is the archive's."""
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of a folder or an archive, and the counts of what else is there."""
+
+    files: list[ImageFile]
+    """Sorted by URI."""
+    left_out: dict[str, int]
+    """Files that are no images, by ending, and `HIDDEN`, `NO_ENDING` and `CUT_OFF`."""
+
+
+def list_images(
+    uri: str, recursive: bool = True, is_chosen: Callable[[str], bool] = lambda name: True
+) -> ImageList:
+    """Return the images of the folder, bucket's prefix or archive `uri`.
+
+    Args:
+        uri: path or URI.
+        recursive: search folders below too.
+        is_chosen: whether a file of this name is looked at; others are not counted either.
+
+    Raises:
+        UserError: there is none, or a part cannot be listed.
+        WorkError: the store failed.
+    """
+    left_out: Counter[str] = Counter()
+    images: list[ImageFile] = []
+    unknown: list[ImageFile] = []
+    if storage.is_folder(uri):
+        files, read = _folder_files(uri, recursive), _read_start
+    else:
+        archive = open_archive(uri)
+        names = [name for name in archive.sizes if recursive or "/" not in name.removeprefix("./")]
+        version, sizes = archive.version, archive.sizes
+        files = iter([ImageFile(name, archive.uri(name), sizes[name], version) for name in names])
+        read = lambda file: archive.read(file.name)  # noqa: E731
+        left_out += Counter({CUT_OFF: 1 if archive.damage else 0})
+    for file in files:
+        ending = PurePosixPath(file.name).suffix.lower()
+        if not is_chosen(file.name):
+            continue
+        if _is_hidden(file.name):
+            left_out[HIDDEN] += 1
+        elif ending in EXTENSIONS:
+            images.append(file)
+        elif ending in NO_IMAGES or file.bytes == 0:
+            left_out[_kind(ending)] += 1
+        else:
+            unknown.append(file)
+    is_image = partial(_is_image, read=read)
+    told = prefetch_map(is_image, unknown, READERS, 4 * READERS)
+    for file, decision in zip(unknown, told, strict=True):
+        if decision:
+            images.append(file)
+        else:
+            left_out[_kind(PurePosixPath(file.name).suffix.lower())] += 1
+    return ImageList(sorted(images, key=lambda file: file.uri), dict(left_out))
+
+
+def _folder_files(uri: str, recursive: bool) -> Iterator[ImageFile]:
+    fs, folder = storage.filesystem(uri)
+    for path, info in storage.find_files(uri, recursive).items():
+        if path.endswith("/"):  # a bucket's mark of an empty folder
+            continue
+        address = path if storage.is_local(uri) else str(fs.unstrip_protocol(path))
+        name = path.removeprefix(folder).lstrip("/")
+        version = "/".join(storage.version(info))
+        yield ImageFile(name, address, int(info["size"]), version)
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a file, or a folder that it is in, is hidden or left there by a system."""
+    parts = name.split("/")
+    return any(
+        (part.startswith(".") and part.strip(".")) or part.lower() in SYSTEM for part in parts
+    )
+
+
+def _kind(ending: str) -> str:
+    return ending if re.fullmatch(r"\.[a-z0-9]{1,10}", ending) else NO_ENDING
+
+
+def _read_start(file: ImageFile) -> bytes:
+    return storage.read_bytes(file.uri, START - 1)
+
+
+def _is_image(file: ImageFile, read: Callable[[ImageFile], bytes]) -> bool:
+    """Return whether a file begins as an image, or the user may not read it, which is for its row
+    to say."""
+    try:
+        return begins_as_image(read(file)[:START])
+    except ImageError:
+        return False
+    except UserError as error:  # else it is gone, or a socket
+        return isinstance(error.__cause__, PermissionError)
+    except WorkError as error:
+        if is_transient(error):
+            raise
+        return True
+
+
+def left_out_line(left_out: dict[str, int]) -> str:
+    """Return counts of what is no image in words: "left out, as no images: .txt 12, .svg 3; hidden
+    or system files: 4"; "" if there are none."""
+    counts = Counter(left_out)
+    others = {name: counts.pop(name) for name in left_out if " " in name and name != NO_ENDING}
+    endings = [f"{name} {count:,}" for name, count in counts.most_common(ENDINGS_SHOWN)]
+    if rest := counts.total() - sum(count for _, count in counts.most_common(ENDINGS_SHOWN)):
+        endings.append(f"others {rest:,}")
+    parts = [f"as no images: {', '.join(endings)}"] if endings else []
+    parts += [f"{name}: {count:,}" for name, count in others.items()]
+    return f"left out, {'; '.join(parts)}" if parts else ""
