@@ -276,7 +276,7 @@ def caption(config: CaptionConfig) -> Output:
 
 def batch(config: BatchConfig) -> Output:
     from model_lib.batch.batching import batch as run
-    from model_lib.io.folders import left_out_line
+    from model_lib.batch.merging import notes
 
     _find_registry(config.model)
     summary = run(config)
@@ -284,9 +284,8 @@ def batch(config: BatchConfig) -> Output:
     if summary.errors:
         errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
         line = f"{line}; errors: {errors}"
-    if summary.left_out:
-        line = f"{line}; {left_out_line(summary.left_out)}"
-    return Output(asdict(summary), [line, summary.report])
+    lines = [line, *summary.files, *notes(summary), summary.report]
+    return Output(asdict(summary), lines)
 
 
 def _find_registry(source: str) -> None:

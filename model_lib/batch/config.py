@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from model_lib.model.config import DecodeConfig
-from model_lib.options import Precision, StageConfig, option
+from model_lib.options import Precision, StageConfig, option, require
+
+FORMATS = ("parquet", "csv", "jsonl", "txt", "coco")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,11 @@ class BatchConfig(StageConfig):
     output: str = option(shapes=False)
     """Folder or URI, in which images, model and options have their own: Parquet files,
     summary.json, report.html."""
+    format: str = option("parquet", shapes=False)
+    """Formats of the captions, with commas between: parquet, which is always written; csv, jsonl;
+    txt, a NAME.txt for each image; coco, COCO's results as JSON."""
+    txt_beside: bool = option(False, shapes=False)
+    """Put the files of txt beside the images, where trainers of image generators look for them."""
     model: str
     """The model: a folder, hub name, URI or models:/captioner@champion; or hf: before a hub name,
     folder or URI of a captioner of transformers."""
@@ -46,3 +53,14 @@ class BatchConfig(StageConfig):
     """Number format of the weights; auto: 16 bits where that is fast."""
     workers: int = option(0, minimum=0, shapes=False)
     """Threads that read and decode images; 0: two a core, as they wait for their store."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.format.split(","))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.formats:
+            require(name in FORMATS, f"format {name!r}: unknown; one of {', '.join(FORMATS)}")
+        if self.txt_beside:
+            require("txt" in self.formats, "txt_beside: needs --format txt")

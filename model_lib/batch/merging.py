@@ -7,6 +7,8 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
+from model_lib.batch.exports import Exports
+from model_lib.batch.listing import ListedImage
 from model_lib.batch.planning import Plan, load_plan, remove_stale_files
 from model_lib.batch.rows import METADATA_KEY, WHAT, Row, read_shard
 from model_lib.errors import UserError, WorkError
@@ -37,6 +39,10 @@ class Summary:
     """Number of files that are no images, by ending, and of hidden ones, as the plan counts."""
     captions: str
     """Folder of the Parquet files."""
+    files: list[str]
+    """The captions in the other formats: files, and the folder of the text files."""
+    not_written: dict[str, int]
+    """Number of captions that these lack, for each reason."""
     report: str
     """The page for people."""
     model: str
@@ -60,30 +66,35 @@ def merge(plan: Plan) -> Summary:
     gallery: list[Row] = []
     worst: list[Row] = []
     failed: dict[str, list[Row]] = defaultdict(list)
-    for index in range(len(plan.shards)):
-        rows, shard_seconds = _read_captions(plan, index)
-        seconds += shard_seconds
-        captioned = [row for row in rows if row["status"] == "ok"]
-        ok += len(captioned)
-        gallery = heapq.nsmallest(SHOWN, [*gallery, *captioned], key=_sampling_order)
-        worst = heapq.nsmallest(WORST, [*worst, *captioned], key=lambda r: (r["score"], r["uri"]))
-        for row in rows:
-            if row["status"] != "ok":
-                reason = row["error"].partition(":")[0]
-                errors[reason] += 1
-                if errors[reason] <= WORST:
-                    failed[reason].append(row)
+    with Exports(plan) as exports:
+        for index in range(len(plan.shards)):
+            images = plan.images(index)
+            rows, shard_seconds = _read_captions(plan, index, images)
+            exports.add(images, rows)
+            seconds += shard_seconds
+            captioned = [row for row in rows if row["status"] == "ok"]
+            ok += len(captioned)
+            gallery = heapq.nsmallest(SHOWN, [*gallery, *captioned], key=_sampling_order)
+            worst = heapq.nsmallest(WORST, [*worst, *captioned], key=_by_score)
+            for row in rows:
+                if row["status"] != "ok":
+                    reason = row["error"].partition(":")[0]
+                    errors[reason] += 1
+                    if errors[reason] <= WORST:
+                        failed[reason].append(row)
     remove_stale_files(plan)  # a reader of the whole folder would meet images twice
-    images = ok + errors.total()
+    total = ok + errors.total()
     summary = Summary(
-        images=images,
+        images=total,
         ok=ok,
         errors=dict(errors),
         left_out=plan.left_out,
         captions=storage.join(plan.folder, "captions"),
+        files=exports.files,
+        not_written=dict(exports.left_out),
         report=storage.join(plan.folder, "report.html"),
         model=plan.config.model,
-        images_per_second=round(images / seconds, 3) if seconds else 0.0,
+        images_per_second=round(total / seconds, 3) if seconds else 0.0,
     )
     for row in [*worst, *gallery]:  # one by one: each may take gigabytes
         row["thumbnail"] = row.get("thumbnail") or _thumbnail(row["uri"])
@@ -91,7 +102,7 @@ def merge(plan: Plan) -> Summary:
         "batch.html",
         summary=summary,
         images=plan.config.images,
-        left_out=left_out_line(plan.left_out),
+        notes=notes(summary),
         configuration=plan.configuration,
         gallery=sorted(gallery, key=lambda row: str(row["uri"])),
         worst=worst,
@@ -102,17 +113,17 @@ def merge(plan: Plan) -> Summary:
     storage.write_json(storage.join(plan.config.output, "latest.json"), asdict(summary))
     if not ok:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in errors.most_common())
-        problem = f"none of {images:,} images captioned: {reasons}"
+        problem = f"none of {total:,} images captioned: {reasons}"
         raise WorkError(f"{plan.config.images}: {problem}; {summary.report} says more")
     return summary
 
 
-def _read_captions(plan: Plan, index: int) -> tuple[list[Row], float]:
+def _read_captions(plan: Plan, index: int, images: list[ListedImage]) -> tuple[list[Row], float]:
     """Return a shard's rows, one for each planned image, and the seconds that they took."""
     uri = plan.captions_uri(index)
-    table = read_shard(uri, COLUMNS)
+    table = read_shard(uri, COLUMNS if plan.config.formats == ("parquet",) else None)
     rows = table.to_pylist()
-    planned = [image.uri for image in plan.images(index)]
+    planned = [image.uri for image in images]
     if [row["uri"] for row in rows] != planned or not all(map(_is_complete, rows)):
         raise WorkError(f"{uri}: does not hold the planned images; remove it and start again")
     with input_errors(uri, WHAT):
@@ -129,6 +140,10 @@ def _is_complete(row: Row) -> bool:
 def _sampling_order(row: Row) -> int:
     """Return a pseudo-random number that does not depend on the shards."""
     return zlib.crc32(row["uri"].encode())
+
+
+def _by_score(row: Row) -> tuple[float, str]:
+    return row["score"], row["uri"]
 
 
 def merge_planned(reference: str) -> Summary:
@@ -148,13 +163,23 @@ def _thumbnail(uri: str) -> str | None:
 def summary_markdown(summary: Summary) -> str:
     """Return the summary as Markdown for the pipeline's page."""
     lines = [f"## {summary.ok:,} of {summary.images:,} images captioned", ""]
-    lines += [f"`{summary.captions}`", "", f"by `{summary.model}`", ""]
+    lines += [line for uri in (summary.captions, *summary.files) for line in (f"`{uri}`", "")]
+    lines += [f"by `{summary.model}`", ""]
     if summary.errors:
         lines += ["| without a caption | images |", "|---|---:|"]
         lines += [f"| {reason} | {count:,} |" for reason, count in sorted(summary.errors.items())]
-    if summary.left_out:
-        lines += ["", left_out_line(summary.left_out)]
+    lines += [line for note in notes(summary) for line in ("", note)]
     return "\n".join(lines) + "\n"
+
+
+def notes(summary: Summary) -> list[str]:
+    """Return what else is to be said of a batch: a line on what is no image, and one on captions
+    that other formats lack."""
+    lines = [left_out_line(summary.left_out)] if summary.left_out else []
+    if summary.not_written:
+        counts = ", ".join(f"{count:,} {name}" for name, count in summary.not_written.items())
+        lines.append(f"not written: {counts}")
+    return lines
 
 
 def examples(captions: str, count: int) -> list[tuple[str, str]]:

@@ -20,12 +20,15 @@ from model_lib.batch.listing import ListedImage, list_images
 from model_lib.batch.rows import read_shard, write_table
 from model_lib.errors import UserError
 from model_lib.io import storage
+from model_lib.io.archives import SCHEMES
 from model_lib.io.errors import input_errors
 from model_lib.io.validation import read_parquet, read_record, require_file_name, require_values
 from model_lib.model.sources import RIVAL, lasting_source, source_digest
 
 RETRIED = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may have gone by the next run: the store's, or what somebody has put right."""
+NO_PLACE = ("http://", "https://", *SCHEMES)
+"""Beginnings of addresses beside which no file can be written."""
 COLUMNS = {"uri": "text", "bytes": "int", "version": "text", "name": "text"}
 """Columns of a listing."""
 SCHEMA = pa.schema(
@@ -142,6 +145,8 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
     """
     images, left_out = list_images(config)
     storage.require_writable(folder)
+    if config.txt_beside:
+        _require_texts_beside(config, images)
     groups: list[list[ListedImage]] = []
     if storage.exists(storage.join(folder, "plan.json")):
         groups += _keep_captions(read_plan(folder), images)
@@ -163,6 +168,16 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
     storage.write_json(storage.join(folder, "plan.json"), document)
     remove_stale_files(plan)
     return plan
+
+
+def _require_texts_beside(config: BatchConfig, images: list[ListedImage]) -> None:
+    """Raise `UserError` if the first image is in an archive or on the web, or the folder is not
+    writable, rather than after the captioning."""
+    if images[0].uri.startswith(NO_PLACE):
+        problem = "no file can be written beside it; leave out --txt_beside"
+        raise UserError(f"{images[0].uri}: {problem}")
+    if storage.is_folder(config.images):
+        storage.require_writable(config.images)
 
 
 def _digest(parts: Sequence[Any]) -> str:
