@@ -19,6 +19,7 @@ from model_lib.batch.planning import Plan, load_plan, model_files
 from model_lib.batch.rows import FIELDS, METADATA_KEY, SEVERAL, Row, write_table
 from model_lib.data.shards import Preprocess
 from model_lib.errors import UserError, WorkError
+from model_lib.ingest.image_source import Folder
 from model_lib.io import storage
 from model_lib.io.archives import read_image
 from model_lib.io.background import Background
@@ -26,7 +27,7 @@ from model_lib.io.cpus import cpu_count
 from model_lib.io.errors import http_status
 from model_lib.io.images import ImageError, decode_image, require_readable
 from model_lib.io.prefetch import PREFETCH, prefetch_map
-from model_lib.io.url_policy import UrlNotAllowed, require_allowed, store_of
+from model_lib.io.url_policy import UrlNotAllowed
 from model_lib.model.captioning import ImageCaptioner
 from model_lib.model.rivals import load_captioner
 from model_lib.progress import Progress
@@ -44,7 +45,8 @@ def caption_shards(plan: Plan, indices: Sequence[int], model: ImageCaptioner) ->
     config = plan.config
     schema = pa.schema([*FIELDS, *(SEVERAL if config.decode.num_captions > 1 else [])])
     images = (image for index in indices for image in plan.images(index))
-    load = partial(_load, preprocess=model.preprocess, source=config.images)
+    folder = Folder(config.images.rpartition("/")[0], config.images, RETRY_SECONDS)
+    load = partial(_load, preprocess=model.preprocess, folder_of_list=folder)
     workers, depth = config.workers or 2 * cpu_count(), PREFETCH * config.batch_size
     loaded = prefetch_map(load, images, workers, depth)
     progress = Progress("caption", sum(plan.shards[index].images for index in indices), "images")
@@ -82,14 +84,17 @@ def _caption_batch(
     return [row for row, _ in loaded]
 
 
-def _load(image: ListedImage, preprocess: Preprocess, source: str) -> tuple[Row, np.ndarray | None]:
+def _load(
+    image: ListedImage, preprocess: Preprocess, folder_of_list: Folder
+) -> tuple[Row, np.ndarray | None]:
     """Read and decode an image; return its row so far, and its pixels unless it cannot be used."""
     row: Row = {"uri": image.uri, "status": "error"}
     try:
-        if image.is_from_list and not storage.is_local(source):
-            require_allowed(image.uri, store_of(source))
         require_readable(image.bytes)
-        content = read_image(image.uri, RETRY_SECONDS, redirects=not image.is_from_list)
+        if image.is_from_list:
+            content = folder_of_list.read(image.name)
+        else:
+            content = read_image(image.uri, RETRY_SECONDS)
         row["bytes"] = len(content)
         if _changed(image, content):
             raise ImageError("changed", "is another file than was listed; the next run captions it")

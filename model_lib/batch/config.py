@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from model_lib.data.tables import parse_columns
 from model_lib.model.config import DecodeConfig
 from model_lib.options import Precision, StageConfig, option, require
 
@@ -16,6 +17,9 @@ class BatchConfig(StageConfig):
     images: str
     """Folder, URI, zip or tar archive of the images, or a list of them: CSV, TSV, JSON lines or
     Parquet with a column of files, or a line each."""
+    columns: str | None = option(None, shapes=False)
+    """The list's own name of its column of files: file=photo; a number from 1 is that of a column
+    of a list without a heading."""
     output: str = option(shapes=False)
     """Folder or URI, in which images, model and options have their own: Parquet files,
     summary.json, report.html."""
@@ -62,5 +66,6 @@ class BatchConfig(StageConfig):
         super().__post_init__()
         for name in self.formats:
             require(name in FORMATS, f"format {name!r}: unknown; one of {', '.join(FORMATS)}")
+        parse_columns(self.columns, ["file"])
         if self.txt_beside:
             require("txt" in self.formats, "txt_beside: needs --format txt")

@@ -1,24 +1,22 @@
 """The images to caption: those of a folder, bucket's prefix or archive, or those of a list."""
 
-import csv
-import io
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-import pyarrow.parquet as pq
-
 from model_lib.batch.config import BatchConfig
+from model_lib.data.captions import has_value
+from model_lib.data.tables import parse_columns, read_table
 from model_lib.errors import UserError
+from model_lib.ingest.image_source import Folder
 from model_lib.io import folders, storage
 from model_lib.io.archives import archive_kind
-from model_lib.io.errors import input_errors
 from model_lib.io.folders import START, left_out_line
-from model_lib.io.images import EXTENSIONS, begins_as_image
+from model_lib.io.images import begins_as_image
 
-COLUMNS = ("uri", "file", "file_name", "path", "url", "filename", "image")
-"""Names of the column that holds a list's images; without one of them it is the first."""
+UNNAMED, UNUSABLE = "rows without a name", "rows that cannot be used"
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +42,7 @@ def list_images(config: BatchConfig) -> tuple[list[ListedImage], dict[str, int]]
     left out, as `folders.list_images`; `UserError` if there are none."""
     patterns = "; look at --include and --exclude" if config.include or config.exclude else ""
     if _is_list(config.images):
-        images, left_out = list(_read_list(config.images)), {}
+        images, left_out = _read_list(config.images, config.columns)
     else:
         listed = folders.list_images(config.images, config.recursive, _chooser(config))
         left_out = listed.left_out
@@ -101,39 +99,21 @@ def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _read_list(uri: str) -> Iterator[ListedImage]:
-    ending = PurePosixPath(uri).suffix.lower()
-    content = storage.read_bytes(uri)
-    with input_errors(uri, "a list of images"):
-        if ending == ".parquet":
-            table = pq.ParquetFile(io.BytesIO(content)).read()
-            names = table[_column(table.column_names)].to_pylist()
-        elif ending == ".csv":
-            names = _csv_names(content.decode("utf-8-sig"))
+def _read_list(uri: str, columns: str | None) -> tuple[list[ListedImage], dict[str, int]]:
+    """Return the images that a list names, and the count of rows that name none."""
+    images: list[ListedImage] = []
+    left_out: Counter[str] = Counter()
+    folder = Folder(storage.absolute(uri).rpartition("/")[0], uri)
+    for row in read_table(uri, parse_columns(columns), need=("file",)):
+        name = row.values.get("file")
+        if isinstance(name, dict):
+            problem = "holds images, not their names; write them to a folder, and name that"
+            raise UserError(f"{uri}: {problem}")
+        if row.problem:
+            left_out[UNUSABLE] += 1
+        elif not isinstance(name, str) or not has_value(name):
+            left_out[UNNAMED] += 1
         else:
-            names = content.decode("utf-8-sig").splitlines()
-    folder = storage.absolute(uri).rpartition("/")[0]
-    for cell in names:
-        name = str(cell or "").strip()
-        if name:
-            is_absolute = "://" in name or name.startswith("/")
-            yield ListedImage(name if is_absolute else storage.join(folder, name), name=name)
-
-
-def _csv_names(text: str) -> list[str]:
-    rows = list(csv.reader(io.StringIO(text))) or [[""]]
-    header = rows[0]
-    index = header.index(_column(header))
-    has_header = header[index] in COLUMNS
-    if not has_header and len(header) > 1 and not _may_be_image(header[0]):
-        raise ValueError(f"which column is it? head it with one of {', '.join(COLUMNS)}")
-    return [row[index] for row in rows[has_header:] if len(row) > index]
-
-
-def _may_be_image(name: str) -> bool:
-    """Return whether a table's first cell is an image, not a heading."""
-    return "://" in name or name.startswith("/") or PurePosixPath(name).suffix.lower() in EXTENSIONS
-
-
-def _column(names: list[str]) -> str:
-    return next((name for name in COLUMNS if name in names), names[0])
+            name = storage.encodable(name.strip())
+            images.append(ListedImage(folder.uri(name), name=name))
+    return images, dict(left_out)

@@ -23,6 +23,7 @@ from model_lib.errors import UserError
 from model_lib.io.errors import input_errors
 from model_lib.io.images import EXTENSIONS
 from model_lib.io.remote_cache import local_file
+from model_lib.options import require
 
 FILE_NAMES = (
     *("file", "file_name", "image", "filename", "path", "url", "uri"),
@@ -55,6 +56,20 @@ class TableRow:
     """By the keys of `COLUMNS` and `MARKS` that the list has."""
     problem: str = ""
     """Why the row cannot be used."""
+
+
+def parse_columns(columns: str | None, known: Sequence[str] = tuple(COLUMNS)) -> dict[str, str]:
+    """Return an option `file=photo,caption=title` as a dictionary; `UserError` if it is none."""
+    names = {}
+    for part in filter(None, (columns or "").split(",")):
+        key, equals, name = (text.strip() for text in part.partition("="))
+        forms = " or ".join(f"{key}=…" for key in known)
+        require(bool(key in known and equals and name), f"columns {part!r}: write {forms}")
+        names[key] = name
+    positions = [int(name) for name in names.values() if name.isdecimal()]
+    is_either = not positions or (len(positions) == len(names) and min(positions) > 0)
+    require(is_either, f"columns {columns}: give names, or numbers from 1")
+    return names
 
 
 def form_of(head: bytes) -> Form:
@@ -195,8 +210,10 @@ def _delimited(text: TextIO, first: str, columns: ListColumns) -> Iterator[Table
     positions = {key: int(name) - 1 for key, name in columns.names.items() if name.isdecimal()}
     has_heading = not positions and bool(columns.find(heading))
     if not has_heading and not positions:
-        if columns.need == ("file",) and not columns.uri.lower().endswith((".csv", ".tsv")):
-            yield from (TableRow(n, {"file": line.strip()}) for n, line in enumerate(text, 1))
+        if columns.need == ("file",) and _is_name(first, heading[0], columns.uri):
+            for number, line in enumerate(text, 1):
+                if line.strip():
+                    yield TableRow(number, {"file": line.strip()})
             return
         if _may_be_image(heading[0]) and len(heading) >= len(columns.need):
             positions = {key: number for number, key in enumerate(columns.need)}
@@ -216,8 +233,20 @@ def _split(line: str, delimiter: str) -> list[str]:
     return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [""])] or [""]
 
 
+def _is_name(line: str, cell: str, uri: str) -> bool:
+    """Return whether a line without a heading is a file's name, which may hold a delimiter, rather
+    than cells of which the first is one."""
+    if uri.lower().endswith((".csv", ".tsv")):
+        return False
+    return _has_ending(line.strip()) or not _has_ending(cell)
+
+
+def _has_ending(cell: str) -> bool:
+    return PurePosixPath(cell).suffix.lower() in EXTENSIONS
+
+
 def _may_be_image(cell: str) -> bool:
-    return "://" in cell or PurePosixPath(cell).suffix.lower() in EXTENSIONS
+    return "://" in cell or _has_ending(cell)
 
 
 def _csv_rows(text: TextIO, delimiter: str, width: int, uri: str) -> Iterator[list[str] | str]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from model_lib.data.tables import parse_columns
 from model_lib.errors import UserError
 from model_lib.options import StageConfig, option, require
 from model_lib.presets import DEFAULT_PRESET, PRESETS
@@ -122,16 +123,7 @@ class IngestConfig(StageConfig):
 
     def column_names(self) -> dict[str, str]:
         """Return `columns` as a dictionary; `UserError` if it is none."""
-        names = {}
-        for part in filter(None, (self.columns or "").split(",")):
-            key, equals, name = (text.strip() for text in part.partition("="))
-            is_known = key in ("file", "caption", "split") and equals and name
-            require(bool(is_known), f"columns {part!r}: write file=…, caption=… or split=…")
-            names[key] = name
-        positions = [int(name) for name in names.values() if name.isdecimal()]
-        is_either = not positions or (len(positions) == len(names) and min(positions) > 0)
-        require(is_either, f"columns {self.columns}: give names, or numbers from 1")
-        return names
+        return parse_columns(self.columns)
 
 
 def ingest_config(

@@ -62,6 +62,8 @@ class Folder:
     list_uri: str = ""
     """The list in this folder whose names are read; they may also be absolute, or addresses; if it
     is remote, of its own bucket or server alone. Empty: names stay in the folder."""
+    retry_seconds: float | None = None
+    """See `retries.retry`."""
     _names: dict[str, Mapping[str, str]] = field(default_factory=dict, compare=False, repr=False)
     _uris: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -82,7 +84,7 @@ class Folder:
         if is_remote_list:
             require_allowed(uri, store_of(self.list_uri))
         is_address = name.startswith(WEB)
-        seconds = WEB_SECONDS if is_address else None
+        seconds = WEB_SECONDS if is_address else self.retry_seconds
         try:
             return read_image(uri, seconds, redirects=not is_remote_list)
         except UserError as error:
@@ -93,7 +95,7 @@ class Folder:
             if similar is None:
                 raise
             self._uris[name] = similar
-            return read_image(similar, None)
+            return read_image(similar, self.retry_seconds)
         except WorkError as error:
             if is_address and is_transient(error):
                 raise ImageError("unreachable", str(error)) from error

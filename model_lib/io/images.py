@@ -196,7 +196,9 @@ def _to_rgb(image: Image.Image, no_data: float) -> Image.Image:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(background, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+    # Converting copies: HEIF's reader alone reads its file again once the image is made smaller.
+    is_plain = image.mode == "RGB" and image.format != "HEIF"
+    return image if is_plain else image.convert("RGB")
 
 
 def _as_bytes(image: Image.Image, no_data: float) -> np.ndarray:

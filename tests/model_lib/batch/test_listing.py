@@ -13,7 +13,7 @@ import pytest
 from model_lib import UserError
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
-from tests.helpers.batches import batch_config, file_times, make_plan
+from tests.helpers.batches import batch_config, file_times, make_plan, read_rows
 
 FIRST = "000000000001.jpg"
 
@@ -38,22 +38,71 @@ def test_patterns_and_depth_choose_what_is_captioned(config: BatchConfig, images
         listed(config, include=("*.tif",))
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv", "headless.csv", "parquet"])
-def test_a_list_of_images_is_captioned_too(
-    kind: str, images: Path, saved_model: Path, tmp_path: Path
+FORMS = {
+    "lines": "{0}\n{1}\n\n{2}\n{0}\n",
+    "csv": "id,uri\n1,{0}\n2,{1}\n3,{2}\n4,{0}\n",
+    "semicolons": "\ufeffFile Name ; image;label\r\nx; {0};a\r\ny;{1};b\r\nz;{2};c\r\n",
+    "no heading": "{0},x\n{1},y\n{2},z\n",
+    "tsv": "image\tlabel\n{0}\ta\n{1}\tb\n{2}\tc\n",
+    "jsonl": '{{"image": "{0}"}}\n{{"image": "{1}"}}\n{{"image": "{2}"}}\n',
+    "json": '[{{"image": "{0}", "id": 1}}, {{"image": "{1}"}}, {{"image": "{2}"}}]',
+}
+
+
+@pytest.mark.parametrize("ending", [".csv", "", ".lst"])
+@pytest.mark.parametrize("form", [*FORMS, "parquet"])
+def test_a_list_in_any_form_is_captioned_whatever_its_ending(
+    form: str, ending: str, config: BatchConfig, images: Path, tmp_path: Path
 ) -> None:
     third = str(images / "000000000003.jpg")
-    names = [f"images/{FIRST}", "images/gone.jpg", third, f"images/{FIRST}"]
-    file = tmp_path / f"list.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.table({"id": [1, 2, 3, 4], "uri": names}), file)
-    elif kind == "csv":
-        rows = [f"{number},{name}\n" for number, name in enumerate(names)]
-        file.write_text("id,uri\n" + "".join(rows))
+    names = [f"images/{FIRST}", "images/gone.jpg", third]
+    file = tmp_path / f"list{ending}"
+    if form == "parquet":
+        pq.write_table(pa.table({"id": [1, 2, 3], "uri": names}), file)
     else:
-        file.write_text("\n".join(names) + "\n\n")
-    summary = batch(batch_config(file, tmp_path / "out", saved_model))
-    assert (summary.images, summary.ok, summary.errors) == (3, 2, {"missing": 1})
+        file.write_text(FORMS[form].format(*names))
+    plan = make_plan(replace(config, images=str(file)))
+    expected = sorted([f"{images}/{FIRST}", f"{images}/gone.jpg", third])
+    assert [image.uri for image in plan.images(0)] == expected and not plan.left_out
+
+
+def test_the_images_of_a_list_are_captioned_and_rows_without_one_are_counted(
+    images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    rows = [f"images/{FIRST};a", ";b", "nan;c", "images/gone.jpg;d", "images/000000000003.jpg;e;f"]
+    (tmp_path / "list.csv").write_text("\n".join(["image;label", *rows]) + "\n")
+    summary = batch(batch_config(tmp_path / "list.csv", tmp_path / "out", saved_model))
+    assert (summary.images, summary.ok, summary.errors) == (2, 1, {"missing": 1})
+    assert summary.left_out == {"rows without a name": 2, "rows that cannot be used": 1}
+
+
+def test_names_may_be_written_otherwise_than_the_files(
+    images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    names = ["images\\000000000001.jpg", "./images/000000000002.jpg", "images/000000000003.JPG"]
+    (images / "a, b.jpg").write_bytes((images / FIRST).read_bytes())
+    (tmp_path / "list.txt").write_text("\n".join([*names, "images/a, b.jpg"]))
+    summary = batch(batch_config(tmp_path / "list.txt", tmp_path / "out", saved_model))
+    assert (summary.images, summary.ok) == (4, 4)
+
+
+def test_archives_are_captioned_too(images: Path, saved_model: Path, tmp_path: Path) -> None:
+    captions = []
+    for kind in ("zip", "tar"):
+        archive = tmp_path / kind  # the ending says nothing
+        Path(shutil.make_archive(str(tmp_path / "x"), kind, images)).rename(archive)
+        options = {"include": ("*1.jpg",), "format": "txt"}
+        config = batch_config(archive, tmp_path / "out" / kind, saved_model, **options)
+        summary = batch(config)
+        assert (summary.images, summary.ok) == (2, 2) and not summary.left_out
+        captions.append([row["caption"] for row in read_rows(summary)])
+        uri = read_rows(summary)[0]["uri"]
+        assert uri.startswith(f"{kind}://") and uri.endswith(f"{FIRST}::{archive}")
+        before = file_times(summary)
+        assert file_times(batch(config)) == before
+        os.utime(archive, (1, 1))
+        assert file_times(batch(config)) != before, "the archive may be another one"
+    assert captions[0] == captions[1]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +110,7 @@ def test_a_list_of_images_is_captioned_too(
     [
         (f"label,filename\nx,images/{FIRST}\n", f"{{folder}}/images/{FIRST}"),
         (f"images/{FIRST},x\n", f"{{folder}}/images/{FIRST}"),
-        ("path,filename\n/far/b.jpg,b.jpg\n", "/far/b.jpg"),
+        ("filename,path\n/far/b.jpg,b.jpg\n", "/far/b.jpg"),
         ("gs://bucket/objects/123,x\n", "gs://bucket/objects/123"),
     ],
 )
@@ -73,10 +122,25 @@ def test_the_column_of_images_is_known_by_its_heading(
     assert image.uri == uri.format(folder=tmp_path)
 
 
-def test_a_list_without_a_known_column_is_refused(config: BatchConfig, tmp_path: Path) -> None:
+def test_a_list_without_a_known_column_is_refused_unless_it_is_named(
+    config: BatchConfig, tmp_path: Path
+) -> None:
     (tmp_path / "list.csv").write_text(f"photo,label\nimages/{FIRST},x\n")
-    with pytest.raises(UserError, match="which column is it\\? head it with one of uri, file"):
+    message = "has no file column; its columns are photo, label; name it, for .* --columns file=…"
+    with pytest.raises(UserError, match=message):
         listed(config, images=str(tmp_path / "list.csv"))
+    assert listed(config, images=str(tmp_path / "list.csv"), columns="file=photo") == [FIRST]
+    with pytest.raises(UserError, match=r"columns 'caption=x': write file=…"):
+        listed(config, columns="caption=x")
+
+
+def test_tables_that_hold_the_images_themselves_are_refused(
+    config: BatchConfig, tmp_path: Path
+) -> None:
+    table = pa.table({"image": [{"bytes": b"x", "path": "a.jpg"}]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="holds images, not their names; write them to a folder"):
+        listed(config, images=str(tmp_path / "train.parquet"))
 
 
 def test_shards_are_bounded_by_count_and_by_bytes(config: BatchConfig, images: Path) -> None:
