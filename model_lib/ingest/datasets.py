@@ -6,9 +6,10 @@ or Parquet files with the images in them. Or a list names its images, which lie 
 """
 
 import json
+import logging
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -29,7 +30,10 @@ from model_lib.ingest.parquet_images import add_parquet, image_column
 from model_lib.io import storage
 from model_lib.io.archives import Archive, open_archive
 from model_lib.io.errors import input_errors
+from model_lib.io.folders import left_out_line, list_images
 from model_lib.io.images import EXTENSIONS
+
+log = logging.getLogger(__name__)
 
 LISTS = re.compile(r"(metadata|captions|results)\.(csv|tsv|txt|jsonl?|parquet)", re.IGNORECASE)
 """Names of a list in the folder of its images."""
@@ -115,7 +119,7 @@ def _add_files(
         add_list(listing, uri, source, split, names)
 
 
-def _splits_of(uris: Iterable[str], split: str) -> dict[str, str]:
+def _splits_of(uris: Sequence[str], split: str) -> dict[str, str]:
     """Return the split of each file: if all have one in their names, as train-00000.parquet or
     validation/a.tar, it is that."""
     if split == "auto":
@@ -139,13 +143,14 @@ def _add_folder(listing: Listing, folder: str, split: str, names: Mapping[str, s
         _add_files(listing, [uri], splits[uri], None, names)
     if lists:
         return
-    files = storage.find_files(folder)
-    uris = [_uri(folder, path) for path in sorted(files)]
+    uris = [_uri(folder, path) for path in sorted(storage.find_files(folder))]
     for ending in (".tar", ".parquet"):
         if packed := [uri for uri in uris if uri.lower().endswith(ending)]:
             _add_files(listing, packed, split, None, names)
             return
-    _add_text_files(listing, folder, uris, split)
+    texts = {posixpath.splitext(uri)[0]: uri for uri in uris if uri.lower().endswith(".txt")}
+    if texts:
+        _add_text_files(listing, folder, texts, split)
     if not listing.entries:
         raise UserError(f"{folder}: holds no captions; {EXPECTED}")
 
@@ -169,25 +174,23 @@ def _find_lists(folder: str) -> list[str]:
     return lists
 
 
-def _add_text_files(listing: Listing, folder: str, uris: Sequence[str], split: str) -> None:
-    """Add images with a text file of the same name beside them, a caption a line."""
-    root = _uri(folder, storage.filesystem(folder)[1]).rstrip("/")
-    texts = {uri.rpartition(".")[0]: uri for uri in uris if uri.lower().endswith(".txt")}
-    images = [uri for uri in uris if PurePosixPath(uri).suffix.lower() in EXTENSIONS]
-    if not texts:
-        return
+def _add_text_files(listing: Listing, folder: str, texts: dict[str, str], split: str) -> None:
+    """Add images with a text file beside them, a caption a line; `texts` are by their URIs without
+    the ending."""
     listing.uris.append(folder)
-    source = Folder(root)
-    splits = _splits_of(images, split)
-    for uri in images:
-        name = uri.removeprefix(f"{root}/")
-        text = texts.pop(uri.rpartition(".")[0], None)
+    source = Folder(folder)
+    images = list_images(folder)
+    others = {ending: count for ending, count in images.left_out.items() if ending != ".txt"}
+    if others:
+        log.warning("%s: %s", folder, left_out_line(others))
+    splits = _splits_of([image.uri for image in images.files], split)
+    for image in images.files:
+        text = texts.pop(posixpath.splitext(image.uri)[0], None)
         lines = [] if text is None else _lines(storage.read_bytes(text), text)
-        captions = listing.usable(name, lines, "a line of its .txt")
-        listing.add(name_id(name), name, splits[uri], source, captions)
+        captions = listing.usable(image.name, lines, "a line of its .txt")
+        listing.add(name_id(image.name), image.name, splits[image.uri], source, captions)
     for text in texts.values():
-        name = text.removeprefix(f"{root}/")
-        listing.reject(name, "caption_without_image", "no image of the same name beside it")
+        listing.reject(text, "caption_without_image", "no image of the same name beside it")
 
 
 def _lines(content: bytes, uri: str) -> list[str]:

@@ -355,16 +355,23 @@ def test_a_folder_with_splits_and_a_list_in_each(images: Path, tmp_path: Path) -
     assert ingested(tmp_path / "out", dataset=tmp_path / "set").counts == {"train": 4, "val": 2}
 
 
-def test_a_folder_with_a_text_file_beside_each_image(images: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_text_file_beside_each_image(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(4):
         (images / f"{number}.txt").write_text(f"{CAPTION}\nanother\n\n")
     (images / "lonely.txt").write_text("x")
+    shutil.move(images / "3.jpg", images / "3")  # the content decides
+    (images / "._0.jpg").write_bytes(b"left by a system")
+    (images / "notes.pdf").write_bytes(b"%PDF")
     manifest = ingested(tmp_path / "out", dataset=images, split="train")
-    assert stored(manifest) == {f"{n}.jpg": [CAPTION, "another"] for n in range(4)}
+    names = ["0.jpg", "1.jpg", "2.jpg", "3"]
+    assert stored(manifest) == {name: [CAPTION, "another"] for name in names}
+    assert "left out, as no images: .pdf 1; hidden or system files: 1" in caplog.text
     assert rejected(manifest) == {
         ("4.jpg", "no_captions"),
         ("5.jpg", "no_captions"),
-        ("lonely.txt", "caption_without_image"),
+        (f"{images}/lonely.txt", "caption_without_image"),
     }
     upload_folder(str(images), "memory://texts")
     remote = ingested(tmp_path / "b", dataset="memory://texts", split="train")
