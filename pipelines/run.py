@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from model_lib.batch.config import BatchConfig
+from model_lib.batch.listing import list_images
 from model_lib.cli import Output
 from model_lib.errors import UserError
 from model_lib.ingest.config import IngestConfig, ScenesConfig
@@ -114,7 +116,7 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, A
     except KeyboardInterrupt:  # the exit handler has not run
         require_mlflow(tracking_from_environment(str(work))).close_pipeline(succeeded=False)
         raise
-    summary = read_summary(root, tracking.uri)
+    summary = read_summary(root, tracking.uri, bool(images))
     if summary["registered"]["promoted"]:
         _link_best(work, summary["model"])
     return summary
@@ -144,8 +146,15 @@ def dataset_or_scenes(config: RunConfig, work: Path) -> str:
 
 
 def images_of(dataset: str) -> str:
-    """Return the images of a data set that are captioned at the end."""
-    return coco_2017(dataset, "val")[1].root if is_coco_2017(dataset) else dataset
+    """Return the images of a data set that are captioned at the end; "" if it has no files of
+    images."""
+    if is_coco_2017(dataset):
+        return coco_2017(dataset, "val")[1].root
+    try:
+        list_images(BatchConfig(images=dataset, output="-", model="-"))
+    except UserError:
+        return ""
+    return dataset
 
 
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:

@@ -18,16 +18,17 @@ INDENT = " " * 12
 COLUMNS = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L")
 
 
-def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
+def read_summary(root: Path, tracking_uri: str, is_captioned: bool) -> dict[str, Any]:
     """Return the run's results as one document.
 
     Args:
         root: the folder in which kfp.local left each step's outputs.
         tracking_uri: MLflow's.
+        is_captioned: whether images were to be captioned.
     """
     ingested = _metadata(root, "ingest", "data")
     registered = _metadata(root, "register", "decision")
-    captioned = _metadata(root, "merge", "captions")
+    captioned = _metadata(root, "merge", "captions") if is_captioned else None
     folders = [
         _outputs(step)["parameterValues"]["Output"]
         for step in sorted(root.glob("**/for-loop-*/evaluate"))
@@ -39,7 +40,7 @@ def read_summary(root: Path, tracking_uri: str) -> dict[str, Any]:
         "candidates": [Evaluation.read(folder).to_dict() for folder in folders],
         "registered": registered,
         "captioned": captioned,
-        "examples": [list(pair) for pair in examples(captioned["captions"], 3)],
+        "examples": examples(captioned["captions"], 3) if captioned else [],
         "model": registered["model"],
         "report": registered["page"],
         "tracking_uri": printable(tracking_uri),
@@ -69,7 +70,6 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     mlflow = _relative(str(Path(sys.executable).parent / "mlflow"))
     command = f"{mlflow} ui --backend-store-uri {shlex.quote(tracking)}"
     headings = "".join(f"{name.replace('_', '-'):>9}" for name in COLUMNS)
-    failed = f"; without: {_counts(captioned['errors'])}" if captioned["errors"] else ""
     winner = registered["winner"]
     left_out = _counts(summary["quarantined"])
     return [
@@ -88,14 +88,21 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"{INDENT}{registered['reason']}",
         f"Champion    version {registered['champion_version']}  ({CHAMPION_URI})",
         "",
-        f"Captions    {captioned['ok']:,} of {captioned['images']:,} images{failed}",
-        *(f"{INDENT}{Path(uri).name}  {text}" for uri, text in summary["examples"]),
+        *_caption_lines(captioned, summary["examples"]),
         "",
         f"Model       {_relative(summary['model'])}",
         f"Report      {_relative(summary['report'])}",
-        f"Parquet     {_relative(captioned['captions'])}",
+        *([f"Parquet     {_relative(captioned['captions'])}"] if captioned else []),
         f"Compare     {tracking if tracking.startswith('http') else command}",
     ]
+
+
+def _caption_lines(captioned: dict[str, Any] | None, pairs: list[tuple[str, str]]) -> list[str]:
+    if captioned is None:
+        return ["Captions    none: the data set is no folder of images; name some with --images"]
+    failed = f"; without: {_counts(captioned['errors'])}" if captioned["errors"] else ""
+    line = f"Captions    {captioned['ok']:,} of {captioned['images']:,} images{failed}"
+    return [line, *(f"{INDENT}{Path(uri).name}  {text}" for uri, text in pairs)]
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -1,6 +1,7 @@
 """The whole training pipeline through kfp.local, on a very small setting."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -128,7 +129,11 @@ def test_the_images_captioned_at_the_end_are_cocos_images_of_or_all(
 ) -> None:
     assert images_of(str(archives)) == str(archives / "val2017.zip")
     assert images_of(str(scenes)) == str(scenes / "val2017")
+    shutil.copytree(scenes / "val2017", tmp_path / "images")
     assert images_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "list.txt").write_text("images/000000000001.jpg")
+    assert images_of(str(tmp_path / "list.txt")) == str(tmp_path / "list.txt")
+    assert images_of(f"{tmp_path}/*.tar") == ""
 
 
 def test_a_data_set_without_a_usable_image_is_refused_in_one_line(
