@@ -105,7 +105,7 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, A
         **{f"train_{name}": value for name, value in training.items()},
         "eval_num_beams": config.num_beams,
         "caption_images": images,
-        "caption_output": str(work / "captions"),
+        "caption_output": str(work / "captions") if images else "",
         "secret_keys": [],
     }
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
