@@ -224,8 +224,8 @@ class _SplitWriter:
         storage.remove(storage.join(output, "manifest.json"))  # a half-done ingest is no data set
         count = image_bytes = 0
         content = hashlib.sha256()
-        # Images are all different: a dictionary of them would only be thrown away.
-        options = {"compression": "zstd", "use_dictionary": ["split"], "write_page_checksum": True}
+        # JPEG cannot be compressed, nor do images recur in a dictionary; the rest is small.
+        options = {"compression": "none", "use_dictionary": ["split"], "write_page_checksum": True}
         with storage.atomic_file(storage.join(output, name)) as part:
             with pq.ParquetWriter(part, SCHEMA, **options) as writer:
                 group: list[Row] = []

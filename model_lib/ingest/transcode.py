@@ -19,6 +19,11 @@ BICUBIC = FilterType.catmull_rom
 """Pillow's bicubic filter."""
 
 
+SPARE = 3
+"""A photograph is decoded at half its size, in half the time, if that is so many times the stored
+size: photographs are then 0.3 to 0.7 of 255 from the truth, on average over their pixels."""
+
+
 class Stored(NamedTuple):
     """An image as it is stored; width and height are those of the upright image."""
 
@@ -27,16 +32,25 @@ class Stored(NamedTuple):
     height: int
 
 
+class Decoded(NamedTuple):
+    """An upright image; width and height are its own, also where the pixels are fewer."""
+
+    pixels: np.ndarray
+    """uint8 [rows, columns, 3]"""
+    width: int
+    height: int
+
+
 def original(content: bytes) -> Stored:
     """Return an image's bytes as they are; `ImageError` if they cannot be decoded."""
-    height, width, _ = _pixels(content).shape
+    _, width, height = _decoded(content, 1)
     return Stored(content, width, height)
 
 
 def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
     """Return an image as JPEG, its shorter side reduced to `shortest_side` pixels; `ImageError` if
     it cannot be decoded, or is too long for JPEG."""
-    pixels = _shrunk(_pixels(content), shortest_side)
+    pixels = _shrunk(_decoded(content, shortest_side), shortest_side)
     height, width, _ = pixels.shape
     try:
         # Colours at half the resolution, the usual, would lose more than all other steps.
@@ -45,34 +59,42 @@ def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
         raise ImageError("not_storable", f"{width}x{height} as JPEG: {error}") from error
 
 
-def _pixels(content: bytes) -> np.ndarray:
-    """Return an upright image's pixels, uint8 [height, width, 3]."""
-    with contextlib.suppress(ValueError):  # damaged; Pillow may still show it
-        if _is_plain_jpeg(content):
-            return simplejpeg.decode_jpeg(content, "RGB")
-    return np.asarray(decode_image(content))
+def _decoded(content: bytes, shortest_side: int) -> Decoded:
+    """Decode an image that will be reduced to `shortest_side`."""
+    size = _plain_jpeg_size(content)
+    if size is not None:
+        width, height = size
+        factor = 2 if min(size) >= 2 * SPARE * shortest_side else 1
+        scaled = {"min_width": -(-width // factor), "min_height": -(-height // factor)}
+        with contextlib.suppress(ValueError):  # damaged; Pillow may still show it
+            pixels = simplejpeg.decode_jpeg(content, "RGB", min_factor=factor, **scaled)
+            return Decoded(pixels, width, height)
+    pixels = np.asarray(decode_image(content))
+    return Decoded(pixels, pixels.shape[1], pixels.shape[0])
 
 
-def _is_plain_jpeg(content: bytes) -> bool:
-    """Return whether the header is that of an upright JPEG in colour, of a usual size."""
+def _plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Return width and height from the header of an upright JPEG in colour, of a usual size; None:
+    it is something else."""
     try:
         image = Image.open(io.BytesIO(content), formats=["JPEG"])
-        return (
+        is_plain = (
             image.format == "JPEG"  # not MPO, which Pillow's reader finds too
             and image.mode == "RGB"
             and orientation(image) == 1
             and image.width * image.height <= MAX_PIXELS
         )
     except Exception:  # `decode_image` raises it
-        return False
+        return None
+    return image.size if is_plain else None
 
 
-def _shrunk(pixels: np.ndarray, shortest_side: int) -> np.ndarray:
-    height, width, _ = pixels.shape
+def _shrunk(image: Decoded, shortest_side: int) -> np.ndarray:
+    pixels, width, height = image
     if min(width, height) <= shortest_side:
         return np.ascontiguousarray(pixels)
     columns, rows = reduced_size(width, height, shortest_side)
     small = ImageData(columns, rows, PixelType.U8x3)
-    options = ResizeOptions(resize_alg=ResizeAlg.convolution(BICUBIC))
-    Resizer().resize(ImageData(width, height, PixelType.U8x3, pixels.tobytes()), small, options)
+    large = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
+    Resizer().resize(large, small, ResizeOptions(resize_alg=ResizeAlg.convolution(BICUBIC)))
     return np.frombuffer(small.get_buffer(), np.uint8).reshape(rows, columns, 3)

@@ -167,7 +167,12 @@ def read_bytes(
             if Path(path).exists() and not Path(path).is_file():
                 raise UserError(f"{uri}: is not a file")  # others may never end, or never begin
             with Path(path).open("rb") as file:
-                return file.read(end)
+                size = os.fstat(file.fileno()).st_size
+                if end is None or size >= end:
+                    return file.read(end)
+                # Python would clear a buffer of `end` bytes for each file.
+                content = file.read(size + 1)
+                return content + file.read(end - len(content)) if len(content) > size else content
         if "http" in fs.protocol:
             return _read_web(fs, path, end, redirects)
         if end is None:

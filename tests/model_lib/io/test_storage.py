@@ -42,6 +42,16 @@ def test_a_changed_remote_folder_is_fetched_anew(
         assert Path(cached_folder("memory://models/one"), "file").read_bytes() == content
 
 
+def test_a_file_is_read_up_to_a_limit_whatever_its_size_says(tmp_path: Path) -> None:
+    status = "/proc/self/status"  # says that it has no bytes
+    assert Path(status).stat().st_size == 0
+    assert storage.read_bytes(status, 10**6).startswith(b"Name:")
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+    read = [storage.read_bytes(str(file), limit) for limit in (None, 10**9, 10, 9, 4)]
+    assert read == [b"0123456789"] * 4 + [b"01234"]
+
+
 @pytest.mark.parametrize("uri", ["nowhere://x/y", "gone", "{tmp}"])
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, uri: str) -> None:
     with pytest.raises(UserError) as refused:
