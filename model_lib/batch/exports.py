@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 
 from model_lib.batch.listing import ListedImage
 from model_lib.batch.planning import NO_PLACE, Plan
-from model_lib.batch.rows import FIELDS, SEVERAL, Row
+from model_lib.batch.rows import COLUMNS, FIELDS, SEVERAL, Row
 from model_lib.data.coco import name_id
 from model_lib.errors import UserError
 from model_lib.io import storage
@@ -58,9 +58,8 @@ class Exports:
         with ExitStack() as stack:
             for name, file in FILES.items():
                 uri = storage.join(self.folder, file)
-                if name not in self.config.formats:
-                    storage.remove(uri)  # of an earlier run, it would not have its new rows
-                    continue
+                if name not in self.config.formats and not storage.exists(uri):
+                    continue  # one of an earlier run would not have the new rows
                 part = Path(stack.enter_context(storage.atomic_file(uri)))
                 stream = stack.enter_context(part.open("w", encoding="utf-8", newline=""))
                 begin[name](stream, stack)
@@ -72,6 +71,11 @@ class Exports:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    @property
+    def columns(self) -> list[str] | None:
+        """Columns of the captions that are read; None: all."""
+        return None if self._writers else COLUMNS
 
     def add(self, images: Sequence[ListedImage], rows: Sequence[Row]) -> None:
         """Write the rows of images."""

@@ -24,7 +24,6 @@ SHOWN = 60
 """Captioned images in the report's gallery …"""
 WORST = 24
 """… those with the lowest scores besides, and rows without a caption of each reason."""
-COLUMNS = ["uri", "status", "caption", "score", "error"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def merge(plan: Plan) -> Summary:
     with Exports(plan) as exports:
         for index in range(len(plan.shards)):
             images = plan.images(index)
-            rows, shard_seconds = _read_captions(plan, index, images)
+            rows, shard_seconds = _read_captions(plan, index, images, exports.columns)
             exports.add(images, rows)
             seconds += shard_seconds
             captioned = [row for row in rows if row["status"] == "ok"]
@@ -118,10 +117,12 @@ def merge(plan: Plan) -> Summary:
     return summary
 
 
-def _read_captions(plan: Plan, index: int, images: list[ListedImage]) -> tuple[list[Row], float]:
+def _read_captions(
+    plan: Plan, index: int, images: list[ListedImage], columns: list[str] | None
+) -> tuple[list[Row], float]:
     """Return a shard's rows, one for each planned image, and the seconds that they took."""
     uri = plan.captions_uri(index)
-    table = read_shard(uri, COLUMNS if plan.config.formats == ("parquet",) else None)
+    table = read_shard(uri, columns)
     rows = table.to_pylist()
     planned = [image.uri for image in images]
     if [row["uri"] for row in rows] != planned or not all(map(_is_complete, rows)):

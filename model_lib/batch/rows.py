@@ -27,7 +27,9 @@ METADATA_KEY = b"captioner"
 WHAT = "captions that captioner batch wrote"
 Row = dict[str, Any]
 TYPES = {"uri": "text", "status": "text", "caption": "text", "score": "float", "error": "text"}
-"""Columns that are read again."""
+"""Columns that are read again …"""
+COLUMNS = list(TYPES)
+"""… by their names."""
 
 
 def write_table(table: pa.Table, uri: str) -> None:

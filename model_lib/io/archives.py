@@ -5,6 +5,7 @@ A member of an archive has the address that fsspec understands: `zip://name::arc
 more than a name; and nothing stays open, so several threads read at once, each by its own request.
 """
 
+import contextlib
 import io
 import struct
 import tarfile
@@ -33,6 +34,8 @@ BLOCK = 512
 """Bytes of a tar archive's header."""
 HEADER = 30
 """Bytes of a zip member's header, which its name and further fields follow."""
+UTF_8 = 0x800
+"""Flag of a zip member whose name is UTF-8, not of code page 437."""
 READ_AHEAD = 2**20
 """Bytes of a remote archive that are read at once at least while its members are listed."""
 OPENED = 16
@@ -165,7 +168,15 @@ def _list_zip(uri: str, size: int) -> dict[str, zipfile.ZipInfo]:
     file = storage.open_file(uri, READ_AHEAD, size)
     with file, store_errors(uri), input_errors(uri, what), zipfile.ZipFile(file) as zipped:
         infos = zipped.infolist()
-    return {info.filename: info for info in infos if not info.is_dir()}
+    return {_zip_name(info): info for info in infos if not info.is_dir()}
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Return a member's name; that of macOS and Info-ZIP is UTF-8 without the flag that says so."""
+    if not info.flag_bits & UTF_8:
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode()
+    return info.filename
 
 
 def _list_tar(uri: str, size: int) -> tuple[dict[str, _TarMember], str]:

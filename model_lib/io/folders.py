@@ -21,8 +21,8 @@ from model_lib.io.prefetch import prefetch_map
 
 START = 512
 """Bytes of a file by which it is told whether it is an image."""
-READERS = 16
-"""Threads that read the starts of files."""
+READERS = 32
+"""Threads that read the starts of files; most of the time they wait for their store."""
 NO_IMAGES = {
     ending
     for ending, kind in mimetypes.MimeTypes().types_map[True].items()
@@ -98,7 +98,7 @@ def list_images(
         else:
             unknown.append(file)
     is_image = partial(_is_image, read=read)
-    told = prefetch_map(is_image, unknown, READERS, 4 * READERS)
+    told = prefetch_map(is_image, unknown, READERS, 2 * READERS)
     for file, decision in zip(unknown, told, strict=True):
         if decision:
             images.append(file)

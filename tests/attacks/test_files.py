@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import cli
-from model_lib.batch import listing, merging, planning
+from model_lib.batch import listing, planning, rows
 from model_lib.batch.config import BatchConfig
 from model_lib.data import shards
 from model_lib.data.coco import read_captions
@@ -156,7 +156,7 @@ def no_text(rows: int) -> pa.Array:
 PARQUET: dict[str, tuple[Callable[[], bytes], Callable[[Path], object], list[str]]] = {
     "train-00000.parquet": (samples.shard, readers.shard, list(shards.COLUMNS)),
     "predictions.parquet": (samples.images, readers.images, [*result.COLUMNS, "CIDEr"]),
-    "part-0.parquet": (samples.captions, readers.captions, merging.COLUMNS),
+    "part-0.parquet": (samples.captions, readers.captions, rows.COLUMNS),
     "listing-0.parquet": (samples.listing, readers.listing_of_plan, ["uri"]),
     "table.parquet": (samples.table, readers.table, ["file", "caption"]),
 }

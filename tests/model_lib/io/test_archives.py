@@ -142,6 +142,48 @@ def test_names_are_of_any_length_and_any_bytes(tmp_path: Path) -> None:
         "".join(uris).encode()
 
 
+def test_a_zips_names_are_those_that_its_maker_meant(tmp_path: Path) -> None:
+    """Of macOS, UTF-8 without the flag that says so; of old Windows, code page 437."""
+    names = {"größe.jpg": "utf-8", "写真.jpg": "utf-8", "gr\u00fcn.jpg": "cp437", "a.jpg": "ascii"}
+    placeholders = {f"{number:0{len(name.encode(code))}}": name.encode(code)
+                    for number, (name, code) in enumerate(names.items())}  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as zipped:
+        for placeholder, name in placeholders.items():
+            zipped.writestr(placeholder, name)
+    content = (tmp_path / "x.zip").read_bytes()
+    for placeholder, name in placeholders.items():
+        content = content.replace(placeholder.encode(), name)
+    (tmp_path / "x.zip").write_bytes(content)
+    archive = open_archive(str(tmp_path / "x.zip"))
+    assert {name: read_image(archive.uri(name)) for name in archive.sizes} == {
+        name: name.encode(code) for name, code in names.items()
+    }
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_an_archive_damaged_anywhere_is_refused_or_read_in_one_line(
+    write: object, tmp_path: Path
+) -> None:
+    files = {f"a/{number}.jpg": RNG.randbytes(300) for number in range(4)}
+    path = write(tmp_path / "x", files)  # type: ignore[operator]
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x81
+        for content in (bytes(damaged), whole[:position]):
+            path.write_bytes(content)
+            try:
+                archive = open_archive(str(path))
+            except UserError as error:
+                assert "\n" not in str(error)
+                continue
+            for name in archive.sizes:
+                try:
+                    archive.read(name)
+                except ImageError as error:
+                    assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("cut", [700 * 120 + 300, 60_000, 2000])
 def test_a_tar_that_breaks_off_is_read_up_to_there(cut: int, tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "x.tar").read_bytes()
