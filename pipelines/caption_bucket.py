@@ -25,12 +25,12 @@ Started again it captions what is missing, new or changed.
 
 | parameter | meaning |
 |---|---|
-| `caption_images` | folder or URI of the images, searched through |
+| `caption_images` | folder, URI or archive of the images, or a list of them |
 | `caption_output` | folder or URI for the Parquet files, the plan and the summary |
 | `caption_model` | folder, URI, hub name or `models:/…`; an alias is pinned to its version |
 | `caption_num_beams` | beams in decoding; 1: greedy |
 | `caption_shard_images` | images a shard; each shard is a step on a GPU |
-| `caption_options` | further options of `captioner batch`: `{{{{"top_p": 0.9}}}}` |
+| `caption_options` | further options of `captioner batch`: `{{{{"format": "csv"}}}}` |
 {placement.PARAMETERS}"""
 
 

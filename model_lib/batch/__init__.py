@@ -1,8 +1,9 @@
-"""Captioning a folder, a bucket or a list of images: plan, caption each shard, merge.
+"""Captioning a folder, bucket, archive or list of images: plan, caption each shard, merge.
 
     <output>/<model>-<key>/plan.json            model and shards; key: images, weights, options
                            listing-….parquet    the images of each shard, a row group each
                            captions/*.parquet   one file a shard, written whole or not at all
+                           captions.csv …       the same in other formats, if asked for
                            summary.json         counts a status and reason
                            report.html          the same for people, with images
              latest.json                        the last summary
