@@ -20,10 +20,12 @@ from model_lib.io.images import ImageError, require_readable
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes")
 """Names of columns of images; Hugging Face's own type may have any name."""
-BATCH = 64
+BATCH = 16
 """Rows that are read at once."""
-KEPT = 32
-"""Batches that are kept, as threads do not read in order: more rows than are read ahead."""
+KEPT = 16
+"""Batches that are kept, as threads do not read in order: more rows than a machine has cores."""
+BUFFER = 2**20
+"""Bytes that are read at once at least."""
 WHAT = "a Parquet file of images and captions"
 
 
@@ -41,8 +43,10 @@ def _holds_images(field: pa.Field) -> bool:
 
 
 def _open(uri: str) -> pq.ParquetFile:
+    """Open a file to be read as a stream: without a buffer, Arrow reads a row group's column whole,
+    and a row group may have all images."""
     with input_errors(uri, WHAT):
-        return pq.ParquetFile(storage.open_file(uri, 2**20))
+        return pq.ParquetFile(storage.open_file(uri, BUFFER), buffer_size=BUFFER, pre_buffer=False)
 
 
 class ParquetImages:
