@@ -1,6 +1,6 @@
 """The pipeline `caption_bucket`: list a bucket's images, caption them in parallel, count them.
 
-preflight ─ plan ─ for each shard: caption ─ merge        (and close, whatever happens)
+preflight ─ plan ─ for each worker: caption ─ merge        (and close, whatever happens)
 """
 
 from typing import Any
@@ -12,107 +12,97 @@ from components.close.component import close
 from components.merge.component import merge
 from components.plan.component import plan
 from components.preflight.component import preflight
-from model_lib.batch.config import BatchConfig
 from model_lib.registry.model_uris import CHAMPION_URI
 from pipelines import placement
 from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place
 
 NO_OPTIONS: dict[str, Any] = {}
 
-DESCRIPTION = f"""\
-Captions the images under a bucket's prefix into Parquet: one row for each image, with a status.
-Started again it captions what is missing, new or changed.
-
-| parameter | meaning |
-|---|---|
-| `caption_images` | folder, URI or archive of the images, or a list of them |
-| `caption_output` | folder or URI for the Parquet files, the plan and the summary |
-| `caption_model` | folder, URI, hub name or `models:/…`; an alias is pinned to its version |
-| `caption_num_beams` | beams in decoding; 1: greedy |
-| `caption_shard_images` | images a shard; each shard is a step on a GPU |
-| `caption_options` | further options of `captioner batch`: `{{{{"format": "csv"}}}}` |
-{placement.PARAMETERS}"""
+WORKERS = 8
+"""Captioning, unless the run says otherwise: with 12 nodes each, Argo's workflow stays under 1 MiB,
+above which the list of tasks in the UI freezes (see docs/scale.md)."""
+DESCRIPTION = """\
+Captions the images of a bucket, archive or list into Parquet: one row for each image, with a
+status. Started again, it captions what is missing, new or changed."""
 
 
-def add_caption_steps(
-    secret: Any,
-    gpu: dict[str, Any],
-    parallel: int,
-    num_beams: Any = BatchConfig.decode.num_beams,
-    shard_images: Any = BatchConfig.shard_images,
-    options: Any = NO_OPTIONS,
-    **uris: Any,
-) -> dsl.PipelineTask:
-    """Add the steps that caption images to a pipeline; return the first.
+def add_caption_workers(
+    planned: dict[str, Any], output: Any, secret: Any, gpu: dict[str, Any]
+) -> None:
+    """Add the steps that caption a plan's images to a pipeline.
 
     Args:
+        planned: the outputs `plan` and `workers` of the step that planned.
+        output: folder or URI in which the plan is.
         secret: name of the Kubernetes secret.
         gpu: see `on_gpu`.
-        parallel: shards that are captioned at a time.
-        num_beams, shard_images, options: see the pipeline's parameters.
-        uris: images, output and model.
     """
-    planned = plan(num_beams=num_beams, shard_images=shard_images, options=options, **uris)
-    place(planned, "Plan", secret=secret, keys=BUCKET, memory=4)
-    with dsl.ParallelFor(planned.output, name="Shards", parallelism=parallel) as shard:
-        captioned = caption(shard=shard)
-        size: dict[str, Any] = {"cpu": 4, "memory": 16, "hours": 12, "retries": 4}
-        place(captioned, "Caption", secret=secret, keys=(*BUCKET, *HUB), **size)
+    with dsl.ParallelFor(planned["workers"], name="Each worker") as part:
+        captioned = caption(part=part, output=output)
+        size: dict[str, Any] = {"cpu": 4, "memory": 16, "hours": 72, "retries": 4}
+        place(captioned, "Caption images", secret=secret, keys=(*BUCKET, *HUB), **size)
         on_gpu(captioned, **gpu)
-    plans = dsl.Collected(captioned.output)
-    merged = merge(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER, plans=plans)
+    merged = merge(
+        run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+        output=output,
+        plan=planned["plan"],
+        shards=dsl.Collected(captioned.output),
+    )
     place(merged, "Merge", secret=secret, keys=(*BUCKET, *WEBHOOK), memory=4)
-    return planned
 
 
-def define(parallel: int) -> Any:
-    """Return the pipeline; at most `parallel` shards are captioned at a time."""
+@dsl.pipeline(name="caption-bucket", description=DESCRIPTION)
+def caption_bucket(
+    images: str,
+    output: str,
+    model: str = CHAMPION_URI,
+    caption_options: dict = NO_OPTIONS,
+    caption_workers: int = WORKERS,
+    gpu_resource: str = placement.GPU_RESOURCE,
+    gpu_count: str = "1",
+    gpu_node_selector: dict = placement.GPU_NODES,
+    gpu_tolerations: list = placement.GPU_TOLERATIONS,
+    secret_name: str = placement.SECRET,
+) -> None:
+    """Caption images.
 
-    @dsl.pipeline(name="caption-bucket", description=DESCRIPTION)
-    def caption_bucket(
-        caption_images: str,
-        caption_output: str,
-        caption_model: str = CHAMPION_URI,
-        caption_num_beams: int = BatchConfig.decode.num_beams,
-        caption_shard_images: int = BatchConfig.shard_images,
-        caption_options: dict = NO_OPTIONS,
-        gpu_resource: str = placement.GPU_RESOURCE,
-        gpu_count: str = "1",
-        gpu_node_selector: dict = placement.GPU_NODES,
-        gpu_tolerations: list = placement.GPU_TOLERATIONS,
-        secret_name: str = placement.SECRET,
-        secret_keys: list = placement.SECRET_KEYS,
-    ) -> None:
-        closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
-        place(closed, "Close", secret=secret_name, keys=WEBHOOK)
-        with dsl.ExitHandler(closed, name="Caption a bucket"):
-            checked = preflight(
-                run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
-                secret_name=secret_name,
-                secret_keys=secret_keys,
-                candidates=[],
-                images=caption_images,
-                model=caption_model,
-                caption_output=caption_output,
-            )
-            place(checked, "Preflight", secret=secret_name, **placement.PREFLIGHT)
-            gpu = {
-                "gpu_resource": gpu_resource,
-                "gpu_count": gpu_count,
-                "gpu_node_selector": gpu_node_selector,
-                "gpu_tolerations": gpu_tolerations,
-            }
-            first = add_caption_steps(
-                secret_name,
-                gpu,
-                parallel,
-                caption_num_beams,
-                caption_shard_images,
-                caption_options,
-                images=caption_images,
-                output=caption_output,
-                model=caption_model,
-            )
-            first.after(checked)
-
-    return caption_bucket
+    Args:
+        images: Folder, archive or list of the images, or its URI.
+        output: Folder or URI for the Parquet files, the plan and the summary.
+        model: Folder, URI, hub name or models:/…; an alias is pinned to its version.
+        caption_options: Further options of captioner batch, for example {"num_beams": 5}.
+        caption_workers: GPUs that caption at the same time, from 1 to 64.
+        gpu_resource: What a step on a GPU asks of its node.
+        gpu_count: GPUs of each step that uses them; 0 for none.
+        gpu_node_selector: Labels of the GPU nodes; by default, GKE's spot nodes with an L4.
+        gpu_tolerations: Of the GPU nodes' taints.
+        secret_name: Kubernetes secret with the steps' environment; must not be empty.
+    """
+    closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
+    place(closed, "Close", secret=secret_name, keys=WEBHOOK)
+    with dsl.ExitHandler(closed, name="Caption a bucket"):
+        checked = preflight(
+            run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+            output=output,
+            images=images,
+            model=model,
+            caption_options=caption_options,
+            caption_workers=caption_workers,
+            secret_name=secret_name,
+        )
+        place(checked, "Preflight", secret=secret_name, **placement.PREFLIGHT)
+        planned = plan(
+            images=images,
+            output=output,
+            model=model,
+            options=caption_options,
+            workers=caption_workers,
+        ).after(checked)
+        place(planned, "Plan", secret=secret_name, keys=BUCKET, memory=4, hours=4)
+        gpu = {
+            "gpu_resource": gpu_resource,
+            "gpu_count": gpu_count,
+            "gpu_node_selector": gpu_node_selector,
+            "gpu_tolerations": gpu_tolerations,
+        }
+        add_caption_workers(planned.outputs, output, secret_name, gpu)

@@ -13,7 +13,7 @@ from model_lib.io import storage
 from model_lib.options import StageConfig
 
 PARALLEL = 4
-"""Candidates trained, or shards captioned, at the same time on a cluster."""
+"""Candidates that are trained at the same time on a cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,13 @@ def compile_all(config: CompileConfig) -> Output:
     """Write each pipeline's YAML; the same code writes the same bytes."""
     from kfp import compiler
 
-    from pipelines import caption_bucket, train_captioner
+    from pipelines import train_captioner
+    from pipelines.caption_bucket import caption_bucket
 
     folder = Path(config.output)
     storage.require_writable(str(folder))
     written = []
-    for module in (train_captioner, caption_bucket):
-        pipeline = module.define(PARALLEL)
+    for pipeline in (train_captioner.define(PARALLEL), caption_bucket):
         target = folder / f"{pipeline.name.replace('-', '_')}.yaml"
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")

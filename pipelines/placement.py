@@ -1,7 +1,7 @@
 """Where a task runs on a cluster: resources, retries, time limit, user, secrets, GPU nodes.
 
 `kfp.local` ignores all of it. Each key of a secret becomes an environment variable; a missing key
-leaves it unset, which the pipeline's preflight reports.
+leaves it unset.
 """
 
 from typing import Any
@@ -13,9 +13,7 @@ from model_lib.tracking.server import FROM_SECRET
 USER = 1000
 """The images' user and group."""
 SECRET = "captioner"
-"""Name of the Kubernetes secret, unless the run names another …"""
-SECRET_KEYS = ["MLFLOW_TRACKING_URI"]
-"""… and what it must hold, unless the run says otherwise."""
+"""Name of the Kubernetes secret, unless the run names another."""
 MLFLOW = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_USERNAME",
@@ -42,13 +40,6 @@ GPU_TOLERATIONS = [
     },
 ]
 """GKE's labels and taints of a spot node pool with L4 GPUs."""
-
-PARAMETERS = """\
-| `gpu_resource`, `gpu_count` | what a step on a GPU asks of its node: `nvidia.com/gpu`, `1` |
-| `gpu_node_selector`, `gpu_tolerations` | GPU nodes; default: GKE's spot nodes with an L4 |
-| `secret_name` | Kubernetes secret with the steps' environment; must not be empty |
-| `secret_keys` | keys that it must have: the run ends at once without them |
-"""
 
 
 def place(

@@ -22,7 +22,7 @@ from model_lib.ingest.datasets import coco_2017, is_coco_2017, require_sources
 from model_lib.io import storage
 from model_lib.io.locks import output_lock
 from model_lib.options import StageConfig, option, require
-from model_lib.steps.candidates import candidate_configs
+from model_lib.steps.form import candidate_configs
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from pipelines.local import run_locally, say
 from pipelines.summary import read_summary, summary_lines
@@ -80,10 +80,15 @@ def run(config: RunConfig) -> Output:
             candidates = json.loads(config.candidates)
         except json.JSONDecodeError as error:
             raise UserError(f"candidates: is not JSON: {error}") from error
-    models = {name: getattr(config, name) or "" for name in ("vision", "decoder", "tokenizer")}
-    training = _absolute({"preset": config.preset, **models, "epochs": config.epochs or 0})
-    candidate_configs(candidates, **training)  # checked before anything is started
-    training["candidates"] = [_absolute(candidate) for candidate in candidates]
+    names = ("vision", "decoder", "tokenizer", "epochs")
+    options = {name: value for name in names if (value := getattr(config, name)) is not None}
+    options = _absolute(options)
+    candidate_configs(candidates, config.preset, options)  # checked before anything is started
+    training = {
+        "preset": config.preset,
+        "candidates": [_absolute(candidate) for candidate in candidates],
+        "train_options": options,
+    }
     with output_lock(str(work)):
         summary = _run(config, training, work)
     summary["seconds"] = round(time.monotonic() - started, 1)
@@ -99,14 +104,12 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, A
     dataset = dataset_or_scenes(config, work)
     images = storage.absolute(config.images) if config.images else images_of(dataset)
     arguments = {
-        "data_dataset": dataset,
-        "data_output": str(work / "data"),
-        "train_checkpoint_uri": str(work / "candidates"),
-        **{f"train_{name}": value for name, value in training.items()},
-        "eval_num_beams": config.num_beams,
+        "data": dataset,
+        "output": str(work),
+        **training,
+        "eval_options": {"num_beams": config.num_beams},
         "caption_images": images,
-        "caption_output": str(work / "captions") if images else "",
-        "secret_keys": [],
+        "caption_workers": 1,
     }
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
     os.environ.pop("MLFLOW_RUN_ID", None)

@@ -27,7 +27,7 @@ from model_lib.errors import UserError, WorkError, first_line
 from model_lib.io.errors import is_transient
 from model_lib.io.validation import parse
 from model_lib.options import StageConfig, option, require
-from pipelines.checks import CHECKS
+from pipelines.checks import check
 from pipelines.following import follow
 from pipelines.local import say
 
@@ -101,7 +101,7 @@ class _ServerConfig(StageConfig):
         missing = [f"--param {name}=…" for name in required if name not in values]
         require(not missing, f"{self.pipeline}: needs {', '.join(missing)}")
         defaults = {name: about.get("defaultValue") for name, about in inputs.items()}
-        CHECKS[self.pipeline](defaults | values)
+        check(self.pipeline, defaults | values)
         return values
 
 

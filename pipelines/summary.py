@@ -26,7 +26,7 @@ def read_summary(root: Path, tracking_uri: str, is_captioned: bool) -> dict[str,
         tracking_uri: MLflow's.
         is_captioned: whether images were to be captioned.
     """
-    ingested = _metadata(root, "ingest", "data")
+    ingested = _metadata(root, "ingest", "dataset")
     registered = _metadata(root, "register", "decision")
     captioned = _metadata(root, "merge", "captions") if is_captioned else None
     folders = [

@@ -1,8 +1,8 @@
 """The pipeline `train_captioner`: ingest, train and evaluate candidates, register the winner,
 caption a folder.
 
-preflight ─ ingest ─┬─ candidates ─ for each: train ─ evaluate ─┬─ register ─ caption a folder
-                    └─ evaluate the champion ───────────────────┘   (and close, whatever happens)
+preflight ─ ingest ─┬─ for each candidate: train ─ evaluate ─┬─ register ─ caption a folder
+                    └─ evaluate the champion ────────────────┘   (and close, whatever happens)
 """
 
 from functools import partial
@@ -11,21 +11,18 @@ from typing import Any
 from kfp import dsl
 
 from components import MODEL
-from components.candidates.component import candidates
 from components.close.component import close
 from components.evaluate.component import evaluate
 from components.evaluate_champion.component import evaluate_champion
 from components.ingest.component import ingest
+from components.ingest_help.component import ingest_help
 from components.preflight.component import preflight
 from components.register.component import register
 from components.train.component import train
 from components.train_job.component import train_job
-from model_lib.evaluate.config import EvaluateConfig
-from model_lib.ingest.config import IngestConfig
-from model_lib.registry.config import RegisterConfig
 from model_lib.train.config import TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import NO_OPTIONS, add_caption_steps
+from pipelines.caption_bucket import NO_OPTIONS, WORKERS, add_caption_workers
 from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [
@@ -36,149 +33,122 @@ CANDIDATES: list[dict[str, Any]] = [
 TRAIN_SIZE: dict[str, Any] = {"cpu": 4, "memory": 24}
 """Cores and GiB of a machine that trains."""
 MODEL_KEYS = (*BUCKET, *HUB)
-
-DESCRIPTION = f"""\
-Trains image captioners, evaluates them, registers the best in MLflow and captions a folder with
-the champion.
-
-| parameter | meaning |
-|---|---|
-| `data_dataset` | folder, file or URI, as `captioner ingest --dataset` takes it |
-| `ingest_options` | further options of ingest; `annotations` or others, if no `data_dataset` |
-| `data_output` | folder or URI for the Parquet shards |
-| `data_shortest_side` | larger images are reduced to this many pixels on their shorter side |
-| `train_candidates` | list of candidates: a name and the training options that differ |
-| `train_checkpoint_uri` | folder or URI for checkpoints and models; a rerun resumes from it |
-| `train_preset` | one of `captioner info`; `tiny` is trained from scratch |
-| `train_vision`, `train_decoder`, `train_tokenizer` | other weights than the preset's |
-| `train_epochs`, `train_batch_size`, `train_learning_rate` | 0: the preset's |
-| `train_precision` | `auto`, `bfloat16`, `float16` or `float32`; empty: the preset's |
-| `train_nodes` | machines that train one candidate together; several need Kubeflow Trainer |
-| `train_cache_key` | any text; another one runs again what KFP's cache would skip |
-| `eval_num_beams`, `eval_limit` | beams in decoding; first so many images only (0: all) |
-| `eval_clip` | CLIP for CLIPScore, `openai/clip-vit-base-patch32` for one; empty: no CLIPScore |
-| `register_metric`, `register_min_gain` | the deciding score, and the gain that it must show |
-| `register_max_regression` | share of the champion's value by which another score may fall |
-| `register_max_slowdown` | share by which captioning may be slower than the champion's |
-| `caption_images`, `caption_output` | images to caption at the end, and where to; empty: none |
-{placement.PARAMETERS}"""
+DESCRIPTION = """\
+Trains image captioners, evaluates them, registers the best in MLflow and captions a folder with the
+champion."""
 
 
 def define(parallel: int) -> Any:
-    """Return the pipeline; at most `parallel` candidates or shards are processed at a time."""
+    """Return the pipeline; at most `parallel` candidates are trained at a time."""
 
     @dsl.pipeline(name="train-captioner", description=DESCRIPTION)
     def train_captioner(
-        data_output: str,
-        train_checkpoint_uri: str,
-        data_dataset: str = "",
+        output: str,
+        data: str = "",
+        preset: str = TrainConfig.preset,
+        candidates: list[dict] = CANDIDATES,
         ingest_options: dict = NO_OPTIONS,
-        data_shortest_side: int = IngestConfig.shortest_side,
-        train_candidates: list[dict] = CANDIDATES,
-        train_preset: str = TrainConfig.preset,
-        train_vision: str = "",
-        train_decoder: str = "",
-        train_tokenizer: str = "",
-        train_epochs: int = 0,
-        train_batch_size: int = 0,
-        train_learning_rate: float = 0.0,
-        train_precision: str = "",
+        ingest_workers: int = 1,
+        train_options: dict = NO_OPTIONS,
         train_nodes: int = 1,
-        train_cache_key: str = "",
-        eval_num_beams: int = EvaluateConfig.decode.num_beams,
-        eval_limit: int = EvaluateConfig.limit,
-        eval_clip: str = "",
-        register_metric: str = RegisterConfig.metric,
-        register_min_gain: float = RegisterConfig.min_gain,
-        register_max_regression: float = RegisterConfig.max_regression,
-        register_max_slowdown: float = RegisterConfig.max_slowdown,
+        eval_options: dict = NO_OPTIONS,
+        register_options: dict = NO_OPTIONS,
         caption_images: str = "",
-        caption_output: str = "",
+        caption_options: dict = NO_OPTIONS,
+        caption_workers: int = WORKERS,
         gpu_resource: str = placement.GPU_RESOURCE,
         gpu_count: str = "1",
         gpu_node_selector: dict = placement.GPU_NODES,
         gpu_tolerations: list = placement.GPU_TOLERATIONS,
         secret_name: str = placement.SECRET,
-        secret_keys: list = placement.SECRET_KEYS,
     ) -> None:
+        """Train a captioner.
+
+        Args:
+            output: Folder or URI for data, checkpoints, models and captions; a rerun resumes.
+            data: Images and captions: folder, file or URI, as captioner ingest --dataset takes it.
+            preset: One of captioner info; tiny is trained from scratch.
+            candidates: List of candidates, each a name and the training options that differ.
+            ingest_options: Further options of captioner ingest; without data, its annotations, or
+                train and val.
+            ingest_workers: Machines that ingest at the same time, from 1 to 64.
+            train_options: Further options of captioner train, of all candidates.
+            train_nodes: Machines that train one candidate; several need Kubeflow Trainer.
+            eval_options: Further options of captioner evaluate, for example {"num_beams": 5}.
+            register_options: Further options of captioner register, for example {"min_gain": 0.01}.
+            caption_images: Folder, archive or list to caption at the end; empty for none.
+            caption_options: Further options of captioner batch.
+            caption_workers: GPUs that caption at the same time, from 1 to 64.
+            gpu_resource: What a step on a GPU asks of its node.
+            gpu_count: GPUs of each step that uses them; 0 for none.
+            gpu_node_selector: Labels of the GPU nodes; by default, GKE's spot nodes with an L4.
+            gpu_tolerations: Of the GPU nodes' taints.
+            secret_name: Kubernetes secret with the steps' environment; must not be empty.
+        """
         gpu = {
             "gpu_resource": gpu_resource,
             "gpu_count": gpu_count,
             "gpu_node_selector": gpu_node_selector,
             "gpu_tolerations": gpu_tolerations,
         }
+        machines = {
+            "nodes": train_nodes,
+            "image": MODEL,
+            **TRAIN_SIZE,
+            **gpu,
+            "secret_name": secret_name,
+            "secret_variables": variables(MODEL_KEYS),
+        }
+        captioning = {
+            "output": output,
+            "images": caption_images,
+            "caption_options": caption_options,
+            "caption_workers": caption_workers,
+        }
+        training = {"preset": preset, "candidates": candidates, "train_options": train_options}
+        run_name = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
         placed = partial(place, secret=secret_name)
-        closed = close(run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER)
+        closed = close(run_name=run_name)
         placed(closed, "Close", keys=WEBHOOK)
         with dsl.ExitHandler(closed, name="Train a captioner"):
-            training = {
-                "candidates": train_candidates,
-                "preset": train_preset,
-                "vision": train_vision,
-                "decoder": train_decoder,
-                "tokenizer": train_tokenizer,
-                "epochs": train_epochs,
-                "batch_size": train_batch_size,
-                "learning_rate": train_learning_rate,
-                "precision": train_precision,
-                "checkpoint_uri": train_checkpoint_uri,
-            }
-            policy = {
-                "metric": register_metric,
-                "min_gain": register_min_gain,
-                "max_regression": register_max_regression,
-                "max_slowdown": register_max_slowdown,
-            }
-            evaluation = {"num_beams": eval_num_beams, "limit": eval_limit, "clip": eval_clip}
-            machines = {
-                "nodes": train_nodes,
-                "image": MODEL,
-                **TRAIN_SIZE,
-                **gpu,
-                "secret_name": secret_name,
-                "secret_variables": variables(MODEL_KEYS),
-            }
             checked = preflight(
-                run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
-                secret_keys=secret_keys,
-                dataset=data_dataset,
-                shortest_side=data_shortest_side,
+                run_name=run_name,
+                data=data,
                 ingest_options=ingest_options,
-                data_output=data_output,
+                ingest_workers=ingest_workers,
+                eval_options=eval_options,
+                register_options=register_options,
                 **training,
-                **policy,
-                **evaluation,
+                **captioning,
                 **machines,
-                images=caption_images,
-                caption_output=caption_output,
             )
             placed(checked, "Preflight", **placement.PREFLIGHT)
 
             # Not cached, as "Evaluate the champion": what lies at a URI, or which model is the
             # champion, is not among the inputs.
-            ingested = ingest(
-                dataset=data_dataset,
-                output=data_output,
-                shortest_side=data_shortest_side,
-                options=ingest_options,
-            ).after(checked)
-            placed(ingested, "Ingest", keys=BUCKET, cpu=4, memory=8, hours=12)
+            ingesting = {"data": data, "output": output, "options": ingest_options}
+            many: dict[str, Any] = {"keys": MODEL_KEYS, "cpu": 4, "memory": 8, "hours": 12}
+            ingested = ingest(**ingesting, workers=ingest_workers, **training).after(checked)
+            placed(ingested, "Ingest", **many)
+            # Beside it: Ingest writes what these have not.
+            with (
+                dsl.If(ingest_workers > 1, name="Several to ingest"),
+                dsl.ParallelFor(checked.output, name="Each helper") as worker,
+            ):
+                helped = ingest_help(worker=worker, workers=ingest_workers, **ingesting)
+                placed(helped, "Help to ingest", **many)
             # By URI and fingerprint: an artifact would be a new input in each run, and nothing
             # would be cached.
-            outputs = ingested.outputs
-            data = {"data": outputs["manifest"], "fingerprint": outputs["fingerprint"]}
+            ingested_data = {name: ingested.outputs[name] for name in ("manifest", "fingerprint")}
 
             evaluating: dict[str, Any] = {"keys": MODEL_KEYS, "cpu": 4, "memory": 16, "hours": 6}
-            champion = evaluate_champion(**data, **evaluation, output=train_checkpoint_uri)
+            champion = evaluate_champion(**ingested_data, options=eval_options, output=output)
             on_gpu(placed(champion, "Evaluate the champion", **evaluating), **gpu)
-
-            configured = candidates(**data, **training, cache_key=train_cache_key)
-            placed(configured, "Candidates", keys=BUCKET)
 
             # Steps in a loop take only the item and the pipeline's parameters: kfp.local (2.17)
             # passes the item for any other output.
             with dsl.ParallelFor(
-                configured.output, name="Each candidate", parallelism=parallel
+                ingested.outputs["candidates"], name="Each candidate", parallelism=parallel
             ) as candidate:
                 # Each retry resumes from the last checkpoint.
                 long: dict[str, Any] = {"keys": MODEL_KEYS, "hours": 72, "retries": 6}
@@ -189,26 +159,19 @@ def define(parallel: int) -> Any:
                     trained = train(candidate=candidate)
                     on_gpu(placed(trained, "Train", **TRAIN_SIZE, **long, cached=True), **gpu)
                 # It finds the model by the candidate: OneOf fails over a step from the cache.
-                evaluated = evaluate(candidate=candidate, **evaluation).after(job, trained)
+                evaluated = evaluate(candidate=candidate, options=eval_options).after(job, trained)
                 on_gpu(placed(evaluated, "Evaluate", **evaluating, cached=True), **gpu)
 
             registered = register(
-                run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+                run_name=run_name,
                 evaluations=dsl.Collected(evaluated.outputs["Output"]),
                 champion_evaluation=champion.output,
-                **policy,
-                images=caption_images,
+                options=register_options,
+                **captioning,
             )
-            placed(registered, "Register", keys=(*BUCKET, *WEBHOOK), memory=8)
+            placed(registered, "Register", keys=(*BUCKET, *WEBHOOK), memory=8, hours=4)
 
             with dsl.If(caption_images != "", name="Images to caption"):
-                add_caption_steps(
-                    secret_name,
-                    gpu,
-                    parallel,
-                    images=caption_images,
-                    output=caption_output,
-                    model=registered.outputs["Output"],
-                )
+                add_caption_workers(registered.outputs, output, secret_name, gpu)
 
     return train_captioner

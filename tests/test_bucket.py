@@ -93,7 +93,7 @@ def test_every_command_works_in_a_bucket(captioner: Run, bucket: Bucket, tmp_pat
 def test_a_bucket_that_is_not_there_is_one_line(captioner: Run, bucket: Bucket) -> None:
     missing = f"{bucket.uri.partition(':')[0]}://elsewhere"
     for dataset, output, message in (
-        (f"{missing}/set", f"{bucket.uri}/out", f"{missing}/set/annotations"),
+        (f"{missing}/set", f"{bucket.uri}/out", f"{missing}/set: not there"),
         (f"{bucket.uri}/scenes", f"{missing}/out", f"{missing}/out: cannot be written to"),
     ):
         process = captioner("ingest", "--dataset", dataset, "--output", output)

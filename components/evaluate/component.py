@@ -8,9 +8,7 @@ from components import EVALUATE
 @dsl.component(base_image=EVALUATE, install_kfp_package=False)
 def evaluate(
     candidate: dict,
-    num_beams: int,
-    limit: int,
-    clip: str,
+    options: dict,
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> str:
@@ -24,10 +22,9 @@ def evaluate(
 
     with exit_in_one_line():
         config = candidate_config(candidate)
-        options = {"num_beams": num_beams, "limit": limit, "clip": clip or None}
         model = join(config.output, "best")
         evaluation, folder = evaluate_model(
-            model, config.data, config.output, tracking_from_environment(), **options
+            model, config.data, config.output, options, tracking_from_environment()
         )
         set_metadata(metrics, **evaluation.figures())
         write_bytes(report.path, read_bytes(join(folder, "report.html")))

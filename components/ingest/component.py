@@ -1,4 +1,4 @@
-"""Ingest: captions and images to Parquet shards and a manifest."""
+"""Ingest: captions and images to Parquet shards and a manifest; and each candidate's options."""
 
 from typing import NamedTuple
 
@@ -9,18 +9,33 @@ from components import CORE
 
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def ingest(
-    dataset: str, output: str, shortest_side: int, options: dict, data: dsl.Output[dsl.Dataset]
-) -> NamedTuple("Ingested", [("manifest", str), ("fingerprint", str)]):  # type: ignore[valid-type]
+    data: str,
+    output: str,
+    options: dict,
+    workers: int,
+    preset: str,
+    candidates: list,
+    train_options: dict,
+    dataset: dsl.Output[dsl.Dataset],
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Ingested", [("manifest", str), ("fingerprint", str), ("candidates", list[dict])]
+):
     """Write shards under `output`; the artifact is their manifest, which holds their URIs."""
     from model_lib.exits import exit_in_one_line
-    from model_lib.ingest.config import ingest_config
     from model_lib.ingest.ingesting import ingest as run
     from model_lib.io.storage import join, write_json
     from model_lib.steps.artifacts import set_metadata
+    from model_lib.steps.candidates import configure_candidates
+    from model_lib.steps.form import candidate_configs, ingest_config
+    from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():
-        manifest = run(ingest_config(dataset, output, shortest_side, options))
-        write_json(data.path, manifest.located(manifest.uri).to_dict())
+        tracking_from_environment()  # a candidate may start from a model of the registry
+        manifest = run(ingest_config(data, output, options), int(workers))
+        write_json(dataset.path, manifest.located(manifest.uri).to_dict())
         counts = {**manifest.counts, "quarantined": manifest.quarantined}
-        set_metadata(data, **counts, fingerprint=manifest.fingerprint)
-        return (join(manifest.uri, "manifest.json"), manifest.fingerprint)
+        set_metadata(dataset, **counts, fingerprint=manifest.fingerprint)
+        uri, fingerprint = join(manifest.uri, "manifest.json"), manifest.fingerprint
+        configs = candidate_configs(candidates, preset, train_options)
+        root = join(output, "candidates")
+        return (uri, fingerprint, configure_candidates(configs, uri, fingerprint, root))

@@ -8,32 +8,20 @@ from components import CORE
 @dsl.component(base_image=CORE, install_kfp_package=False)
 def preflight(
     run_name: str,
+    output: str,
+    images: str,
+    caption_options: dict,
+    caption_workers: int,
     secret_name: str,
-    secret_keys: list,
-    candidates: list,
-    dataset: str = "",
-    shortest_side: int = 0,
-    ingest_options: dict = {},
-    images: str = "",
     model: str = "",
+    data: str = "",
+    ingest_options: dict = {},
+    ingest_workers: int = 1,
     preset: str = "",
-    vision: str = "",
-    decoder: str = "",
-    tokenizer: str = "",
-    epochs: int = 0,
-    batch_size: int = 0,
-    learning_rate: float = 0.0,
-    precision: str = "",
-    num_beams: int = 1,
-    limit: int = 0,
-    clip: str = "",
-    data_output: str = "",
-    checkpoint_uri: str = "",
-    caption_output: str = "",
-    metric: str = "CIDEr",
-    min_gain: float = 0.0,
-    max_regression: float = 0.0,
-    max_slowdown: float = 0.0,
+    candidates: list = [],
+    train_options: dict = {},
+    eval_options: dict = {},
+    register_options: dict = {},
     nodes: int = 1,
     image: str = "",
     cpu: int = 0,
@@ -43,14 +31,15 @@ def preflight(
     gpu_node_selector: dict = {},
     gpu_tolerations: list = [],
     secret_variables: dict = {},
-) -> None:
-    """Check options, data, weights, MLflow and secrets; then open the run in MLflow."""
+) -> list[int]:
+    """Check parameters, data, weights, MLflow and the secret; then open the run in MLflow.
+
+    Return the numbers of the workers that help to ingest.
+    """
     from model_lib.exits import exit_in_one_line
-    from model_lib.ingest.config import ingest_config
-    from model_lib.registry.config import Policy
-    from model_lib.steps.candidates import candidate_configs
+    from model_lib.steps.form import read_form
     from model_lib.steps.kfp_runs import run_state, run_title
-    from model_lib.steps.preflight import preflight, require_evaluation
+    from model_lib.steps.preflight import preflight
     from model_lib.tracking.server import (
         adopt_secret,
         do_not_wait_long,
@@ -62,23 +51,20 @@ def preflight(
     with exit_in_one_line():
         adopt_secret()
         do_not_wait_long()
-        policy = Policy(
-            metric=metric,
-            min_gain=min_gain,
-            max_regression=max_regression,
-            max_slowdown=max_slowdown,
+        form = read_form(
+            output=output,
+            images=images,
+            caption_options=caption_options,
+            caption_workers=caption_workers,
+            data=data,
+            ingest_options=ingest_options,
+            ingest_workers=ingest_workers,
+            preset=preset,
+            candidates=candidates,
+            train_options=train_options,
+            eval_options=eval_options,
+            register_options=register_options,
         )
-        require_evaluation(policy, num_beams=num_beams, limit=limit, clip=clip)
-        training = {
-            "preset": preset,
-            "vision": vision,
-            "decoder": decoder,
-            "tokenizer": tokenizer,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "precision": precision,
-        }
         machines = Machines(
             nodes=nodes,
             image=image,
@@ -91,17 +77,7 @@ def preflight(
             secret_name=secret_name,
             secret_variables=secret_variables,
         )
-        data = (dataset, data_output, shortest_side, ingest_options)
-        preflight(
-            data=ingest_config(*data) if data_output else None,
-            images=images,
-            caption_output=caption_output,
-            outputs=[data_output, checkpoint_uri],
-            weights=[model, clip],
-            candidates=candidate_configs(candidates, **training) if candidates else [],
-            machines=machines,
-            secret=secret_name,
-            keys=secret_keys,
-        )
+        preflight(form, output=output, model=model, machines=machines, secret=secret_name)
         tracking = require_mlflow(tracking_from_environment())
         tracking.open_pipeline(run_title(run_name), run_state)
+        return list(range(1, max(2, int(ingest_workers))))  # kfp.local needs one

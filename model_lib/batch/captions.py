@@ -131,17 +131,23 @@ def _reason(error: UserError | WorkError) -> str:
     return "missing" if isinstance(error, UserError) else "unreachable"
 
 
-def caption_planned(reference: str, index: int) -> None:
-    """Caption a shard of the plan with this `reference`, unless it is done; `UserError` if the
-    model's files have changed since, or another run has planned."""
+def caption_part(reference: str, worker: int, workers: int) -> int:
+    """Caption a worker's shards of the plan with this `reference`; return how many were missing.
+
+    The model is loaded once. A worker that is started again goes on with what is missing.
+
+    Raises:
+        UserError: the model's files have changed since, or another run has planned.
+    """
     plan = load_plan(reference)
-    if storage.exists(plan.captions_uri(index)):
-        return
-    model = load_model(plan.config)
-    if model_files(plan.config.model) != plan.model_files:
-        message = "has changed since the images were planned; start again"
-        raise UserError(f"{plan.config.model}: {message}")
-    caption_shards(plan, [index], model)
+    indices = [index for index in plan.missing() if index % workers == worker]
+    if indices:
+        model = load_model(plan.config)
+        if model_files(plan.config.model) != plan.model_files:
+            message = "has changed since the images were planned; start again"
+            raise UserError(f"{plan.config.model}: {message}")
+        caption_shards(plan, indices, model)
+    return len(indices)
 
 
 def load_model(config: BatchConfig) -> ImageCaptioner:

@@ -159,7 +159,7 @@ def _parts(name: str) -> list[str]:
     """Return the parts of an image's name as a path that leads out of no folder."""
     if name.startswith(SCHEMES):
         name = split_uri(name)[0]
-    parts = PurePosixPath(name.rpartition("://")[2]).parts
+    parts = PurePosixPath(name.rpartition("://")[2].replace("\\", "/")).parts
     return [part for part in parts if part not in ("/", "//", "..")]
 
 

@@ -29,6 +29,8 @@ RETRIED = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may have gone by the next run: the store's, or what somebody has put right."""
 NO_PLACE = ("http://", "https://", *SCHEMES)
 """Beginnings of addresses beside which no file can be written."""
+LONGEST_NAME = 24
+"""Characters of a model's name in its folder's."""
 COLUMNS = {"uri": "text", "bytes": "int", "version": "text", "name": "text"}
 """Columns of a listing."""
 SCHEMA = pa.schema(
@@ -122,7 +124,7 @@ def resolve(config: BatchConfig) -> BatchConfig:
 def output_folder(config: BatchConfig) -> str:
     """Return the folder for a resolved configuration's images, weights and options."""
     parts = config.model.rstrip("/").split("/")[-2:]
-    name = re.sub(r"\W+", "-", "-".join(parts)).strip("-")
+    name = re.sub(r"\W+", "-", "-".join(parts))[-LONGEST_NAME:].strip("-")
     key = config.key(source_digest(config.model) or "")
     return storage.join(config.output, f"{name}-{key[:8]}")
 

@@ -1,7 +1,7 @@
 """The configurations of `captioner download`, `ingest` and `scenes`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -91,8 +91,8 @@ class IngestConfig(StageConfig):
     """Larger images are reduced to this many pixels on their shorter side."""
     jpeg_quality: int = option(95, minimum=1)
     """Quality of the stored JPEG, 1 to 100."""
-    shard_mb: int = option(256, minimum=1)
-    """Size at which a shard is closed, in MB."""
+    shard_images: int = option(5120, minimum=1)
+    """Images of the list a shard: about 250 MB of them, reduced to 256 pixels."""
     workers: int = option(0, minimum=0, shapes=False)
     """Threads that read, decode and encode images; 0: one a core."""
 
@@ -124,14 +124,6 @@ class IngestConfig(StageConfig):
     def column_names(self) -> dict[str, str]:
         """Return `columns` as a dictionary; `UserError` if it is none."""
         return parse_columns(self.columns)
-
-
-def ingest_config(
-    dataset: str, output: str, shortest_side: int, options: dict[str, Any]
-) -> IngestConfig:
-    """Return the configuration of a pipeline's parameters; `options` are all others."""
-    named = {"dataset": dataset or None, "output": output, "shortest_side": shortest_side}
-    return IngestConfig.from_options(**{**named, **options})
 
 
 @dataclass(frozen=True, kw_only=True)

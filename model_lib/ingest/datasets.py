@@ -46,6 +46,7 @@ EXPECTED = (
 
 def read_listing(config: IngestConfig) -> Listing:
     """Return all that is to be ingested; `UserError` if a list or its images are not there."""
+    require_sources(config)
     listing = Listing()
     names = config.column_names()
     if config.dataset is not None and is_coco_2017(config.dataset):

@@ -11,13 +11,14 @@ kills and restarts.
 import contextlib
 import ctypes
 import hashlib
+import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from model_lib.data.shards import FORMAT_VERSION, SHARD, Manifest, Shard, read_m
 from model_lib.errors import UserError, WorkError
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.datasets import read_listing
-from model_lib.ingest.journal import Finished, Journal, sha256_of, shard_name
+from model_lib.ingest.journal import Finished, Journal, shard_name
 from model_lib.ingest.listing import Entry, Listing, Rejected
 from model_lib.ingest.transcode import original, reduced
 from model_lib.io import storage
@@ -66,8 +67,13 @@ Row = dict[str, Any]
 """Of `SCHEMA`, and the digest of its content."""
 
 
-def ingest(config: IngestConfig) -> Manifest:
+def ingest(config: IngestConfig, workers: int = 1) -> Manifest:
     """Write shards, quarantine and, last, the manifest; return the manifest.
+
+    Args:
+        config: of the data set.
+        workers: how many write its shards: this one, and others by `help_ingest`. What these have
+            not written, this one does.
 
     Raises:
         UserError: the input is invalid or has no usable image, or the output cannot be written.
@@ -75,9 +81,31 @@ def ingest(config: IngestConfig) -> Manifest:
     """
     _keep_memory()
     listing = read_listing(config)
-    with output_lock(config.output):
+    with output_lock(config.output, is_shared=workers > 1):
         _require_no_loss(config.output, {entry.split for entry in listing.entries})
-        return _ingest(config, listing)
+        return _ingest(config, listing, workers)
+
+
+def help_ingest(config: IngestConfig, worker: int, workers: int) -> None:
+    """Write the shards of one of several workers, from 1 on, unless `ingest` ends before.
+
+    Their bytes depend on nothing but the input, so it does not matter who writes a shard, nor
+    whether two do.
+    """
+    _keep_memory()
+    listing = read_listing(config)
+    if listing.has_auto_split:
+        _hold_one_out(listing.entries, config)
+    journal = _journal(config, listing)
+    first, others = _parts(listing, config.shard_images)
+    parts = first if not listing.is_published else [*first, *others]
+    entries = sum(len(part.entries) for part in parts[worker::workers])
+    with Progress("ingest", entries, "images") as progress:
+        writer = _ShardWriter(config, journal, progress)
+        for part in parts[worker::workers]:
+            if journal.is_closed():
+                return
+            writer.write(part)
 
 
 def _require_no_loss(output: str, splits: set[str]) -> None:
@@ -102,40 +130,75 @@ def _keep_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 128 * 2**20)
 
 
-def _ingest(config: IngestConfig, listing: Listing) -> Manifest:
+@dataclass(frozen=True)
+class _Part:
+    """The entries of a shard."""
+
+    name: str
+    """Of its file."""
+    split: str
+    entries: list[Entry]
+
+
+def _parts(listing: Listing, size: int) -> tuple[list[_Part], list[_Part]]:
+    """Return the parts of the training split and those of the others, each of `size` entries."""
+    training: list[_Part] = []
+    others: list[_Part] = []
+    for split in sorted({entry.split for entry in listing.entries}):
+        entries = [entry for entry in listing.entries if entry.split == split]
+        for number, start in enumerate(range(0, len(entries), size)):
+            part = _Part(shard_name(split, number), split, entries[start : start + size])
+            (training if split == "train" else others).append(part)
+    return training, others
+
+
+def _journal(config: IngestConfig, listing: Listing) -> Journal:
+    return Journal(config.output, config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP)))
+
+
+def _ingest(config: IngestConfig, listing: Listing, workers: int) -> Manifest:
     if listing.has_auto_split:
         _hold_one_out(listing.entries, config)
-    key = config.key(listing.digest(), str(FORMAT_VERSION), str(ROW_GROUP))
-    journal = Journal(config.output, key)
-    finished: dict[str, list[Finished]] = {}
-    quarantine = list(listing.rejected)
-    train_files: set[str] | None = None if listing.is_published else set()
+    journal = _journal(config, listing)
+    training, others = _parts(listing, config.shard_images)
+    finished: dict[str, Finished] = {}
     with Progress("ingest", len(listing.entries), "images") as progress:
-        for split in sorted({entry.split for entry in listing.entries}):
-            entries = [entry for entry in listing.entries if entry.split == split]
-            writer = _SplitWriter(split, entries, train_files, config, journal, progress)
-            writer.write()
-            if writer.finished:
-                finished[split] = writer.finished
-            quarantine += [row for record in writer.finished for row in record.rejected]
-            quarantine += writer.rejected
-    reasons = dict(Counter(row.reason for row in quarantine))
-    if not finished:
+        writer = _ShardWriter(config, journal, progress, replaces=True)
+        for parts in (training, others):
+            # Then those of the others, who are at work on these from the other end.
+            rest = [part for number, part in enumerate(parts) if number % workers][::-1]
+            finished |= {part.name: writer.write(part) for part in (*parts[::workers], *rest)}
+            if parts is training and others and not listing.is_published:
+                # Published splits stay whole, even if they share files.
+                writer.train_files = _file_digests(config.output, finished.values())
+    records = [finished[part.name] for part in (*training, *others)]
+    quarantine = [*listing.rejected, *(row for record in records for row in record.rejected)]
+    shards = sorted((record.shard for record in records if record.shard), key=lambda s: s.uri)
+    if not shards:
         raise UserError(_no_image(config.output, listing.uris, quarantine))
-    rows = {split: sum(f.shard.rows for f in records) for split, records in finished.items()}
+    counts = Counter[str]()
+    for shard in shards:
+        counts[shard.split] += shard.rows
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        shards=[record.shard for records in finished.values() for record in records],
-        counts=rows,
-        quarantined=reasons,
+        shards=shards,
+        counts=dict(counts),
+        quarantined=dict(Counter(row.reason for row in quarantine)),
         fingerprint=_fingerprint(config, finished),
         configuration=config.to_dict(),
         uri=storage.absolute(config.output),
         cleaned_captions=listing.cleaned,
     )
     _write_manifest(config.output, manifest, quarantine)
-    journal.close()
+    journal.close(is_shared=workers > 1)
     return manifest
+
+
+def _file_digests(output: str, records: Iterable[Finished]) -> set[str]:
+    """Return the SHA-256 of the files of all images in some shards."""
+    uris = [storage.join(output, record.shard.uri) for record in records if record.shard]
+    columns = (read_parquet(uri, {"sha256": "text"}, SHARD)["sha256"] for uri in uris)
+    return {digest for column in columns for digest in column.to_pylist()}
 
 
 def _no_image(output: str, uris: Sequence[str], quarantine: Sequence[Rejected]) -> str:
@@ -162,91 +225,78 @@ def _hold_one_out(entries: list[Entry], config: IngestConfig) -> None:
 
 
 @dataclass
-class _SplitWriter:
-    """Writes the shards of a split that no earlier run finished."""
+class _ShardWriter:
+    """Writes the shards that no earlier run and no other worker finished."""
 
-    split: str
-    entries: list[Entry]
-    train_files: set[str] | None
-    """SHA-256 of the training images' files, to which the train split adds and which others leave
-    out; None: splits may share files."""
     config: IngestConfig
     journal: Journal
     progress: Progress
-    """Of all splits."""
-    finished: list[Finished] = field(default_factory=list)
-    end: int = 0
-    """Number of entries that are stored or rejected."""
-    rejected: list[Rejected] = field(default_factory=list)
-    """Entries after the last finished shard that cannot be used."""
+    replaces: bool = False
+    """Whether the manifest of an earlier ingest is removed before a shard is written."""
+    train_files: Container[str] = ()
+    """SHA-256 of the training images' files, which others leave out."""
 
-    def write(self) -> None:
-        self.finished = list(self.journal.read(self.split, len(self.entries)))
-        self.end = self.finished[-1].end if self.finished else 0
-        self.progress.resume(self.end)
-        if self.train_files is not None and self.split == "train":
-            for record in self.finished:
-                uri = storage.join(self.config.output, record.shard.uri)
-                column = read_parquet(uri, {"sha256": "text"}, SHARD)["sha256"]
-                self.train_files.update(column.to_pylist())
-        rows = self._rows()
-        for first in rows:
-            self._write_shard(chain([first], rows))
+    def write(self, part: _Part) -> Finished:
+        """Write a part's shard, if any of its images can be used."""
+        record = self.journal.read(part.name)
+        if record is not None:
+            self.progress.resume(len(part.entries))
+            return record
+        rejected: list[Rejected] = []
+        rows = self._rows(part, rejected)
+        first = next(rows, None)
+        if first is None:
+            record = Finished(None, "", rejected)
+        else:
+            shard, content = self._write_rows(part, chain([first], rows))
+            record = Finished(shard, content, rejected)
+        self.journal.write(part.name, record)
+        return record
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self, part: _Part, rejected: list[Rejected]) -> Iterator[Row]:
         """Yield the rows of usable images, stored on threads, as codecs work outside the GIL."""
         workers = self.config.workers or cpu_count()
         store = partial(_store, config=self.config)
-        entries = self.entries[self.end :]
-        for result in prefetch_map(store, entries, workers, PREFETCH_PER_WORKER * workers):
-            self.end += 1
+        for result in prefetch_map(store, part.entries, workers, PREFETCH_PER_WORKER * workers):
             self.progress.advance()
             if isinstance(result, Rejected):
-                self.rejected.append(result)
-            elif self._is_duplicate(result["sha256"]):
+                rejected.append(result)
+            elif result["sha256"] in self.train_files:
                 detail = "is the same file as a training image"
-                self.rejected.append(Rejected(result["file_name"], "duplicate_of_train", detail))
+                rejected.append(Rejected(result["file_name"], "duplicate_of_train", detail))
             else:
                 yield result
 
-    def _is_duplicate(self, sha256: str) -> bool:
-        """Return whether a file of another split is a training image's under another name."""
-        if self.train_files is None:
-            return False
-        if self.split == "train":
-            self.train_files.add(sha256)
-            return False
-        return sha256 in self.train_files
-
-    def _write_shard(self, rows: Iterator[Row]) -> None:
-        """Write rows to the next shard until it is full."""
-        output, name = self.config.output, shard_name(self.split, len(self.finished))
-        storage.remove(storage.join(output, "manifest.json"))  # a half-done ingest is no data set
-        count = image_bytes = 0
-        content = hashlib.sha256()
+    def _write_rows(self, part: _Part, rows: Iterator[Row]) -> tuple[Shard, str]:
+        """Write a shard; return it, and the digest of its rows."""
+        output = self.config.output
+        if self.replaces:
+            storage.remove(storage.join(output, "manifest.json"))  # half an ingest is no data set
+        count, content = 0, hashlib.sha256()
         # JPEG cannot be compressed, nor do images recur in a dictionary; the rest is small.
         options = {"compression": "none", "use_dictionary": ["split"], "write_page_checksum": True}
-        with storage.atomic_file(storage.join(output, name)) as part:
-            with pq.ParquetWriter(part, SCHEMA, **options) as writer:
-                group: list[Row] = []
-                for row in rows:
-                    group.append(row)
-                    count += 1
-                    image_bytes += len(row["image"])
-                    content.update(row["digest"].encode())
-                    is_full = image_bytes >= self.config.shard_mb * 1_000_000
-                    if is_full or len(group) == ROW_GROUP:
-                        writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-                        group = []
-                    if is_full:
-                        break
-                if group:
+        with storage.atomic_file(storage.join(output, part.name)) as path:
+            with _HashedFile(path) as file, pq.ParquetWriter(file, SCHEMA, **options) as writer:
+                while group := list(islice(rows, ROW_GROUP)):
+                    count += len(group)
+                    for row in group:
+                        content.update(row["digest"].encode())
                     writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-            shard = Shard(name, self.split, count, storage.file_size(part), sha256_of(part))
-        record = Finished(shard, self.end, content.hexdigest(), self.rejected)
-        self.journal.write(record)
-        self.finished.append(record)
-        self.rejected = []
+            sha256 = file.sha256.hexdigest()
+            shard = Shard(part.name, part.split, count, storage.file_size(path), sha256)
+        return shard, content.hexdigest()
+
+
+class _HashedFile(io.BufferedWriter):
+    """A local file, hashed while it is written."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.sha256 = hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        return super().write(content)
 
 
 def _store(entry: Entry, config: IngestConfig) -> Row | Rejected:
@@ -305,10 +355,10 @@ def _write_manifest(output: str, manifest: Manifest, quarantine: list[Rejected])
         log.warning("%d captions lost control characters", manifest.cleaned_captions)
 
 
-def _fingerprint(config: IngestConfig, finished: dict[str, list[Finished]]) -> str:
+def _fingerprint(config: IngestConfig, finished: Mapping[str, Finished]) -> str:
     """Digest the images, their captions and the options that shape them; not where they lie."""
-    options = [config.split, config.store, config.shard_mb]
+    options = [config.split, config.store, config.shard_images]
     if config.store == "reduced":
         options += [config.shortest_side, config.jpeg_quality]
-    content = [(split, [record.content for record in r]) for split, r in finished.items()]
+    content = [(name, finished[name].content) for name in sorted(finished)]
     return hashlib.sha256(repr((FORMAT_VERSION, options, content)).encode()).hexdigest()

@@ -6,7 +6,7 @@ input has other records.
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,15 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """A whole shard, and the rest of the listing up to its end."""
+    """What became of a part of the listing."""
 
-    shard: Shard
-    end: int
-    """Number of the split's first entry that is not in it."""
+    shard: Shard | None
+    """None: no image of it can be used."""
     content: str
     """Digest of its rows."""
     rejected: list[Rejected]
-    """Entries between the last shard's end and this one's that could not be used."""
+    """Entries that could not be used."""
 
 
 class Journal:
@@ -40,24 +39,23 @@ class Journal:
         self.folder = storage.join(output, ".journal")
         self.records = storage.join(self.folder, key)
 
-    def write(self, finished: Finished) -> None:
-        storage.write_json(self._uri(finished.shard.uri), asdict(finished))
+    def write(self, name: str, finished: Finished) -> None:
+        storage.write_json(self._uri(name), asdict(finished))
 
-    def read(self, split: str, entries: int) -> Iterator[Finished]:
-        """Yield the records of a split of so many entries, up to the first that is not whole."""
-        number, start = 0, 0
-        while storage.exists(uri := self._uri(name := shard_name(split, number))):
-            try:
-                finished = read_record(uri, Finished, "a record of this ingest")
-            except UserError as error:
-                log.warning("%s; its shard is written again", error)
-                return
-            shard = finished.shard
-            is_next = (shard.uri, shard.split) == (name, split) and start < finished.end <= entries
-            if not is_next or not self._is_whole(shard):
-                return
-            yield finished
-            number, start = number + 1, finished.end
+    def read(self, name: str) -> Finished | None:
+        """Return the record of a shard; None if there is none, or the shard is not whole."""
+        uri = self._uri(name)
+        if not storage.exists(uri):
+            return None
+        try:
+            finished = read_record(uri, Finished, "a record of this ingest")
+        except UserError as error:
+            log.warning("%s; its shard is written again", error)
+            return None
+        shard = finished.shard
+        if shard is not None and (shard.uri != name or not self._is_whole(shard)):
+            return None
+        return finished
 
     def _uri(self, shard: str) -> str:
         return storage.join(self.records, f"{shard}.json")
@@ -71,9 +69,19 @@ class Journal:
             return sha256_of(storage.filesystem(uri)[1]) == shard.sha256
         return storage.file_size(uri) == shard.bytes
 
-    def close(self) -> None:
-        """Remove all records: the manifest takes their place."""
+    def close(self, is_shared: bool = False) -> None:
+        """Remove all records: the manifest takes their place. If they are shared, leave a mark for
+        the other workers of this pipeline run."""
         storage.remove(self.folder)
+        if is_shared:
+            storage.write_bytes(self._closed(), b"")
+
+    def is_closed(self) -> bool:
+        """Return whether another worker of this pipeline run has closed it."""
+        return storage.exists(self._closed())
+
+    def _closed(self) -> str:
+        return storage.join(self.folder, f"closed-{os.environ.get('KFP_RUN_ID', '')}")
 
 
 def shard_name(split: str, number: int) -> str:

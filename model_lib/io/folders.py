@@ -120,7 +120,7 @@ def _folder_files(uri: str, recursive: bool) -> Iterator[ImageFile]:
 
 def _is_hidden(name: str) -> bool:
     """Return whether a file, or a folder that it is in, is hidden or left there by a system."""
-    parts = name.split("/")
+    parts = name.replace("\\", "/").split("/")  # archives of Windows may have either
     return any(
         (part.startswith(".") and part.strip(".")) or part.lower() in SYSTEM for part in parts
     )

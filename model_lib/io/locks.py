@@ -15,10 +15,11 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def output_lock(folder: str) -> Iterator[None]:
+def output_lock(folder: str, is_shared: bool = False) -> Iterator[None]:
     """Make an output folder ready, and lock it against other runs if it is local.
 
-    What a kill left half-written in a local folder is removed. A bucket has no locks: each of its
+    What a kill left half-written in a local folder is removed, unless the folder is shared with
+    workers that may be writing. A bucket has no locks: each of its
     files is written whole, and training stops when it finds another run's checkpoint.
 
     Raises:
@@ -37,7 +38,8 @@ def output_lock(folder: str) -> Iterator[None]:
             message = "another run is at work there; wait for it, or choose another output"
             raise WorkError(f"{folder}: {message}") from None
     with lock:
-        _remove_parts(path)
+        if not is_shared:
+            _remove_parts(path)
         yield
 
 

@@ -9,20 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from model_lib.errors import UserError, WorkError, first_line
-from model_lib.evaluate.config import EvaluateConfig
-from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.datasets import require_sources
 from model_lib.io import storage
 from model_lib.io.errors import is_transient
 from model_lib.io.hub import pin_revision
 from model_lib.model.sources import RIVAL, is_hub_name
-from model_lib.options import require
 from model_lib.presets import PRESETS
-from model_lib.registry.config import Policy
 from model_lib.registry.model_uris import require_version
+from model_lib.steps.form import Form
 from model_lib.tracking.server import require_scheme
 from model_lib.train.config import TrainConfig
 from model_lib.train.trainjob import Machines, require_trainer
@@ -36,28 +32,22 @@ TIMEOUT = 40.0
 
 
 def preflight(
+    form: Form,
     *,
-    data: IngestConfig | None = None,
-    images: str = "",
-    caption_output: str = "",
-    outputs: Sequence[str] = (),
-    weights: Sequence[str] = (),
-    candidates: Sequence[TrainConfig] = (),
+    output: str,
+    model: str = "",
     machines: Machines | None = None,
     secret: str = "",
-    keys: Sequence[str] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Check everything that a pipeline needs; empty strings are left out.
+    """Check everything that a pipeline needs.
 
     Args:
-        data: what is to be ingested.
-        images, caption_output: folders or URIs to read and to write; either both or none.
-        outputs: other folders or URIs to write.
-        weights: models besides those of the candidates: hub names, folders, URIs or `models:/…`.
-        candidates: to be trained.
-        machines: on which each is trained; more than one need Kubeflow Trainer.
-        secret, keys: the Kubernetes secret with the steps' variables, and what it must have.
+        form: its parameters.
+        output: folder or URI that it writes to.
+        model: to caption with: a hub name, folder, URI or `models:/…`; "": one that is trained.
+        machines: on which each candidate is trained; more than one need Kubeflow Trainer.
+        secret: the Kubernetes secret with the steps' variables.
         environment: this step's variables.
 
     Raises:
@@ -65,28 +55,23 @@ def preflight(
         WorkError: nothing is known to be missing, but a server failed or did not answer, which may
             pass.
     """
-    missing = [
-        f"secret {secret}: no key {key} in the pipeline's namespace, or none that the steps read"
-        for key in keys
-        if not environment.get(key)
-    ]
-    if bool(images) != bool(caption_output):
-        missing.append(f"{'caption_output' if images else 'caption_images'}: is empty")
-    sources, tokenizers = training_sources(candidates)
+    missing = []
     uri = environment.get("MLFLOW_TRACKING_URI")
+    if not uri and "KFP_WORKFLOW" in environment:  # else the store would be lost with the pod
+        missing += [f"secret {secret}: no key MLFLOW_TRACKING_URI in the pipeline's namespace"]
+    sources, tokenizers = training_sources(form.candidates)
     checks: dict[str, Check] = {"MLflow": partial(_tracking, uri)}
-    if data is not None:
-        checks["reading the data"] = partial(require_sources, data)
-    if images:
-        checks[f"reading {images}"] = partial(_readable, images)
-    for output in filter(None, (*outputs, caption_output)):
-        checks[f"writing to {output}"] = partial(storage.require_writable, output)
-    for source in filter(None, (*weights, *sources)):
+    if form.ingest is not None:
+        checks["reading the data"] = partial(require_sources, form.ingest)
+    if form.batch is not None:
+        checks[f"reading {form.batch.images}"] = partial(_readable, form.batch.images)
+    checks[f"writing to {output}"] = partial(storage.require_writable, output)
+    for source in filter(None, (model, form.evaluation.clip, *sources)):
         checks[f"weights {source}"] = partial(_weights, source)
     for source in tokenizers:
         checks[f"tokenizer {source}"] = partial(_tokenizer, source)
     if machines is not None and machines.nodes > 1:
-        checks["Kubeflow Trainer"] = partial(require_trainer, candidates, machines)
+        checks["Kubeflow Trainer"] = partial(require_trainer, form.candidates, machines)
     problems = _run_checks(checks)
     if missing or problems:
         is_mistake = missing or any(isinstance(problem, UserError) for problem in problems)
@@ -106,18 +91,6 @@ def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list
             weights |= {config.vision or preset.vision, config.decoder or preset.decoder}
             tokenizers.add(config.tokenizer or config.decoder or preset.decoder)
     return sorted(weights), sorted(tokenizers)
-
-
-def require_evaluation(policy: Policy, **evaluating: Any) -> None:
-    """Raise `UserError` if the options of evaluating are out of range, or do not give the deciding
-    score."""
-    options = {name: value for name, value in evaluating.items() if value != ""}
-    config = EvaluateConfig.from_options(model="-", data="-", output="-", **options)
-    metric = f"register_metric {policy.metric}"
-    spice = policy.metric == "SPICE"
-    require(not spice, f"{metric}: is not computed in a pipeline; choose another score")
-    has_clip = config.clip is not None or not policy.metric.endswith("CLIPScore")
-    require(has_clip, f"{metric}: needs eval_clip")
 
 
 def _run_checks(checks: Mapping[str, Check]) -> list[Exception]:

@@ -36,14 +36,14 @@ def test_an_archive_in_a_bucket_that_is_down_for_a_while_is_asked_for_again(tmp_
 def test_answers_that_break_off_are_asked_for_again(
     scenes: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    here = ingested(tmp_path / "data", dataset=scenes, shard_mb=1)
+    here = ingested(tmp_path / "data", dataset=scenes, shard_images=8)
     options = {"model": saved_model, "shard_images": 8}
     expected = batch(batch_config(scenes / "train2017", tmp_path / "out", **options))
     faults = Faults(0.0, seed=0)
     with faulty_bucket("b", tmp_path / "gcs", faults) as fs:
         put_folder(fs, scenes, "b/in")
         faults.cut = 0.1
-        there = ingested("gs://b/data", dataset="gs://b/in", shard_mb=1)
+        there = ingested("gs://b/data", dataset="gs://b/in", shard_images=8)
         summary = batch(batch_config("gs://b/in/train2017", "gs://b/out", **options))
         faults.cut = 0.0
         rows = read_output("b/out", fs)

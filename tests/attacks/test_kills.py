@@ -41,7 +41,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_ingest(scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    options = {"dataset": str(scenes), "shard_mb": 1, "store": "original"}
+    options = {"dataset": str(scenes), "shard_images": 8, "store": "original"}
     for output in rounds("ingest", options, folder, seed=1):
         ours, theirs = files(output), files(folder / "whole")
         assert ours.keys() == theirs.keys()

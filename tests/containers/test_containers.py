@@ -24,7 +24,8 @@ import pytest
 from components import CORE, EVALUATE, MODEL
 from model_lib import __version__
 from model_lib.errors import UserError
-from pipelines import caption_bucket, train_captioner
+from pipelines import train_captioner
+from pipelines.caption_bucket import caption_bucket
 from pipelines.local import RUN_LABEL, run_locally
 from tests.helpers.batches import read_output
 from tests.helpers.services import (
@@ -175,18 +176,17 @@ def test_both_pipelines_in_containers(
             path.chmod(0o755)
         watched = Watched(engine)
         arguments = {
-            "data_dataset": "gs://b/scenes",
-            "data_output": "gs://b/data",
-            "train_checkpoint_uri": "gs://b/candidates",
+            "data": "gs://b/scenes",
+            "output": "gs://b/out",
             # One of them goes on from a folder of this machine, which the containers' user may
             # read.
-            "train_candidates": [
+            "candidates": [
                 {"name": "slow", "learning_rate": 1e-6, "init_from": str(finished / "best")},
                 {"name": "fast"},
             ],
-            "train_preset": "tiny",
-            "train_epochs": 2,
-            "eval_num_beams": 1,
+            "preset": "tiny",
+            "train_options": {"epochs": 2},
+            "eval_options": {"num_beams": 1},
         }
         run(train_captioner.define(parallel=1), arguments, "train")
 
@@ -202,11 +202,12 @@ def test_both_pipelines_in_containers(
         assert champion.tags["name"] in ("slow", "fast")
 
         arguments = {
-            "caption_images": "gs://b/scenes/val2017",
-            "caption_output": "gs://b/captions",
-            "caption_shard_images": 5,
+            "images": "gs://b/scenes/val2017",
+            "output": "gs://b/captions",
+            "caption_options": {"shard_images": 5},
+            "caption_workers": 2,
         }
-        run(caption_bucket.define(parallel=1), arguments, "caption")
+        run(caption_bucket, arguments, "caption")
         parts = sorted(fs.glob("b/captions/*/captions/*.parquet"))
         rows = read_output("b/captions", fs)
         assert len(parts) == 3 and len({row["uri"] for row in rows}) == len(rows) == 13
@@ -215,13 +216,13 @@ def test_both_pipelines_in_containers(
 
         # Once more: nothing is done again.
         before = [fs.info(part)["generation"] for part in parts]
-        run(caption_bucket.define(parallel=1), arguments, "again")
+        run(caption_bucket, arguments, "again")
         assert [fs.info(part)["generation"] for part in parts] == before
 
         # Without the images, the first step says so, and the last one still calls the webhook.
-        arguments["caption_images"] = "gs://b/nowhere"
+        arguments["images"] = "gs://b/nowhere"
         with pytest.raises(UserError, match="gs://b/nowhere: not there"):
-            run(caption_bucket.define(parallel=1), arguments, "no")
+            run(caption_bucket, arguments, "no")
 
     watched.events.close()
     assert [post["state"] for post in notifications] == [*["SUCCEEDED"] * 3, "FAILED"]

@@ -75,7 +75,7 @@ def listing_of_plan(file: Path) -> None:
 def journal(file: Path) -> None:
     records = Journal(str(file.parent), "key")
     records.records = str(file.parent)
-    list(records.read("train", 100))
+    records.read("train-00000.parquet")
 
 
 def state(file: Path) -> None:

@@ -49,10 +49,10 @@ def test_containers_see_what_arguments_and_variables_name_and_write_what_they_mu
         (tmp_path / name).mkdir(parents=True)
     scenes, model, images, key, hub, store = (str(tmp_path / name) for name in names)
     arguments = {
-        "data_dataset": scenes,
-        "data_output": "gs://bucket/data",
+        "data": scenes,
+        "output": "gs://bucket/out",
         "caption_images": images,
-        "train_candidates": [{"name": "a", "init_from": model}, {"name": "/nowhere"}],
+        "candidates": [{"name": "a", "init_from": model}, {"name": "/nowhere"}],
     }
     environment = {
         "GOOGLE_APPLICATION_CREDENTIALS": key,

@@ -21,15 +21,12 @@ from tests.helpers.kfp_server import KfpServer
 Run = Callable[..., CompletedProcess]
 BUCKET: dict[str, Any] = {
     "pipeline": "caption_bucket",
-    "param": ("caption_images=a", "caption_output=b"),
+    "param": ("images=a", "output=b"),
     "wait": True,
 }
 PIPELINE = ("--pipeline", "caption_bucket")
-PARAMETERS = ("--param", "caption_images=gs://b/in", "--param", "caption_output=gs://b/out")
-TRAINING = [
-    f"--param={name}=gs://b/{name}"
-    for name in ("data_dataset", "data_output", "train_checkpoint_uri")
-]
+PARAMETERS = ("--param", "images=gs://b/in", "--param", "output=gs://b/out")
+TRAINING = ["--param=data=gs://b/data", "--param=output=gs://b/output"]
 
 
 def waited(server: KfpServer) -> Any:
@@ -46,7 +43,7 @@ def test_a_run_is_started_and_the_pipeline_uploaded_once(captioner: Run) -> None
     with KfpServer() as server:
         options = ("submit", "--host", server.host, "--pipeline", "train_captioner", *TRAINING)
         candidates = [{"name": "a"}, {"name": "b", "epochs": 3}]
-        typed = ("train_learning_rate=.0001", f"train_candidates={json.dumps(candidates)}")
+        typed = ('train_options={"learning_rate": 1e-4}', f"candidates={json.dumps(candidates)}")
         first = captioner(*options, *(f"--param={parameter}" for parameter in typed))
         assert first.returncode == 0, first.stderr
         assert "local images, as captioner-core:" in first.stderr and "make push" in first.stderr
@@ -59,8 +56,8 @@ def test_a_run_is_started_and_the_pipeline_uploaded_once(captioner: Run) -> None
     (version,) = server.versions.values()
     assert version["display_name"] == json.loads(second.stdout)["version"]
     parameters = server.runs["run-1"]["runtime_config"]["parameters"]
-    assert parameters["train_learning_rate"] == 1e-4
-    assert parameters["train_candidates"] == candidates
+    assert parameters["train_options"] == {"learning_rate": 1e-4}
+    assert parameters["candidates"] == candidates
     assert server.runs["run-2"]["display_name"] == "again"
     assert [row["display_name"] for row in server.experiments.values()] == ["captioner", "mine"]
 
@@ -151,7 +148,7 @@ def test_an_empty_secret_that_got_to_the_server_is_explained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the UI's form, which refuses nothing."""
-    empty = {"caption_images": "a", "caption_output": "b", "secret_name": ""}
+    empty = {"images": "a", "output": "b", "secret_name": ""}
     monkeypatch.setattr(submit.SubmitConfig, "arguments", lambda _: empty)
     with KfpServer() as server:
         error = waited(server).document["error"]
@@ -224,11 +221,11 @@ def test_a_token_goes_to_the_server_that_was_named_and_not_where_that_leads_to(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--param", "caption_imags=x"), ["caption_imags", "caption_images"]),
-        (("--param", "caption_images"), ["NAME=VALUE"]),
-        ((), ["--param caption_images=…", "--param caption_output=…"]),
+        (("--param", "imags=x"), ["imags", "images"]),
+        (("--param", "images"), ["NAME=VALUE"]),
+        ((), ["--param images=…", "--param output=…"]),
         *(
-            ((*PARAMETERS, f"--param=caption_num_beams={value}"), ["num_beams", "number integer"])
+            ((*PARAMETERS, f"--param=caption_workers={value}"), ["workers", "number integer"])
             for value in ("many", "1.5", "true")
         ),
         ((*PARAMETERS, "--param", "gpu_tolerations={}"), ["gpu_tolerations", "list"]),
@@ -251,23 +248,34 @@ def test_wrong_usage_is_one_line_before_the_server_is_asked(
 @pytest.mark.parametrize(
     ("pipeline", "parameter", "message"),
     [
-        ("train_captioner", "train_preset=huge", "preset 'huge': unknown; one of clip-l-gpt2"),
-        ("train_captioner", 'train_candidates=[{"name": "a", "colour": 1}]', "option 'colour'"),
-        ("train_captioner", 'train_candidates=[{"name": "a", "ema": NaN}]', "ema: nan is not a"),
-        ("train_captioner", "train_candidates=[]", "candidates: expected a JSON list of objects"),
-        ("train_captioner", "train_learning_rate=nan", "learning_rate: nan is not a finite number"),
-        ("train_captioner", "register_metric=Cider", "metric 'Cider': unknown"),
-        ("train_captioner", "register_min_gain=nan", "min_gain: nan is not a finite number"),
-        ("train_captioner", "eval_num_beams=0", "num_beams: 0 is not at least 1"),
+        ("train_captioner", "preset=huge", "preset 'huge': unknown; one of clip-l-gpt2"),
+        ("train_captioner", 'candidates=[{"name": "a", "colour": 1}]', "option 'colour'"),
+        ("train_captioner", 'candidates=[{"name": "a", "ema": NaN}]', "ema: nan is not a"),
+        ("train_captioner", "candidates=[]", "candidates: expected a JSON list of objects"),
+        (
+            "train_captioner",
+            'train_options={"dropout": NaN}',
+            "train_options: dropout: nan is not a finite",
+        ),
+        ("train_captioner", 'register_options={"metric": "Cider"}', "metric 'Cider': unknown"),
+        (
+            "train_captioner",
+            'register_options={"min_gain": NaN}',
+            "min_gain: nan is not a finite number",
+        ),
+        ("train_captioner", 'eval_options={"num_beams": 0}', "eval_options: num_beams: 0 is not"),
         ("train_captioner", "gpu_count=many", "gpu_count 'many': is not a whole number"),
         ("caption_bucket", 'caption_options={"colour": 1}', "unknown option 'colour'"),
-        ("caption_bucket", "caption_shard_images=0", "shard_images: 0 is not at least 1"),
+        ("caption_bucket", 'caption_options={"output": "x"}', "output is set by the pipeline"),
+        ("caption_bucket", "caption_workers=65", "caption_workers: 65 is not from 1 to 64"),
+        ("train_captioner", "ingest_workers=0", "ingest_workers: 0 is not from 1 to 64"),
+        ("train_captioner", 'ingest_options={"images": "x"}', "ingest_options: images: a dataset"),
     ],
 )
 def test_what_preflight_would_refuse_is_refused_before_anything_is_uploaded(
     pipeline: str, parameter: str, message: str
 ) -> None:
-    required = ("caption_images=gs://b/in", "caption_output=gs://b/out")
+    required = ("images=gs://b/in", "output=gs://b/out")
     if pipeline == "train_captioner":
         required = tuple(option.removeprefix("--param=") for option in TRAINING)
     with pytest.raises(UserError, match=re.escape(message)):

@@ -1,8 +1,11 @@
 """Captioning a folder: each listed image has one row, also after faults, kills and second runs."""
 
+import io
 import json
 import shutil
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +289,33 @@ def test_one_request_in_twenty_failing_loses_nothing(
     assert faults.failed > 5
     assert (summary.images, summary.ok, summary.errors) == (65, 64, {"unreadable": 1})
     assert len({row["uri"] for row in in_bucket(fs, "out")}) == len(in_bucket(fs, "out")) == 65
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_in_a_bucket_is_captioned_in_place(
+    kind: str, bucket: tuple[fsspec.AbstractFileSystem, Faults], scenes: Path, saved_model: Path
+) -> None:
+    fs, faults = bucket
+    content = io.BytesIO()
+    files = sorted((scenes / "train2017").iterdir())
+    if kind == "zip":
+        with zipfile.ZipFile(content, "w") as zipped:
+            for file in files:
+                zipped.write(file, file.stem)
+    else:
+        with tarfile.open(fileobj=content, mode="w") as tar:
+            for file in files:
+                tar.add(file, file.stem)
+    fs.pipe_file("b/photos", content.getvalue())
+    faults.share = 0.05
+    options = {"shard_images": 40, "format": "jsonl"}
+    summary = batch(batch_config("gs://b/photos", f"gs://b/{kind}", saved_model, **options))
+    assert faults.failed > 2 and (summary.images, summary.ok) == (64, 64)
+    rows = in_bucket(fs, kind)
+    name = files[0].stem
+    assert {row["uri"] for row in rows} > {f"{kind}://{name}::gs://b/photos"}
+    fs.invalidate_cache()
+    assert fs.cat_file(summary.files[0]).count(b"\n") == 64
 
 
 @pytest.mark.soak

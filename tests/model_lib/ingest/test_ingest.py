@@ -80,9 +80,7 @@ def test_large_data_is_cut_into_shards(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model_lib.ingest.ingesting.ROW_GROUP", 8)
-    config = IngestConfig(dataset=str(scenes), output=str(tmp_path))
-    object.__setattr__(config, "shard_mb", 0.02)  # 64 small images do not fill a whole MB
-    manifest = ingest(config)
+    manifest = ingest(IngestConfig(dataset=str(scenes), output=str(tmp_path), shard_images=20))
     assert len([shard for shard in manifest.shards if shard.split == "train"]) > 2
     reader = SplitReader(read_manifest(str(tmp_path)), "train", Preprocessing(16))
     plan = reader.shuffled(7, seed=0, epoch=0, lengths=np.zeros(64))
@@ -224,7 +222,7 @@ def test_the_fingerprint_changes_with_content_and_shaping_options_only(
     shutil.copytree(scenes, tmp_path / "set")
     assert ingested(tmp_path / "other", dataset=tmp_path / "set", workers=1).fingerprint == first
     fingerprints = {first}
-    for option in ({"jpeg_quality": 90}, {"shortest_side": 32}, {"shard_mb": 7}):
+    for option in ({"jpeg_quality": 90}, {"shortest_side": 32}, {"shard_images": 7}):
         fingerprints.add(ingested(output, dataset=scenes, **option).fingerprint)
     original = ingested(output, dataset=scenes, store="original").fingerprint
     assert len({*fingerprints, original}) == 5

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 from PIL import Image
 
 from model_lib.data.shards import read_manifest
+from model_lib.ingest.config import IngestConfig
+from model_lib.ingest.ingesting import help_ingest, ingest
 from model_lib.ingest.journal import Journal
 from tests.helpers.coco_files import write_captions
 from tests.helpers.ingests import ingested
@@ -44,7 +48,7 @@ def file_identity(file: Path) -> tuple[int, int]:
 
 def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Path) -> None:
     file = many(tmp_path / "in", 400, side=300)
-    command = [sys.executable, "-m", "model_lib", "ingest", "--shard_mb", "2"]
+    command = [sys.executable, "-m", "model_lib", "ingest", "--shard_images", "20"]
     command += ["--annotations", str(file), "--images", str(file.parent), "--output"]
     whole_run = [*command, str(tmp_path / "whole"), "--workers", "1"]
     subprocess.run(whole_run, check=True, capture_output=True)
@@ -79,17 +83,17 @@ def test_records_of_other_input_or_of_damaged_shards_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, output = many(tmp_path / "in", 100), tmp_path / "out"
-    options = {"annotations": file, "images": file.parent, "shard_mb": 1}
+    options = {"annotations": file, "images": file.parent, "shard_images": 10}
     # As after a kill before the manifest.
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "close", lambda journal: None)
+        patched.setattr(Journal, "close", lambda journal, is_shared: None)
         ingested(output, **options)
     (output / "manifest.json").unlink()
     first, second, *_ = sorted(output.glob("train-*.parquet"))
     before, whole = file_identity(first), second.read_bytes()
     second.write_bytes(whole[:-1] + b"X")
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "close", lambda journal: None)
+        patched.setattr(Journal, "close", lambda journal, is_shared: None)
         ingested(output, **options)
     assert second.read_bytes() == whole and file_identity(first) == before
     ingested(output, **options, jpeg_quality=50)
@@ -113,3 +117,31 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
         peaks.append(float(done.stdout))
         sizes.append(sum(file.stat().st_size for file in output.iterdir()) / 2**20)
     assert sizes[1] - sizes[0] > 50 and peaks[1] - peaks[0] < 30, (sizes, peaks)
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+def test_several_workers_write_the_bytes_of_one(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_published: bool
+) -> None:
+    monkeypatch.setenv("KFP_RUN_ID", "run")
+    source: dict[str, str] = {"dataset": str(scenes)}
+    if not is_published:
+        file = many(tmp_path / "in", 200, side=64)
+        source = {"annotations": str(file), "images": str(file.parent)}
+    one = IngestConfig(output=str(tmp_path / "one"), **source, shard_images=7)
+    several = replace(one, output=str(tmp_path / "several"))
+    expected = ingest(one)
+    with ThreadPoolExecutor(2) as pool:  # one that ended, two at the same time, one that never came
+        help_ingest(several, 1, 4)
+        written = len(list((tmp_path / "several").glob("*.parquet")))
+        second = pool.submit(help_ingest, several, 2, 4)
+        manifest = ingest(several, workers=4)
+        second.result()
+    assert written > 1 and manifest.fingerprint == expected.fingerprint
+    assert (manifest.shards, manifest.quarantined) == (expected.shards, expected.quarantined)
+    for file in (tmp_path / "one").glob("*.parquet"):
+        assert file.read_bytes() == (tmp_path / "several" / file.name).read_bytes(), file.name
+    before = {file: file_identity(file) for file in (tmp_path / "several").glob("*.parquet")}
+    help_ingest(several, 3, 4)  # too late
+    assert before == {file: file_identity(file) for file in before}
+    assert read_manifest(several.output).fingerprint == expected.fingerprint

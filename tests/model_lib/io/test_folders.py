@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -122,6 +123,14 @@ def test_known_endings_are_never_opened(tmp_path: Path) -> None:
     images = list_images(str(tmp_path))
     assert len(images.files) == len(EXTENSIONS)
     assert images.left_out == {".txt": 1, ".json": 1, ".mp4": 1, ".py": 1}
+
+
+def test_an_archive_of_windows_may_have_backslashes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as zipped:
+        for name in ("photos\\a.jpg", "photos\\phone", "__MACOSX\\._a.jpg", "sub\\Thumbs.db"):
+            zipped.writestr(name, image("JPEG"))
+    images = list_images(str(tmp_path / "x.zip"))
+    assert names(images) == ["photos\\a.jpg", "photos\\phone"] and images.left_out == {HIDDEN: 2}
 
 
 def test_an_archive_that_breaks_off_is_counted(folder: Path, tmp_path: Path) -> None:

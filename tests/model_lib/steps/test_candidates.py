@@ -1,5 +1,4 @@
-"""The pipeline's steps Candidates and Register as pipelines run them: with a secret, after a kill,
-late."""
+"""The steps Ingest and Register as pipelines run them: with a secret, after a kill, late."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,8 @@ import mlflow
 import pytest
 from kfp import dsl
 
-from components.candidates.component import candidates
+from components.ingest.component import ingest
 from components.register.component import register as step
-from model_lib.data.shards import read_manifest
 from model_lib.registry.config import NO_CHAMPION, RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
@@ -36,21 +34,26 @@ def registers(tmp_path: Path) -> Registers:
 
     def run(winner: str, champion: str, images: str = "") -> str:
         outputs: dict[str, Any] = {}
-        types = {"decision": dsl.Markdown, "page": dsl.HTML, "model": dsl.Model}
+        types = {"decision": dsl.Markdown, "report": dsl.HTML, "model": dsl.Model}
         for name, artifact_type in types.items():
             outputs[name] = artifact_type(uri=str(tmp_path / name))
             outputs[name].path = outputs[name].uri
-        policy = {"metric": "CIDEr", "min_gain": 0.0, "max_regression": 0.05, "max_slowdown": 0.5}
+        options: dict[str, Any] = {"options": {}, "caption_options": {}, "caption_workers": 3}
         evaluations = {"evaluations": [winner], "champion_evaluation": champion}
-        return step.python_func(run_name="r", images=images, **evaluations, **policy, **outputs)
+        options |= {"images": images, "output": str(tmp_path / "out"), **evaluations}
+        plan, workers = step.python_func(run_name="r", **options, **outputs)
+        expected = [{"plan": plan, "worker": 0, "workers": 1}] if images else [{}]
+        assert workers == expected
+        return f"models:/captioner/{outputs['decision'].metadata['champion_version']}"
 
     return run
 
 
-@pytest.mark.parametrize(("images", "status"), [("", "FINISHED"), ("x", "RUNNING")])
+@pytest.mark.parametrize(("images", "status"), [("", "FINISHED"), ("val2017", "RUNNING")])
 def test_register_ends_the_pipelines_run_if_it_is_the_last_step(
     images: str,
     status: str,
+    scenes: Path,
     store: mlflow.MlflowClient,
     registers: Registers,
     saved_model: Path,
@@ -60,6 +63,7 @@ def test_register_ends_the_pipelines_run_if_it_is_the_last_step(
     environment.setenv("KFP_RUN_ID", "kfp-1")
     tracking = require_mlflow(tracking_from_environment())
     tracking.open_pipeline("nightly")
+    images = images and str(scenes / images)
     registers(write_evaluation(tmp_path, 0.5, "a", model=saved_model), NO_CHAMPION, images)
     run = tracking.pipeline_run()
     assert run.info.status == status
@@ -97,7 +101,7 @@ def test_register_is_run_again_runs_late_and_runs_without_a_champion(
         assert registers(second, champion_2) == "models:/captioner/2"
         heading = "## Version 2 (second) is the champion now"
         assert decision().startswith(f"{heading}\n\n{registered.reason}\n")
-        page = (tmp_path / "page").read_text()
+        page = (tmp_path / "report").read_text()
         assert registered.reason[:20] in page and ("champion until now" in page) == has_page
         tags = store.get_model_version("captioner", "2").tags
         assert (tags["decision"], tags["compared_with"]) == ("champion", "1")
@@ -112,7 +116,7 @@ def test_register_is_run_again_runs_late_and_runs_without_a_champion(
         assert registers(evaluation(name, 0.9), champion) == "models:/captioner/2"
         reason = f"version 2 became champion while it was compared with {compared_with}"
         assert f"({name}) does not replace version 2\n\n{reason}: evaluate again\n" in decision()
-        assert reason in (tmp_path / "page").read_text()
+        assert reason in (tmp_path / "report").read_text()
 
     store.delete_registered_model_alias("captioner", "champion")
     with pytest.raises(SystemExit, match="1"):
@@ -123,14 +127,14 @@ def test_register_is_run_again_runs_late_and_runs_without_a_champion(
     reason = "version 2, with which it was compared, is not the champion any more: evaluate again"
     heading = "## Version 5 (fifth) is a challenger, and there is no champion"
     assert f"{heading}\n\n{reason}\n" in decision()
-    assert reason in (tmp_path / "page").read_text()
+    assert reason in (tmp_path / "report").read_text()
     assert registers(evaluation("sixth", 0.3), NO_CHAMPION) == "models:/captioner/6"
 
 
 def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
     store: mlflow.MlflowClient,
     registers: Registers,
-    data: Path,
+    scenes: Path,
     saved_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,11 +145,11 @@ def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
     mlflow.set_tracking_uri(None)
     (tmp_path / "pod").mkdir()
     monkeypatch.chdir(tmp_path / "pod")
-    common = {"preset": "tiny", "vision": "", "decoder": "", "tokenizer": "", "precision": "auto"}
-    common |= {"epochs": 0, "batch_size": 0, "learning_rate": 0.0}
     listed = [{"name": "on", "init_from": "models:/captioner@champion"}]
-    fingerprint = read_manifest(str(data)).fingerprint
-    (document,) = candidates.python_func(
-        str(data), fingerprint, str(tmp_path / "c"), "", listed, **common
-    )
+    own: dict[str, Any] = {"options": {}, "train_options": {}, "preset": "tiny"}
+    dataset = dsl.Dataset(uri=str(tmp_path / "dataset"))
+    dataset.path = dataset.uri
+    own |= {"data": str(scenes), "output": str(tmp_path / "out"), "dataset": dataset}
+    _, fingerprint, (document,) = ingest.python_func(workers=1, candidates=listed, **own)
+    assert document["fingerprint"] == fingerprint
     assert document["options"]["init_from"] == "models:/captioner/1"
