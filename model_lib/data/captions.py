@@ -1,5 +1,8 @@
 """Which captions are used, of whatever list they come from."""
 
+import ast
+import contextlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +19,8 @@ NO_VALUE = frozenset(
     ]
 )
 """Texts that spreadsheets and pandas write for an empty cell (pandas.read_csv, `na_values`)."""
+WRITTEN_LIST = re.compile(r"""\[\s*(["'].*)?\]""", re.DOTALL)
+"""A list that was written into a cell as text."""
 MARKS = ("is_rejected", "is_precanned")
 """Columns by which a data set marks captions that are not to be used (VizWiz-Captions)."""
 
@@ -38,6 +43,9 @@ def usable_caption(value: Any) -> UsableCaption:
         return UsableCaption(reason="caption_empty", detail=detail)
     if not isinstance(value, str):
         return UsableCaption(reason="caption_not_text", detail=f"it is {value!r:.60}")
+    if WRITTEN_LIST.fullmatch(value.strip()):
+        detail = f"it is a list written as text, {value!r:.60}"
+        return UsableCaption(reason="caption_not_text", detail=detail)
     text = " ".join(CONTROL.sub("", value).split())
     if not text:
         detail = "a caption without a visible character"
@@ -46,6 +54,21 @@ def usable_caption(value: Any) -> UsableCaption:
         detail = f"{len(text):,} characters, more than {LONGEST_CAPTION:,}"
         return UsableCaption(reason="caption_too_long", detail=detail)
     return UsableCaption(text, is_cleaned=CONTROL.search(value) is not None)
+
+
+def captions_in(value: Any) -> list[Any]:
+    """Return the captions of a cell: of one, of a list, or of a list that pandas or json wrote as
+    text."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str) and WRITTEN_LIST.fullmatch(text := value.strip()):
+        with contextlib.suppress(ValueError, RecursionError):
+            return list(json.loads(text))
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            captions = ast.literal_eval(text)
+            if str(captions) == text:  # else commas are missing, as numpy writes it
+                return list(captions)
+    return [value]
 
 
 def has_value(value: Any) -> bool:

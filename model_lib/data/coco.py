@@ -203,6 +203,14 @@ def parse_lists(file: IO[bytes], *keys: str) -> Iterator[tuple[str, Any]]:
         raise KeyError(min(missing))
 
 
+def parse_pairs(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a JSON object with their values; `ValueError` as `parse_lists`."""
+    if _holds_nan(file):
+        yield from json.load(file).items()
+    else:
+        yield from ijson.kvitems(ijson.parse(_events(file)), "")
+
+
 def _holds_nan(file: IO[bytes]) -> bool:
     """Return whether a document may have NaN for a missing value, as pandas and json.dump write it:
     it is no JSON, and ijson does not take it."""
@@ -243,5 +251,6 @@ def _events(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             parser.send(chunk)
         parser.close()
     except ijson.JSONError as error:
+        yield from events  # of what is before it
         raise ValueError(first_line(error)) from error
     yield from events

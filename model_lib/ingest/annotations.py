@@ -8,7 +8,7 @@ from model_lib.data.coco import CocoCaptions, name_id, parse_captions, parse_lis
 from model_lib.data.tables import read_table
 from model_lib.errors import UserError
 from model_lib.ingest.image_source import ImageSource, open_list
-from model_lib.ingest.listing import Listing
+from model_lib.ingest.listing import ABSOLUTE, Listing
 from model_lib.io.errors import input_errors
 
 KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -90,15 +90,10 @@ def add_karpathy(
             listing.reject(name, "missing", detail)
 
 
-def add_table(
-    listing: Listing,
-    uri: str,
-    source: ImageSource,
-    split: str,
-    names: Mapping[str, str] | None = None,
+def read_rows(
+    images: "CaptionsByName", uri: str, folder: str, names: Mapping[str, str] | None = None
 ) -> None:
-    """Add a table's images; their ids and splits depend on their names alone, not on other rows."""
-    images = CaptionsByName(listing, split)
+    """Add the rows of a table, whose names are below `folder` of the images' source."""
     for row in read_table(uri, names):
         name, problem = row.values.get("file"), row.problem
         if not problem and not has_value(name):
@@ -106,16 +101,16 @@ def add_table(
         elif not problem and not isinstance(name, str):
             problem = f"has {name!r:.60} for a file name"
         if problem:
-            listing.reject("", "bad_row", f"row {row.number} {problem}")
+            images.listing.reject("", "bad_row", f"row {row.number} {problem}")
         else:
-            images.add(str(name).strip().removeprefix("./"), row.number, row.values)
-    rows = sorted(images.rows.items(), key=lambda row: name_id(row[0]))
-    for name, (image_split, captions) in rows:
-        listing.add(name_id(name), name, image_split, source, captions)
+            name = str(name).strip().removeprefix("./")
+            is_below = folder and not ABSOLUTE.match(name)
+            images.add(f"{folder}/{name}" if is_below else name, row.number, row.values)
 
 
 class CaptionsByName:
-    """The captions and the split of each image, from rows that may be several an image."""
+    """The captions and the split of each image, from rows that may be several an image, and in
+    several lists."""
 
     def __init__(self, listing: Listing, split: str) -> None:
         self.listing, self.split = listing, split
@@ -144,3 +139,8 @@ class CaptionsByName:
             self.listing.reject(name, "caption_rejected", f"{row} is marked {mark}")
         else:
             captions += self.listing.usable(name, values.get("caption"), row)
+
+    def list_in(self, source: ImageSource) -> None:
+        """Add the images to the listing; ids and splits depend on their names alone."""
+        for name, (split, captions) in sorted(self.rows.items(), key=lambda row: name_id(row[0])):
+            self.listing.add(name_id(name), name, split, source, captions)

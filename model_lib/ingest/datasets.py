@@ -9,14 +9,24 @@ import json
 import logging
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
+from model_lib.data.captions import has_value
 from model_lib.data.coco import name_id
-from model_lib.data.tables import HEAD, ListColumns, form_of
+from model_lib.data.tables import HEAD, UTF_16, ListColumns, form_of
 from model_lib.errors import UserError
-from model_lib.ingest.annotations import SPLITS, add_coco, add_karpathy, add_table, parse_coco
+from model_lib.ingest.annotations import (
+    SPLITS,
+    CaptionsByName,
+    add_coco,
+    add_karpathy,
+    parse_coco,
+    read_rows,
+)
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.image_source import (
     Archives,
@@ -29,18 +39,20 @@ from model_lib.ingest.listing import Listing
 from model_lib.ingest.parquet_images import add_parquet, image_column
 from model_lib.io import storage
 from model_lib.io.archives import Archive, open_archive
-from model_lib.io.errors import input_errors
-from model_lib.io.folders import left_out_line, list_images
-from model_lib.io.images import EXTENSIONS
+from model_lib.io.folders import READERS, is_hidden, left_out_line, list_images
+from model_lib.io.images import EXTENSIONS, ImageError
+from model_lib.io.prefetch import prefetch_map
 
 log = logging.getLogger(__name__)
 
 LISTS = re.compile(r"(metadata|captions|results)\.(csv|tsv|txt|jsonl?|parquet)", re.IGNORECASE)
 """Names of a list in the folder of its images."""
+TEXTS = (".txt", ".caption")
+"""Endings of text files with the captions of the image of the same name."""
 
 EXPECTED = (
     "expected COCO 2017's layout, a list such as metadata.csv or captions.txt, a .txt beside each "
-    "image, or .tar or .parquet files"
+    "image, or .tar or .parquet files; give other lists as --annotations, or --train and --val"
 )
 
 
@@ -97,37 +109,60 @@ def _add_files(
     listing: Listing, uris: Sequence[str], split: str, images: str | None, names: Mapping[str, str]
 ) -> None:
     """Add files of one form: lists, tar archives, or Parquet files with images."""
+    uris = [storage.absolute(uri) for uri in uris]
     form = form_of(read_head(uris[0], HEAD))
     column = image_column(uris[0]) if form == "parquet" and images is None else None
-    root = posixpath.dirname(uris[0]) or "."
-    if form == "tar" or column is not None:
-        if images is not None:
-            raise UserError(f"images {images}: {uris[0]} has its own images; leave out --images")
-        listing.uris += uris
-        splits = _splits_of(uris, split)
-        if column is not None:
-            add_parquet(listing, root, splits, column, names)
-        else:
-            _add_tars(listing, root, splits, names)
+    if form != "tar" and column is None:
+        _add_lists(listing, dict.fromkeys(uris, split), images, names)
         return
-    if form in ("zip", "gzip") or (form != "coco" and uris[0].startswith("zip://")):
-        raise UserError(f"{uris[0]}: is {form}, which is not read there; unpack it first")
-    for uri in uris:
-        folder = storage.absolute(uri).rpartition("/")[0]
-        source = open_image_source(images) if images is not None else Folder(folder, uri)
+    if images is not None:
+        raise UserError(f"images {images}: {uris[0]} has its own images; leave out --images")
+    listing.uris += uris
+    splits = _splits_of(uris, split)
+    if column is not None:
+        add_parquet(listing, _common_folder(uris), splits, column, names)
+    else:
+        _add_tars(listing, _common_folder(uris), splits, names)
+
+
+def _add_lists(
+    listing: Listing, splits: Mapping[str, str], images: str | None, names: Mapping[str, str]
+) -> None:
+    """Add lists of images at `images`, or else beside them; several may list one image."""
+    root = _common_folder(splits)
+    source = Folder(root, next(iter(splits))) if images is None else open_image_source(images)
+    tables = CaptionsByName(listing, "auto")
+    for uri, split in splits.items():
+        form = form_of(read_head(uri, HEAD))
+        if form in ("zip", "tar", "gzip") or (form != "coco" and uri.startswith("zip://")):
+            remedy = "unpack it first, or save a spreadsheet as CSV"
+            raise UserError(f"{uri}: is {form}, which is not read as a list; {remedy}")
         listing.uris.append(uri)
-        add_list = add_coco if form == "coco" else add_table
-        add_list(listing, uri, source, split, names)
+        folder = uri.rpartition("/")[0]
+        if form == "coco":
+            own = Folder(folder, uri) if images is None else source
+            add_coco(listing, uri, own, split, names)
+        else:
+            tables.split = split
+            below = folder.removeprefix(root).lstrip("/") if images is None else ""
+            read_rows(tables, uri, below, names)
+    tables.list_in(source)
+
+
+def _common_folder(uris: Iterable[str]) -> str:
+    """Return the folder that all files are in or below."""
+    folders = [f"{uri.rpartition('/')[0]}/" for uri in uris]
+    return posixpath.commonprefix(folders).rpartition("/")[0]
 
 
 def _splits_of(uris: Sequence[str], split: str) -> dict[str, str]:
     """Return the split of each file: if all have one in their names, as train-00000.parquet or
-    validation/a.tar, it is that."""
-    if split == "auto":
-        own = {uri: _split_in(uri) for uri in uris}
-        if all(own.values()):
-            return {uri: str(name) for uri, name in own.items()}
-    return dict.fromkeys(uris, split)
+    validation/a.tar, it is that; if none of these is for validation, training files are "auto"."""
+    own = {uri: _split_in(uri) for uri in uris}
+    if split != "auto" or not all(own.values()):
+        return dict.fromkeys(uris, split)
+    train = "train" if "val" in own.values() else "auto"
+    return {uri: train if name == "train" else str(name) for uri, name in own.items()}
 
 
 def _split_in(uri: str) -> str | None:
@@ -138,115 +173,134 @@ def _split_in(uri: str) -> str | None:
 
 def _add_folder(listing: Listing, folder: str, split: str, names: Mapping[str, str]) -> None:
     """Add the images of a folder that holds their captions too."""
-    lists = _find_lists(folder)
-    splits = _splits_of(lists, split)
-    for uri in lists:
-        _add_files(listing, [uri], splits[uri], None, names)
-    if lists:
+    if lists := _find_lists(folder):
+        _add_lists(listing, _splits_of(lists, split), None, names)
         return
-    uris = [_uri(folder, path) for path in sorted(storage.find_files(folder))]
-    for ending in (".tar", ".parquet"):
-        if packed := [uri for uri in uris if uri.lower().endswith(ending)]:
-            _add_files(listing, packed, split, None, names)
-            return
-    texts = {posixpath.splitext(uri)[0]: uri for uri in uris if uri.lower().endswith(".txt")}
+    fs, root = storage.filesystem(folder)
+    paths = [path for path in storage.find_files(folder) if not is_hidden(path.removeprefix(root))]
+    uris = sorted(path if storage.is_local(folder) else fs.unstrip_protocol(path) for path in paths)
+    tars, parquets = (
+        [uri for uri in uris if uri.lower().endswith(ending)] for ending in (".tar", ".parquet")
+    )
+    texts: dict[str, list[str]] = {}
+    for uri in uris:
+        stem, ending = posixpath.splitext(uri)
+        if ending.lower() in TEXTS:
+            texts.setdefault(stem, []).append(uri)
+    # img2dataset writes Parquet without images beside its archives, or folders of text files.
+    if tars or (parquets and (not texts or image_column(parquets[0]))):
+        _add_files(listing, tars or parquets, split, None, names)
+        return
     if texts:
         _add_text_files(listing, folder, texts, split)
     if not listing.entries:
         raise UserError(f"{folder}: holds no captions; {EXPECTED}")
 
 
-def _uri(folder: str, path: str) -> str:
-    if storage.is_local(folder):
-        return path
-    return str(storage.filesystem(folder)[0].unstrip_protocol(path))
-
-
 def _find_lists(folder: str) -> list[str]:
-    """Return the lists in a folder of images, or in its folders of splits."""
-    names = storage.list_names(folder)
-    lists = [storage.join(folder, name) for name in names if LISTS.fullmatch(name)]
-    if not lists:
-        for split in (name for name in names if name.lower() in SPLITS):
-            below = storage.join(folder, split)
-            lists += [
-                storage.join(below, n) for n in storage.list_names(below) if LISTS.fullmatch(n)
-            ]
-    return lists
+    """Return the lists in a folder of images, or in its folders of splits; `UserError` if one has
+    several."""
+    below = [name for name in storage.list_names(folder) if name.lower() in SPLITS]
+    for folders in ([folder], [storage.join(folder, name) for name in below]):
+        lists = []
+        for place in folders:
+            names = [name for name in storage.list_names(place) if LISTS.fullmatch(name)]
+            if len(names) > 1:
+                problem = f"holds several lists, {' and '.join(names)}"
+                raise UserError(f"{place}: {problem}; give one of them as --annotations")
+            lists += [storage.absolute(storage.join(place, name)) for name in names]
+        if lists:
+            return lists
+    return []
 
 
-def _add_text_files(listing: Listing, folder: str, texts: dict[str, str], split: str) -> None:
-    """Add images with a text file beside them, a caption a line; `texts` are by their URIs without
+def _add_text_files(listing: Listing, folder: str, texts: dict[str, list[str]], split: str) -> None:
+    """Add images with text files beside them, a caption a line; `texts` are by their URIs without
     the ending."""
     listing.uris.append(folder)
     source = Folder(folder)
     images = list_images(folder)
-    others = {ending: count for ending, count in images.left_out.items() if ending != ".txt"}
+    others = {ending: count for ending, count in images.left_out.items() if ending not in TEXTS}
     if others:
         log.warning("%s: %s", folder, left_out_line(others))
     splits = _splits_of([image.uri for image in images.files], split)
-    for image in images.files:
-        text = texts.pop(posixpath.splitext(image.uri)[0], None)
-        lines = [] if text is None else _lines(storage.read_bytes(text), text)
-        captions = listing.usable(image.name, lines, "a line of its .txt")
+    own = [texts.pop(posixpath.splitext(image.uri)[0], []) for image in images.files]
+    files = [[partial(storage.read_bytes, uri) for uri in uris] for uris in own]
+    lines_of = prefetch_map(_read_lines, files, READERS, 4 * READERS)
+    for image, (lines, problem) in zip(images.files, lines_of, strict=True):
+        if problem:
+            listing.reject(image.name, "bad_row", f"a text file of its captions {problem}")
+        captions = listing.usable(image.name, lines, "a line of its text file")
         listing.add(name_id(image.name), image.name, splits[image.uri], source, captions)
-    for text in texts.values():
+    for text in chain.from_iterable(texts.values()):
         listing.reject(text, "caption_without_image", "no image of the same name beside it")
 
 
-def _lines(content: bytes, uri: str) -> list[str]:
-    with input_errors(uri, "UTF-8 text"):
-        return [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+def _read_lines(files: Sequence[Callable[[], bytes]]) -> tuple[list[str], str]:
+    """Return the lines with text of files, and why one cannot be used, or ""."""
+    lines: list[str] = []
+    for read in files:
+        try:
+            content = read()
+            text = content.decode("utf-16" if content.startswith(UTF_16) else "utf-8-sig")
+        except UnicodeDecodeError:
+            return [], "is not UTF-8; save it in UTF-8"
+        except ImageError as error:
+            return [], error.detail
+        lines += [line for line in text.splitlines() if line.strip()]
+    return lines, ""
 
 
 def _add_tars(
     listing: Listing, root: str, splits: Mapping[str, str], names: Mapping[str, str]
 ) -> None:
-    """Add the samples of WebDataset's archives: a sample's files have one name up to the first dot,
+    """Add the samples of WebDataset's archives: a sample's files have one name but for the ending,
     its captions are in its .json, or else its .txt, a line each."""
-    archives: dict[str, Archive] = {}
-    source = Archives(root, archives)
+    source = Archives(root)
     for uri, split in splits.items():
         archive = open_archive(uri)
-        key = uri.removeprefix(root).strip("/").removesuffix(".tar").replace("/", "-")
-        archives[key] = archive
+        if archive.damage:
+            listing.reject(uri, "truncated", f"left out: {archive.damage}")
+        key = posixpath.splitext(uri.removeprefix(root).lstrip("/"))[0]
         samples: dict[str, dict[str, str]] = {}
-        for name in archive.sizes:
-            folder, base = posixpath.split(name)
-            stem, dot, ending = base.partition(".")
-            samples.setdefault(posixpath.join(folder, stem), {})[dot + ending.lower()] = name
-        for sample, files in samples.items():
-            image = next((files[ending] for ending in files if ending in EXTENSIONS), None)
-            name = f"{key}/{image or sample}"
-            captions = _sample_captions(listing, name, archive, files, names)
-            if image is not None:
+        for member in archive.sizes:
+            stem, ending = posixpath.splitext(member)
+            if not is_hidden(member):
+                samples.setdefault(stem.removeprefix("./"), {})[ending.lower()] = member
+        read = partial(_read_sample, archive, names=names)
+        captions_of = prefetch_map(read, samples.values(), READERS, 4 * READERS)
+        for (sample, files), (values, problem) in zip(samples.items(), captions_of, strict=True):
+            ending = next((ending for ending in files if ending in EXTENSIONS), "")
+            name = f"{key}/{sample}{ending}"
+            if problem:
+                listing.reject(name, "bad_row", problem)
+            captions = listing.usable(name, values, "its .json or .txt")
+            if ending:
+                source.members[name] = archive, files[ending]
                 listing.add(name_id(name), name, split, source, captions)
             elif captions:
                 detail = f"{uri} has no image of {sample}"
                 listing.reject(name, "caption_without_image", detail)
 
 
-def _sample_captions(
-    listing: Listing,
-    name: str,
-    archive: Archive,
-    files: Mapping[str, str],
-    names: Mapping[str, str],
-) -> list[str]:
-    """Return the usable captions of a sample."""
-    values: Any = []
+def _read_sample(
+    archive: Archive, files: Mapping[str, str], names: Mapping[str, str]
+) -> tuple[Any, str]:
+    """Return the captions of a sample, one or a list, and why a file cannot be used, or ""."""
+    problem = ""
     if ".json" in files:
-        uri = archive.uri(files[".json"])
         try:
             document = json.loads(archive.read(files[".json"]))
-        except ValueError as error:
-            listing.reject(name, "bad_row", f"{uri}: is not JSON: {error}")
-            document = {}
-        own = ListColumns(uri, names, ()).find(list(document))
-        values = document[own["caption"]] if "caption" in own else []
-    if not values and ".txt" in files:
-        values = _lines(archive.read(files[".txt"]), archive.uri(files[".txt"]))
-    return listing.usable(name, values, "its .json or .txt")
+        except (ValueError, RecursionError, ImageError) as error:
+            document, problem = None, f"its .json cannot be read: {error}"
+        if isinstance(document, dict):
+            own = ListColumns(archive.root, names, ()).find(tuple(document))
+            values = [document[column] for column in own.get("caption", [])]
+            if any(map(has_value, values)):
+                return values[0] if len(values) == 1 else values, ""
+    texts = [partial(archive.read, files[ending]) for ending in TEXTS if ending in files]
+    lines, problem_of_text = _read_lines(texts)
+    return lines, problem or (problem_of_text and f"its text {problem_of_text}")
 
 
 # ---- COCO 2017's layout --------------------------------------------------------------------------

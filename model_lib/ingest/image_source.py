@@ -160,21 +160,22 @@ class Archived:
 
 
 class Archives:
-    """Images of several archives, each by its archive's name, a slash and its name in there."""
+    """Images of several archives."""
 
     takes_any_name = True
 
-    def __init__(self, root: str, archives: Mapping[str, Archive]) -> None:
+    def __init__(self, root: str) -> None:
         self.root = root
-        self.archives = archives
+        self.members: dict[str, tuple[Archive, str]] = {}
+        """Each image's archive and name in there."""
 
     def uri(self, name: str) -> str:
-        archive, _, member = name.partition("/")
-        return self.archives[archive].uri(member)
+        archive, member = self.members[name]
+        return archive.uri(member)
 
     def read(self, name: str) -> bytes:
-        archive, _, member = name.partition("/")
-        return self.archives[archive].read(member)
+        archive, member = self.members[name]
+        return archive.read(member)
 
 
 def open_image_source(uri: str) -> ImageSource:

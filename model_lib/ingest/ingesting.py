@@ -209,6 +209,8 @@ def _no_image(output: str, uris: Sequence[str], quarantine: Sequence[Rejected]) 
     if not quarantine:
         return f"{message}: it is empty"
     message = f"{message} ({reasons}); the first: {quarantine[0].detail}"
+    if counts.keys() == {"missing"}:
+        message += "; give the folder or archive that the names are in as --images"
     if storage.exists(storage.join(output, "manifest.json")):
         return message
     return f"{message}; all are in {_write_quarantine(output, quarantine)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from model_lib.data.captions import CONTROL, usable_caption
+from model_lib.data.captions import CONTROL, captions_in, usable_caption
 from model_lib.ingest.image_source import ImageSource
 
 ABSOLUTE = re.compile(r"/|[A-Za-z]:/|[A-Za-z][\w+.-]*://")
@@ -82,7 +82,7 @@ class Listing:
     def usable(self, name: str, values: Any, where: str) -> list[str]:
         """Return the captions that can be used, of one or a list; reject the others."""
         captions = []
-        for value in values if isinstance(values, list) else [values]:
+        for value in captions_in(values):
             caption = usable_caption(value)
             self.cleaned += caption.is_cleaned
             if caption.reason:

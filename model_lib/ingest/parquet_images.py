@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib.data.coco import name_id
-from model_lib.data.tables import ListColumns
+from model_lib.data.tables import ListColumns, values_of
 from model_lib.ingest.annotations import CaptionsByName
 from model_lib.ingest.listing import Listing
 from model_lib.io import storage
@@ -153,12 +153,12 @@ def _read_texts(
         own = ListColumns(uri, names or {}, ("caption",)).require(others)
         own.pop("file", None)
         has_path = pa.types.is_struct(schema.field(column).type)
-        columns = [*own.values(), *([f"{column}.path"] if has_path else [])]
+        columns = [*chain.from_iterable(own.values()), *([f"{column}.path"] if has_path else [])]
         rows = []
         for batch in file.iter_batches(columns=columns):
             for row in batch.to_pylist():
                 path = (row.get(column) or {}).get("path")
-                rows.append((path, {key: row[name] for key, name in own.items()}))
+                rows.append((path, values_of(own, row)))
         return rows
 
 

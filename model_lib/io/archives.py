@@ -129,6 +129,8 @@ def archive_kind(uri: str) -> str | None:
             raise UserError(f"{uri}: is {name}, and cannot be read in place; unpack it first")
     if start.startswith((b"PK\3\4", b"PK\5\6")):
         return "zip"
+    if start == bytes(BLOCK):  # without members
+        return "tar"
     try:
         tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
@@ -145,7 +147,7 @@ def open_archive(uri: str) -> Archive:
     """
     kind = archive_kind(uri)
     if kind is None:
-        raise UserError(f"{uri}: is neither a zip nor a tar archive")
+        raise UserError(f"{uri}: is neither a zip nor a tar archive; fetch it anew, or remove it")
     size, version = _size_and_version(uri)
     members: dict[str, zipfile.ZipInfo] | dict[str, _TarMember]
     if kind == "zip":

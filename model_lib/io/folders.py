@@ -89,7 +89,7 @@ def list_images(
         ending = PurePosixPath(file.name).suffix.lower()
         if not is_chosen(file.name):
             continue
-        if _is_hidden(file.name):
+        if is_hidden(file.name):
             left_out[HIDDEN] += 1
         elif ending in EXTENSIONS:
             images.append(file)
@@ -118,7 +118,7 @@ def _folder_files(uri: str, recursive: bool) -> Iterator[ImageFile]:
         yield ImageFile(name, address, int(info["size"]), version)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Return whether a file, or a folder that it is in, is hidden or left there by a system."""
     parts = name.replace("\\", "/").split("/")  # archives of Windows may have either
     return any(

@@ -73,6 +73,27 @@ LISTS = {
     "a space after the comma": f"file, caption\n0.jpg, {QUOTED}\n1.jpg, x",
     "other columns": f"id,caption,file_name\n7,{QUOTED},0.jpg\n8,x,1.jpg",
     "no heading": f"0.jpg;{CAPTION}\n1.jpg;x",
+    "Flickr8k.token": f"0.jpg#0\t{CAPTION}\n1.jpg#0\tx",
+    "a spreadsheet's first line": f"sep=;\r\nFile Name;caption\r\n0.jpg;{CAPTION}\r\n1.jpg;x",
+    "a list of pandas in a cell": pd.DataFrame(
+        {"file": ["0.jpg", "1.jpg"], "captions": [[CAPTION], ["x"]]}
+    ).to_csv(),
+    "a list of JSON in a cell": f'file|captions\n0.jpg|["{CAPTION}"]\n1.jpg|["x"]',
+    "names as keys": json.dumps({"0.jpg": CAPTION, "1.jpg": ["x"]}),
+    "names as keys of objects": json.dumps(
+        {"0.jpg": {"tags": "cat", "caption": CAPTION}, "1.jpg": {"caption": "x"}}, indent=2
+    ),
+    "records of pandas by index": pd.DataFrame(
+        {"file_name": ["0.jpg", "1.jpg"], "caption": [CAPTION, "x"]}
+    ).to_json(orient="index"),
+    "a long list of TextCaps": json.dumps(
+        {
+            "data": [
+                {"image_path": "0.jpg", "caption_str": CAPTION},
+                {"image_path": "1.jpg", "caption_str": "x", "more": "x" * 2**16},
+            ]
+        }
+    ),
     "UTF-16": f"file\tcaption\n0.jpg\t{CAPTION}\n1.jpg\tx".encode("utf-16"),
     "carriage returns": f"file,caption\r\n0.jpg,{QUOTED}\r\n1.jpg,x\r\n",
     "an array": json.dumps(
@@ -128,7 +149,73 @@ def test_columns_are_named_by_an_option(images: Path) -> None:
             IngestConfig(annotations="-", output="-", columns=columns)
 
 
+def test_captions_may_be_in_numbered_columns(images: Path) -> None:
+    text = "image,Caption 1,Caption 2,Caption 3\n0.jpg,a,b,c\n1.jpg,d,,e\n"
+    manifest = ingest_text(images, text, split="train")
+    assert stored(manifest) == {"0.jpg": ["a", "b", "c"], "1.jpg": ["d", "e"]}
+    assert rejected(manifest) == {("1.jpg", "caption_empty")}
+
+
+def test_a_quotation_mark_among_tabs_is_text_unless_it_encloses_a_cell(images: Path) -> None:
+    """Lists of web captions, such as CC12M, have no quoting."""
+    texts = ['" Lone wolf " is here', '"Hello, he said', 'a 5" pipe', '"a ""fine"" cat"']
+    text = "".join(f"{number}.jpg\t{text}\n" for number, text in enumerate(texts))
+    manifest = ingest_text(images, text, split="train")
+    captions = [*texts[:3], 'a "fine" cat']
+    assert stored(manifest) == {f"{number}.jpg": [text] for number, text in enumerate(captions)}
+    manifest = ingest_text(images, 'file\tcaption\n0.jpg\t"one\ntwo"\n', split="train")
+    assert stored(manifest) == {"0.jpg": ["one two"]}
+
+
+def test_a_caption_of_many_lines_is_no_quotation_mark_that_is_not_closed(images: Path) -> None:
+    lines = "\n".join(f"- point {number}" for number in range(30))
+    manifest = ingest_text(images, f'file,caption\n0.jpg,"{lines}"\n', split="train")
+    assert stored(manifest) == {"0.jpg": [lines.replace("\n", " ")]}
+
+
+def test_several_lists_may_caption_one_image(images: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"list{number}.csv").write_text(f"file,caption\n0.jpg,caption {number}\n")
+    (tmp_path / "list2.json").write_text('{"0.jpg": "caption 2"}')
+    manifest = ingested(
+        tmp_path / "out", annotations=tmp_path / "list?.*", images=images, split="train"
+    )
+    assert stored(manifest) == {"0.jpg": ["caption 0", "caption 1", "caption 2"]}
+
+
+def test_one_name_in_two_folders_is_two_images(images: Path, tmp_path: Path) -> None:
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(images / f"{number}.jpg", tmp_path / folder / "0.jpg")
+        (tmp_path / folder / "list.csv").write_text(f"file,caption\n0.jpg,in {folder}\n")
+    manifest = ingested(tmp_path / "out", annotations=tmp_path / "?" / "list.csv", split="train")
+    assert stored(manifest) == {"a/0.jpg": ["in a"], "b/0.jpg": ["in b"]}
+    assert len({row["image_id"] for row in read_rows(manifest)}) == 2
+
+
 # ---- rows that cannot be used --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["file,caption\n0.jpg,x\n1.jpg,café\n", '{"0": "é"}\n{"file": "0.jpg", "caption": "x"}']
+)
+def test_a_row_that_is_not_utf_8_does_not_end_the_others(images: Path, text: str) -> None:
+    manifest = ingest_text(images, text.encode("cp1252"), split="train")
+    assert stored(manifest) == {"0.jpg": ["x"]} and manifest.quarantined == {"bad_row": 1}
+    assert read_quarantine(manifest)[0]["detail"].endswith("is not UTF-8; save the list in UTF-8")
+
+
+def test_a_list_that_numpy_wrote_into_a_cell_is_no_caption(images: Path) -> None:
+    manifest = ingest_text(images, "file,caption\n0.jpg,['a' 'b']\n0.jpg,[x] y\n", split="train")
+    assert stored(manifest) == {"0.jpg": ["[x] y"]}
+    assert rejected(manifest) == {("0.jpg", "caption_not_text")}
+
+
+def test_objects_may_lack_a_column_that_others_have(images: Path) -> None:
+    table = [{"file": "0.jpg"}, {"file": "1.jpg", "caption": "x"}, {"caption": "y"}]
+    manifest = ingest_text(images, json.dumps(table), split="train")
+    assert stored(manifest) == {"1.jpg": ["x"]}
+    assert manifest.quarantined == {"caption_empty": 1, "no_captions": 1, "bad_row": 1}
 
 
 def test_a_row_of_more_or_fewer_fields_is_quarantined_with_its_number(images: Path) -> None:
@@ -298,7 +385,7 @@ def test_a_name_that_several_files_may_have_is_missing(images: Path) -> None:
 def test_a_wrong_folder_is_named_with_a_path_that_was_tried(images: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError, match=r"\(missing: 2\); the first: .*/empty/0\.jpg: no such file; a"
+        UserError, match=r"\(missing: 2\); the first: .*/empty/0\.jpg: no such file; give the f"
     ):
         ingest_text(tmp_path / "empty", "file,caption\n0.jpg,x\n1.jpg,y\n", split="train")
     table = pq.read_table(tmp_path / "out" / "quarantine.parquet")
@@ -355,6 +442,39 @@ def test_a_folder_with_splits_and_a_list_in_each(images: Path, tmp_path: Path) -
     assert ingested(tmp_path / "out", dataset=tmp_path / "set").counts == {"train": 4, "val": 2}
 
 
+def test_a_folder_with_two_lists_is_refused(images: Path, tmp_path: Path) -> None:
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (images / name).write_text("")
+    with pytest.raises(
+        UserError, match=r"holds several lists, metadata\.csv and metadata\.jsonl; give one of"
+    ):
+        ingested(tmp_path / "out", dataset=images)
+
+
+def test_text_files_in_any_form(images: Path, tmp_path: Path) -> None:
+    """Of trainers of image generators, or of img2dataset, which writes Parquet beside them."""
+    folder = tmp_path / "set" / "00000"
+    folder.parent.mkdir()
+    images.rename(folder)
+    contents = ["zero", "eins", "zwei", "drei".encode("utf-16"), "café".encode("cp1252")]
+    for number, content in enumerate(contents):
+        name = f"{number}.caption" if number == 2 else f"{number}.txt"
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    (folder / "0.caption").write_text("a zero")
+    (folder / "._0.txt").write_bytes(b"\0\5\x16\7")
+    pd.DataFrame({"url": ["http://127.0.0.1:9/0.jpg"], "caption": ["x"]}).to_parquet(
+        tmp_path / "set" / "00000.parquet"
+    )
+    manifest = ingested(tmp_path / "out", dataset=tmp_path / "set", split="train")
+    assert stored(manifest) == {
+        "00000/0.jpg": ["a zero", "zero"],
+        "00000/1.jpg": ["eins"],
+        "00000/2.jpg": ["zwei"],
+        "00000/3.jpg": ["drei"],
+    }
+    assert manifest.quarantined == {"bad_row": 1, "no_captions": 2}
+
+
 def test_a_folder_with_a_text_file_beside_each_image(
     images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -407,6 +527,34 @@ def test_tar_archives_of_webdataset(images: Path, tmp_path: Path) -> None:
     assert len(stored(one)) == 3
 
 
+def test_odd_samples_of_webdataset(images: Path, tmp_path: Path) -> None:
+    """All are used or in the quarantine, also names with dots, as of dates."""
+    documents = [b'{"caption": ["a", "b"]}', b'{"caption": null}', b"[1]", b"{", None]
+    (tmp_path / "a").mkdir()
+    with tarfile.open(tmp_path / "a" / "0.tar", "w") as tar:
+        add_file(tar, "._0.jpg", b"x")
+        for number, document in enumerate(documents):
+            key = f"./2024.01.0{number}"
+            add_file(tar, f"{key}.jpg", (images / f"{number}.jpg").read_bytes())
+            if document is not None:
+                add_file(tar, f"{key}.json", document)
+            add_file(tar, f"{key}.txt", b"caf\xe9" if document is None else b"text")
+        add_file(tar, "cut.jpg", (images / "5.jpg").read_bytes())
+    content = (tmp_path / "a" / "0.tar").read_bytes()
+    (tmp_path / "a" / "0.tar").write_bytes(content[: content.index(b"cut.jpg") + 600])
+    (tmp_path / "a" / "1.tar").write_bytes(bytes(10240))
+    manifest = ingested(tmp_path / "out", dataset=tmp_path / "a", split="train")
+    captions = [["a", "b"], ["text"], ["text"], ["text"]]
+    assert stored(manifest) == {f"0/2024.01.0{n}.jpg": texts for n, texts in enumerate(captions)}
+    assert rejected(manifest) == {
+        ("0/2024.01.03.jpg", "bad_row"),
+        ("0/2024.01.04.jpg", "bad_row"),
+        ("0/2024.01.04.jpg", "no_captions"),
+        ("0/cut.jpg", "no_captions"),
+        (str(tmp_path / "a" / "0.tar"), "truncated"),
+    }
+
+
 def parquet(file: Path, images: Path, rows: list[tuple[str | None, int | None, Any]]) -> None:
     """Write rows of path, number of the image and captions, as Hugging Face's library does."""
     cells = []
@@ -446,6 +594,15 @@ def test_parquet_files_with_images(images: Path, tmp_path: Path) -> None:
         assert row["source"].partition("#")[0].endswith(".parquet")
     one = folder / "validation-00000.parquet"
     assert ingested(tmp_path / "one", dataset=one).counts == {"val": 2}
+
+
+def test_a_data_set_with_a_train_split_alone_gets_one_for_validation(
+    images: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "train-00000-of-00001.parquet"
+    parquet(file, images, [(f"{n}.jpg", n, "x") for n in range(6)])
+    assert ingested(tmp_path / "out", dataset=file).counts.keys() == {"train", "val"}
+    assert ingested(tmp_path / "all", dataset=file, split="train").counts == {"train": 6}
 
 
 def test_rows_of_one_large_row_group_are_read_in_any_order(images: Path, tmp_path: Path) -> None:
