@@ -35,6 +35,8 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs, which JSON can write and no file can hold."""
 LARGEST_ID = 2**63 - 1
 NAN = re.compile(rb"[:,\[]\s*-?(NaN|Infinity)\b")
+STARTS, ENDS = ("start_map", "start_array"), ("end_map", "end_array")
+"""ijson's events around what is in an object or a list."""
 SHOWN = 60
 """Characters of a wrong value in a message."""
 T = TypeVar("T")
@@ -176,11 +178,9 @@ def parse_lists(file: IO[bytes], *keys: str) -> Iterator[tuple[str, Any]]:
         yield from _elements(json.load(file), keys)
         return
     missing = set(keys)
-    key, depth, inside = "", 0, 2
+    key, inside = "", 2
     builder: ijson.ObjectBuilder | None = None
-    for event, value in _events(file):
-        if event in ("end_map", "end_array"):
-            depth -= 1
+    for depth, event, value in _events(file):
         if depth == 0 and event == "start_array":
             keys, missing, inside = ("",), set(), 1
         elif depth == 1 and event == "map_key":
@@ -192,13 +192,9 @@ def parse_lists(file: IO[bytes], *keys: str) -> Iterator[tuple[str, Any]]:
         elif depth >= inside and key in keys:
             builder = builder or ijson.ObjectBuilder()
             builder.event(event, value)
-            if depth == inside and not event.startswith("start"):
+            if depth == inside and event not in STARTS:
                 yield key, builder.value
                 builder = None
-        if event in ("start_map", "start_array"):
-            depth += 1
-            if depth > DEEPEST:
-                raise ValueError(f"more than {DEEPEST} lists and objects inside each other")
     if missing:
         raise KeyError(min(missing))
 
@@ -207,8 +203,17 @@ def parse_pairs(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     """Yield the keys of a JSON object with their values; `ValueError` as `parse_lists`."""
     if _holds_nan(file):
         yield from json.load(file).items()
-    else:
-        yield from ijson.kvitems(ijson.parse(_events(file)), "")
+        return
+    key = ""
+    builder: ijson.ObjectBuilder | None = None
+    for depth, event, value in _events(file):
+        if depth == 1 and event == "map_key":
+            key, builder = value, ijson.ObjectBuilder()
+        elif builder is not None:
+            builder.event(event, value)
+            if depth == 1 and event not in STARTS:
+                yield key, builder.value
+                builder = None
 
 
 def _holds_nan(file: IO[bytes]) -> bool:
@@ -235,7 +240,18 @@ def _elements(document: Any, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield from ((key, element) for element in document[key])
 
 
-def _events(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+def _events(file: IO[bytes]) -> Iterator[tuple[int, str, Any]]:
+    """Yield the events of `_parse`, each with the number of lists and objects around it."""
+    depth = 0
+    for event, value in _parse(file):
+        depth -= event in ENDS
+        yield depth, event, value
+        depth += event in STARTS
+        if depth > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} lists and objects inside each other")
+
+
+def _parse(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     """Yield ijson's events. Its parser replaces half a surrogate pair by a question mark."""
     events = ijson.sendable_list()
     parser = ijson.basic_parse_coro(events, use_float=True)

@@ -36,7 +36,7 @@ COLUMNS = {
     "split": ("split",),
 }
 """Names of the columns that hold a row's image, captions and split; the first that is there."""
-NUMBERED = re.compile(r"captions?_?\d+")
+NUMBERED = re.compile(r"captions?[ _-]?\d+")
 """Names of columns with a caption each, if none of the above has captions."""
 FLICKR = re.compile(r"(?<=\.jpg)#\d$")
 """The caption's number after a file's name, in the Flickr data sets' own lists."""
@@ -151,10 +151,10 @@ class ListColumns:
         may be in several columns."""
         folded: dict[str, str] = {}
         for column in columns:
-            folded.setdefault(_folded(column), column)
+            folded.setdefault(column.strip().casefold(), column)
         own = {}
         for key, usual in COLUMNS.items():
-            names = (_folded(self.names[key]),) if key in self.names else usual
+            names = (self.names[key].strip().casefold(),) if key in self.names else usual
             if columns_there := [folded[name] for name in names if name in folded]:
                 own[key] = columns_there[:1]
         numbered = [folded[name] for name in folded if NUMBERED.fullmatch(name)]
@@ -194,11 +194,6 @@ class ListColumns:
         problem."""
         if self.of and not any(own.keys() >= set(self.need) for own in self.of.values()):
             self.require(next(iter(self.of)))
-
-
-def _folded(column: str) -> str:
-    """Return a column's name as it is compared: "File Name" is file_name."""
-    return re.sub(r"[ -]+", "_", column.strip().casefold())
 
 
 def values_of(own: Mapping[str, Sequence[Any]], row: Any) -> dict[str, Any]:
@@ -276,27 +271,12 @@ def _delimited(text: TextIO, first: str, skipped: int, columns: ListColumns) -> 
 
     delimiter = max(DELIMITERS, key=fitness)
     heading = _split(first, delimiter)
-    positions = {key: int(name) - 1 for key, name in columns.names.items() if name.isdecimal()}
-    has_heading = not positions and bool(columns.find(heading))
-    is_numbered = not has_heading and FLICKR.search(heading[0])
-    if not has_heading and not positions:
-        if columns.need == ("file",) and _is_name(first, heading[0], columns.uri):
-            for number, line in enumerate(text, 1):
-                if line.strip():
-                    yield TableRow(number, {"file": line.strip()})
-            return
-        is_exact = len(heading) == len(columns.need)  # else its caption may be cut at a delimiter
-        if _may_be_image(heading[0]) and (is_exact or len(columns.need) == 1):
-            positions = {key: number for number, key in enumerate(columns.need)}
-    if positions:
-        own = {key: [column] for key, column in positions.items()}
-        if max(positions.values()) >= len(heading):
-            raise ValueError(f"its first row has {len(heading)} columns")
-    else:
-        own = {
-            key: [heading.index(name) for name in names]
-            for key, names in columns.require(heading).items()
-        }
+    if columns.need == ("file",) and _is_name(first, heading, columns):
+        for number, line in enumerate(text, 1):
+            if line.strip():
+                yield TableRow(number, {"file": line.strip()})
+        return
+    own, has_heading = _positions(heading, columns)
     rows = _csv_rows(text, delimiter, len(heading), columns.uri, skipped)
     if delimiter == "\t" and _has_whole_lines(text, len(heading)):
         rows = _tab_rows(text)
@@ -306,22 +286,37 @@ def _delimited(text: TextIO, first: str, skipped: int, columns: ListColumns) -> 
         elif any(map(SURROGATES.search, row)):
             yield TableRow(number, problem=NOT_UTF_8)
         elif number:  # 0 is the heading
-            values = values_of(own, row)
-            if is_numbered:
-                values["file"] = FLICKR.sub("", values["file"])
-            yield TableRow(number, values)
+            if not has_heading:
+                row[0] = FLICKR.sub("", row[0])
+            yield TableRow(number, values_of(own, row))
+
+
+def _positions(heading: Sequence[str], columns: ListColumns) -> tuple[dict[str, list[int]], bool]:
+    """Return the positions of the columns that are used, and whether the first row names them."""
+    numbers = {key: [int(name) - 1] for key, name in columns.names.items() if name.isdecimal()}
+    if max(chain.from_iterable(numbers.values()), default=-1) >= len(heading):
+        raise ValueError(f"its first row has {len(heading)} columns")
+    is_exact = len(heading) == len(columns.need)  # else its caption may be cut at a delimiter
+    is_row = not columns.find(heading) and _may_be_image(heading[0])
+    if not numbers and is_row and (is_exact or len(columns.need) == 1):
+        numbers = {key: [number] for number, key in enumerate(columns.need)}
+    if numbers:
+        return numbers, False
+    own = columns.require(heading)
+    return {key: [heading.index(name) for name in names] for key, names in own.items()}, True
 
 
 def _split(line: str, delimiter: str) -> list[str]:
     return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [""])] or [""]
 
 
-def _is_name(line: str, cell: str, uri: str) -> bool:
-    """Return whether a line without a heading is a file's name, which may hold a delimiter, rather
-    than cells of which the first is one."""
-    if uri.lower().endswith((".csv", ".tsv")):
+def _is_name(line: str, cells: Sequence[str], columns: ListColumns) -> bool:
+    """Return whether a line is a file's name, which may hold a delimiter, rather than a heading or
+    cells of which the first is a name."""
+    is_table = columns.uri.lower().endswith((".csv", ".tsv")) or columns.find(cells)
+    if is_table or any(name.isdecimal() for name in columns.names.values()):
         return False
-    return _has_ending(line.strip()) or not _has_ending(cell)
+    return _has_ending(line.strip()) or not _has_ending(cells[0])
 
 
 def _has_ending(cell: str) -> bool:

@@ -1,6 +1,8 @@
 """Files that list images and captions: COCO's JSON, Karpathy's splits, and tables."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from model_lib.data.captions import has_value, marked_by
@@ -23,6 +25,22 @@ KARPATHY_FORM = (
     'Karpathy\'s splits; expected {"images": [{"cocoid", "filepath", "filename", "split", '
     '"sentences": [{"raw"}]}]}'
 )
+
+
+def splits_of(uris: Collection[str], split: str) -> dict[str, str]:
+    """Return the split of each file: if all have one in their names, as train-00000.parquet or
+    validation/a.tar, it is that; if none of these is for validation, training files are "auto"."""
+    own = {uri: _split_in(uri) for uri in uris}
+    if split != "auto" or not all(own.values()):
+        return dict.fromkeys(uris, split)
+    train = "train" if "val" in own.values() else "auto"
+    return {uri: train if name == "train" else str(name) for uri, name in own.items()}
+
+
+def _split_in(uri: str) -> str | None:
+    path = PurePosixPath(uri)
+    words = (re.split(r"[-_.]", path.name)[0], path.parent.name)
+    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), None)
 
 
 def parse_coco(uri: str, names: Mapping[str, str] | None = None) -> CocoCaptions:
@@ -142,5 +160,8 @@ class CaptionsByName:
 
     def list_in(self, source: ImageSource) -> None:
         """Add the images to the listing; ids and splits depend on their names alone."""
-        for name, (split, captions) in sorted(self.rows.items(), key=lambda row: name_id(row[0])):
-            self.listing.add(name_id(name), name, split, source, captions)
+        splits = {name: split for name, (split, _) in self.rows.items()}
+        if set(splits.values()) == {"auto"}:
+            splits = splits_of(splits, "auto")
+        for name in sorted(self.rows, key=name_id):
+            self.listing.add(name_id(name), name, splits[name], source, self.rows[name][1])

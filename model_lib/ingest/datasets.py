@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from pathlib import PurePosixPath
 from typing import Any
 
 from model_lib.data.captions import has_value
@@ -26,6 +25,7 @@ from model_lib.ingest.annotations import (
     add_karpathy,
     parse_coco,
     read_rows,
+    splits_of,
 )
 from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.image_source import (
@@ -118,7 +118,7 @@ def _add_files(
     if images is not None:
         raise UserError(f"images {images}: {uris[0]} has its own images; leave out --images")
     listing.uris += uris
-    splits = _splits_of(uris, split)
+    splits = splits_of(uris, split)
     if column is not None:
         add_parquet(listing, _common_folder(uris), splits, column, names)
     else:
@@ -155,26 +155,10 @@ def _common_folder(uris: Iterable[str]) -> str:
     return posixpath.commonprefix(folders).rpartition("/")[0]
 
 
-def _splits_of(uris: Sequence[str], split: str) -> dict[str, str]:
-    """Return the split of each file: if all have one in their names, as train-00000.parquet or
-    validation/a.tar, it is that; if none of these is for validation, training files are "auto"."""
-    own = {uri: _split_in(uri) for uri in uris}
-    if split != "auto" or not all(own.values()):
-        return dict.fromkeys(uris, split)
-    train = "train" if "val" in own.values() else "auto"
-    return {uri: train if name == "train" else str(name) for uri, name in own.items()}
-
-
-def _split_in(uri: str) -> str | None:
-    path = PurePosixPath(uri)
-    words = (re.split(r"[-_.]", path.name)[0], path.parent.name)
-    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), None)
-
-
 def _add_folder(listing: Listing, folder: str, split: str, names: Mapping[str, str]) -> None:
     """Add the images of a folder that holds their captions too."""
     if lists := _find_lists(folder):
-        _add_lists(listing, _splits_of(lists, split), None, names)
+        _add_lists(listing, splits_of(lists, split), None, names)
         return
     fs, root = storage.filesystem(folder)
     paths = [path for path in storage.find_files(folder) if not is_hidden(path.removeprefix(root))]
@@ -223,7 +207,7 @@ def _add_text_files(listing: Listing, folder: str, texts: dict[str, list[str]], 
     others = {ending: count for ending, count in images.left_out.items() if ending not in TEXTS}
     if others:
         log.warning("%s: %s", folder, left_out_line(others))
-    splits = _splits_of([image.uri for image in images.files], split)
+    splits = splits_of([image.uri for image in images.files], split)
     own = [texts.pop(posixpath.splitext(image.uri)[0], []) for image in images.files]
     files = [[partial(storage.read_bytes, uri) for uri in uris] for uris in own]
     lines_of = prefetch_map(_read_lines, files, READERS, 4 * READERS)

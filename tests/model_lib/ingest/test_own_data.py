@@ -74,7 +74,7 @@ LISTS = {
     "other columns": f"id,caption,file_name\n7,{QUOTED},0.jpg\n8,x,1.jpg",
     "no heading": f"0.jpg;{CAPTION}\n1.jpg;x",
     "Flickr8k.token": f"0.jpg#0\t{CAPTION}\n1.jpg#0\tx",
-    "a spreadsheet's first line": f"sep=;\r\nFile Name;caption\r\n0.jpg;{CAPTION}\r\n1.jpg;x",
+    "a spreadsheet's first line": f"sep=;\r\nfile;caption\r\n0.jpg;{CAPTION}\r\n1.jpg;x",
     "a list of pandas in a cell": pd.DataFrame(
         {"file": ["0.jpg", "1.jpg"], "captions": [[CAPTION], ["x"]]}
     ).to_csv(),
@@ -440,6 +440,18 @@ def test_a_folder_with_splits_and_a_list_in_each(images: Path, tmp_path: Path) -
         for number in numbers:
             shutil.copy(images / f"{number}.jpg", folder)
     assert ingested(tmp_path / "out", dataset=tmp_path / "set").counts == {"train": 4, "val": 2}
+
+
+def test_a_list_of_names_in_folders_of_splits(images: Path, tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "train", "valid", "test")):
+        (images / split).mkdir(exist_ok=True)
+        (images / f"{number}.jpg").rename(images / split / f"{number}.jpg")
+    names = ["train/0.jpg", "train/1.jpg", "valid/2.jpg", "test/3.jpg"]
+    (images / "metadata.csv").write_text("file_name,text\n" + "".join(f"{n},x\n" for n in names))
+    manifest = ingested(tmp_path / "splits", dataset=images)
+    assert manifest.counts == {"test": 1, "train": 2, "val": 1}
+    table = "file,caption\n5.jpg,x\n" + "".join(f"{n},x\n" for n in names)
+    assert "test" not in ingest_text(images, table, "more.csv").counts
 
 
 def test_a_folder_with_two_lists_is_refused(images: Path, tmp_path: Path) -> None:
