@@ -47,7 +47,7 @@ def usable_caption(value: Any) -> UsableCaption:
         detail = f"it is a list written as text, {value!r:.60}"
         return UsableCaption(reason="caption_not_text", detail=detail)
     text = " ".join(CONTROL.sub("", value).split())
-    if not text:
+    if not any(map(str.isprintable, text.replace(" ", ""))):
         detail = "a caption without a visible character"
         return UsableCaption(reason="caption_empty", detail=detail)
     if len(text) > LONGEST_CAPTION:

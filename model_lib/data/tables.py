@@ -307,7 +307,8 @@ def _positions(heading: Sequence[str], columns: ListColumns) -> tuple[dict[str, 
 
 
 def _split(line: str, delimiter: str) -> list[str]:
-    return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [""])] or [""]
+    rows = csv.reader([line], delimiter=delimiter, skipinitialspace=True)
+    return [cell.strip() for cell in next(rows, [""])] or [""]
 
 
 def _is_name(line: str, cells: Sequence[str], columns: ListColumns) -> bool:

@@ -134,7 +134,9 @@ def _add_lists(
     tables = CaptionsByName(listing, "auto")
     for uri, split in splits.items():
         form = form_of(read_head(uri, HEAD))
-        if form in ("zip", "tar", "gzip") or (form != "coco" and uri.startswith("zip://")):
+        if uri.startswith("zip://") and form != "coco":
+            raise UserError(f"{uri}: a list in an archive is read in COCO's form alone; unpack it")
+        if form in ("zip", "tar", "gzip"):
             remedy = "unpack it first, or save a spreadsheet as CSV"
             raise UserError(f"{uri}: is {form}, which is not read as a list; {remedy}")
         listing.uris.append(uri)

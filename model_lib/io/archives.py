@@ -147,7 +147,7 @@ def open_archive(uri: str) -> Archive:
     """
     kind = archive_kind(uri)
     if kind is None:
-        raise UserError(f"{uri}: is neither a zip nor a tar archive; fetch it anew, or remove it")
+        raise UserError(f"{uri}: is neither a zip nor a tar archive")
     size, version = _size_and_version(uri)
     members: dict[str, zipfile.ZipInfo] | dict[str, _TarMember]
     if kind == "zip":

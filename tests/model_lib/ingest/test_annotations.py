@@ -283,13 +283,15 @@ def test_unusable_captions_are_counted_and_quarantined(scenes: Path, tmp_path: P
     shutil.copy(scenes / "train2017" / "000000000001.jpg", tmp_path / "a.jpg")
     names = {1: "a.jpg", 2: "a.jpg", 3: "a.jpg", 4: "a\x00.jpg", 5: "a.jpg"}
     texts = [(1, "a\x00 b\tc"), (1, " \n\x07"), (1, "x" * (LONGEST_CAPTION + 1)), (1, "plain")]
-    texts += [(3, "\u200e\x1f"), (4, "named"), (5, "ok " * 333), (9, "no image"), (9, "no image")]
+    texts += [(1, "\u200b"), (3, "\u200ex\x1f"), (4, "named"), (5, "ok " * 333)]
+    texts += [(9, "no image"), (9, "no image")]
     file = tmp_path / "captions.json"
     write_captions(file, [(1, "a.jpg"), *names.items()], texts)
     manifest = ingested(tmp_path / "out", annotations=file, images=tmp_path, split="train")
     captions = {row["image_id"]: row["captions"] for row in rows(manifest)}
     assert captions.keys() == {1, 3, 5} and captions[1] == ["a b c", "plain"]
     reasons = ["duplicate_id", "caption_empty", "caption_too_long", "no_captions", "bad_name"]
-    assert manifest.quarantined == dict.fromkeys([*reasons, "caption_without_image"], 1)
-    assert manifest.cleaned_captions == 1 and len(read_quarantine(manifest)) == 6
+    counts = dict.fromkeys([*reasons, "caption_without_image"], 1)
+    assert manifest.quarantined == {**counts, "caption_empty": 2}
+    assert manifest.cleaned_captions == 1 and len(read_quarantine(manifest)) == 7
     assert read_manifest(manifest.uri).cleaned_captions == 1

@@ -70,6 +70,7 @@ LISTS = {
     "Flickr30k": f"image_name| comment_number| comment\n0.jpg| 0| {CAPTION}\n1.jpg| 0| x",
     "tabs": f"filename\ttext\n0.jpg\t{CAPTION}\n1.jpg\tx",
     "semicolons": f"Path;Caption\n0.jpg;{CAPTION}\n1.jpg;x",
+    "a space after the comma, and quotation marks": f'"file", "caption"\n0.jpg, {QUOTED}\n1.jpg, x',
     "a space after the comma": f"file, caption\n0.jpg, {QUOTED}\n1.jpg, x",
     "other columns": f"id,caption,file_name\n7,{QUOTED},0.jpg\n8,x,1.jpg",
     "no heading": f"0.jpg;{CAPTION}\n1.jpg;x",
