@@ -256,8 +256,11 @@ def _add_tars(
         read = partial(_read_sample, archive, names=names)
         captions_of = prefetch_map(read, samples.values(), READERS, 4 * READERS)
         for (sample, files), (values, problem) in zip(samples.items(), captions_of, strict=True):
-            ending = next((ending for ending in files if ending in EXTENSIONS), "")
+            ending, *others = [ending for ending in files if ending in EXTENSIONS] or [""]
             name = f"{key}/{sample}{ending}"
+            for other in others:
+                detail = f"the captions of its sample are for {name}"
+                listing.reject(f"{key}/{sample}{other}", "no_captions", detail)
             if problem:
                 listing.reject(name, "bad_row", problem)
             captions = listing.usable(name, values, "its .json or .txt")

@@ -552,6 +552,7 @@ def test_odd_samples_of_webdataset(images: Path, tmp_path: Path) -> None:
             if document is not None:
                 add_file(tar, f"{key}.json", document)
             add_file(tar, f"{key}.txt", b"caf\xe9" if document is None else b"text")
+        add_file(tar, "./2024.01.00.png", b"a second image of the first sample")
         add_file(tar, "cut.jpg", (images / "5.jpg").read_bytes())
     content = (tmp_path / "a" / "0.tar").read_bytes()
     (tmp_path / "a" / "0.tar").write_bytes(content[: content.index(b"cut.jpg") + 600])
@@ -560,6 +561,7 @@ def test_odd_samples_of_webdataset(images: Path, tmp_path: Path) -> None:
     captions = [["a", "b"], ["text"], ["text"], ["text"]]
     assert stored(manifest) == {f"0/2024.01.0{n}.jpg": texts for n, texts in enumerate(captions)}
     assert rejected(manifest) == {
+        ("0/2024.01.00.png", "no_captions"),
         ("0/2024.01.03.jpg", "bad_row"),
         ("0/2024.01.04.jpg", "bad_row"),
         ("0/2024.01.04.jpg", "no_captions"),
