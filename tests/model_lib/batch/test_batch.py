@@ -17,7 +17,7 @@ import pytest
 from model_lib import Caption, Captioner, UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
-from model_lib.batch.captions import caption_planned
+from model_lib.batch.captions import caption_part
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge
 from model_lib.batch.rows import METADATA_KEY
@@ -103,7 +103,7 @@ def test_an_image_that_cannot_be_read_has_its_reason(
         return original(uri, *options)
 
     monkeypatch.setattr("model_lib.io.storage.read_bytes", forbidden)
-    caption_planned(plan.reference, 0)
+    caption_part(plan.reference, 0, 1)
     summary = merge(plan)
     assert summary.errors == {"missing": 1, "changed": 1, "forbidden": 1, "too_large": 1}
     assert (summary.images, summary.ok) == (13, 9)
@@ -238,7 +238,7 @@ def test_other_weights_in_the_place_of_a_model_are_another_model(
     assert second.captions != first.captions
     assert [row["score"] for row in read_rows(first)] != [row["score"] for row in read_rows(second)]
     with pytest.raises(UserError, match="best: has changed since the images were planned; start"):
-        caption_planned(plan.reference, 0)
+        caption_part(plan.reference, 0, 1)
 
 
 def test_a_stop_waits_for_no_more_than_one_read_a_thread(

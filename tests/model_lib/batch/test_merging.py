@@ -14,7 +14,7 @@ from components.plan.component import plan as plan_component
 from model_lib import UserError
 from model_lib.batch import captions as captions_module
 from model_lib.batch.batching import batch
-from model_lib.batch.captions import caption_planned
+from model_lib.batch.captions import caption_part
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge, merge_planned
 from model_lib.batch.planning import load_plan
@@ -28,23 +28,29 @@ from tests.helpers.batches import make_plan, read_rows
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
     config: BatchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the pipeline does it: each step knows only the plan's reference and the number of its
-    shard."""
+    """As the pipeline does it: a step knows only the plan's reference and the worker's number."""
     whole = batch(config)
     plan = make_plan(replace(config, output=str(tmp_path / "apart")))
     with pytest.raises(WorkError, match="3 of 3 shards are not captioned; start again"):
         merge(plan)
-    for index in plan.missing():
-        caption_planned(plan.reference, index)
+    assert caption_part(plan.reference, 1, 2) == 1
+    first = Path(plan.captions_uri(1)).stat().st_mtime_ns
+    assert caption_part(plan.reference, 0, 2) == 2
     apart = merge_planned(plan.reference)
     assert (apart.images, apart.ok) == (whole.images, whole.ok) == (12, 12)
     captions = [[row["caption"] for row in read_rows(summary)] for summary in (apart, whole)]
     assert captions[0] == captions[1]
 
-    monkeypatch.setattr(captions_module, "load_model", None)  # a shard that is there needs no model
-    caption_planned(plan.reference, 0)
+    loaded = []
+    load_model = captions_module.load_model
+    monkeypatch.setattr(captions_module, "load_model", lambda c: loaded.append(0) or load_model(c))
+    assert caption_part(plan.reference, 0, 1) == 0 and not loaded  # what is there needs no model
+    for index in (0, 2):  # of a worker that vanished; it is started again
+        Path(plan.captions_uri(index)).unlink()
+    assert caption_part(plan.reference, 0, 2) == 2 and len(loaded) == 1
+    assert Path(plan.captions_uri(1)).stat().st_mtime_ns == first
     with pytest.raises(UserError, match=r"gone/plan\.json: no such file"):
-        caption_planned(str(tmp_path / "gone" / plan.listing), 0)
+        caption_part(str(tmp_path / "gone" / plan.listing), 0, 1)
 
 
 def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
@@ -56,11 +62,10 @@ def test_steps_of_a_plan_end_once_another_run_has_planned_anew(
     late = first.captions_uri(0)
     min(images.iterdir()).unlink()
     second = make_plan(config)
-    for step in (lambda: caption_planned(first.reference, 0), lambda: load_plan(first.reference)):
+    for step in (lambda: caption_part(first.reference, 0, 1), lambda: load_plan(first.reference)):
         with pytest.raises(UserError, match="another run planned there since; start again once"):
             step()
-    for index in second.missing():
-        caption_planned(second.reference, index)
+    caption_part(second.reference, 0, 1)
     # A step of the first that had begun before.
     shutil.copy(second.captions_uri(len(second.shards) - 1), late)
     summary = merge_planned(second.reference)
@@ -79,7 +84,7 @@ def test_nobody_plans_or_merges_while_another_is_at_work(
     sources = {"images": config.images, "output": config.output, "model": config.model}
     with output_lock(plan.folder):
         with pytest.raises(SystemExit, match="1"):
-            plan_component.python_func(**sources, num_beams=1, shard_images=5, options={})
+            plan_component.python_func(**sources, options={"shard_images": 5}, workers=8)
         assert "is at work there; wait for it" in capsys.readouterr().err
         with pytest.raises(WorkError, match="is at work there; wait for it"):
             merge_planned(plan.reference)
