@@ -19,25 +19,26 @@ from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place
 NO_OPTIONS: dict[str, Any] = {}
 
 WORKERS = 8
-"""Captioning, unless the run says otherwise: with 12 nodes each, Argo's workflow stays under 1 MiB,
-above which the list of tasks in the UI freezes (see docs/scale.md)."""
+"""Unless the run says otherwise: with 12 nodes each, Argo's workflow stays under 1 MiB, above which
+the list of tasks in the UI freezes (see docs/scale.md)."""
 DESCRIPTION = """\
 Captions the images of a bucket, archive or list into Parquet: one row for each image, with a
 status. Started again, it captions what is missing, new or changed."""
 
 
 def add_caption_workers(
-    planned: dict[str, Any], output: Any, secret: Any, gpu: dict[str, Any]
+    parts: Any, planned: Any, output: Any, secret: Any, gpu: dict[str, Any]
 ) -> None:
     """Add the steps that caption a plan's images to a pipeline.
 
     Args:
-        planned: the outputs `plan` and `workers` of the step that planned.
+        parts: what each worker must know.
+        planned: the plan's place below `output`.
         output: folder or URI in which the plan is.
         secret: name of the Kubernetes secret.
         gpu: see `on_gpu`.
     """
-    with dsl.ParallelFor(planned["workers"], name="Each worker") as part:
+    with dsl.ParallelFor(parts, name="Each worker") as part:
         captioned = caption(part=part, output=output)
         size: dict[str, Any] = {"cpu": 4, "memory": 16, "hours": 72, "retries": 4}
         place(captioned, "Caption images", secret=secret, keys=(*BUCKET, *HUB), **size)
@@ -45,7 +46,7 @@ def add_caption_workers(
     merged = merge(
         run_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
         output=output,
-        plan=planned["plan"],
+        plan=planned,
         shards=dsl.Collected(captioned.output),
     )
     place(merged, "Merge", secret=secret, keys=(*BUCKET, *WEBHOOK), memory=4)
@@ -105,4 +106,5 @@ def caption_bucket(
             "gpu_node_selector": gpu_node_selector,
             "gpu_tolerations": gpu_tolerations,
         }
-        add_caption_workers(planned.outputs, output, secret_name, gpu)
+        outputs = planned.outputs
+        add_caption_workers(outputs["Output"], outputs["plan"], output, secret_name, gpu)

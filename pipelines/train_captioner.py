@@ -22,7 +22,7 @@ from components.train.component import train
 from components.train_job.component import train_job
 from model_lib.train.config import TrainConfig
 from pipelines import placement
-from pipelines.caption_bucket import NO_OPTIONS, WORKERS, add_caption_workers
+from pipelines.caption_bucket import NO_OPTIONS, add_caption_workers
 from pipelines.placement import BUCKET, HUB, WEBHOOK, on_gpu, place, variables
 
 CANDIDATES: list[dict[str, Any]] = [
@@ -55,7 +55,7 @@ def define(parallel: int) -> Any:
         register_options: dict = NO_OPTIONS,
         caption_images: str = "",
         caption_options: dict = NO_OPTIONS,
-        caption_workers: int = WORKERS,
+        caption_workers: int = 4,
         gpu_resource: str = placement.GPU_RESOURCE,
         gpu_count: str = "1",
         gpu_node_selector: dict = placement.GPU_NODES,
@@ -127,16 +127,16 @@ def define(parallel: int) -> Any:
             # Not cached, as "Evaluate the champion": what lies at a URI, or which model is the
             # champion, is not among the inputs.
             ingesting = {"data": data, "output": output, "options": ingest_options}
-            many: dict[str, Any] = {"keys": MODEL_KEYS, "cpu": 4, "memory": 8, "hours": 12}
+            many: dict[str, Any] = {"cpu": 4, "memory": 8, "hours": 12}
             ingested = ingest(**ingesting, workers=ingest_workers, **training).after(checked)
-            placed(ingested, "Ingest", **many)
+            placed(ingested, "Ingest", keys=MODEL_KEYS, **many)
             # Beside it: Ingest writes what these have not.
             with (
                 dsl.If(ingest_workers > 1, name="Several to ingest"),
                 dsl.ParallelFor(checked.output, name="Each helper") as worker,
             ):
                 helped = ingest_help(worker=worker, workers=ingest_workers, **ingesting)
-                placed(helped, "Help to ingest", **many)
+                placed(helped, "Help to ingest", keys=BUCKET, **many)
             # By URI and fingerprint: an artifact would be a new input in each run, and nothing
             # would be cached.
             ingested_data = {name: ingested.outputs[name] for name in ("manifest", "fingerprint")}
@@ -145,10 +145,10 @@ def define(parallel: int) -> Any:
             champion = evaluate_champion(**ingested_data, options=eval_options, output=output)
             on_gpu(placed(champion, "Evaluate the champion", **evaluating), **gpu)
 
-            # Steps in a loop take only the item and the pipeline's parameters: kfp.local (2.17)
-            # passes the item for any other output.
+            # In kfp.local (2.17), a loop beside a step runs over the step's Output alone, and the
+            # steps in it take only the item and the pipeline's parameters.
             with dsl.ParallelFor(
-                ingested.outputs["candidates"], name="Each candidate", parallelism=parallel
+                ingested.outputs["Output"], name="Each candidate", parallelism=parallel
             ) as candidate:
                 # Each retry resumes from the last checkpoint.
                 long: dict[str, Any] = {"keys": MODEL_KEYS, "hours": 72, "retries": 6}
@@ -172,6 +172,7 @@ def define(parallel: int) -> Any:
             placed(registered, "Register", keys=(*BUCKET, *WEBHOOK), memory=8, hours=4)
 
             with dsl.If(caption_images != "", name="Images to caption"):
-                add_caption_workers(registered.outputs, output, secret_name, gpu)
+                outputs = registered.outputs
+                add_caption_workers(outputs["workers"], outputs["plan"], output, secret_name, gpu)
 
     return train_captioner

@@ -1,7 +1,5 @@
 """Ingest: captions and images to Parquet shards and a manifest; and each candidate's options."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from components import CORE
@@ -17,13 +15,16 @@ def ingest(
     candidates: list,
     train_options: dict,
     dataset: dsl.Output[dsl.Dataset],
-) -> NamedTuple(  # type: ignore[valid-type]
-    "Ingested", [("manifest", str), ("fingerprint", str), ("candidates", list[dict])]
-):
-    """Write shards under `output`; the artifact is their manifest, which holds their URIs."""
+    manifest: dsl.OutputPath(str),  # type: ignore[valid-type]
+    fingerprint: dsl.OutputPath(str),  # type: ignore[valid-type]
+) -> list[dict]:
+    """Write shards under `output`; return each candidate's options.
+
+    The artifact is the manifest, which holds the shards' URIs.
+    """
     from model_lib.exits import exit_in_one_line
     from model_lib.ingest.ingesting import ingest as run
-    from model_lib.io.storage import join, write_json
+    from model_lib.io.storage import join, write_bytes, write_json
     from model_lib.steps.artifacts import set_metadata
     from model_lib.steps.candidates import configure_candidates
     from model_lib.steps.form import candidate_configs, ingest_config
@@ -31,11 +32,13 @@ def ingest(
 
     with exit_in_one_line():
         tracking_from_environment()  # a candidate may start from a model of the registry
-        manifest = run(ingest_config(data, output, options), int(workers))
-        write_json(dataset.path, manifest.located(manifest.uri).to_dict())
-        counts = {**manifest.counts, "quarantined": manifest.quarantined}
-        set_metadata(dataset, **counts, fingerprint=manifest.fingerprint)
-        uri, fingerprint = join(manifest.uri, "manifest.json"), manifest.fingerprint
+        ingested = run(ingest_config(data, output, options), int(workers))
+        write_json(dataset.path, ingested.located(ingested.uri).to_dict())
+        counts = {**ingested.counts, "quarantined": ingested.quarantined}
+        set_metadata(dataset, **counts, fingerprint=ingested.fingerprint)
+        uri = join(ingested.uri, "manifest.json")
+        write_bytes(manifest, uri.encode())
+        write_bytes(fingerprint, ingested.fingerprint.encode())
         configs = candidate_configs(candidates, preset, train_options)
         root = join(output, "candidates")
-        return (uri, fingerprint, configure_candidates(configs, uri, fingerprint, root))
+        return configure_candidates(configs, uri, ingested.fingerprint, root)

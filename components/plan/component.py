@@ -1,7 +1,5 @@
 """Plan: list a bucket's images and split them into shards."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from components import CORE
@@ -14,12 +12,16 @@ def plan(
     model: str,
     options: dict,
     workers: int,
-) -> NamedTuple("Planned", [("plan", str), ("workers", list[dict])]):  # type: ignore[valid-type]
-    """Write the plan; return its place below `output`, and what each worker needs to know."""
+    plan: dsl.OutputPath(str),  # type: ignore[valid-type]
+) -> list[dict]:
+    """Write the plan; output its place below `output`, and return what each worker must know."""
     from model_lib.exits import exit_in_one_line
+    from model_lib.io.storage import write_bytes
     from model_lib.steps.captioning import plan_captions
     from model_lib.tracking.server import tracking_from_environment
 
     with exit_in_one_line():
         tracking_from_environment()
-        return plan_captions(images, output, model, options, workers)
+        reference, parts = plan_captions(images, output, model, options, workers)
+        write_bytes(plan, reference.encode())
+        return parts

@@ -84,7 +84,7 @@ def test_nobody_plans_or_merges_while_another_is_at_work(
     sources = {"images": config.images, "output": config.output, "model": config.model}
     with output_lock(plan.folder):
         with pytest.raises(SystemExit, match="1"):
-            plan_component.python_func(**sources, options={"shard_images": 5}, workers=8)
+            plan_component.python_func(**sources, options={}, workers=8, plan="unused")
         assert "is at work there; wait for it" in capsys.readouterr().err
         with pytest.raises(WorkError, match="is at work there; wait for it"):
             merge_planned(plan.reference)

@@ -48,7 +48,7 @@ def file_identity(file: Path) -> tuple[int, int]:
 
 def test_killed_and_started_again_it_redoes_unfinished_shards_only(tmp_path: Path) -> None:
     file = many(tmp_path / "in", 400, side=300)
-    command = [sys.executable, "-m", "model_lib", "ingest", "--shard_images", "20"]
+    command = [sys.executable, "-m", "model_lib", "ingest", "--shard_images", "40"]
     command += ["--annotations", str(file), "--images", str(file.parent), "--output"]
     whole_run = [*command, str(tmp_path / "whole"), "--workers", "1"]
     subprocess.run(whole_run, check=True, capture_output=True)

@@ -150,6 +150,7 @@ def test_a_candidate_starts_from_the_champion_that_the_secrets_server_has(
     dataset = dsl.Dataset(uri=str(tmp_path / "dataset"))
     dataset.path = dataset.uri
     own |= {"data": str(scenes), "output": str(tmp_path / "out"), "dataset": dataset}
-    _, fingerprint, (document,) = ingest.python_func(workers=1, candidates=listed, **own)
-    assert document["fingerprint"] == fingerprint
+    own |= {name: str(tmp_path / name) for name in ("manifest", "fingerprint")}
+    (document,) = ingest.python_func(workers=1, candidates=listed, **own)
+    assert document["fingerprint"] == (tmp_path / "fingerprint").read_text()
     assert document["options"]["init_from"] == "models:/captioner/1"
