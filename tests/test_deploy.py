@@ -23,7 +23,7 @@ from pipelines.placement import (
     USER,
     WEBHOOK,
 )
-from pipelines.submit import ScheduleConfig, SubmitConfig, pipeline_inputs
+from pipelines.submit import COMPILED, ScheduleConfig, SubmitConfig, pipeline_inputs
 
 Run = Callable[..., subprocess.CompletedProcess]
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def test_options_of_captioner_in_commands_are_there(captioner: Run, command: str
 
 def test_options_of_captioner_in_the_text_are_there(captioner: Run) -> None:
     start = PAGE.index("## 9.")
-    spans = re.findall(r"`([^`\n]+)`", PAGE[start : PAGE.index("\n## 10.", start)])
+    spans = re.findall(r"`(--[^`\n]+)`", PAGE[start : PAGE.index("\n## 10.", start)])
     mentioned = {option for span in spans for option in re.findall(r"--([a-z_]+)", span)}
     known = options(captioner, "submit") | options(captioner, "schedule")
     assert {"auth", "client_id"} <= mentioned <= known
@@ -237,16 +237,49 @@ def test_runs_are_given_parameters_that_their_pipeline_takes(number: int) -> Non
 
 def test_parameters_in_the_text_are_there() -> None:
     known = {name for pipeline in PIPELINES for name in pipeline_inputs(pipeline)}
-    prefixes = "data|train|eval|register|caption|gpu|secret"
+    prefixes = "data|ingest|train|eval|register|caption|gpu|secret"
     mentioned = set(re.findall(rf"`((?:{prefixes})_[a-z_]+)[`=]", PAGE)) - PIPELINES
     assert mentioned and mentioned <= known
 
 
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the page's table whose first line begins so."""
+    start = PAGE.index(heading)
+    rows = PAGE[start : PAGE.index("\n\n", start)].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_fields_in_the_table_are_those_of_the_form() -> None:
+    cells = " ".join(row[0] for row in table("| field | is |"))
+    assert sorted(re.findall(r"`(\w+)`", cells)) == sorted(pipeline_inputs("train_captioner"))
+
+
 def test_secret_keys_in_the_text_are_those_of_the_steps() -> None:
-    start = PAGE.index("| key | for |")
-    table = PAGE[start : PAGE.index("\n\n", start)]
-    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
-    assert set(re.findall(r"`([A-Z_]+)`", " ".join(cells))) == {*MLFLOW, *BUCKET, *HUB, *WEBHOOK}
+    cells = " ".join(row[0] for row in table("| key | for |"))
+    assert set(re.findall(r"`([A-Z_]+)`", cells)) == {*MLFLOW, *BUCKET, *HUB, *WEBHOOK}
+
+
+def steps(pipeline: str) -> dict[str, set[str]]:
+    """Return the secret's keys that each step of a compiled pipeline sees, by its display name."""
+    spec, platform = yaml.safe_load_all((COMPILED / f"{pipeline}.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    dags = [c["dag"] for c in (spec["root"], *spec["components"].values()) if "dag" in c]
+    keys: dict[str, set[str]] = {}
+    for task in (task for dag in dags for task in dag["tasks"].values()):
+        label = spec["components"][task["componentRef"]["name"]].get("executorLabel")
+        if label is not None:
+            pairs = [pair for env in executors[label]["secretAsEnv"] for pair in env["keyToEnv"]]
+            keys.setdefault(task["taskInfo"]["name"], set()).update(p["secretKey"] for p in pairs)
+    return keys
+
+
+def test_steps_and_their_keys_in_the_table_are_those_of_the_pipelines() -> None:
+    words = {"S3": BUCKET, "hub": HUB, "webhook": WEBHOOK}
+    documented: dict[str, set[str]] = {}
+    for step, *_, last in table("| step | reads | writes |"):
+        keys = {key for word in words if word in last for key in words[word]}
+        documented.setdefault(step.partition(",")[0], set()).update({*MLFLOW, *keys})
+    assert documented == steps("caption_bucket") | steps("train_captioner")
 
 
 def test_nodes_are_those_that_the_pipelines_ask_for() -> None:

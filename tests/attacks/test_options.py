@@ -19,7 +19,7 @@ COMMAND_LINE: dict[str, Callable[[Any], Any]] = {
         for entry in importlib.metadata.entry_points(group="captioner.commands")
     },
 }
-PARAMETERS = [f"--param=caption_{name}=x" for name in ("images", "output", "model")]
+PARAMETERS = [f"--param={name}=x" for name in ("images", "output", "model")]
 SUBMIT = ["--host", "http://h", "--pipeline", "caption_bucket", *PARAMETERS]
 NEEDED = {
     "scenes": ["--output", "o"],
