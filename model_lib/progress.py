@@ -16,7 +16,7 @@ class Progress:
 
     Args:
         name: of the work.
-        total: number of items.
+        total: number of items; 0: unknown, and the end is only told after lines before it.
         unit: plural of an item.
         resumed: items that were done before.
         shown: whether to show anything; of several processes that work together, one does.
@@ -32,7 +32,7 @@ class Progress:
         self.bar = None
         if shown and sys.stderr.isatty():
             self.bar = tqdm(
-                total=total,
+                total=total or None,
                 desc=name,
                 unit=f" {unit}",
                 leave=False,
@@ -46,7 +46,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.done and self.shown:
+        if self.done and self.shown and (self.total or self.logged > self.started):
             self.log()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -56,7 +56,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
-        elif self.shown and self.done < self.total and time.monotonic() - self.logged > INTERVAL:
+        elif self.shown and self.done != self.total and time.monotonic() - self.logged > INTERVAL:
             self.log()  # the last line is for `__exit__`
 
     def resume(self, count: int) -> None:
@@ -74,5 +74,6 @@ class Progress:
         seconds = int((self.total - self.done) / max(rate, 1e-9))
         left = f", {timedelta(seconds=seconds)} left" if 0 < seconds < 10**8 else ""
         note = f", {self.note}" if self.note else ""
-        count = f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f} a second"
+        total = f"/{self.total:,}" if self.total else ""
+        count = f"{self.done:,}{total} {self.unit}, {rate:,.1f} a second"
         print(f"{self.name}: {count}{left}{note}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import json
 import os
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -154,7 +155,7 @@ def images_of(dataset: str) -> str:
     if is_coco_2017(dataset):
         return coco_2017(dataset, "val")[1].root
     try:
-        list_images(BatchConfig(images=dataset, output="-", model="-"))
+        next(list_images(BatchConfig(images=dataset, output="-", model="-"), Counter()))
     except UserError:
         return ""
     return dataset

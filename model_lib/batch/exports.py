@@ -22,6 +22,7 @@ from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.archives import SCHEMES, split_uri
 from model_lib.io.prefetch import prefetch_map
+from model_lib.io.scratch import DiskSet
 
 FILES = {"csv": "captions.csv", "jsonl": "captions.jsonl", "coco": "captions.json"}
 COCO_NAME = re.compile(r"(?:.*_)?(\d{12})")
@@ -50,8 +51,8 @@ class Exports:
         """What could not be written."""
         self._stack = ExitStack()
         self._writers: list[Callable[[ListedImage, Row], None]] = []
-        self._texts: set[str] = set()
-        self._ids: set[int] = set()
+        self._texts = DiskSet()
+        self._ids = DiskSet()
 
     def __enter__(self) -> Self:
         begin = {"csv": self._begin_csv, "jsonl": self._begin_jsonl, "coco": self._begin_coco}
@@ -108,10 +109,9 @@ class Exports:
             image_id = _coco_id(image.name)
             if row["status"] != "ok":
                 return
-            if image_id in self._ids:
+            if not self._ids.add(image_id):
                 self.left_out[SAME_ID] += 1
                 return
-            self._ids.add(image_id)
             result = {"image_id": image_id, "caption": row["caption"]}
             file.write(f"{separator}\n{json.dumps(result, ensure_ascii=False)}")
             separator = ","
@@ -133,11 +133,10 @@ class Exports:
                 self.left_out[UNWRITABLE] += 1
                 continue
             uri = f"{os.path.splitext(uri)[0]}.txt"
-            if uri in self._texts:
-                self.left_out[OTHER_TEXT] += 1
-            else:
-                self._texts.add(uri)
+            if self._texts.add(uri):
                 yield uri, row["caption"]
+            else:
+                self.left_out[OTHER_TEXT] += 1
 
 
 def _coco_id(name: str) -> int:

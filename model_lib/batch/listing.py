@@ -1,26 +1,26 @@
 """The images to caption: those of a folder, bucket's prefix or archive, or those of a list."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from posixpath import basename
+from typing import NamedTuple
 
 from model_lib.batch.config import BatchConfig
 from model_lib.data.captions import has_value
 from model_lib.data.tables import parse_columns, read_table
 from model_lib.errors import UserError
 from model_lib.ingest.image_source import Folder
-from model_lib.io import folders, storage
+from model_lib.io import storage
 from model_lib.io.archives import archive_kind
-from model_lib.io.folders import START, left_out_line
+from model_lib.io.folders import START, left_out_line, stream_images
 from model_lib.io.images import begins_as_image
+from model_lib.io.scratch import scratch_database, scratch_errors
 
 UNNAMED, UNUSABLE = "rows without a name", "rows that cannot be used"
 
 
-@dataclass(frozen=True, order=True)
-class ListedImage:
+class ListedImage(NamedTuple):
     """An image as it was listed."""
 
     uri: str
@@ -37,26 +37,53 @@ class ListedImage:
         return self.bytes < 0
 
 
-def list_images(config: BatchConfig) -> tuple[list[ListedImage], dict[str, int]]:
-    """Return the images of `config.images`, each once, sorted by URI, and the counts of what is
-    left out, as `folders.list_images`; `UserError` if there are none."""
-    patterns = "; look at --include and --exclude" if config.include or config.exclude else ""
-    if _is_list(config.images):
-        images, left_out = _read_list(config.images, config.columns)
-    else:
-        listed = folders.list_images(config.images, config.recursive, _chooser(config))
-        left_out = listed.left_out
-        images = [
-            ListedImage(
-                storage.encodable(file.uri), file.bytes, file.version, storage.encodable(file.name)
-            )
-            for file in listed.files
-        ]
-    distinct = {image.uri: image for image in images}
-    if not distinct:
+class ImageTable:
+    """Images on disk, each URI once: their number needs no memory."""
+
+    def __init__(self) -> None:
+        self._database = scratch_database()
+        columns = "uri TEXT PRIMARY KEY, bytes INTEGER, version TEXT, name TEXT"
+        self._database.execute(f"CREATE TABLE image ({columns}) WITHOUT ROWID")
+
+    def add(self, images: Iterable[ListedImage]) -> None:
+        """Add images; of several with one URI the last counts."""
+        with scratch_errors():
+            self._database.executemany("INSERT OR REPLACE INTO image VALUES (?, ?, ?, ?)", images)
+
+    def holds(self, image: ListedImage) -> bool:
+        """Return whether it is in the table, and the same in all columns."""
+        rows = self._database.execute("SELECT * FROM image WHERE uri = ?", (image.uri,))
+        return bool(rows.fetchone() == image)
+
+    def remove(self, images: Iterable[ListedImage]) -> None:
+        uris = ((image.uri,) for image in images)
+        with scratch_errors():
+            self._database.executemany("DELETE FROM image WHERE uri = ?", uris)
+
+    def __iter__(self) -> Iterator[ListedImage]:
+        """Yield the images, sorted by URI."""
+        return map(ListedImage._make, self._database.execute("SELECT * FROM image ORDER BY uri"))
+
+
+def list_images(config: BatchConfig, left_out: Counter[str]) -> Iterator[ListedImage]:
+    """Yield the images of `config.images`, in any order, and those of a list as often as it names
+    them; count in `left_out` what is no image, as `folders.list_images`; `UserError` if there are
+    none."""
+    is_list = _is_list(config.images)
+    images = _read_list(config, left_out) if is_list else _read_folder(config, left_out)
+    first = next(images, None)
+    if first is None:
+        patterns = "; look at --include and --exclude" if config.include or config.exclude else ""
         line = f"; {left_out_line(left_out)}" if left_out else ""
-        raise UserError(f"{config.images}: no images in it{line}{patterns}")
-    return sorted(distinct.values()), left_out
+        raise UserError(f"{config.images}: no images in it{line}{'' if is_list else patterns}")
+    yield first
+    yield from images
+
+
+def _read_folder(config: BatchConfig, left_out: Counter[str]) -> Iterator[ListedImage]:
+    for file in stream_images(config.images, left_out, config.recursive, _chooser(config)):
+        uri, name = storage.encodable(file.uri), storage.encodable(file.name)
+        yield ListedImage(uri, file.bytes, file.version, name)
 
 
 def _is_list(uri: str) -> bool:
@@ -95,16 +122,15 @@ def _chooser(config: BatchConfig) -> Callable[[str], bool]:
 
 def _matches(path: str, patterns: tuple[str, ...]) -> bool:
     """Return whether a path, or its last part, matches a pattern such as "*.jpg" or "2024/*"."""
-    names = path, PurePosixPath(path).name
+    names = path, basename(path)
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _read_list(uri: str, columns: str | None) -> tuple[list[ListedImage], dict[str, int]]:
-    """Return the images that a list names, and the count of rows that name none."""
-    images: list[ListedImage] = []
-    left_out: Counter[str] = Counter()
+def _read_list(config: BatchConfig, left_out: Counter[str]) -> Iterator[ListedImage]:
+    """Yield the images that a list names, and count the rows that name none."""
+    uri = config.images
     folder = Folder(storage.absolute(uri).rpartition("/")[0], uri)
-    for row in read_table(uri, parse_columns(columns), need=("file",)):
+    for row in read_table(uri, parse_columns(config.columns), need=("file",)):
         name = row.values.get("file")
         if isinstance(name, dict):
             problem = "holds images, not their names; write them to a folder, and name that"
@@ -115,5 +141,4 @@ def _read_list(uri: str, columns: str | None) -> tuple[list[ListedImage], dict[s
             left_out[UNNAMED] += 1
         else:
             name = storage.encodable(name.strip())
-            images.append(ListedImage(folder.uri(name), name=name))
-    return images, dict(left_out)
+            yield ListedImage(folder.uri(name), name=name)

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from model_lib.batch.exports import Exports
 from model_lib.batch.listing import ListedImage
@@ -18,12 +19,16 @@ from model_lib.io.errors import input_errors
 from model_lib.io.folders import left_out_line
 from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
+from model_lib.io.prefetch import prefetch_map
 from model_lib.pages.page import render_page, thumbnail
+from model_lib.progress import Progress
 
 SHOWN = 60
 """Captioned images in the report's gallery …"""
 WORST = 24
 """… those with the lowest scores besides, and rows without a caption of each reason."""
+READERS = 8
+"""Shards that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,12 @@ def merge(plan: Plan) -> Summary:
     gallery: list[Row] = []
     worst: list[Row] = []
     failed: dict[str, list[Row]] = defaultdict(list)
-    with Exports(plan) as exports:
-        for index in range(len(plan.shards)):
-            images = plan.images(index)
-            rows, shard_seconds = _read_captions(plan, index, images, exports.columns)
+    shards = ((index, plan.images(index)) for index in range(len(plan.shards)))
+    with Exports(plan) as exports, Progress("merge", 0, "images") as progress:
+        read = partial(_read_captions, plan, columns=exports.columns)
+        for images, rows, shard_seconds in prefetch_map(read, shards, READERS, READERS):
             exports.add(images, rows)
+            progress.advance(len(rows))
             seconds += shard_seconds
             captioned = [row for row in rows if row["status"] == "ok"]
             ok += len(captioned)
@@ -118,9 +124,10 @@ def merge(plan: Plan) -> Summary:
 
 
 def _read_captions(
-    plan: Plan, index: int, images: list[ListedImage], columns: list[str] | None
-) -> tuple[list[Row], float]:
-    """Return a shard's rows, one for each planned image, and the seconds that they took."""
+    plan: Plan, shard: tuple[int, list[ListedImage]], columns: list[str] | None
+) -> tuple[list[ListedImage], list[Row], float]:
+    """Return the planned images of a shard, a row for each, and the seconds that they took."""
+    index, images = shard
     uri = plan.captions_uri(index)
     table = read_shard(uri, columns)
     rows = table.to_pylist()
@@ -128,7 +135,7 @@ def _read_captions(
     if [row["uri"] for row in rows] != planned or not all(map(_is_complete, rows)):
         raise WorkError(f"{uri}: does not hold the planned images; remove it and start again")
     with input_errors(uri, WHAT):
-        return rows, float(json.loads(table.schema.metadata[METADATA_KEY])["seconds"])
+        return images, rows, float(json.loads(table.schema.metadata[METADATA_KEY])["seconds"])
 
 
 def _is_complete(row: Row) -> bool:
@@ -185,9 +192,7 @@ def notes(summary: Summary) -> list[str]:
 
 def examples(captions: str, count: int) -> list[tuple[str, str]]:
     """Return the first URIs and captions of the Parquet files in the folder `captions`."""
-    pairs: list[tuple[str, str]] = []
-    for name in storage.list_names(captions):
-        for row in read_shard(storage.join(captions, name), ["uri", "caption"]).to_pylist():
-            if row["caption"] is not None:
-                pairs.append((row["uri"], row["caption"]))
-    return sorted(pairs)[:count]
+    files = (storage.join(captions, name) for name in storage.list_names(captions))
+    rows = (row for file in files for row in read_shard(file, ["uri", "caption"]).to_pylist())
+    pairs = ((row["uri"], row["caption"]) for row in rows if row["caption"] is not None)
+    return heapq.nsmallest(count, pairs)

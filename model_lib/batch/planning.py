@@ -6,9 +6,13 @@ Needs no torch.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,14 +20,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model_lib.batch.config import BatchConfig
-from model_lib.batch.listing import ListedImage, list_images
+from model_lib.batch.listing import ImageTable, ListedImage, list_images
 from model_lib.batch.rows import read_shard, write_table
 from model_lib.errors import UserError
 from model_lib.io import storage
 from model_lib.io.archives import SCHEMES
 from model_lib.io.errors import input_errors
-from model_lib.io.validation import read_parquet, read_record, require_file_name, require_values
+from model_lib.io.listings import find_files
+from model_lib.io.validation import (
+    read_record,
+    require_columns,
+    require_file_name,
+    require_values,
+)
 from model_lib.model.sources import RIVAL, lasting_source, source_digest
+from model_lib.progress import Progress
 
 RETRIED = ("unreachable", "changed", "forbidden", "not_allowed", "missing")
 """Reasons that may have gone by the next run: the store's, or what somebody has put right."""
@@ -33,6 +44,7 @@ LONGEST_NAME = 24
 """Characters of a model's name in its folder's."""
 COLUMNS = {"uri": "text", "bytes": "int", "version": "text", "name": "text"}
 """Columns of a listing."""
+LISTING = "the listing of a plan that captioner batch wrote"
 SCHEMA = pa.schema(
     [(name, pa.int64() if kind == "int" else pa.string()) for name, kind in COLUMNS.items()]
 )
@@ -72,15 +84,24 @@ class Plan:
         """The listing's URI, by which a pipeline's steps name the plan."""
         return storage.join(self.folder, self.listing)
 
+    @cached_property
+    def _listing(self) -> pq.ParquetFile:
+        """The listing, opened once, as its footer grows with the shards."""
+        file = storage.open_file(self.reference)
+        with input_errors(self.reference, LISTING):
+            parquet = pq.ParquetFile(file)
+            require_columns(parquet.schema_arrow, COLUMNS)
+            return parquet
+
     def images(self, index: int) -> list[ListedImage]:
-        """Return the images of a shard."""
-        what, count = "the listing of a plan that captioner batch wrote", self.shards[index].images
-        table = read_parquet(self.reference, COLUMNS, what, group=index)
-        with input_errors(self.reference, what):
+        """Return the images of a shard; one thread at a time may call it."""
+        listing, count = self._listing, self.shards[index].images
+        with input_errors(self.reference, LISTING):
+            table = listing.read_row_group(index, columns=list(COLUMNS))
             require_values(table, list(COLUMNS))
             if table.num_rows != count:
                 raise ValueError(f"row group {index} has {table.num_rows} images, not {count}")
-        return [ListedImage(**row) for row in table.to_pylist()]
+        return list(map(ListedImage._make, zip(*table.to_pydict().values(), strict=True)))
 
     def captions_uri(self, index: int) -> str:
         """Return the URI of a shard's captions."""
@@ -134,37 +155,38 @@ def model_files(model: str) -> str:
 
     It is that of an empty listing for a registry's version or a hub name.
     """
-    files = storage.find_files(model.removeprefix(RIVAL))
+    files = find_files(model.removeprefix(RIVAL))
     return _digest([[path, info["size"], *storage.version(info)] for path, info in files.items()])
 
 
 def write_plan(config: BatchConfig, folder: str) -> Plan:
     """List the images and write the plan; captions of an earlier plan that are still good stay.
 
+    The memory that it takes grows by the names of the shards.
+
     Args:
         config: as `resolve` returns it.
         folder: as `output_folder` returns it.
     """
-    images, left_out = list_images(config)
+    images, left_out, shards = ImageTable(), Counter[str](), list[Shard]()
+    images.add(_counted(list_images(config, left_out)))
     storage.require_writable(folder)
     if config.txt_beside:
-        _require_texts_beside(config, images)
-    groups: list[list[ListedImage]] = []
+        _require_texts_beside(config, next(iter(images)))
+    groups = _split(images, config)
     if storage.exists(storage.join(folder, "plan.json")):
-        groups += _keep_captions(read_plan(folder), images)
-    kept = {image.uri for group in groups for image in group}
-    groups += _split([image for image in images if image.uri not in kept], config)
-    digests = [_digest(group) for group in groups]
-    listing = f"listing-{_digest(digests)}.parquet"
-    uri = storage.join(folder, listing)
-    with storage.atomic_file(uri) as part, pq.ParquetWriter(part, SCHEMA) as writer:
-        for group in groups:
-            table = pa.Table.from_pylist([asdict(image) for image in group], SCHEMA)
-            writer.write_table(table, len(group))
-    files = [f"part-{digest}.parquet" for digest in digests]
-    shards = [Shard(file, len(group)) for file, group in zip(files, groups, strict=True)]
+        groups = chain(_keep_captions(read_plan(folder), images), groups)
+    with tempfile.TemporaryDirectory() as scratch:
+        part = Path(scratch, "listing.parquet")
+        with pq.ParquetWriter(part, SCHEMA, write_statistics=False) as writer:
+            for group in groups:
+                columns = dict(zip(COLUMNS, zip(*group, strict=True), strict=True))
+                writer.write_table(pa.table(columns, SCHEMA), len(group))
+                shards.append(Shard(f"part-{_digest(group)}.parquet", len(group)))
+        listing = f"listing-{_digest([shard.file for shard in shards])}.parquet"
+        storage.upload_file(str(part), storage.join(folder, listing))
     files_of_model = model_files(config.model)
-    plan = Plan(config.to_dict(), files_of_model, listing, shards, left_out, folder)
+    plan = Plan(config.to_dict(), files_of_model, listing, shards, dict(left_out), folder)
     document = asdict(plan)
     del document["folder"]
     storage.write_json(storage.join(folder, "plan.json"), document)
@@ -172,62 +194,72 @@ def write_plan(config: BatchConfig, folder: str) -> Plan:
     return plan
 
 
-def _require_texts_beside(config: BatchConfig, images: list[ListedImage]) -> None:
-    """Raise `UserError` if the first image is in an archive or on the web, or the folder is not
-    writable, rather than after the captioning."""
-    if images[0].uri.startswith(NO_PLACE):
+def _counted(images: Iterable[ListedImage]) -> Iterator[ListedImage]:
+    """Yield images, and show how many they are."""
+    with Progress("list", 0, "images") as progress:
+        for image in images:
+            progress.advance()
+            yield image
+
+
+def _require_texts_beside(config: BatchConfig, image: ListedImage) -> None:
+    """Raise `UserError` if the image is in an archive or on the web, or the folder is not writable,
+    rather than after the captioning."""
+    if image.uri.startswith(NO_PLACE):
         problem = "no file can be written beside it; leave out --txt_beside"
-        raise UserError(f"{images[0].uri}: {problem}")
+        raise UserError(f"{image.uri}: {problem}")
     if storage.is_folder(config.images):
         storage.require_writable(config.images)
 
 
 def _digest(parts: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, default=asdict).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _split(images: list[ListedImage], config: BatchConfig) -> list[list[ListedImage]]:
-    """Split images into shards by count and by bytes."""
-    groups: list[list[ListedImage]] = []
+def _split(images: Iterable[ListedImage], config: BatchConfig) -> Iterator[list[ListedImage]]:
+    """Yield the images of each shard, split by count and by bytes."""
+    group: list[ListedImage] = []
     size = 0
     for image in images:
         size += max(0, image.bytes)
-        is_full = size > config.shard_mb * 1_000_000
-        if not groups or is_full or len(groups[-1]) == config.shard_images:
-            groups.append([])
-            size = max(0, image.bytes)
-        groups[-1].append(image)
-    return groups
+        is_full = size > config.shard_mb * 1_000_000 or len(group) == config.shard_images
+        if group and is_full:
+            yield group
+            group, size = [], max(0, image.bytes)
+        group.append(image)
+    if group:
+        yield group
 
 
-def _keep_captions(plan: Plan, listed: list[ListedImage]) -> Iterator[list[ListedImage]]:
-    """Yield the images of each shard of an earlier plan that stays.
+def _keep_captions(plan: Plan, current: ImageTable) -> Iterator[list[ListedImage]]:
+    """Yield the images of each shard of an earlier plan that stays, and remove them from `current`.
 
     A shard without captions stays if its images are all unchanged. Of a captioned one, the rows of
     unchanged images stay, except errors to be retried; if these are not all, they are written to a
     new file. A file of which nothing stays is removed, as a new shard of the same images would have
     its name.
     """
-    current, missing = set(listed), set(plan.missing())
+    missing = set(plan.missing())
     for index in range(len(plan.shards)):
         images = plan.images(index)
+        kept = [image for image in images if current.holds(image)]
         if index in missing:
-            if current.issuperset(images):
-                yield images
-            continue
-        table = read_shard(plan.captions_uri(index))
-        errors = dict(zip(table["uri"].to_pylist(), table["error"].to_pylist(), strict=True))
-        retried = {uri for uri, error in errors.items() if (error or "").startswith(RETRIED)}
-        kept = [image for image in images if image in current and image.uri not in retried]
-        if not kept:
-            storage.remove(plan.captions_uri(index))
-            continue
-        if kept != images:
-            is_kept = pc.is_in(table["uri"], pa.array([image.uri for image in kept]))
-            name = f"part-{_digest(kept)}.parquet"
-            uri = storage.join(plan.folder, "captions", name)
-            write_table(table.filter(is_kept), uri)
-        yield kept
+            kept = kept if kept == images else []
+        else:
+            table = read_shard(plan.captions_uri(index))
+            rows = zip(table["uri"].to_pylist(), table["error"].to_pylist(), strict=True)
+            retried = {uri for uri, error in rows if (error or "").startswith(RETRIED)}
+            kept = [image for image in kept if image.uri not in retried]
+            if not kept:
+                storage.remove(plan.captions_uri(index))
+            elif kept != images:
+                is_kept = pc.is_in(table["uri"], pa.array([image.uri for image in kept]))
+                name = f"part-{_digest(kept)}.parquet"
+                uri = storage.join(plan.folder, "captions", name)
+                write_table(table.filter(is_kept), uri)
+        if kept:
+            current.remove(kept)
+            yield kept
 
 
 def remove_stale_files(plan: Plan) -> None:

@@ -41,6 +41,7 @@ from model_lib.io import storage
 from model_lib.io.archives import Archive, open_archive
 from model_lib.io.folders import READERS, is_hidden, left_out_line, list_images
 from model_lib.io.images import EXTENSIONS, ImageError
+from model_lib.io.listings import find_files
 from model_lib.io.prefetch import prefetch_map
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def _add_folder(listing: Listing, folder: str, split: str, names: Mapping[str, s
         _add_lists(listing, splits_of(lists, split), None, names)
         return
     fs, root = storage.filesystem(folder)
-    paths = [path for path in storage.find_files(folder) if not is_hidden(path.removeprefix(root))]
+    paths = [path for path in find_files(folder) if not is_hidden(path.removeprefix(root))]
     uris = sorted(path if storage.is_local(folder) else fs.unstrip_protocol(path) for path in paths)
     tars, parquets = (
         [uri for uri in uris if uri.lower().endswith(ending)] for ending in (".tar", ".parquet")

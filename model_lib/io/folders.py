@@ -10,27 +10,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 from model_lib.errors import UserError, WorkError
 from model_lib.io import storage
 from model_lib.io.archives import open_archive
 from model_lib.io.errors import is_transient
 from model_lib.io.images import EXTENSIONS, ImageError, begins_as_image
+from model_lib.io.listings import list_files
 from model_lib.io.prefetch import prefetch_map
 
 START = 512
 """Bytes of a file by which it is told whether it is an image."""
 READERS = 32
 """Threads that read the starts of files; most of the time they wait for their store."""
+UNKNOWN = 1024
+"""Files of unknown endings that are opened together."""
 NO_IMAGES = {
     ending
     for ending, kind in mimetypes.MimeTypes().types_map[True].items()
     if not kind.startswith(("image/", "application/octet-stream"))
 }
 """Endings of files that are not opened: those of texts, tables, videos, programs …"""
-SYSTEM = {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin"}
-"""Files and folders that systems leave, beside hidden ones; in lower case."""
+SYSTEM = r"__macosx|@eadir|thumbs\.db|ehthumbs\.db|desktop\.ini|\$recycle\.bin"
+"""Files and folders that systems leave, beside hidden ones."""
+# Archives of Windows may have backslashes.
+UNSEEN = re.compile(rf"(?:^|[/\\])(?:\.[^/\\]*[^./\\]|(?:{SYSTEM})(?=[/\\]|$))", re.IGNORECASE)
 HIDDEN, NO_ENDING = "hidden or system files", "without an ending"
 CUT_OFF = "parts of an archive that cannot be listed"
 ENDINGS_SHOWN = 8
@@ -74,7 +79,14 @@ def list_images(
         WorkError: the store failed.
     """
     left_out: Counter[str] = Counter()
-    images: list[ImageFile] = []
+    images = sorted(stream_images(uri, left_out, recursive, is_chosen), key=lambda file: file.uri)
+    return ImageList(images, dict(left_out))
+
+
+def stream_images(
+    uri: str, left_out: Counter[str], recursive: bool, is_chosen: Callable[[str], bool]
+) -> Iterator[ImageFile]:
+    """Yield the images of `list_images` in any order, however many, and count what is left out."""
     unknown: list[ImageFile] = []
     if storage.is_folder(uri):
         files, read = _folder_files(uri, recursive), _read_start
@@ -84,46 +96,51 @@ def list_images(
         version, sizes = archive.version, archive.sizes
         files = iter([ImageFile(name, archive.uri(name), sizes[name], version) for name in names])
         read = lambda file: archive.read(file.name)  # noqa: E731
-        left_out += Counter({CUT_OFF: 1 if archive.damage else 0})
+        if archive.damage:
+            left_out[CUT_OFF] += 1
     for file in files:
-        ending = PurePosixPath(file.name).suffix.lower()
+        ending = splitext(file.name)[1].lower()
         if not is_chosen(file.name):
             continue
         if is_hidden(file.name):
             left_out[HIDDEN] += 1
         elif ending in EXTENSIONS:
-            images.append(file)
+            yield file
         elif ending in NO_IMAGES or file.bytes == 0:
             left_out[_kind(ending)] += 1
         else:
             unknown.append(file)
-    is_image = partial(_is_image, read=read)
-    told = prefetch_map(is_image, unknown, READERS, 2 * READERS)
-    for file, decision in zip(unknown, told, strict=True):
+        if len(unknown) == UNKNOWN:
+            yield from _opened(unknown, read, left_out)
+            unknown = []
+    yield from _opened(unknown, read, left_out)
+
+
+def _opened(
+    files: list[ImageFile], read: Callable[[ImageFile], bytes], left_out: Counter[str]
+) -> Iterator[ImageFile]:
+    """Yield those that are images by their content, and count the others."""
+    decisions = prefetch_map(partial(_is_image, read=read), files, READERS, 2 * READERS)
+    for file, decision in zip(files, decisions, strict=True):
         if decision:
-            images.append(file)
+            yield file
         else:
-            left_out[_kind(PurePosixPath(file.name).suffix.lower())] += 1
-    return ImageList(sorted(images, key=lambda file: file.uri), dict(left_out))
+            left_out[_kind(splitext(file.name)[1].lower())] += 1
 
 
 def _folder_files(uri: str, recursive: bool) -> Iterator[ImageFile]:
     fs, folder = storage.filesystem(uri)
-    for path, info in storage.find_files(uri, recursive).items():
-        if path.endswith("/"):  # a bucket's mark of an empty folder
-            continue
-        address = path if storage.is_local(uri) else str(fs.unstrip_protocol(path))
-        name = path.removeprefix(folder).lstrip("/")
-        version = "/".join(storage.version(info))
-        yield ImageFile(name, address, int(info["size"]), version)
+    root = folder.rstrip("/")
+    address = root if storage.is_local(uri) else str(fs.unstrip_protocol(root))
+    for path, info in list_files(uri, recursive):
+        if not path.endswith("/"):  # a bucket's mark of an empty folder
+            below, version = path.removeprefix(root), "/".join(storage.version(info))
+            yield ImageFile(below.lstrip("/"), address + below, int(info["size"]), version)
 
 
 def is_hidden(name: str) -> bool:
     """Return whether a file, or a folder that it is in, is hidden or left there by a system."""
-    parts = name.replace("\\", "/").split("/")  # archives of Windows may have either
-    return any(
-        (part.startswith(".") and part.strip(".")) or part.lower() in SYSTEM for part in parts
-    )
+    return UNSEEN.search(name) is not None
 
 
 def _kind(ending: str) -> str:

@@ -15,6 +15,7 @@ import filelock
 
 from model_lib.errors import UserError
 from model_lib.io import storage
+from model_lib.io.listings import find_files
 
 
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(storage.filesystem(uri)[1])
         return
     with tempfile.TemporaryDirectory() as scratch:
-        _download(uri, storage.find_files(uri), Path(scratch))
+        _download(uri, find_files(uri), Path(scratch))
         yield Path(scratch)
 
 
@@ -49,7 +50,7 @@ def cached_folder(uri: str) -> str:
     """
     if storage.is_local(uri):
         return storage.filesystem(uri)[1]
-    files = sorted(storage.find_files(uri).items())
+    files = sorted(find_files(uri).items())
     if not files:
         raise UserError(f"{uri}: no such folder, or nothing in it")
     listing = [[name, info.get("size"), storage.version(info)] for name, info in files]

@@ -95,43 +95,6 @@ def file_size(uri: str) -> int:
     return access(uri, lambda: int(fs.size(path)))
 
 
-def find_files(uri: str, recursive: bool = True) -> dict[str, dict[str, Any]]:
-    """Return the files in the folder `uri` by their paths on its file system, with their info.
-
-    Links are followed, and a folder that several lead to is listed once. A part that cannot be
-    listed is an error; fsspec would silently leave it out.
-    """
-    fs, path = filesystem(uri)
-    if is_local(uri):
-        return access(uri, lambda: _walk(path, recursive), doing="listed")
-    options = {"maxdepth": None if recursive else 1, "detail": True, "on_error": "raise"}
-    if recursive and "s3" in fs.protocol:
-        del options["on_error"]  # s3fs does not know it here, and raises
-    return access(uri, lambda: dict(fs.find(path, **options)), doing="listed")
-
-
-def _walk(root: str, recursive: bool) -> dict[str, dict[str, Any]]:
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # removed since the folder above was listed
-            raise error
-
-    files: dict[str, dict[str, Any]] = {}
-    seen: set[str] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(folders) if recursive else []
-        for name in sorted(names):
-            file = os.path.join(folder, name)
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(file) if os.path.exists(file) else os.lstat(file)
-                files[file] = {"size": status.st_size, "mtime": status.st_mtime}
-    return files
-
-
 def list_names(uri: str) -> list[str]:
     """Return the sorted names directly inside the folder `uri`, without hidden ones; [] if none."""
     fs, path = filesystem(uri)
@@ -315,5 +278,10 @@ def upload_folder(local: str, uri: str) -> None:
     """Copy the files of the local folder `local` to `uri`, a path or a URI."""
     for file in sorted(Path(local).rglob("*")):
         if file.is_file():
-            with atomic_file(join(uri, *file.relative_to(local).parts)) as part:
-                shutil.copyfile(file, part)
+            upload_file(str(file), join(uri, *file.relative_to(local).parts))
+
+
+def upload_file(local: str, uri: str) -> None:
+    """Copy the local file `local` to `uri`, whole or not at all."""
+    with atomic_file(uri) as part:
+        shutil.copyfile(local, part)

@@ -80,9 +80,7 @@ def require_values(table: pa.Table, columns: list[str]) -> None:
             raise TypeError(f"a value of column {name} is missing")
 
 
-def read_parquet(
-    uri: str, columns: Mapping[str, str], what: str, others: bool = False, group: int | None = None
-) -> pa.Table:
+def read_parquet(uri: str, columns: Mapping[str, str], what: str, others: bool = False) -> pa.Table:
     """Return columns of the Parquet file at `uri`; `UserError` as `input_errors(uri, what)`.
 
     Args:
@@ -90,17 +88,12 @@ def read_parquet(
         columns: by name, with their types, each one of `TYPES`.
         what: see `input_errors`.
         others: whether the file's other columns are read too.
-        group: the row group that is read; None: all.
     """
     with storage.open_file(uri) as file, input_errors(uri, what):
         # Not pq.read_table: on an open file it leaves threads that abort the process at its exit
         # (pyarrow 25).
         parquet = pq.ParquetFile(file)
         require_columns(parquet.schema_arrow, columns)
-        names = None if others else list(columns)
-        if group is None:
-            table = parquet.read(columns=names)
-        else:
-            table = parquet.read_row_group(group, columns=names)
+        table = parquet.read(columns=None if others else list(columns))
         table.validate(full=True)
         return table

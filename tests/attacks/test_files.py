@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -238,12 +239,12 @@ def test_lists_of_images_that_are_none_are_refused(tmp_path: Path, ending: str) 
     listed = BatchConfig(images=str(file), output=str(tmp_path / "out"), model="m")
     for content in (b"", b"\xff\xfe\xfa", b"\n", b"\n\n \n"):
         file.write_bytes(content)
-        refused(lambda: listing.list_images(listed), tmp_path)
+        refused(lambda: list(listing.list_images(listed, Counter())), tmp_path)
     if ending == "parquet":
         file.write_bytes(b"PAR1")
-        refused(lambda: listing.list_images(listed), tmp_path)
+        refused(lambda: list(listing.list_images(listed, Counter())), tmp_path)
         pq.write_table(pa.table({}), file)
-        refused(lambda: listing.list_images(listed), tmp_path)
+        refused(lambda: list(listing.list_images(listed, Counter())), tmp_path)
 
 
 # ---- options -------------------------------------------------------------------------------------

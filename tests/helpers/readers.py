@@ -4,6 +4,7 @@ or raises `UserError`."""
 import contextlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,7 +133,8 @@ def captions(file: Path) -> None:
 
 
 def list_of_images(file: Path) -> None:
-    listing.list_images(BatchConfig(images=str(file), output="unused", model="unused"))
+    config = BatchConfig(images=str(file), output="unused", model="unused")
+    list(listing.list_images(config, Counter()))
 
 
 def archive(file: Path) -> None:
