@@ -48,6 +48,11 @@ def test_ingest(benchmark: Benchmark, scenes: Path) -> None:
     benchmark("ingest", "--images_from", folder, "--images", "8", "--rounds", "1")
 
 
+@pytest.mark.soak
+def test_plan(benchmark: Benchmark) -> None:
+    benchmark("plan", "--objects", "45000", "--theirs", "3000", "--milliseconds", "0")
+
+
 @pytest.mark.usefixtures("java")
 @pytest.mark.soak
 def test_scores(benchmark: Benchmark, coco_eval: Path) -> None:

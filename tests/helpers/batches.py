@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary
 from model_lib.batch.planning import Plan, output_folder, resolve, write_plan
+from model_lib.batch.rows import FIELDS, METADATA_KEY, write_table
 
 
 def batch_config(images: object, output: object, model: object, **options: object) -> BatchConfig:
@@ -21,6 +23,15 @@ def batch_config(images: object, output: object, model: object, **options: objec
 def make_plan(config: BatchConfig) -> Plan:
     config = resolve(config)
     return write_plan(config, output_folder(config))
+
+
+def write_captions(plan: Plan, index: int, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a shard's rows as if a model had captioned its images; each row but its URI."""
+    pairs = zip(plan.images(index), rows, strict=True)
+    row = {"status": "ok", "caption": "red", "score": -1.5, "model": "m"}
+    schema = pa.schema(FIELDS).with_metadata({METADATA_KEY: '{"seconds": 1}'})
+    table = pa.Table.from_pylist([{**row, **own, "uri": image.uri} for image, own in pairs], schema)
+    write_table(table, plan.captions_uri(index))
 
 
 def rows_of(files: Iterable[Any]) -> list[dict]:

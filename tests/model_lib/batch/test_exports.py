@@ -10,18 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from model_lib import UserError
 from model_lib.batch.batching import batch
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import Summary, merge
-from model_lib.batch.rows import FIELDS, METADATA_KEY
+from model_lib.batch.rows import FIELDS
 from model_lib.data.coco import name_id
-from model_lib.io import storage
-from tests.helpers.batches import batch_config, file_times, make_plan, read_rows
+from tests.helpers.batches import batch_config, file_times, make_plan, read_rows, write_captions
 
 FIRST = "000000000001.jpg"
 ALL = "parquet,csv,jsonl,txt,coco"
@@ -34,12 +31,7 @@ def folder_of(summary: Summary) -> Path:
 def merged(config: BatchConfig, captions: list[str]) -> Path:
     """Return the output of images whose captions are given."""
     plan = make_plan(replace(config, shard_images=100))
-    row = {"status": "ok", "score": -1.5, "model": "m"}
-    images = zip(plan.images(0), captions, strict=True)
-    rows = [{**row, "uri": image.uri, "caption": caption} for image, caption in images]
-    schema = pa.schema(FIELDS).with_metadata({METADATA_KEY: '{"seconds": 1}'})
-    with storage.atomic_file(plan.captions_uri(0)) as part:
-        pq.write_table(pa.Table.from_pylist(rows, schema), part)
+    write_captions(plan, 0, [{"caption": caption} for caption in captions])
     return folder_of(merge(plan))
 
 

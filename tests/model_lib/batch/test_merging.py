@@ -1,12 +1,13 @@
 """Planned, captioned and merged apart, as a pipeline's steps do it; and the report."""
 
+import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,11 +19,9 @@ from model_lib.batch.captions import caption_part
 from model_lib.batch.config import BatchConfig
 from model_lib.batch.merging import merge, merge_planned
 from model_lib.batch.planning import load_plan
-from model_lib.batch.rows import FIELDS, METADATA_KEY
 from model_lib.errors import WorkError
-from model_lib.io import storage
 from model_lib.io.locks import output_lock
-from tests.helpers.batches import make_plan, read_rows
+from tests.helpers.batches import make_plan, read_rows, write_captions
 
 
 def test_planned_captioned_and_merged_apart_is_the_same_as_at_once(
@@ -118,12 +117,46 @@ def test_the_reports_large_images_are_not_all_in_memory_at_once(
     for number in range(1, 12):
         shutil.copy(large / "0.jpg", large / f"{number}.jpg")
     plan = make_plan(replace(config, images=str(large), shard_images=20))
-    row = {"status": "ok", "caption": "red", "score": -1.0}
-    rows = [{"uri": image.uri, **row} for image in plan.images(0)]
-    schema = pa.schema(FIELDS).with_metadata({METADATA_KEY: '{"seconds": 1}'})
-    with storage.atomic_file(plan.captions_uri(0)) as part:
-        pq.write_table(pa.Table.from_pylist(rows, schema), part)
+    write_captions(plan, 0, [{}] * 12)
     most_memory()
     before = most_memory()
     page = Path(merge(plan).report).read_text()
     assert page.count("data:image/jpeg;base64,") == 2 * 12 and most_memory() - before < 3 * 48_000
+
+
+MERGED = """
+import json, pathlib, sys
+from model_lib.batch.merging import merge
+from tests.helpers.batches import batch_config, make_plan, write_captions
+folder, count = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+names = (f"{n * 7919 % 1_000_003:09d}.jpg" for n in range(count))
+(folder / "list.txt").write_text("".join(f"gone/{name}\\n" for name in names))
+options = {"shard_images": 1000, "format": "csv,coco"}
+plan = make_plan(batch_config(folder / "list.txt", folder / "out", sys.argv[3], **options))
+failed = {"status": "error", "caption": None, "score": None, "error": "missing: no such file"}
+for index, shard in enumerate(plan.shards):
+    write_captions(plan, index, [failed if n % 9 == 0 else {} for n in range(shard.images)])
+planned = int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+summary = merge(plan)
+merged = int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+page = pathlib.Path(summary.report).stat().st_size
+print(json.dumps([summary.images, planned / 1024, merged / 1024, page]))
+"""
+
+
+def test_memory_and_the_report_do_not_grow_with_the_images(
+    saved_model: Path, tmp_path: Path
+) -> None:
+    """Each image as an object, with its row, would take 100 MB more."""
+    figures = []
+    for count in (2_000, 82_000):
+        (tmp_path / str(count)).mkdir()
+        command = [sys.executable, "-c", MERGED, str(tmp_path / str(count)), str(count)]
+        command.append(str(saved_model))
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        figures.append(json.loads(done.stdout))
+    (few, planned, merged, page), (many, later_planned, later_merged, later_page) = figures
+    assert (few, many) == (2_000, 82_000)
+    assert later_planned - planned < 40 and later_merged - merged < 40, figures
+    assert later_page < page + 20_000, figures
