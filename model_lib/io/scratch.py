@@ -1,11 +1,11 @@
 """Tables on disk for what may not fit into memory, in a file that ends with the process.
 
-SQLite keeps what fits in `CACHE` KiB in memory and the rest in a file without a name in `TMPDIR`.
+SQLite keeps what fits in `CACHE` KiB in memory and the rest in a file without a name in
+`TMPDIR`, or /var/tmp.
 """
 
 import contextlib
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 
 from model_lib.errors import WorkError
@@ -29,7 +29,7 @@ def scratch_errors() -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         remedy = "make room there, or let TMPDIR name another folder"
-        raise WorkError(f"{tempfile.gettempdir()}: {error}; {remedy}") from error
+        raise WorkError(f"the folder of temporary files: {error}; {remedy}") from error
 
 
 class DiskSet:
