@@ -30,6 +30,7 @@ from model_lib.io.validation import (
     require_values,
 )
 from model_lib.progress import Progress
+from model_lib.tracking.runs import RunData
 
 FORMAT_VERSION = 1
 WINDOW = 4096
@@ -86,6 +87,14 @@ class Manifest:
         uris = [s.uri if "/" in s.uri else storage.join(folder, s.uri) for s in self.shards]
         shards = [replace(shard, uri=uri) for shard, uri in zip(self.shards, uris, strict=True)]
         return replace(self, shards=shards)
+
+    def as_input(self, uri: str, split: str, context: str) -> RunData:
+        """Return a split as the input of a run; `uri` is where the manifest was read."""
+        source = self.configuration.get("dataset") or uri.removesuffix("/manifest.json")
+        name = storage.absolute(source).rpartition("/")[2]
+        uri = storage.absolute(uri)
+        images = self.counts.get(split, 0)
+        return RunData(f"{name}-{split}", self.fingerprint, uri, context, images)
 
     def require_split(self, split: str) -> None:
         """Raise `UserError` unless there are images in `split`."""

@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evalua
             curves = {} if run_id is None else {run_id: read_curves(config.model)}
             result.write(config.output, render_report(result, others=others, curves=curves))
             storage.write_json(unsent, mark)
-        _log_scores(config.output, evaluation, tracking, mark["key"])
+        _log_scores(config, evaluation, tracking, mark["key"])
         storage.remove(unsent)
         return evaluation
 
@@ -83,21 +83,27 @@ def _key(config: EvaluateConfig) -> str:
     return config.key(read_manifest(config.data).fingerprint, about, __version__)
 
 
-def _log_scores(folder: str, evaluation: Evaluation, tracking: Tracking, key: str) -> None:
+def _log_scores(
+    config: EvaluateConfig, evaluation: Evaluation, tracking: Tracking, key: str
+) -> None:
     """Log an evaluation that is written to the run of the model's training.
 
     Another project's model has none: its evaluation gets a run of its own, found again by `key`.
     """
     if evaluation.mlflow_run_id is None and not evaluation.rival:
         return
+    folder = config.output
     page = storage.read_bytes(storage.join(folder, "report.html")).decode()
+    manifest = read_manifest(config.data)
+    data = manifest.as_input(config.data, config.split, "evaluation")
     metrics, tags = evaluation_metrics(evaluation), evaluation_tags(evaluation)
     try:
         run_id = evaluation.mlflow_run_id
         if run_id is None:
             run_id = tracking.finished_run(evaluation.name, key)
         if run_id is not None:
-            tracking.add(run_id, metrics, tags, {"evaluation/report.html": page})
+            pages = {"evaluation/report.html": page}
+            tracking.add(run_id, metrics, tags, pages, data, evaluation.model)
     except Exception as error:
         raise WorkError(
             f"{folder}: is written, but its scores are not in MLflow ({reason(error)}); the same "

@@ -34,7 +34,8 @@ def log_outcome(registered: Registered, tracking: MlflowTracking) -> None:
         "captioner.decision": registered.reason,
     }
     note = decision_markdown(registered, tracking)
-    tracking.conclude(evaluation_metrics(winner), {**evaluation_tags(winner), **tags}, note)
+    metrics, tags = evaluation_metrics(winner), {**evaluation_tags(winner), **tags}
+    tracking.conclude(metrics, tags, note, winner.mlflow_run_id)
 
 
 def serving_model(registered: Registered) -> str:

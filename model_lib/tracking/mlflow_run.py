@@ -17,7 +17,8 @@ from model_lib.errors import printable
 from model_lib.io.retries import retry
 from model_lib.tracking.errors import fail_fast, mlflow_errors, reason
 from model_lib.tracking.metrics import parse_points
-from model_lib.tracking.runs import Run, Tags, Values
+from model_lib.tracking.models import ensure_model, log_data
+from model_lib.tracking.runs import Run, RunData, Tags, Values
 
 log = logging.getLogger(__name__)
 INTERVAL, LONGEST_PAUSE = 5.0, 60.0
@@ -33,7 +34,10 @@ class MlflowRun(Run):
         params, tags: set when the run begins.
         folder, step: see `Run`.
         finished: whether it had finished before; then it is left alone unless more is logged.
+        data, model: see `Tracking.start`.
     """
+
+    run_id: str
 
     def __init__(
         self,
@@ -44,8 +48,11 @@ class MlflowRun(Run):
         folder: str,
         step: int,
         finished: bool = False,
+        data: RunData | None = None,
+        model: str | None = None,
     ) -> None:
         super().__init__(folder, step)
+        self.data, self.model = data, model
         self.client, self.run_id = client, run_id
         self.params, self.tags, self.finished = params, tags, finished
         self.server = printable(client.tracking_uri)
@@ -69,6 +76,8 @@ class MlflowRun(Run):
         with mlflow_errors(self.server):
             self.client.update_run(self.run_id, status="RUNNING")
             self.client.log_batch(self.run_id, params=params, tags=tags)
+            if self.data is not None:
+                log_data(self.client, self.run_id, self.data)
         self.finished = False
         self.stack.enter_context(fail_fast())
         # A daemon: a call that hangs must not keep the process from ending.
@@ -117,6 +126,8 @@ class MlflowRun(Run):
 
     def _end(self, status: str) -> None:
         self._upload()
+        if self.model is not None and status == "FINISHED":
+            ensure_model(self.client, self.run_id, self.model)
         self.client.set_terminated(self.run_id, status)
 
     def __exit__(self, kind: type | None, *_: object) -> None:

@@ -10,13 +10,14 @@ VERSION_TAG = "captioner.version"
 COMMIT_TAG = "mlflow.source.git.commit"
 
 
-def code_version() -> dict[str, str]:
-    """Return the tags for the running code's version and git commit.
+def code_version(command: str) -> dict[str, str]:
+    """Return the tags for a run's source: captioner's command, version and git commit.
 
     An image has the commit from which it was built in a file. A working copy has its own, with
     "-dirty" if files were changed.
     """
-    tags = {VERSION_TAG: model_lib.__version__}
+    tags = {VERSION_TAG: model_lib.__version__, "mlflow.source.name": f"captioner {command}"}
+    tags["mlflow.source.type"] = "LOCAL"
     package = Path(model_lib.__file__).parent
     if (package / "REVISION").exists():
         tags[COMMIT_TAG] = (package / "REVISION").read_text().strip()

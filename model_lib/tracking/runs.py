@@ -1,6 +1,7 @@
 """Runs as training and evaluation see them; here without a tracking server."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 from model_lib.errors import UserError, WorkError
@@ -8,6 +9,20 @@ from model_lib.tracking.metrics import MetricsFile
 
 Values = Mapping[str, Any]
 Tags = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A split of a data set, as the input of a run."""
+
+    name: str
+    digest: str
+    """The data set's fingerprint."""
+    uri: str
+    """Of the manifest."""
+    context: str
+    """training or evaluation."""
+    images: int
 
 
 class Run:
@@ -63,7 +78,15 @@ class Tracking:
         """Raise `WorkError` if the server does not answer, before any work is done."""
 
     def start(
-        self, name: str, key: str | None, params: Values, tags: Tags, folder: str, step: int = 0
+        self,
+        name: str,
+        key: str | None,
+        params: Values,
+        tags: Tags,
+        folder: str,
+        step: int = 0,
+        data: RunData | None = None,
+        model: str | None = None,
     ) -> Run:
         """Start a run, or go on with the one that was started with the same key.
 
@@ -77,6 +100,8 @@ class Tracking:
             tags: by name.
             folder: the training's output, see `Run`.
             step: at which the training starts.
+            data: what it trains on.
+            model: folder or URI of the best model once the run has finished.
         """
         return Run(folder, step)
 
@@ -85,8 +110,21 @@ class Tracking:
         its id, or None without a server."""
         return None
 
-    def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
-        """Add final metrics, tags and HTML pages (by path) to a run that has ended."""
+    def add(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        tags: Tags,
+        pages: Tags,
+        data: RunData | None = None,
+        model: str | None = None,
+    ) -> None:
+        """Add final metrics, tags and HTML pages (by path) to a run that has ended.
+
+        Args:
+            data: with which the metrics were measured.
+            model: folder, URI or name of the run's model, to which the metrics belong.
+        """
 
 
 NO_TRACKING = Tracking()

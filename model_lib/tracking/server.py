@@ -26,16 +26,15 @@ from model_lib.errors import UserError, printable
 from model_lib.io import storage
 from model_lib.tracking.errors import FAIL_FAST, find, mlflow_errors
 from model_lib.tracking.mlflow_run import MlflowRun
+from model_lib.tracking.models import LONGEST_DIGEST, NOTE_TAG, ensure_model, log_data
 from model_lib.tracking.revision import VERSION_TAG, code_version
-from model_lib.tracking.runs import NO_TRACKING, Run, Tags, Tracking, Values
+from model_lib.tracking.runs import NO_TRACKING, Run, RunData, Tags, Tracking, Values
 
 log = logging.getLogger(__name__)
 EXPERIMENT = "captioner"
 PIPELINE_RUN_TAG = "kfp.pipeline_run_id"
 RUN_URL_TAG = "kfp.pipeline_run_url"
 PARENT_TAG = "mlflow.parentRunId"
-NOTE_TAG = "mlflow.note.content"
-"""What MLflow shows as a run's description."""
 RUN_TAG = "captioner.run"
 """Tag by which a training run is found again."""
 NOTIFIED_TAG = "captioner.notified"
@@ -112,27 +111,38 @@ class MlflowTracking(Tracking):
             self.client.get_experiment(self.experiment_id)
 
     def start(
-        self, name: str, key: str | None, params: Values, tags: Tags, folder: str, step: int = 0
+        self,
+        name: str,
+        key: str | None,
+        params: Values,
+        tags: Tags,
+        folder: str,
+        step: int = 0,
+        data: RunData | None = None,
+        model: str | None = None,
     ) -> Run:
         with mlflow_errors(self.uri):
             key_tag = {RUN_TAG: key} if key else {}
             pipeline_tags = self._pipeline_tags()
-            tags = {**code_version(), **tags, **pipeline_tags, **key_tag}
+            tags = {**code_version("train"), **tags, **pipeline_tags, **key_tag}
             if key and (runs := self._search(f"tags.`{RUN_TAG}` = '{key}'")):
                 run = runs[0]
                 if run.data.params:  # else it was killed before they were logged
                     params = {}
                 run_id, finished = run.info.run_id, run.info.status == "FINISHED"
-                return MlflowRun(self.client, run_id, params, tags, folder, step, finished)
-            run_id = self.own_run_id or self._create_run(name, {**pipeline_tags, **key_tag})
-            self.client.update_run(run_id, name=name)
-            return MlflowRun(self.client, run_id, params, tags, folder, step)
+            else:
+                run_id = self.own_run_id or self._create_run(name, {**pipeline_tags, **key_tag})
+                finished = False
+                self.client.update_run(run_id, name=name)
+            own = (run_id, params, tags, folder, step, finished, data, model)
+            return MlflowRun(self.client, *own)
 
     def finished_run(self, name: str, key: str | None = None) -> str:
         if key and (runs := self._search(f"tags.`{RUN_TAG}` = '{key}'")):
             return str(runs[0].info.run_id)
         key_tag = {RUN_TAG: key} if key else {}
-        run_id = self._create_run(name, {**code_version(), **self._pipeline_tags(), **key_tag})
+        tags = {**code_version("evaluate"), **self._pipeline_tags(), **key_tag}
+        run_id = self._create_run(name, tags)
         self.client.set_terminated(run_id)
         return run_id
 
@@ -140,12 +150,18 @@ class MlflowTracking(Tracking):
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         return str(run.info.run_id)
 
-    def _log(self, run_id: str, metrics: Mapping[str, float], tags: Tags) -> None:
-        """Log final metrics, and the tags that are not empty."""
+    def _log(
+        self, run_id: str, metrics: Mapping[str, float], tags: Tags, **measured: str | None
+    ) -> None:
+        """Log final metrics, and the tags that are not empty.
+
+        Args:
+            measured: model and data set of the metrics, as `Metric` takes them.
+        """
         from mlflow.entities import Metric, RunTag
 
         now = int(time.time() * 1000)
-        points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        points = [Metric(name, float(value), now, 0, **measured) for name, value in metrics.items()]
         run_tags = [RunTag(name, value) for name, value in tags.items() if value]
         self.client.log_batch(run_id, metrics=points, tags=run_tags)
 
@@ -154,12 +170,27 @@ class MlflowTracking(Tracking):
         run = find(lambda: self.client.get_run(run_id))
         return run is not None and run.info.lifecycle_stage == "active"
 
-    def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
+    def add(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        tags: Tags,
+        pages: Tags,
+        data: RunData | None = None,
+        model: str | None = None,
+    ) -> None:
         if not self.knows(run_id):
             message = "MLflow run %s is not at %s; its scores are not logged there"
             log.warning(message, run_id, printable(self.uri))
             return
-        self._log(run_id, metrics, tags)
+        measured: dict[str, str | None] = {}
+        if data is not None:
+            log_data(self.client, run_id, data)
+            digest = data.digest[:LONGEST_DIGEST]
+            measured = {"dataset_name": data.name, "dataset_digest": digest}
+        if model is not None:
+            measured["model_id"] = ensure_model(self.client, run_id, model)
+        self._log(run_id, metrics, tags, **measured)
         for path, page in pages.items():
             self.client.log_text(run_id, page, path)
 
@@ -192,12 +223,12 @@ class MlflowTracking(Tracking):
         that are over."""
         if self.pipeline_run_id is None:
             return
-        run = self.pipeline_run()
+        run, version = self.pipeline_run(), code_version("pipeline")
         if run is None:
-            self._create_run(name, {PIPELINE_RUN_TAG: self.pipeline_run_id, **code_version()})
+            self._create_run(name, {PIPELINE_RUN_TAG: self.pipeline_run_id, **version})
         else:
             link = {} if NOTE_TAG in run.data.tags else {NOTE_TAG: _link(run)}
-            self._log(run.info.run_id, {}, {**code_version(), **link})
+            self._log(run.info.run_id, {}, {**version, **link})
         self._end_abandoned(run_state)
 
     def _end_abandoned(self, run_state: RunState | None) -> None:
@@ -230,11 +261,22 @@ class MlflowTracking(Tracking):
             else:
                 self._close(run.info.run_id, ENDED[state])
 
-    def conclude(self, metrics: Mapping[str, float], tags: Tags, note: str) -> None:
-        """Add the outcome to the pipeline run's own run; the note is Markdown."""
+    def conclude(
+        self, metrics: Mapping[str, float], tags: Tags, note: str, winner: str | None = None
+    ) -> None:
+        """Add the outcome to the pipeline run's own run.
+
+        Args:
+            note: Markdown.
+            winner: id of the run whose metrics they are; its data sets are the pipeline run's, too.
+        """
         run = self.pipeline_run()
-        if run is not None:
-            self._log(run.info.run_id, metrics, {**tags, NOTE_TAG: _link(run) + note})
+        if run is None:
+            return
+        self._log(run.info.run_id, metrics, {**tags, NOTE_TAG: _link(run) + note})
+        if winner is not None and self.knows(winner):
+            inputs = self.client.get_run(winner).inputs.dataset_inputs
+            self.client.log_inputs(run.info.run_id, datasets=inputs)
 
     def close_pipeline(self, succeeded: bool) -> Any:
         """End the pipeline run's own run, and as failed those that its steps left open.

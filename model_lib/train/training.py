@@ -186,7 +186,14 @@ class Trainer:
         }
         params = {**config.to_dict(), **self.reward}
         return self.tracking.start(
-            config.name, key, params, tags, folder=config.output, step=self.step
+            config.name,
+            key,
+            params,
+            tags,
+            folder=config.output,
+            step=self.step,
+            data=manifest.as_input(config.data, "train", "training"),
+            model=self.saver.best_uri,
         )
 
     def _train_epoch(self, metrics: MetricLogger) -> None:

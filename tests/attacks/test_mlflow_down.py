@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 
+from model_lib.data.shards import read_manifest
 from model_lib.errors import WorkError
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
@@ -132,10 +133,13 @@ def test_a_server_that_accepts_calls_and_never_answers_is_named(
 def test_away_in_the_middle_training_goes_on_and_all_points_arrive(
     server: Server, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
+    # The server may be back before the client has tried three times.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracking = MlflowTracking(server.address)
     before_step(monkeypatch, {2: server.stop, 10: server.start})
     train(options(data, tmp_path / "middle"), tracking)
-    assert only_run(tracking, "middle").info.status == "FINISHED"
+    run = only_run(tracking, "middle")
+    assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
     assert has_all_points(tracking, tmp_path / "middle")
     assert caplog.text.count("training goes on, and its points are kept") == 1
 
@@ -157,6 +161,9 @@ def test_away_at_the_end_the_model_is_safe_and_the_same_command_sends_the_points
     assert not steps and trained.steps == 12
     run = only_run(tracking, "end")
     assert run.info.run_id == trained.run_id and run.info.status == "FINISHED"
+    (output,) = run.outputs.model_outputs
+    model = tracking.client.get_logged_model(output.model_id)
+    assert model.status == "READY" and model.tags["mlflow.note.content"] == trained.model
     assert has_all_points(tracking, tmp_path / "end") and best == weights.read_bytes()
     train(config, tracking)
     end_time = only_run(tracking, "end").info.end_time
@@ -219,8 +226,21 @@ def test_away_when_an_evaluation_is_logged_the_same_command_only_sends(
             evaluate(config, tracking)
         server.back()
         evaluation = evaluate(config, tracking)
-    metrics = tracking.client.get_run(model.run_id).data.metrics
-    assert metrics["val_CIDEr"] == evaluation.scores["CIDEr"]
+    run = tracking.client.get_run(model.run_id)
+    assert run.data.metrics["val_CIDEr"] == evaluation.scores["CIDEr"]
+    (output,) = run.outputs.model_outputs
+    logged = tracking.client.get_logged_model(output.model_id)
+    (score,) = (metric for metric in logged.metrics if metric.key == "val_CIDEr")
+    inputs = {row.tags[0].value: row.dataset for row in run.inputs.dataset_inputs}
+    fingerprint = read_manifest(str(data)).fingerprint
+    assert (
+        fingerprint.startswith(score.dataset_digest) and score.value == evaluation.scores["CIDEr"]
+    )
+    assert {context: row.name.rpartition("-")[2] for context, row in inputs.items()} == {
+        "training": "train",
+        "evaluation": "val",
+    }
+    assert {row.digest for row in inputs.values()} == {score.dataset_digest}
     assert scores == (folder / "scores.json").read_bytes()
     assert not (folder / "unsent.json").exists(), "the next call evaluates again"
 

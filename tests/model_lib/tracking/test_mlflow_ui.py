@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import mlflow
 import numpy as np
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, Page, expect
 
 from model_lib.evaluate.result import Evaluation
 from model_lib.evaluate.scorecard import evaluation_metrics, evaluation_tags
+from model_lib.tracking.runs import RunData
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.config import TrainConfig
 from tests.helpers.browser import browser_page
@@ -20,6 +21,7 @@ KFP_ADDRESS = "https://kfp.example.com/#/runs/details/kfp-ui"
 SCROLL = """(grids, top) => {
     for (const grid of grids) if (getComputedStyle(grid).overflowY === "auto") grid.scrollTop = top;
 }"""
+DIGEST = "d" * 36
 CIDER = {"five-captions": 1.234, "one-caption": 0.987}
 
 
@@ -40,15 +42,21 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowTrackin
         tracking.open_pipeline("nightly")
         for name, captions in (("five-captions", 5), ("one-caption", 1)):
             config = TrainConfig(data="data", output=name, name=name, captions_per_image=captions)
-            tags = {"captioner.data_fingerprint": "d"}
-            output = str(tmp_path_factory.mktemp(name))
-            with tracking.start(name, None, config.to_dict(), tags, output) as run:
+            data = [
+                RunData(f"coco-{split}", "d" * 64, "gs://bucket/data", context, 1000)
+                for split, context in (("train", "training"), ("val", "evaluation"))
+            ]
+            folder = str(tmp_path_factory.mktemp(name))
+            model, params = f"{folder}/best", config.to_dict()
+            run = tracking.start(name, None, params, {}, folder, data=data[0], model=model)
+            with run:
                 for number in range(10):
                     run.log({"train_loss": 5.0 / (number + captions)}, number)
             metrics, tags = evaluation_metrics(evaluation(name)), evaluation_tags(evaluation(name))
-            tracking.add(str(run.run_id), metrics, tags, {})
+            tracking.add(str(run.run_id), metrics, tags, {}, data[1], model)
         metrics = evaluation_metrics(evaluation("five-captions"))
-        tracking.conclude(metrics, {"captioner.winner": "five-captions"}, "## Version 1")
+        outcome, winner = {"captioner.winner": "five-captions"}, runs(tracking)["five-captions"]
+        tracking.conclude(metrics, outcome, "## Version 1", winner)
         tracking.close_pipeline(succeeded=True)
         yield tracking
 
@@ -119,7 +127,28 @@ def test_the_table_shows_a_pipelines_run_with_its_candidates_under_it(
         expect(page.get_by_role("link", name="one-caption")).to_have_count(0)
         page.locator(".ag-row button").first.click()  # opens the pipeline's run
         for name in CIDER:
-            expect(page.get_by_role("link", name=name)).to_be_visible()
+            for link in page.get_by_role("link", name=name).all():  # its run and its model
+                expect(link).to_be_visible()
+            expect(cell(page, "Models", name)).to_have_count(1)
+        expect(cell(page, "Dataset", f"coco-train ({DIGEST})")).to_have_count(3)
+        expect(cell(page, "Dataset", f"coco-val ({DIGEST})")).to_have_count(3)
+        expect(cell(page, "Source", "captioner train")).to_have_count(2)
+        expect(cell(page, "Source", "captioner pipeline")).to_have_count(1)
+
+
+def cell(page: Page, column: str, text: str) -> Locator:
+    """Return the cells of a column in the table of runs that have a text."""
+    return page.locator(f".ag-cell[col-id='attributes.`{column}`']").filter(has_text=text)
+
+
+def test_a_models_page_has_its_scores_on_their_data(tracking: MlflowTracking) -> None:
+    with browser_page(height=2000) as page:
+        page.set_default_timeout(60_000)
+        page.goto(f"{tracking.uri}/#/experiments/{tracking.experiment_id}/models")
+        page.get_by_role("link", name="five-captions").first.click()
+        row = page.get_by_role("row").filter(has_text="val_CIDEr_high")
+        expect(row).to_contain_text(f"coco-val (#{DIGEST})")
+        expect(row).to_contain_text("1.345")
 
 
 def test_a_pipelines_run_leads_to_kubeflow_and_says_what_came_of_it(
