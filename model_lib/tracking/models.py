@@ -18,13 +18,21 @@ NOTE_TAG = "mlflow.note.content"
 def log_data(client: Any, run_id: str, data: RunData) -> None:
     """Add a data set to a run's inputs; one that is there stays as it is."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     source_type = "local" if storage.is_local(data.uri) else data.uri.partition(":")[0]
     source, profile = json.dumps({"uri": data.uri}), json.dumps({"num_rows": data.images})
     digest = data.digest[:LONGEST_DIGEST]
     dataset = Dataset(data.name, digest, source_type, source, profile=profile)
     tag = InputTag("mlflow.data.context", data.context)
-    client.log_inputs(run_id, datasets=[DatasetInput(dataset, [tag])])
+    inputs = [DatasetInput(dataset, [tag])]
+    try:
+        client.log_inputs(run_id, datasets=inputs)
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        # Another candidate's process has just created the same data set, which is now there.
+        client.log_inputs(run_id, datasets=inputs)
 
 
 def ensure_model(client: Any, run_id: str, uri: str) -> str:

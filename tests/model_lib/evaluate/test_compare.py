@@ -104,7 +104,8 @@ class Server(Tracking):
         run_id: str,
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
-        files: Mapping[str, bytes],
+        files: Mapping[str, str],
+        *_: object,
     ) -> None:
         self.runs[run_id] = (self.runs[run_id][0], metrics, tags)
 

@@ -23,7 +23,7 @@ from model_lib.scores.diversity import describe
 from model_lib.scores.metrics import Scores, score_captions
 from model_lib.scores.significance import corpus_scores, meteor
 from model_lib.scores.spice import MODELS
-from model_lib.tracking.runs import Tags, Tracking
+from model_lib.tracking.runs import RunData, Tags, Tracking
 from model_lib.train.config import TrainConfig
 from model_lib.train.training import train
 
@@ -268,8 +268,18 @@ class Recording(Tracking):
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
 
-    def add(self, run_id: str, metrics: Mapping[str, float], tags: Tags, pages: Tags) -> None:
+    def add(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        tags: Tags,
+        pages: Tags,
+        data: RunData | None = None,
+        model: str | None = None,
+    ) -> None:
         self.metrics |= metrics
+        assert data is not None and (data.context, data.images) == ("evaluation", 12)
+        assert model is not None and model.endswith("/run/best")
         assert "x, val: 1 at step 2" in pages["evaluation/report.html"]
 
 

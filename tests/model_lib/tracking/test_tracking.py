@@ -4,8 +4,10 @@ happens."""
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import mlflow
 import pytest
 
 from model_lib import UserError, __version__
-from model_lib.tracking.runs import Run
+from model_lib.tracking.runs import Run, RunData
 from model_lib.tracking.server import (
     MlflowTracking,
     adopt_secret,
@@ -79,6 +81,30 @@ def test_candidates_are_nested_under_the_pipelines_run(
     tracking.close_pipeline(succeeded=True)
     status = {name: run.info.status for name, run in runs().items()}
     assert status == {"train-captioner 1": "FINISHED", "one": "FINISHED", "two": "FAILED"}
+
+
+def test_candidates_that_begin_at_once_have_the_same_data_set(
+    server: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tracking = step(environment, MLFLOW_TRACKING_URI=server)
+    tracking.require_answer()
+    barrier = threading.Barrier(4)
+
+    def begin(number: int) -> str:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        data = RunData("coco-train", f"{number // 4:064}", "gs://b/data", "training", 9)
+        run = tracking.start(str(number), None, {}, {}, str(folder), data=data)
+        barrier.wait()
+        with run:
+            return str(run.run_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(begin, range(12)))
+    for run_id in ids:
+        (row,) = tracking.client.get_run(run_id).inputs.dataset_inputs
+        assert (row.dataset.source, row.tags[0].value) == ('{"uri": "gs://b/data"}', "training")
+        assert row.dataset.profile == '{"num_rows": 9}'
 
 
 KILLED = """
