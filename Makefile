@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install java browser demo quick test pytest soak fuzz audit lint images push test-containers compile clean
+.PHONY: help install java browser demo quick test pytest soak fuzz audit lint images push test-containers test-cluster compile clean
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -106,6 +106,12 @@ test-containers: $(INSTALLED)  ## build the images and run both pipelines in the
 		echo "no docker-registry: make push is not tested (apt-get install docker-registry)" >&2
 	tests/containers/engine $(MAKE) images
 	$(BIN)/pytest -m containers tests/containers
+
+# The images must be where the cluster gets them from (make push), and its secret `captioner` be there.
+# BUCKET: a bucket, or a folder that the cluster mounts under the same path; MLFLOW: as this machine reaches it.
+test-cluster: $(INSTALLED)  ## run both pipelines on a cluster: KFP=http://… BUCKET=… MLFLOW=… NODES=2
+	CAPTIONER_CLUSTER_KFP=$(KFP) CAPTIONER_CLUSTER_BUCKET=$(BUCKET) CAPTIONER_CLUSTER_MLFLOW=$(MLFLOW) \
+		CAPTIONER_CLUSTER_NODES=$(NODES) $(BIN)/pytest -vv -s -r pfsE --no-fold-skipped -m cluster tests/cluster
 
 compile: $(INSTALLED)  ## compile the pipelines to pipelines/compiled
 	$(BIN)/captioner compile

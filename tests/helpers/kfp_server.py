@@ -139,12 +139,15 @@ class KfpServer(ApiServer):
             f"GET {api}/pipelines/([^/]+)/versions": lambda owner: self._versions(owner, query),
             f"POST {api}/pipelines/upload_version": upload,
             f"POST {api}/runs": lambda: self._start(document(), self.runs, "run_id"),
+            f"GET {api}/runs": lambda: self._list(query),
             f"GET {api}/runs/([^/]+)": self._look,
+            f"POST {api}/runs/([^/]+):terminate": self._terminate,
             "GET /apis/v1beta1/runs/([^/]+)": self._manifest,
             "GET /apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log": self._log,
             "GET /k8s/pod/logs": lambda: self._ui_log(query),
             f"GET {api}/recurringruns": lambda: {"recurringRuns": named(recurring, query)},
             f"POST {api}/recurringruns": lambda: self._schedule(document()),
+            f"DELETE {api}/recurringruns/([^/]+)": lambda key: recurring.pop(key) and {},
         }
         for pattern, function in routes.items():
             if match := re.fullmatch(pattern, f"{request.command} {path}"):
@@ -207,6 +210,20 @@ class KfpServer(ApiServer):
         if cron and len(cron.split()) != 6:
             raise Refused(400, f"Invalid input error: cron is not a supported format: {cron}")
         return self._start(row, self.recurring, "recurring_run_id")
+
+    def _list(self, query: dict[str, str]) -> dict:
+        """List an experiment's runs; each recurring run has fired once by then."""
+        fired = {run.get("recurring_run_id") for run in self.runs.values()}
+        for key in self.recurring.keys() - fired:
+            names = ("display_name", "experiment_id", "pipeline_version_reference")
+            row = {name: self.recurring[key][name] for name in (*names, "runtime_config")}
+            self._start({**row, "recurring_run_id": key}, self.runs, "run_id")
+        rows = self.runs.values()
+        return {"runs": [run for run in rows if run["experiment_id"] == query["experiment_id"]]}
+
+    def _terminate(self, run_id: str) -> dict:
+        self.runs[run_id]["state"] = "CANCELED"
+        return {}
 
     def _look(self, run_id: str) -> dict:
         if run_id not in self.runs:
