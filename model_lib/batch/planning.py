@@ -240,7 +240,8 @@ def _keep_captions(plan: Plan, current: ImageTable) -> Iterator[list[ListedImage
     its name.
     """
     missing = set(plan.missing())
-    for index in range(len(plan.shards)):
+    # Those to be captioned come last, so that workers get as many of them each.
+    for index in sorted(range(len(plan.shards)), key=missing.__contains__):
         images = plan.images(index)
         kept = [image for image in images if current.holds(image)]
         if index in missing:
