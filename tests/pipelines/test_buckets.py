@@ -17,6 +17,7 @@ from components.train.component import train
 from model_lib.data.shards import read_manifest
 from model_lib.steps.artifacts import set_metadata
 from model_lib.steps.candidates import configure_candidates
+from model_lib.steps.form import candidate_configs
 from tests.helpers.batches import read_output
 from tests.helpers.in_s3 import WORKFLOW, cloud
 from tests.helpers.kfp_server import take_output
@@ -47,15 +48,16 @@ def test_without_mlflow_training_and_evaluation_leave_what_kubeflow_takes(
 ) -> None:
     """Of the other steps, those that write artifacts have nothing of MLflow in them, or need it."""
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
-    fingerprint, candidates = read_manifest(str(data)).fingerprint, [{"name": "one", "epochs": 1}]
-    sources = (str(data), fingerprint, str(tmp_path), "")
-    (candidate,) = configure_candidates(*sources, candidates, preset="tiny")
+    configs = candidate_configs([{"name": "one", "epochs": 1}], "tiny", {})
+    fingerprint = read_manifest(str(data)).fingerprint
+    (candidate,) = configure_candidates(configs, str(data), fingerprint, str(tmp_path))
     root = tmp_path / "root"
     artifacts = {name: kind(uri=str(root / name)) for name, kind in KINDS.items()}
     for artifact in artifacts.values():
         artifact.path = artifact.uri
     train.python_func(candidate, artifacts["model"])
-    evaluate.python_func(candidate, 1, 4, "", artifacts["metrics"], artifacts["report"])
+    options = {"num_beams": 1, "limit": 4}
+    evaluate.python_func(candidate, options, artifacts["metrics"], artifacts["report"])
     left = {
         name: {"artifacts": [{"name": name, "uri": artifact.uri, "metadata": artifact.metadata}]}
         for name, artifact in artifacts.items()

@@ -19,6 +19,7 @@ from model_lib.registry.model_uris import pin_version
 from model_lib.registry.registry import champion_version, register
 from model_lib.steps.candidates import candidate_config, configure_candidates
 from model_lib.steps.evaluation import evaluate_champion, evaluate_model
+from model_lib.steps.form import candidate_configs
 from model_lib.steps.outcome import decision_markdown
 from model_lib.tracking.metrics import read_curves
 from model_lib.tracking.server import MlflowTracking
@@ -40,7 +41,7 @@ def candidate(data: Path, folder: Path, tracking: MlflowTracking, name: str, epo
         data=str(data), output=str(folder / name), preset="tiny", epochs=epochs, name=name
     )
     model = train(config, tracking).model
-    return evaluate_model(model, str(data), model, tracking, num_beams=1)[1]
+    return evaluate_model(model, str(data), model, {"num_beams": 1}, tracking)[1]
 
 
 def rescore(folder: str, cider: float) -> str:
@@ -169,16 +170,12 @@ def test_a_uri_that_means_another_version_later_is_refused() -> None:
 def test_candidates_have_outputs_of_their_own_and_notice_other_data(data: Path) -> None:
     fingerprint = read_manifest(str(data)).fingerprint
 
-    def configure(*candidates: dict, cache_key: str = "") -> list[dict]:
-        options = {"preset": "tiny", "vision": "", "epochs": 0}
-        common = (str(data), fingerprint, "gs://b/c", cache_key)
-        return configure_candidates(*common, list(candidates), **options)
+    def configure(*candidates: dict) -> list[dict]:
+        configs = candidate_configs(list(candidates), "tiny", {})
+        return configure_candidates(configs, str(data), fingerprint, "gs://b/c")
 
     documents = configure({"name": "a"}, {"name": "b"})
     (other_seed,) = configure({"name": "a", "seed": 1})
-    (other_key,) = configure({"name": "a"}, cache_key="after files were deleted")
-    assert other_key != documents[0]
-    assert candidate_config(other_key) == candidate_config(documents[0])
     outputs = [candidate_config(document).output for document in (*documents, other_seed)]
     assert len(set(outputs)) == 3 and outputs[0].startswith("gs://b/c/a-")
     # A pipeline has no integers.
