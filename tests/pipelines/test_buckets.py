@@ -31,7 +31,7 @@ def test_a_bucket_of_s3_is_captioned_by_a_scheduled_run(
     with cloud(scenes, tmp_path) as services:
         services.fs.put(f"{saved_model}/", "bucket/model/", recursive=True)
         names = {"images": "scenes/val2017", "output": "captions", "model": "model"}
-        arguments = {f"caption_{name}": f"s3://bucket/{path}" for name, path in names.items()}
+        arguments = {name: f"s3://bucket/{path}" for name, path in names.items()}
         _, outputs = services.run("caption_bucket", arguments)
         rows = read_output("bucket/captions", services.fs)
         assert [row["status"] for row in rows] == ["ok"] * 12
