@@ -129,7 +129,7 @@ def test_explain_draws_the_attention(
         ("train --data x --output y --colour red", ["--colour"]),
         ("train --data gone --output y --preset tiny", ["gone", "captioner ingest"]),
         ("info --preset huge", ["huge"]),
-        ("ingest --annotations gone.json --images . --output o", ["gone.json: no such file"]),
+        ("ingest --annotations gone.json --images . --output o", ["gone.json: not there"]),
         ("ingest --dataset gone --output o", ["gone: not there"]),
         ("ingest --dataset nowhere://x --output o", ["nowhere"]),
         ("run --dataset gone", ["gone: not there"]),

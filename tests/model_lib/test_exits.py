@@ -11,7 +11,7 @@ from model_lib import exits
 from model_lib.errors import UserError, WorkError
 from model_lib.exits import MISTAKE, exit_in_one_line
 
-SHARD = {"plan": "/gone/listing.parquet", "shard": 0.0}
+PART = {"plan": "x/listing.parquet", "worker": 0.0, "workers": 1.0}
 
 
 @pytest.fixture()
@@ -32,7 +32,7 @@ def raising(error: Exception) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("work", "code", "line"),
     [
-        (lambda: caption.python_func(SHARD), 2, "/gone/plan.json: no such file"),
+        (lambda: caption.python_func(PART, "/gone"), 2, "/gone/x/plan.json: no such file"),
         (raising(UserError("a: is wrong")), 2, "captioner: error: a: is wrong"),
         (raising(WorkError("b: fails")), 1, "captioner: failed: b: fails"),
         (raising(MemoryError()), 1, "captioner: failed: out of memory; use a larger machine"),

@@ -63,7 +63,7 @@ def test_the_champion_stays_until_a_better_candidate_comes(
     client = tracking.client
     first = rescore(candidate(data, tmp_path, tracking, "first", 1), 0.5)
     second = rescore(candidate(data, tmp_path, tracking, "second", 2), 0.4)
-    assert evaluate_champion(str(data), str(tmp_path), tracking, num_beams=1) == "none"
+    assert evaluate_champion(str(data), str(tmp_path), {"num_beams": 1}, tracking) == "none"
 
     registered = register(RegisterConfig(evaluations=(first, second)), tracking)
     assert (registered.winner, registered.version, registered.promoted) == ("first", "1", True)
@@ -85,7 +85,7 @@ def test_the_champion_stays_until_a_better_candidate_comes(
         return len(client.get_metric_history(run_id, "val_CIDEr"))
 
     assert logged_scores() == 1
-    champion = rescore(evaluate_champion(str(data), str(tmp_path), tracking, num_beams=1), 0.5)
+    champion = rescore(evaluate_champion(str(data), str(tmp_path), {"num_beams": 1}, tracking), 0.5)
     assert logged_scores() == 1, "the champion's evaluation is not its run's"
     assert Evaluation.read(champion).model == "models:/captioner/1"
 
