@@ -16,7 +16,7 @@ class Progress:
 
     Args:
         name: of the work.
-        total: number of items; 0: unknown, and the end is only told after lines before it.
+        total: number of items; 0: unknown, and only counts are shown.
         unit: plural of an item.
         resumed: items that were done before.
         shown: whether to show anything; of several processes that work together, one does.

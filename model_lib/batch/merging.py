@@ -181,7 +181,7 @@ def summary_markdown(summary: Summary) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """Return what else is to be said of a batch: a line on what is no image, and one on captions
+    """Return the notes on a batch: a line on what is no image, and one on captions
     that other formats lack."""
     lines = [left_out_line(summary.left_out)] if summary.left_out else []
     if summary.not_written:

@@ -1,4 +1,4 @@
-"""Lists of images: rows of CSV, JSON and Parquet, told by their content and read as a stream.
+"""Lists of images: rows of CSV, JSON and Parquet, recognised by their content and read as a stream.
 
 A list may be separated by commas, semicolons, tabs or bars; be an array of JSON objects, an object
 with such an array under "data", one with names of images as keys, or JSON lines; or be Parquet. A
@@ -133,7 +133,8 @@ def read_table(
         with path.open("rb") as file:
             form = form_of(file.read(HEAD))
         if form not in READERS:
-            raise UserError(f"{uri}: is {form}, not a list of images that can be read")
+            remedy = "name the folder of its images" if form == "coco" else "unpack it first"
+            raise UserError(f"{uri}: is {form}, not a list of images that can be read; {remedy}")
         with input_errors(uri, "a list of images; it may be CSV, JSON, JSON lines or Parquet"):
             yield from READERS[form](path, columns)
 

@@ -57,7 +57,7 @@ class IngestConfig(StageConfig):
         captioner ingest --dataset folder --output data
         captioner ingest --dataset "shards/*.tar" --output data
 
-    The form of a list is told by its content.
+    The form of a list is recognised by its content.
     After a kill, the same command writes only the unfinished shards.
     """
 

@@ -1,4 +1,4 @@
-"""Data sets in every form that ingest takes, told by what is there.
+"""Data sets in every form that ingest takes, recognised by what is there.
 
 One place may hold images and captions together: COCO 2017's layout; a folder with a list of its
 images (metadata.csv, captions.txt); with a text file beside each image; WebDataset's tar archives;

@@ -111,7 +111,7 @@ def add_parquet(
     """Add the images of Parquet files, in the files' order.
 
     Rows of one image make one entry. Where paths are missing, or several rows have one, images are
-    told by their bytes, which takes a pass over the files.
+    recognised by their bytes, which takes a pass over the files.
 
     Args:
         listing: to add to.

@@ -21,7 +21,7 @@ from model_lib.io.listings import list_files
 from model_lib.io.prefetch import prefetch_map
 
 START = 512
-"""Bytes of a file by which it is told whether it is an image."""
+"""Bytes of a file that show whether it is an image."""
 READERS = 32
 """Threads that read the starts of files; most of the time they wait for their store."""
 UNKNOWN = 1024

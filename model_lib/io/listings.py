@@ -35,7 +35,7 @@ class Page(NamedTuple):
 
     files: list[File]
     folders: list[str]
-    """Prefixes, if they are told apart."""
+    """Prefixes, if they are listed apart."""
     token: str | None
     """For the next page; None: this is the last."""
 
