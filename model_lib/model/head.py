@@ -1,0 +1,30 @@
+"""The head's logits as float32, from 16-bit products that lose nothing by GPT-2's large offset.
+
+GPT-2's logits all lie far below zero (-32 to -80), where bfloat16 has steps of 0.25 to 0.5. Nearly
+all of that is the same for each token: the product with the vocabulary's mean row. Without it,
+softmax and the order of the logits do not change.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def centred(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the head's matrix [V, D] less its mean row, in `dtype` (by default its own)."""
+    result = torch.empty_like(weight, dtype=dtype)
+    # The difference is computed in float32 and rounded once, without a float32 copy.
+    return torch.sub(weight, weight.mean(0, dtype=torch.float32), out=result)
+
+
+def head_logits(hidden: Tensor, matrix: Tensor) -> Tensor:
+    """Return `hidden` [..., D] times a `centred` matrix [V, D]: float32 [..., V].
+
+    The product is in the matrix's dtype; on CUDA its sums leave as they are, in float32.
+    """
+    hidden = hidden.to(matrix.dtype)
+    if hidden.device.type != "cuda" or matrix.dtype == torch.float32:
+        return F.linear(hidden, matrix).float()
+    product = torch.mm(hidden.flatten(0, -2), matrix.t(), out_dtype=torch.float32)
+    return product.unflatten(0, hidden.shape[:-1])
