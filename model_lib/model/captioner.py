@@ -7,6 +7,7 @@ Shapes: B images, N rows per image, T tokens, S visual tokens, E vision width, V
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -50,9 +51,6 @@ def normalise(
 ) -> Tensor:
     """Return normalised RGB values, bit for bit those of transformers' image processors of Pillow.
 
-    Each of the 256 values of a channel is looked up in a table that is computed as there: rescaled
-    in float64, rounded to float32, normalised.
-
     Args:
         pixels: uint8 [..., 3, height, width], on any device.
         mean, std: of each channel, of rescaled values.
@@ -61,11 +59,23 @@ def normalise(
     Returns:
         float32, of the same shape.
     """
+    table, channel = _normalised_values(tuple(mean), tuple(std), rescale, pixels.device)
+    return table[channel, pixels.int()]
+
+
+@lru_cache(maxsize=8)
+def _normalised_values(
+    mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what each of the 256 values of a channel becomes, float32 [3, 256], computed as in
+    transformers: rescaled in float64, rounded to float32, normalised; and the channels' numbers,
+    [3, 1, 1]."""
     values = (np.arange(256) * rescale).astype(np.float32)
     table = values - np.asarray(mean, np.float32)[:, None]
     table /= np.asarray(std, np.float32)[:, None]
-    channel = torch.arange(3, device=pixels.device).view(3, 1, 1)
-    return torch.from_numpy(table).to(pixels.device)[channel, pixels.long()]
+    with torch.inference_mode(False):  # for use in training too
+        channel = torch.arange(3, device=device).view(3, 1, 1)
+        return torch.from_numpy(table).to(device), channel
 
 
 class CaptionerConfig(PreTrainedConfig):
@@ -243,7 +253,7 @@ class Captioner(PreTrainedModel):
             tokens: ids, int64 [B, N, T]; each row starts with the start token.
         """
         visual = self.decoder.cross_cache(self.encode(pixels))
-        return self.head(self.decoder(tokens, visual))
+        return self.head(self.decoder(tokens, visual).to(self.head.weight.dtype))
 
     @torch.inference_mode()
     def attention(self, features: Tensor, tokens: Tensor) -> Tensor:
@@ -392,12 +402,16 @@ class Captioner(PreTrainedModel):
         return model.for_inference(torch_device, dtype)
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move the weights to a device and number format, and pack them for a CPU.
+        """Move the weights to a device and number format, and pack them for a CPU, where the head
+        stays in float32: its products would be rounded to 16 bits.
 
         Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()`
         unpack them.
         """
-        self.to(device, dtype).eval()
+        self.to(device).eval()
+        for part in (self.vision, self.decoder):
+            part.to(dtype)
+        self.head.to(torch.float32 if device.type == "cpu" else dtype)
         if prepacking.can_pack(device, dtype):
             prepacking.pack(self)
         return self

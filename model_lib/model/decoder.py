@@ -14,10 +14,12 @@ Shapes: B images, N rows per image, T tokens, S visual tokens, D decoder width, 
 heads, K head width.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from itertools import repeat
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,8 @@ from transformers import GPT2Config
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-CrossCache = list[tuple[Tensor, Tensor]]
-"""For each layer the keys and values of the visual tokens, each [B, H, S, K]."""
+CrossCache = list[Tensor]
+"""For each layer the keys and values of the visual tokens, [B, 2, H, S, K]."""
 
 
 @dataclass(frozen=True)
@@ -42,53 +44,73 @@ class PackedLayout:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, one [2, B, H, max_tokens * N, K] buffer a layer.
+    """Keys and values of the tokens so far, one [B, 2, H, max_tokens * N, K] buffer a layer.
 
     The N rows of an image lie side by side at each token. Keys and values stay in the slot in which
-    they were written: when a beam continues another one, only `slots` changes.
+    they were written: when a beam continues another one, only `slots` changes. Adding a token asks
+    the device for no value, and all tensors stay where they are, so that a CUDA graph can replay
+    it.
 
     Attributes:
-        slots: the slot of each row's past tokens, int64 [B, N, T].
-        mask: the entries that each row sees, bool [B, 1, N, T * N]; None: N is 1, and it sees all.
+        position: tokens so far, int64 [1].
+        slots: the slot of each row's past tokens, int64 [B, N, max_tokens]; -1: none yet.
+        mask: 0 for the entries that each row sees and -inf for the others, [B, 1, N, entries]; None
+            if there are no others.
     """
+
+    ALIGNMENT = 8
+    """Entries of a mask's row, of which attention's kernels want a multiple."""
 
     def __init__(
         self, config: GPT2Config, batch: int, rows: int, max_tokens: int, like: Tensor
     ) -> None:
-        shape = (2, batch, config.n_head, max_tokens * rows, config.n_embd // config.n_head)
-        self.layers = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.rows = torch.arange(rows, device=like.device).view(1, rows, 1).expand(batch, rows, 1)
-        self.slots = self.rows[:, :, :0]
+        tokens = -(-max_tokens // self.ALIGNMENT) * self.ALIGNMENT
+        shape = (batch, 2, config.n_head, tokens * rows, config.n_embd // config.n_head)
+        self.layers = [like.new_zeros(shape) for _ in range(config.n_layer)]
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.slots = self.position.new_full((batch, rows, tokens), -1)
+        self.rows = torch.arange(rows, device=like.device)
         self.mask: Tensor | None = None
 
-    @property
-    def length(self) -> int:
-        """Tokens so far."""
-        return self.slots.shape[2]
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.position.zero_()
+        self.slots.fill_(-1)
 
-    def extend(self) -> None:
-        """Add a token to each row, whose keys and values each layer then passes to `update`."""
-        self.slots = torch.cat([self.slots, self.rows], 2)
-        if self.rows.shape[1] > 1:
-            visible = self.slots.unsqueeze(-1) == self.rows.transpose(1, 2).unsqueeze(2)
-            self.mask = visible.flatten(2).unsqueeze(1)
+    def first(self, batch: int) -> Self:
+        """Return the cache of the first images, which shares all memory with this one."""
+        part = copy.copy(self)
+        part.layers = [layer[:batch] for layer in self.layers]
+        part.slots = self.slots[:batch]
+        return part
+
+    def extend(self, window: int | None) -> None:
+        """Add a token to each row, whose keys and values each layer then passes to `update`.
+
+        Args:
+            window: number of tokens that there are with it, if known; None: rows see as many
+                entries as there are, under a mask.
+        """
+        self.slots.index_copy_(2, self.position, self.rows.expand(len(self.slots), -1)[..., None])
+        self.new = self.position * len(self.rows) + self.rows
+        self.position += 1
+        self.entries = (window or self.slots.shape[2]) * len(self.rows)
+        self.mask = None
+        if window is None or len(self.rows) > 1:
+            visible = self.slots[:, :, :window, None] == self.rows
+            self.mask = torch.zeros_like(visible, dtype=self.layers[0].dtype)
+            self.mask = self.mask.masked_fill_(~visible, -torch.inf).flatten(2).unsqueeze(1)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [B, H, N, K] of the newest token; return those of all tokens."""
-        end = self.length * key.shape[2]
-        keys, values = self.layers[layer][:, :, :, :end]
-        keys[:, :, end - key.shape[2] :] = key
-        values[:, :, end - key.shape[2] :] = value
+        for buffer, new in zip(self.layers[layer].unbind(1), (key, value), strict=True):
+            buffer.index_copy_(2, self.new, new)
+        keys, values = self.layers[layer][:, :, :, : self.entries].unbind(1)
         return keys, values
 
     def reorder(self, parents: Tensor) -> None:
         """Let each row continue the row `parents`, int64 [B, N], of its image."""
-        self.slots = self.slots.gather(1, parents.unsqueeze(-1).expand_as(self.slots))
-
-    def keep_batch(self, indices: Tensor) -> None:
-        """Keep the images with these indices, int64 [B'], in this order."""
-        self.layers = [layer.index_select(1, indices) for layer in self.layers]
-        self.rows, self.slots = self.rows[indices], self.slots[indices]
+        self.slots.copy_(self.slots.gather(1, parents.unsqueeze(-1).expand_as(self.slots)))
 
 
 def residual_projection(config: GPT2Config, width: int) -> Conv1D:
@@ -140,28 +162,41 @@ class CrossAttention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.c_proj.init_std = 0.0  # the untrained captioner is GPT-2 exactly
 
-    def keys_values(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Project normalised visual tokens [B, S, E] to keys and values, each [B, H, S, K]."""
-        B, S, _ = visual.shape
-        projected = self.c_attn(visual).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # They are read again for each token: on a CPU a copy makes that five times as fast.
-        key, value = projected.contiguous()
-        return key, value
+    def keys_values(self, visual: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> Tensor:
+        """Project visual tokens to keys and values, [B, 2, H, S, K].
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        The norm's scale and shift are taken into the projection: a product of weights instead of
+        one of activations. So all layers share one normalised input, and its gradient, which a
+        frozen tower does not need, is not computed for those of the scale and shift.
+
+        Args:
+            visual: [B, S, E], normalised to mean 0 and variance 1.
+            norm: whose scale and shift follow.
+            out: where they are written; None: new memory.
+        """
+        B, S, _ = visual.shape
+        weight = norm.weight.unsqueeze(1) * self.c_attn.weight
+        bias = self.c_attn.bias + (norm.bias.unsqueeze(1) * self.c_attn.weight).sum(0)
+        projected = F.linear(visual, weight.t(), bias).view(B, S, 2, self.heads, -1)
+        # They are read again for each token: on a CPU a copy makes that five times as fast.
+        projected = projected.permute(0, 2, 3, 1, 4)
+        return projected.contiguous() if out is None else out.copy_(projected)
+
+    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
         """Let all rows of an image attend to it: [B, N, T, D] to [B, N, T, D]."""
         B, N, T, D = x.shape
         q = self.q_attn(x).view(B, N * T, self.heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, *keys_values, scale=self.scale)
+        keys, values = keys_values.unbind(1)
+        out = F.scaled_dot_product_attention(q, keys, values, scale=self.scale)
         return self.c_proj(out.transpose(1, 2).reshape(B, N, T, D))
 
-    def weights(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+    def weights(self, x: Tensor, keys_values: Tensor) -> Tensor:
         """Return the attention of each token [B, N, T, D] over the visual tokens, the mean of the
         heads: float32 [B, N, T, S]."""
         B, N, T, _ = x.shape
         q = self.q_attn(x).view(B, N * T, self.heads, -1).transpose(1, 2).float()
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        scores = q @ keys_values[0].float().transpose(2, 3) * scale
+        scores = q @ keys_values[:, 0].float().transpose(2, 3) * scale
         return scores.softmax(-1).mean(1).view(B, N, T, -1)
 
 
@@ -198,7 +233,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(0.0)
 
     def forward(
-        self, h: Tensor, visual: tuple[Tensor, Tensor], cache: KVCache | None, mask: Tensor | None
+        self, h: Tensor, visual: Tensor, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
         h = h + self.attn(self.ln_1(h), cache, mask)
         h = h + self.dropout(self.crossattention(self.ln_cross_attn(h), visual))
@@ -216,6 +251,7 @@ class Decoder(nn.Module):
             Block(config, layer, visual_width) for layer in range(config.n_layer)
         )
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.visual_eps = config.layer_norm_epsilon
         self.recompute = False
         """Compute each layer again in the backward pass instead of keeping its activations."""
 
@@ -224,10 +260,14 @@ class Decoder(nn.Module):
         """The layers, in order."""
         return cast(Iterable[Block], self.h)
 
-    def cross_cache(self, features: Tensor) -> CrossCache:
-        """Return each layer's keys and values of the visual tokens [B, S, E]."""
+    def cross_cache(self, features: Tensor, out: CrossCache | None = None) -> CrossCache:
+        """Return each layer's keys and values of the visual tokens [B, S, E], written to `out` if
+        that is given."""
+        with torch.autocast(features.device.type, enabled=False):  # its result would be float32
+            visual = F.layer_norm(features, features.shape[-1:], eps=self.visual_eps)
         return [
-            block.crossattention.keys_values(block.ln_visual(features)) for block in self.blocks
+            block.crossattention.keys_values(visual, block.ln_visual, buffer)
+            for block, buffer in zip(self.blocks, out or repeat(None), strict=False)
         ]
 
     def forward(
@@ -236,6 +276,7 @@ class Decoder(nn.Module):
         visual: CrossCache,
         cache: KVCache | None = None,
         layout: PackedLayout | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Return the last hidden states [B, N, T, D].
 
@@ -244,13 +285,14 @@ class Decoder(nn.Module):
             visual: as `cross_cache` returns it.
             cache: of the tokens before, while decoding.
             layout: of several sequences in a row.
+            window: see `KVCache.extend`.
         """
         mask = None
         if layout is not None:
             positions, mask = layout.positions.unsqueeze(1), layout.mask
         elif cache is not None:
-            positions = torch.full((1,), cache.length, device=tokens.device)
-            cache.extend()
+            positions = cache.position.clone()
+            cache.extend(window)
         else:
             positions = torch.arange(tokens.shape[-1], device=tokens.device)
         h = self.wte(tokens) + self.wpe(positions)

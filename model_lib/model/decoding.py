@@ -1,16 +1,24 @@
 """From visual tokens to captions: greedy, sampling and beam search, with key/value caches.
 
-A step feeds one new token a row; once half of the images are finished, the others continue without
-them. Self-attention's keys and values are cached and never moved; cross-attention's are computed
-once per image and shared by all its rows. Greedy and beam search follow transformers' `generate`
-(`early_stopping=False`): a step looks at twice as many candidates as beams, those that end enter a
-pool by their length-normalised score, and an image is done when no running beam can beat its pool.
+A step feeds one new token a row, and asks the device for nothing: its tensors keep their shapes and
+places, so that on a GPU a CUDA graph replays it. Every few steps the host asks how many images are
+not finished; once half of them are, the others continue without them. Self-attention's keys and
+values are cached and never moved; cross-attention's are computed once per image and shared by all
+its rows. Greedy and beam search follow transformers' `generate` (`early_stopping=False`): a step
+looks at twice as many candidates as beams, those that end enter a pool by their length-normalised
+score, and an image is done when no running beam can beat its pool.
 
-Shapes: B images, N rows (beams or samples) per image, V vocabulary, T tokens so far, R rows in all.
+Shapes: B images, N rows (beams or samples) per image, V vocabulary, T longest caption in tokens, R
+rows in all.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+import copy
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +26,18 @@ from torch import Tensor, nn
 from model_lib.errors import UserError
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoder import CrossCache, Decoder, KVCache
+from model_lib.model.head import centred, head_logits
 
 TRIES = 8
 """Draws from all tokens before the nucleus is computed: at top_p 0.5 that is one row in 256."""
 NEVER = -1e9
 """Score of what may not be chosen."""
+SIZES = (1, 8, 32, 64, 128, 256)
+"""Images of the batches for which CUDA graphs are recorded; a batch is filled up to the next."""
+STEPS = 4
+"""Steps between two looks at what a GPU has finished: it works ahead while the host looks."""
+KEPT = 2
+"""Searches that are kept for a model, with their memory, for the next batch of the same kind."""
 
 
 class CaptionModel(Protocol):
@@ -44,13 +59,17 @@ class Decoded:
 
 
 @torch.inference_mode()
-def decode(model: CaptionModel, features: Tensor, config: DecodeConfig) -> list[list[Decoded]]:
+def decode(
+    model: CaptionModel, features: Tensor, config: DecodeConfig, static: bool | None = None
+) -> list[list[Decoded]]:
     """Caption each image of a batch.
 
     Args:
         model: the captioner.
         features: visual tokens [B, S, E] from `Captioner.encode`.
         config: how to decode.
+        static: let no shape depend on how long captions are, and record the steps of the second
+            batch and later ones as CUDA graphs; None: on CUDA, outside of autocast.
 
     Returns:
         For each image its `num_captions` captions; those of a beam search with the best first.
@@ -58,173 +77,343 @@ def decode(model: CaptionModel, features: Tensor, config: DecodeConfig) -> list[
     Raises:
         UserError: `max_new_tokens` is more than the model has positions.
     """
-    visual = model.decoder.cross_cache(features)
-    if config.num_beams > 1:
-        return _beam_search(_DecodingState(model, visual, config.num_beams, config), config)
-    return _greedy_or_sample(_DecodingState(model, visual, config.num_captions, config), config)
+    positions = model.config.decoder_config.n_positions
+    if config.max_new_tokens >= positions:
+        raise UserError(
+            f"max_new_tokens: {config.max_new_tokens} is more than the model's {positions - 1} "
+            "positions"
+        )
+    if static is None:
+        static = features.is_cuda and not torch.is_autocast_enabled("cuda")
+    if not static:
+        return _new_search(model, config, model.decoder.cross_cache(features)).run(len(features))
+    with _LOCK:
+        search = _kept_search(model, config, features)
+        model.decoder.cross_cache(features, [part[: len(features)] for part in search.visual])
+        return search.run(len(features), static=True)
 
 
-class _DecodingState:
-    """The rows that are being decoded, and the decoder's cache of them."""
+class Search(ABC):
+    """The captions of a batch while they are decoded.
+
+    Attributes:
+        visual: keys and values of the visual tokens.
+        history: tokens so far with the start before them, int64 [B, N, 1 + T]; then the end.
+        is_open: whether an image is not finished, bool [B].
+        scores: of each row, float32 [B, N].
+        generator: of random numbers.
+    """
+
+    BATCHED: tuple[str, ...] = ("history", "is_open", "scores")
+    """The tensors that are the batch's, images first."""
 
     def __init__(
-        self, model: CaptionModel, visual: CrossCache, rows: int, config: DecodeConfig
+        self, model: CaptionModel, config: DecodeConfig, visual: CrossCache, rows: int
     ) -> None:
-        shape = model.config.decoder_config
-        if config.max_new_tokens >= shape.n_positions:
-            raise UserError(
-                f"max_new_tokens: {config.max_new_tokens} is more than the model's "
-                f"{shape.n_positions - 1} positions"
-            )
-        self.model = model
-        self.visual = visual
-        self.config = config
-        self.end = shape.eos_token_id
-        keys = visual[0][0]
-        self.device = keys.device
-        self.cache = KVCache(shape, len(keys), rows, config.max_new_tokens, like=keys)
-        self.history = torch.full((len(keys), rows, 1), shape.bos_token_id, device=self.device)
-        """Tokens so far with the start before them, int64 [B, N, 1 + T]."""
+        shape, size, device = model.config.decoder_config, len(visual[0]), visual[0].device
+        self.model, self.config, self.visual = model, config, visual
+        self.begin, self.end = shape.bos_token_id, shape.eos_token_id
+        self.cache = KVCache(shape, size, rows, config.max_new_tokens, like=visual[0])
+        ids = torch.int64
+        self.history = torch.empty(size, rows, 1 + config.max_new_tokens, dtype=ids, device=device)
+        self.is_open = torch.empty(size, dtype=torch.bool, device=device)
+        self.scores = torch.empty(size, rows, device=device)
+        self.generator = torch.Generator(device)
+        # A CPU multiplies in float32.
+        self.matrix = None if device.type == "cpu" else self._head()
+        self.uses = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+        self.parts: dict[int, Self] = {}
 
-    @property
-    def length(self) -> int:
-        """Tokens so far, without the start."""
-        return self.history.shape[2] - 1
+    def _head(self) -> Tensor:
+        return centred(self.model.head.weight, self.visual[0].dtype)
 
-    def logits(self) -> Tensor:
+    def _first(self, size: int) -> Self:
+        """Return the search of the first images, which shares all memory with this one."""
+        part = copy.copy(self)
+        part.visual = [layer[:size] for layer in self.visual]
+        part.cache = self.cache.first(size)
+        for name in self.BATCHED:
+            setattr(part, name, getattr(self, name)[:size])
+        return part
+
+    def _move_first(self, order: Tensor) -> None:
+        """Move the images with these indices, int64 [B'], in this order to the first places."""
+        batched = [getattr(self, name) for name in self.BATCHED]
+        for tensor in [*batched, *self.visual, *self.cache.layers, self.cache.slots]:
+            tensor[: len(order)] = tensor.index_select(0, order)
+
+    def run(self, images: int, static: bool = False) -> list[list[Decoded]]:
+        """Decode the first images of `visual`."""
+        self.start(images)
+        longest = self.config.max_new_tokens
+        search, numbers = self, torch.arange(len(self.is_open), device=self.is_open.device)
+        tokens, scores = (torch.empty_like(result) for result in self.results())
+        for step in range(1, longest + 1):
+            search.step(None if static else step)
+            if step == longest or (static and step % STEPS):
+                continue
+            count = int(search.is_open.sum())
+            if not count:
+                break
+            size = next((n for n in SIZES if n >= count), count) if static else count
+            if size <= len(numbers) // 2:
+                tokens[numbers], scores[numbers] = search.results()
+                order = search.is_open.int().argsort(descending=True, stable=True)[:size]
+                search._move_first(order)
+                search, numbers = self.parts.get(size) or self._first(size), numbers[order]
+        tokens[numbers], scores[numbers] = search.results()
+        pairs = zip(tokens[:images].tolist(), scores[:images].tolist(), strict=True)
+        return [list(map(self.caption, *pair)) for pair in pairs]
+
+    def start(self, images: int) -> None:
+        """Forget the batch before, and open the first images."""
+        self.cache.clear()
+        self.history.fill_(self.end)
+        self.history[:, :, 0] = self.begin
+        self.is_open.fill_(False)[:images] = True
+        self.scores.zero_()
+        self.generator.manual_seed(self.config.seed)
+        if self.matrix is not None:
+            self.matrix.copy_(self._head())
+
+    def step(self, window: int | None) -> None:
+        """Add a token to each row; see `KVCache.extend` for `window`."""
+        if self.graph is None:
+            self.choose(self.predict(window))
+            return
+        self.graph.replay()
+        if self.logits is not None:
+            self.choose(self.logits)
+
+    def predict(self, window: int | None = None) -> Tensor:
         """Feed the newest token of each row; return the logits of the next, float32 [B, N, V]."""
-        hidden = self.model.decoder(self.history[:, :, -1:], self.visual, self.cache)
-        return self.model.head(hidden[:, :, 0]).float()
+        newest = self.history.index_select(2, self.cache.position)
+        hidden = self.model.decoder(newest, self.visual, self.cache, window=window)[:, :, 0]
+        if self.matrix is not None:
+            return head_logits(hidden, self.matrix)
+        with torch.autocast("cpu", enabled=False):
+            return self.model.head(hidden.to(self.model.head.weight.dtype)).float()
 
-    def mask_logits(self, logits: Tensor) -> Tensor:
-        """Return the logits with -inf for the tokens that the options rule out."""
-        size = self.config.no_repeat_ngram_size
+    @abstractmethod
+    def choose(self, logits: Tensor) -> None:
+        """Append a token to each row, by the logits, float32 [B, N, V], which may be changed."""
+
+    @abstractmethod
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Return each image's captions, int64 [B, captions, T], and scores, [B, captions]."""
+
+    @abstractmethod
+    def caption(self, tokens: list[int], score: float) -> Decoded:
+        """Return a result as a caption."""
+
+    def length(self, tokens: list[int]) -> int:
+        """Return the number of tokens up to and including the end."""
+        return tokens.index(self.end) + 1 if self.end in tokens else len(tokens)
+
+    def append(self, tokens: Tensor) -> None:
+        """Add a token, int64 [B, N], to each row."""
+        self.history.index_copy_(2, self.cache.position, tokens.unsqueeze(-1))
+
+    def rule_out(self, logits: Tensor) -> Tensor:
+        """Set the logits of the tokens that the options rule out to -inf, and return them."""
+        size, position = self.config.no_repeat_ngram_size, self.cache.position
         if 0 < size <= self.history.shape[2]:
             # A token may not complete an n-gram that has occurred: one whose first n - 1 tokens are
             # the row's last ones.
             ngrams = self.history.unfold(2, size, 1)
-            last = self.history[:, :, self.history.shape[2] - size + 1 :]
-            same = (ngrams[..., :-1] == last.unsqueeze(2)).all(-1).to(logits.dtype)
-            counts = torch.zeros_like(logits).scatter_add(2, ngrams[..., -1], same)
-            logits = logits.masked_fill(counts > 0, -torch.inf)
-        if self.length < self.config.min_new_tokens:
-            logits = logits.index_fill(2, torch.tensor([self.end], device=self.device), -torch.inf)
+            last = torch.arange(1 - size, 0, device=position.device) + position
+            last = self.history.index_select(2, last.clamp(min=0))
+            has_occurred = torch.arange(ngrams.shape[2], device=position.device) <= position - size
+            same = (ngrams[..., :-1] == last.unsqueeze(2)).all(-1) & has_occurred
+            counts = torch.zeros_like(logits).scatter_add_(2, ngrams[..., -1], same.float())
+            logits.masked_fill_(counts > 0, -torch.inf)
+        if self.config.min_new_tokens:
+            ends = logits[:, :, self.end]
+            ends.masked_fill_(position <= self.config.min_new_tokens, -torch.inf)
         return logits
 
-    def append(self, tokens: Tensor, parents: Tensor | None = None) -> None:
-        """Add a token, int64 [B, N], to each row, or to the rows `parents`, int64 [B, N]."""
-        if parents is not None:
-            self.history = self.history.gather(1, parents.unsqueeze(-1).expand_as(self.history))
-            self.cache.reorder(parents)
-        self.history = torch.cat([self.history, tokens.unsqueeze(-1)], 2)
+    def record(self) -> None:
+        """Record a step as a CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._work()  # libraries allocate their memory in the first call
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.logits = self._work()
+        self.graph = graph
 
-    def keep_batch(self, indices: Tensor) -> None:
-        """Keep the images with these indices, int64 [B'], in this order."""
-        self.visual = [(keys[indices], values[indices]) for keys, values in self.visual]
-        self.history = self.history[indices]
-        self.cache.keep_batch(indices)
-
-
-def _unfinished(is_open: Tensor) -> Tensor | None:
-    """Return the indices of open images, bool [B]; None if too few are finished to drop them."""
-    indices = is_open.nonzero()[:, 0]
-    return indices if 0 < len(indices) <= len(is_open) // 2 else None
-
-
-def _length(tokens: list[int], end: int) -> int:
-    """Return the number of tokens up to and including the end."""
-    return tokens.index(end) + 1 if end in tokens else len(tokens)
+    def _work(self) -> Tensor | None:
+        """Do a step, or what comes before tokens are drawn, for which the host asks the device."""
+        self.cache.position.zero_()
+        logits = self.predict()
+        if self.config.do_sample:
+            return logits
+        self.choose(logits)
+        return None
 
 
-def _greedy_or_sample(state: _DecodingState, config: DecodeConfig) -> list[list[Decoded]]:
-    """Take the most likely token at each step, or draw one."""
-    device = state.device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    B, N = state.history.shape[:2]
-    tokens = torch.full((B, N, config.max_new_tokens), state.end, device=device)
-    scores = torch.zeros((B, N, config.max_new_tokens), device=device)
-    ended = torch.zeros((B, N), dtype=torch.bool, device=device)
-    images = torch.arange(B, device=device)  # not dropped yet
-    while state.length < config.max_new_tokens and not ended.all():
-        logits = state.logits()
-        allowed = state.mask_logits(logits)
-        if config.do_sample:
-            choice = draw(allowed.flatten(0, 1), config, generator).view_as(ended)
+class RowSearch(Search):
+    """Takes the most likely token of each row, or draws one.
+
+    Attributes:
+        ended: whether a row has ended, bool [B, N].
+        scores: the sum of its tokens' log-probabilities.
+    """
+
+    BATCHED = (*Search.BATCHED, "ended")
+
+    def __init__(self, model: CaptionModel, config: DecodeConfig, visual: CrossCache) -> None:
+        size, device = len(visual[0]), visual[0].device
+        self.ended = torch.empty(size, config.num_captions, dtype=torch.bool, device=device)
+        super().__init__(model, config, visual, config.num_captions)
+
+    def start(self, images: int) -> None:
+        super().start(images)
+        self.ended.copy_(~self.is_open.unsqueeze(1))
+
+    def choose(self, logits: Tensor) -> None:
+        log_total = logits.logsumexp(-1)
+        logits = self.rule_out(logits)
+        if self.config.do_sample:
+            tokens = draw(logits.flatten(0, 1), self.config, self.generator).view_as(self.ended)
         else:
-            choice = allowed.argmax(-1)
-        choice = choice.masked_fill(ended, state.end)
-        tokens[images, :, state.length] = choice
-        chosen = logits.gather(2, choice.unsqueeze(-1)).squeeze(-1)
-        scores[images, :, state.length] = chosen - logits.logsumexp(-1)
-        ended = ended | (choice == state.end)
-        state.append(choice)
-        if (open_images := _unfinished(~ended.all(1))) is not None:
-            state.keep_batch(open_images)
-            images, ended = images[open_images], ended[open_images]
+            tokens = logits.argmax(-1)
+        tokens = tokens.masked_fill(self.ended, self.end)
+        log_probs = logits.gather(2, tokens.unsqueeze(-1)).squeeze(-1) - log_total
+        self.scores += log_probs.masked_fill(self.ended, 0)
+        self.ended |= tokens == self.end
+        self.is_open.copy_(~self.ended.all(1))
+        self.append(tokens)
 
-    def caption(row: list[int], log_probs: list[float]) -> Decoded:
-        length = _length(row, state.end)
-        return Decoded(row[:length], sum(log_probs[:length]) / length)
+    def results(self) -> tuple[Tensor, Tensor]:
+        return self.history[:, :, 1:], self.scores
 
-    pairs = zip(tokens.tolist(), scores.tolist(), strict=True)
-    return [list(map(caption, rows, log_probs)) for rows, log_probs in pairs]
+    def caption(self, tokens: list[int], score: float) -> Decoded:
+        length = self.length(tokens)
+        return Decoded(tokens[:length], score / length)
 
 
-def _beam_search(state: _DecodingState, config: DecodeConfig) -> list[list[Decoded]]:
-    """Keep the N most likely beginnings of each image's caption."""
-    device = state.device
-    B, N = state.history.shape[:2]
-    longest, penalty = config.max_new_tokens, config.length_penalty
-    totals = torch.full((B, N), NEVER, device=device)
-    totals[:, 0] = 0  # all beams start alike, so only the first may branch
-    pool_scores = torch.full((B, N), NEVER, device=device)
-    pool_tokens = torch.full((B, N, longest), state.end, device=device)
-    is_open = torch.ones(B, dtype=torch.bool, device=device)
-    images = torch.arange(B, device=device)  # not dropped yet
-    among_best = torch.arange(2 * N, device=device) < N
-    for length in range(1, longest + 1):
+class BeamSearch(Search):
+    """Keeps the N most likely beginnings of each image's caption.
+
+    Attributes:
+        scores: the beams' sums of log-probabilities.
+        pool: captions that have ended, int64 [B, N, T], the best first.
+        pool_scores: theirs, divided by a power of their length, float32 [B, N].
+        penalties: that power of each length, float32 [1 + T].
+    """
+
+    BATCHED = (*Search.BATCHED, "pool", "pool_scores")
+
+    def __init__(self, model: CaptionModel, config: DecodeConfig, visual: CrossCache) -> None:
+        size, device, N = len(visual[0]), visual[0].device, config.num_beams
+        shape = (size, N, config.max_new_tokens)
+        self.pool = torch.empty(shape, dtype=torch.int64, device=device)
+        self.pool_scores = torch.empty(size, N, device=device)
+        lengths = range(1, config.max_new_tokens + 1)
+        penalties = [1.0, *(length**config.length_penalty for length in lengths)]
+        self.penalties = torch.tensor(penalties, device=device)
+        self.among_best = torch.arange(2 * N, device=device) < N
+        super().__init__(model, config, visual, N)
+
+    def start(self, images: int) -> None:
+        super().start(images)
+        self.scores[:, 1:] = NEVER  # all beams start alike, so only the first may branch
+        self.pool.fill_(self.end)
+        self.pool_scores.fill_(NEVER)
+
+    def choose(self, logits: Tensor) -> None:
+        position, N = self.cache.position, self.config.num_beams
+        penalty = self.penalties.index_select(0, position)
+        log_total = logits.logsumexp(-1, keepdim=True)
         # The best 2N of all N * V continuations are among the best 2N of each beam.
-        logits = state.logits()
-        best, vocabulary = state.mask_logits(logits).topk(min(2 * N, logits.shape[-1]))
-        log_probs = best - logits.logsumexp(-1, keepdim=True)
-        scores, flat = (log_probs + totals.unsqueeze(-1)).flatten(1).topk(2 * N)
+        best, vocabulary = self.rule_out(logits).topk(min(2 * N, logits.shape[-1]))
+        totals = best - log_total + self.scores.unsqueeze(-1)
+        scores, flat = totals.flatten(1).topk(2 * N)
         parents = flat // best.shape[2]
         tokens = vocabulary.flatten(1).gather(1, flat)
-        ends = tokens == state.end
-        is_last = length == longest
+        ends = tokens == self.end
+        is_last = position == self.config.max_new_tokens
 
         # Those of the best N that end, or may not become longer, enter the pool of an open image.
-        enters = (ends | is_last) & among_best & is_open.unsqueeze(1)
-        normalised = (scores / length**penalty).masked_fill(~enters, NEVER)
-        past = state.history[:, :, 1:].gather(1, parents.unsqueeze(-1).expand(-1, -1, length - 1))
-        captions = torch.full((len(images), 2 * N, longest), state.end, device=device)
-        captions[:, :, : length - 1] = past
-        captions[:, :, length - 1] = tokens
-        pool_scores[images], kept = torch.cat([pool_scores[images], normalised], 1).topk(N)
-        kept = kept.unsqueeze(-1).expand(-1, -1, longest)
-        pool_tokens[images] = torch.cat([pool_tokens[images], captions], 1).gather(1, kept)
-        if is_last:
-            break
+        enters = (ends | is_last) & self.among_best & self.is_open.unsqueeze(1)
+        normalised = (scores / penalty).masked_fill(~enters, NEVER)
+        captions = self._rows(self.history, parents)
+        captions = captions.index_copy_(2, position, tokens.unsqueeze(-1))[:, :, 1:]
+        pool_scores, kept = torch.cat([self.pool_scores, normalised], 1).topk(N)
+        self.pool_scores.copy_(pool_scores)
+        self.pool.copy_(self._rows(torch.cat([self.pool, captions], 1), kept))
 
         # The best N of the others are the next beams.
-        totals, kept = scores.masked_fill(ends, NEVER).topk(N)
-        state.append(tokens.gather(1, kept), parents.gather(1, kept))
-        worst = pool_scores[images, -1]
+        scores, kept = scores.masked_fill(ends, NEVER).topk(N)
+        self.scores.copy_(scores)
+        parents = parents.gather(1, kept)
+        self.history.copy_(self._rows(self.history, parents))
+        self.cache.reorder(parents)
+        self.append(tokens.gather(1, kept))
+        worst = pool_scores[:, -1]
         is_full = worst > NEVER / 10
-        is_open = is_open & ~(is_full & (totals[:, 0] / length**penalty <= worst))
-        if not is_open.any():
-            break
-        if (open_images := _unfinished(is_open)) is not None:
-            state.keep_batch(open_images)
-            images, totals, is_open = images[open_images], totals[open_images], is_open[open_images]
+        self.is_open &= ~is_last & ~(is_full & (scores[:, 0] / penalty <= worst))
 
-    def caption(row: list[int], score: float) -> Decoded:
-        length = _length(row, state.end)
-        return Decoded(row[:length], score * length**penalty / length)
+    @staticmethod
+    def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
+        """Return the rows `indices`, int64 [B, M], of [B, N, T]: [B, M, T]."""
+        return tensor.gather(1, indices.unsqueeze(-1).expand(-1, -1, tensor.shape[2]))
 
-    count = config.num_captions
-    pairs = zip(pool_tokens[:, :count].tolist(), pool_scores[:, :count].tolist(), strict=True)
-    return [list(map(caption, rows, scores)) for rows, scores in pairs]
+    def results(self) -> tuple[Tensor, Tensor]:
+        count = self.config.num_captions
+        return self.pool[:, :count], self.pool_scores[:, :count]
+
+    def caption(self, tokens: list[int], score: float) -> Decoded:
+        length = self.length(tokens)
+        return Decoded(tokens[:length], score * length**self.config.length_penalty / length)
+
+
+def _new_search(model: CaptionModel, config: DecodeConfig, visual: CrossCache) -> Search:
+    return (BeamSearch if config.num_beams > 1 else RowSearch)(model, config, visual)
+
+
+_SEARCHES: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Search]]
+_SEARCHES = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+"""Held while one of `_SEARCHES` is used: a batch's tensors are in it."""
+
+
+def _kept_search(model: CaptionModel, config: DecodeConfig, features: Tensor) -> Search:
+    """Return a search for a batch of this kind: the model's, from its second use on recorded.
+
+    Graphs read weights from where they were. A model whose weights lie elsewhere needs another one.
+    """
+    size = next((n for n in SIZES if n >= len(features)), len(features))
+    parameters = [*model.decoder.parameters(), model.head.weight]
+    weights = tuple(parameter.data_ptr() for parameter in parameters)
+    key = (size, replace(config, seed=0), features.shape[1], weights)
+    searches = _SEARCHES.setdefault(model, OrderedDict())
+    if key not in searches:
+        shape = model.config.decoder_config
+        heads, width = shape.n_head, shape.n_embd // shape.n_head
+        buffer = (size, 2, heads, features.shape[1], width)
+        dtype = model.decoder.ln_f.weight.dtype
+        visual = [features.new_zeros(buffer, dtype=dtype) for _ in range(shape.n_layer)]
+        # Not the model itself, which would then live as long as its searches.
+        search = _new_search(weakref.proxy(model), config, visual)
+        search.parts = {n: search._first(n) for n in SIZES if n < size}
+        searches[key] = search
+        if len(searches) > KEPT:
+            searches.popitem(last=False)
+    searches.move_to_end(key)
+    search = searches[key]
+    search.config = config
+    search.uses += 1
+    if search.uses == 2 and features.is_cuda:
+        for part in (search, *search.parts.values()):
+            part.record()
+    return search
 
 
 def draw(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> Tensor:

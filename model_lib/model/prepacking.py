@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from model_lib.model.decoder import CrossAttention
+
 LARGE = 512 * 512
 """Values of a matrix from which packing pays; for smaller ones the call itself takes longer."""
 TYPICAL_ROWS = 32
@@ -64,9 +66,15 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module) -> None:
-    """Pack the large matrices of a model, in place; they are no longer among its parameters."""
+    """Pack the large matrices of a model, in place; they are no longer among its parameters.
+
+    Those that are multiplied with a norm's scale in each batch stay as they are.
+    """
+    cross = [module for module in model.modules() if isinstance(module, CrossAttention)]
+    plain = {attention.c_attn for attention in cross}
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D) and module.weight.numel() >= LARGE:
+        is_matrix = isinstance(module, nn.Linear | Conv1D) and module not in plain
+        if is_matrix and module.weight.numel() >= LARGE:
             model.set_submodule(name, PackedLinear(module))
 
 

@@ -1,9 +1,10 @@
 """Small models of random weights, their images, and transformers' GPT-2 with the same weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel
 from transformers import initialization as init
 
@@ -51,16 +52,27 @@ def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:
 def reference_decoder(model: Captioner) -> GPT2LMHeadModel:
     """Return transformers' GPT-2 with cross-attention and the model's weights.
 
-    It has no norm of the visual tokens, so the model's is removed.
+    It has no norm of the visual tokens, so they are normalised before, and the model's norm neither
+    scales nor shifts.
     """
     config = GPT2Config(**{**model.config.decoder_config.to_dict(), "add_cross_attention": True})
     config.tie_word_embeddings = False
     with init.no_init_weights():
         reference = GPT2LMHeadModel(config).eval()
-    for block in model.decoder.h:
-        block.ln_visual = nn.Identity()
-    reference.transformer.load_state_dict(model.decoder.state_dict())
+    for block in model.decoder.blocks:
+        block.ln_visual.reset_parameters()
+    weights = model.decoder.state_dict()
+    reference.transformer.load_state_dict({n: w for n, w in weights.items() if "visual" not in n})
     reference.lm_head.weight.data.copy_(model.head.weight)
+
+    def normalise(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        features = kwargs["encoder_hidden_states"]
+        return args, {
+            **kwargs,
+            "encoder_hidden_states": F.layer_norm(features, features.shape[-1:]),
+        }
+
+    reference.register_forward_pre_hook(normalise, with_kwargs=True)
     return reference
 
 

@@ -1,12 +1,15 @@
 """Decoding against transformers' `generate`, and sampling against the exact probabilities."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
-from model_lib.model.decoder import KVCache
-from model_lib.model.decoding import Decoded, decode, draw
+from model_lib.model.decoding import Decoded, Search, decode, draw
 from tests.helpers.small import (
     pixels,
     reference_decoder,
@@ -62,26 +65,75 @@ def test_token_ids_are_those_of_transformers_generate(
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_captions": 2}])
 def test_finished_images_are_dropped_and_the_others_continue_the_same(
-    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, int],
 ) -> None:
     model, _ = ending_model()
     features = torch.randn(16, 5, 32, generator=torch.Generator().manual_seed(2))
-    sizes = []
-    keep_batch = KVCache.keep_batch
-
-    def record(cache: KVCache, indices: torch.Tensor) -> None:
-        sizes.append(len(indices))
-        keep_batch(cache, indices)
-
-    monkeypatch.setattr(KVCache, "keep_batch", record)
+    sizes: list[int] = []
+    model.decoder.ln_f.register_forward_hook(lambda *call: sizes.append(len(call[2])))
     config = DecodeConfig(max_new_tokens=20, **options)
     together = decode(model, features, config)
-    assert sizes and sizes[0] <= 8 and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 16 and sizes[-1] < 8 and sizes == sorted(sizes, reverse=True)
     for image, captions in enumerate(together):
         (alone,) = decode(model, features[image : image + 1], config)
         assert [caption.tokens for caption in captions] == [caption.tokens for caption in alone]
         scores = [caption.score for caption in alone]
         assert [caption.score for caption in captions] == pytest.approx(scores, rel=1e-4)
+
+
+class StepLog(TorchDispatchMode):
+    """Notes each operation of a step and the shapes of its results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[list[tuple[str, object]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.steps:
+            shapes = [tuple(x.shape) for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            self.steps[-1].append((str(func), shapes))
+        return result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"no_repeat_ngram_size": 2, "min_new_tokens": 9}, {"num_beams": 3, "num_captions": 2}],
+)
+@pytest.mark.parametrize("images", [1, 7, 40])
+def test_steps_of_one_shape_find_the_same_and_ask_the_device_for_nothing(
+    options: dict[str, int], images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a CUDA graph can replay them."""
+    model, _ = ending_model()
+    generator = torch.Generator().manual_seed(2)
+    config = DecodeConfig(max_new_tokens=20, **options)
+    step = Search.step
+    logs: dict[int, StepLog] = {}
+
+    def logged(search: Search, window: int | None) -> None:
+        assert window is None
+        log = logs.setdefault(len(search.is_open), StepLog())
+        log.steps.append([])
+        with log:
+            step(search, window)
+
+    for _ in range(2):  # a search is kept for the next batch
+        features = torch.randn(images, 5, 32, generator=generator)
+        expected = decode(model, features, config)
+        with monkeypatch.context() as patch:
+            patch.setattr(Search, "step", logged)
+            decoded = decode(model, features, config, static=True)
+        for ours, theirs in zip(decoded, expected, strict=True):
+            assert [row.tokens for row in ours] == [row.tokens for row in theirs]
+            scores = [row.score for row in theirs]
+            assert [row.score for row in ours] == pytest.approx(scores, rel=1e-4)
+    assert max(logs) == {1: 1, 7: 8, 40: 64}[images]
+    assert images < 40 or options or min(logs) == 32, "no image was left behind"
+    for log in logs.values():
+        assert all(operations == log.steps[0] for operations in log.steps)
+        names = {name for name, _ in log.steps[0]}
+        assert not {name for name in names if "local_scalar" in name or "nonzero" in name}
 
 
 @pytest.mark.parametrize(

@@ -208,12 +208,13 @@ def test_attention_is_that_of_the_layers(model: Captioner) -> None:
     with torch.no_grad():
         model.decoder(tokens, model.decoder.cross_cache(features))
         hook.remove()
-        x, (key, value), output = calls[0]
+        x, keys_values, output = calls[0]
+        key, value = keys_values.unbind(1)
         q = block.crossattention.q_attn(x).view(2, 15, 4, -1).transpose(1, 2)
         weights = (q @ key.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
         mixed = (weights @ value).transpose(1, 2).reshape(2, 3, 5, -1)
         assert torch.allclose(block.crossattention.c_proj(mixed), output, atol=1e-5)
-        ours = block.crossattention.weights(x, (key, value))
+        ours = block.crossattention.weights(x, keys_values)
         assert torch.allclose(ours, weights.mean(1).view(2, 3, 5, -1), atol=1e-6)
 
 
