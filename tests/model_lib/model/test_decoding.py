@@ -73,7 +73,7 @@ def test_finished_images_are_dropped_and_the_others_continue_the_same(
     model.decoder.ln_f.register_forward_hook(lambda *call: sizes.append(len(call[2])))
     config = DecodeConfig(max_new_tokens=20, **options)
     together = decode(model, features, config)
-    assert sizes[0] == 16 and sizes[-1] < 8 and sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 16 and sizes[-1] <= 8 and sizes == sorted(sizes, reverse=True)
     for image, captions in enumerate(together):
         (alone,) = decode(model, features[image : image + 1], config)
         assert [caption.tokens for caption in captions] == [caption.tokens for caption in alone]
