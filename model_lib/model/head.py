@@ -6,7 +6,6 @@ softmax and the order of the logits do not change.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,12 +18,13 @@ def centred(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def head_logits(hidden: Tensor, matrix: Tensor) -> Tensor:
-    """Return `hidden` [..., D] times a `centred` matrix [V, D]: float32 [..., V].
-
-    The product is in the matrix's dtype; on CUDA its sums leave as they are, in float32.
-    """
-    hidden = hidden.to(matrix.dtype)
-    if hidden.device.type != "cuda" or matrix.dtype == torch.float32:
-        return F.linear(hidden, matrix).float()
-    product = torch.mm(hidden.flatten(0, -2), matrix.t(), out_dtype=torch.float32)
+    """Return `hidden` [..., D] times a `centred` matrix [V, D], in its dtype: float32 [..., V]."""
+    product = float32_product(hidden.flatten(0, -2).to(matrix.dtype), matrix.t())
     return product.unflatten(0, hidden.shape[:-1])
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two matrices as float32; on CUDA, sums are never rounded to 16 bits."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()

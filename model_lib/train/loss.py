@@ -5,8 +5,9 @@ both gradients are therefore computed a slice of tokens at a time, in the forwar
 gradients are kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from model_lib.model.captioner import Captioner
 from model_lib.model.decoder import PackedLayout
+from model_lib.model.head import centred, float32_product, head_logits
 from model_lib.model.tokens import PackedCaptions, pack_captions
 
-SLICE = 1024
+SLICE = 2048
 """Tokens whose logits exist at the same time."""
+MULTIPLE = 64
+"""Of which the number of logits is one, as matrix units prefer."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def caption_loss(
     rows: PackedCaptions,
     label_smoothing: float = 0.0,
     weights: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Return the summed cross-entropy of all tokens that have a target.
 
@@ -81,6 +86,7 @@ def caption_loss(
         label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al.,
             2016).
         weights: of each token's loss, float32 [B, T]; None: all 1.
+        compiled: compute softmax and its gradient by a kernel of torch.compile.
 
     Returns:
         Sum in nats, float32 scalar.
@@ -97,15 +103,45 @@ def caption_loss(
         for tensor in (hidden, rows.targets, weights)
     )
     return ChunkedCrossEntropy.apply(
-        states, model.head.weight, targets, shares, label_smoothing, dtype
+        states, model.head.weight, targets, shares, label_smoothing, dtype, compiled
     )
+
+
+def _score(
+    logits: Tensor, target: Tensor, share: Tensor, smoothing: float, words: int, dtype: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of some tokens and, in `dtype`, its gradient by their logits; None: no
+    gradient.
+
+    Args:
+        logits: float32 [n, V + padding]: a mean of zero, and -inf.
+        target: int64 [n, 1].
+        share: weight of each token's loss, float32 [n, 1].
+        smoothing: share of the target that is spread over the vocabulary.
+        words: V.
+        dtype: of the gradient.
+    """
+    log_total, at_target = logits.logsumexp(1, keepdim=True), logits.gather(1, target)
+    loss = ((log_total - (1 - smoothing) * at_target) * share).sum()
+    if dtype is None:
+        return loss, None
+    shift = smoothing / words
+    by_logits = (logits - log_total).exp_().sub_(shift).mul_(share).to(dtype)
+    own = ((at_target - log_total).exp() - shift - (1 - smoothing)) * share
+    return loss, by_logits.scatter_(1, target, own.to(dtype))
+
+
+@cache
+def _compiled_score() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    return torch.compile(_score)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Weighted sum of the cross-entropies of `hidden @ weight.T`, its gradients computed with it.
 
     With p the softmax of a token's logits and q its smoothed target, (1 - s) at the target plus s /
-    V everywhere, the loss is -sum(q log p), and its gradient by the logits is p - q.
+    V everywhere, the loss is -sum(q log p), and its gradient by the logits is p - q. For a centred
+    head both are the same, as p is, and as a row of p - q sums to zero.
     """
 
     @staticmethod
@@ -117,36 +153,30 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chosen: Tensor,
         smoothing: float,
         dtype: torch.dtype | None,
+        compiled: bool,
     ) -> Tensor:
+        score = _compiled_score() if compiled else _score
         with torch.autocast(hidden.device.type, enabled=False):
-            kind = dtype or weight.dtype
-            matrix, inputs = weight.to(kind), hidden.to(kind)
+            kind, words = dtype or weight.dtype, len(weight)
+            # Matrix units are slow with rows whose length is no multiple of 16 bytes.
+            matrix = F.pad(centred(weight, kind), (0, 0, 0, -words % MULTIPLE))
+            inputs = hidden.to(kind)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            needs_gradients = ctx.needs_input_grad[0]
-            if needs_gradients:
-                by_hidden = torch.empty_like(inputs)
-                by_weight = torch.zeros_like(weight, dtype=torch.float32)
+            gradient_dtype = kind if ctx.needs_input_grad[0] else None
+            by_hidden, by_weight = torch.empty_like(inputs), matrix.new_empty(0)
             for start in range(0, len(inputs), SLICE):
                 part = slice(start, start + SLICE)
                 target, share = targets[part].unsqueeze(1), chosen[part].unsqueeze(1)
-                logits = F.linear(inputs[part], matrix).float()
-                log_total = logits.logsumexp(1, keepdim=True)
-                loss = log_total - (1 - smoothing) * logits.gather(1, target)
-                if smoothing:
-                    loss = loss - smoothing * logits.mean(1, keepdim=True)
-                total += (loss * share).sum()
-                if not needs_gradients:
-                    continue
-                by_logits = logits.sub_(log_total).exp_().sub_(smoothing / logits.shape[1])
-                by_logits.scatter_add_(1, target, torch.full_like(log_total, smoothing - 1))
-                by_logits = by_logits.mul_(share).to(kind)
-                torch.mm(by_logits, matrix, out=by_hidden[part])
-                if kind == torch.float16:  # the sum over a slice's tokens could leave its range
-                    by_weight += by_logits.float().t() @ inputs[part].float()
-                else:
-                    by_weight += by_logits.t() @ inputs[part]
-        if needs_gradients:
-            ctx.gradients = by_hidden.to(hidden.dtype), by_weight
+                logits = head_logits(inputs[part], matrix)
+                logits[:, words:] = -torch.inf
+                loss, by_logits = score(logits, target, share, smoothing, words, gradient_dtype)
+                total += loss
+                if by_logits is not None:
+                    torch.mm(by_logits, matrix, out=by_hidden[part])
+                    product = float32_product(by_logits.t(), inputs[part])
+                    by_weight = by_weight.add_(product) if start else product
+        if gradient_dtype is not None:
+            ctx.gradients = by_hidden.to(hidden.dtype), by_weight[:words]
         return total
 
     @staticmethod
@@ -154,4 +184,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         by_hidden, by_weight = ctx.gradients
         ctx.gradients = None  # used up: scaled in place
-        return by_hidden.mul_(gradient), by_weight.mul_(gradient), None, None, None, None
+        return by_hidden.mul_(gradient), by_weight.mul_(gradient), None, None, None, None, None

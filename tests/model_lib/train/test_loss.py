@@ -11,7 +11,7 @@ from torch import Tensor
 from model_lib.model.captioner import Captioner
 from model_lib.model.tokens import IGNORED, encode_captions, pack_captions
 from model_lib.train import loss as loss_module
-from model_lib.train.loss import caption_loss
+from model_lib.train.loss import ChunkedCrossEntropy, caption_loss
 from tests.helpers.small import pixels
 
 CAPTIONS = [
@@ -92,6 +92,36 @@ def test_low_precision_is_near(model: Captioner, dtype: torch.dtype) -> None:
         low = caption_loss(model, features, rows)
     assert low.item() == pytest.approx(whole.item(), rel=0.02)
     assert (gradients(model, low)["head.weight"] - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_vector_common_to_all_words_changes_neither_loss_nor_gradients(smoothing: float) -> None:
+    """GPT-2's logits lie near -60, where bfloat16 has steps of 0.25."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 32), torch.randn(301, 32) * 0.1
+    hidden[:, 0] = 8
+    targets, shares = torch.randint(0, 301, (50,)), torch.randn(50)
+    shifted = weight.clone()
+    shifted[:, 0] -= 8
+
+    def loss_and_gradients(matrix: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+        inputs = [hidden.clone().requires_grad_(), matrix.clone().requires_grad_()]
+        loss = ChunkedCrossEntropy.apply(*inputs, targets, shares, smoothing, dtype, False)
+        return [loss, *torch.autograd.grad(loss, inputs)]
+
+    plain = [hidden.clone().requires_grad_(), shifted.clone().requires_grad_()]
+    losses = F.cross_entropy(
+        plain[0] @ plain[1].t(), targets, reduction="none", label_smoothing=smoothing
+    )
+    loss = (losses * shares).sum()
+    theirs = [loss, *torch.autograd.grad(loss, plain)]
+    # Of the plain product's gradient by the hidden states, a row's sum of zero keeps some rounding.
+    for mine, exact in zip(loss_and_gradients(shifted, None), theirs, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
+    low = [loss_and_gradients(matrix, torch.bfloat16) for matrix in (weight, shifted)]
+    for mine, other, exact in zip(*low, theirs, strict=True):
+        assert (mine - exact).norm() < 0.01 * exact.norm()
+        assert (other - exact).norm() < 0.01 * exact.norm()
 
 
 def test_the_image_is_encoded_once_and_its_keys_computed_once_for_all_captions(
