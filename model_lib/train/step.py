@@ -138,8 +138,8 @@ class TrainStep:
                 size = self.micro_batch_size or len(pixels)
             # Not above, where the exception still holds the tensors of the failed pass.
             self._halve_micro_batches(size, step)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip_norm)
+        norm = nn.utils.get_total_norm(p.grad for p in self.trained if p.grad is not None)
+        norm = norm / self.scaler.scale(torch.ones((), device=self.device))
         self._step_if_finite(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step + 1)
@@ -181,13 +181,17 @@ class TrainStep:
         return total / normalizer, total_reward / normalizer
 
     def _step_if_finite(self, norm: Tensor) -> None:
-        """Let the optimizer take a step if all gradients are finite.
+        """Let the optimizer take a step, its gradients clipped, if all of them are finite.
 
-        The test stays on the device: AdamW reads it from `found_inf`, as it does for a loss scaler.
+        Nothing waits for the device and no pass over the gradients clips them: as for a loss
+        scaler, AdamW divides them by `grad_scale`, and does nothing if `found_inf`.
         """
         bad = (~norm.isfinite()).float()
         self.skipped += bad
         self.skipped_in_a_row.add_(1).mul_(bad)
+        # As `clip_grad_norm_` has it. An enabled scaler multiplies it with its own scale.
+        excess = ((norm + 1e-6) / self.config.clip_norm).clamp(min=1)
+        self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
