@@ -1,16 +1,24 @@
 """An exponential moving average (EMA) of the trained weights."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+EVERY_STEP = 100
+"""First steps, each of which enters the average."""
+INTERVAL = 8
+"""Steps between two that enter it later: a pass over all weights takes time."""
+
 
 class EMA:
-    """average = d * average + (1 - d) * weights, with d = min(decay, n / (10 + n)) in update n.
+    """average = d * average + (1 - d) * weights, with d = min(decay, n / (10 + n)) in step n.
 
-    The smaller d of the first updates lets it forget the initial weights soon.
+    The smaller d of the first steps lets it forget the initial weights soon. After `EVERY_STEP`
+    steps only those whose number is a multiple of `INTERVAL` enter, with the product of the d since
+    the one before.
 
     Args:
         model: the model; its present weights are the first average.
@@ -24,9 +32,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self, number: int) -> None:
-        """Take a step's weights into the average; `number` counts the updates, from 1."""
+        """Take a step's weights into the average; `number` counts the steps, from 1."""
+        since = range(max(EVERY_STEP, number - INTERVAL) + 1, number + 1)
+        if number <= EVERY_STEP:
+            since = range(number, number + 1)
+        elif number % INTERVAL:
+            return
         if self.weights:
-            d = min(self.decay, number / (10 + number))
+            d = math.prod(min(self.decay, n / (10 + n)) for n in since)
             torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), 1 - d)
 
     @contextmanager
