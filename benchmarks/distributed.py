@@ -58,7 +58,7 @@ def make_train_step(options: argparse.Namespace, world: World) -> TrainStep:
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(world.device).train()
     ids = coco_like_captions(options.images, config.decoder_config.vocab_size)
-    objective = CrossEntropyObjective(ids)
+    objective = CrossEntropyObjective(ids, model.start_token)
     training = TrainConfig(
         data="-", output="-", preset=options.preset, ema=0.0, dropout=0.0, clip_norm=1e9
     )

@@ -243,11 +243,14 @@ class SplitReader:
 
         return self._prefetch(load, order)
 
-    def pixels(self, order: BatchOrder, view: View | None = None) -> Generator[np.ndarray]:
-        """Yield the pixels of each batch of an order, uint8 [B, 3, size, size].
+    def pixels(
+        self, order: BatchOrder, finish: Callable[[np.ndarray, np.ndarray], T], view: View | None
+    ) -> Generator[T]:
+        """Yield what `finish` makes of each batch of an order.
 
         Args:
             order: the numbers of each batch's images.
+            finish: takes the numbers and pixels, uint8 [B, 3, size, size], on the threads.
             view: of each image; None: `preprocess`.
 
         Raises:
@@ -256,9 +259,9 @@ class SplitReader:
         """
         read_rows = self._row_reader(["image"])
 
-        def load(numbers: np.ndarray) -> np.ndarray:
+        def load(numbers: np.ndarray) -> T:
             files = [row["image"] for row in read_rows(numbers)]
-            return np.stack(self._pixels(files, numbers, view))
+            return finish(numbers, np.stack(self._pixels(files, numbers, view)))
 
         return self._prefetch(load, order)
 

@@ -4,7 +4,7 @@ A row of ids is the start token, the caption, the end token. The first starts th
 is a target, so the model learns where captions end. GPT-2 has one token for both, end-of-text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -161,9 +161,17 @@ class PackedCaptions:
 
     def to(self, device: torch.device) -> Self:
         """Return the batch on another device."""
-        tensors = {name: value for name, value in vars(self).items() if name != "count"}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return the batch in memory from which a GPU copies by itself."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if name != "count"
+        }
+        return replace(self, **tensors)
 
 
 def pack_captions(

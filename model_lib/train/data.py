@@ -1,7 +1,7 @@
 """The training images: their order in an epoch, and the pixels of each batch."""
 
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from model_lib.data.shards import Manifest, SplitReader
 from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import Captioner
-from model_lib.model.tokens import encode_captions
+from model_lib.model.tokens import PackedCaptions, encode_captions
 from model_lib.train.config import ResolvedConfig
 from model_lib.train.distributed import World
 
@@ -41,11 +41,14 @@ class TrainData:
         self.lengths = np.array([sum(map(len, image)) for image in self.ids])
         self.epoch_steps = -(-self.reader.rows // config.batch_size)
 
-    def batches(self, step: int) -> Generator[tuple[np.ndarray, Tensor]]:
+    def batches(
+        self, step: int, pack: Callable[[list[int]], PackedCaptions | None]
+    ) -> Generator[tuple[np.ndarray, Tensor, PackedCaptions | None]]:
         """Yield the batches from `step` to its epoch's end.
 
-        Each is the numbers of all its images, int [N], and the pixels of this process's share,
-        uint8 [B, 3, size, size].
+        Each is the numbers of all its images, int [N], and of this process's share the pixels,
+        uint8 [B, 3, size, size], and what `pack` makes of their numbers, in memory from which the
+        device copies by itself.
         """
         config = self.config
         epoch, skip = divmod(step, self.epoch_steps)
@@ -57,12 +60,16 @@ class TrainData:
             rng = np.random.default_rng([config.seed, epoch, number])
             return augment(image, self.preprocess, self.captions[number], rng)
 
-        shards = [self.world.shard(batch) for batch in order]
-        pin = self.world.device.type == "cuda"
-        with closing(self.reader.pixels(shards, view if config.augment else None)) as arrays:
-            for batch, array in zip(order, arrays, strict=True):
-                pixels = torch.from_numpy(array)
-                yield batch, pixels.pin_memory() if pin else pixels
+        def finish(numbers: np.ndarray, array: np.ndarray) -> tuple[Tensor, PackedCaptions | None]:
+            pixels, rows = torch.from_numpy(array), pack(numbers.tolist())
+            if self.world.device.type == "cuda":
+                pixels, rows = pixels.pin_memory(), rows and rows.pin_memory()
+            return pixels, rows
+
+        shares = [self.world.shard(batch) for batch in order]
+        with closing(self.reader.pixels(shares, finish, view if config.augment else None)) as ready:
+            for batch, (pixels, rows) in zip(order, ready, strict=True):
+                yield batch, pixels, rows
 
 
 def augment(

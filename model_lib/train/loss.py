@@ -39,30 +39,51 @@ class Targets:
 class Objective(Protocol):
     """What is learned from images, which are known by their numbers in the training split."""
 
+    def pack(self, numbers: Sequence[int]) -> PackedCaptions | None:
+        """Return what is known of the targets before a step, on the CPU; for several threads."""
+
     def make_targets(
-        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+        self,
+        model: Captioner,
+        features: Tensor,
+        numbers: Sequence[int],
+        step: int,
+        rows: PackedCaptions | None,
     ) -> Targets:
-        """Return the targets of B images with visual tokens `features` [B, S, E], on their
-        device."""
+        """Return the targets of B images with visual tokens `features` [B, S, E], on their device;
+        `rows` is what `pack` returned."""
 
     def normalizer(self, numbers: Sequence[int]) -> int:
         """Return the divisor of a batch's summed loss."""
 
 
 class CrossEntropyObjective:
-    """Makes each image's own captions likelier: `ids`, as `encode_captions` returns them."""
+    """Makes each image's own captions likelier.
 
-    def __init__(self, ids: Sequence[Sequence[Sequence[int]]]) -> None:
-        self.ids = ids
+    Args:
+        ids: of each image's captions, as `encode_captions` returns them.
+        start: the model's start token.
+    """
+
+    def __init__(self, ids: Sequence[Sequence[Sequence[int]]], start: int) -> None:
+        self.ids, self.start = ids, start
 
     def normalizer(self, numbers: Sequence[int]) -> int:
         """Return the number of tokens of the images' captions."""
         return sum(len(caption) for number in numbers for caption in self.ids[number])
 
+    def pack(self, numbers: Sequence[int]) -> PackedCaptions:
+        return pack_captions([self.ids[number] for number in numbers], self.start)
+
     def make_targets(
-        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+        self,
+        model: Captioner,
+        features: Tensor,
+        numbers: Sequence[int],
+        step: int,
+        rows: PackedCaptions | None,
     ) -> Targets:
-        rows = pack_captions([self.ids[number] for number in numbers], model.start_token)
+        rows = self.pack(numbers) if rows is None else rows
         return Targets(rows.to(features.device), None)
 
 
@@ -168,7 +189,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + SLICE)
                 target, share = targets[part].unsqueeze(1), chosen[part].unsqueeze(1)
                 logits = head_logits(inputs[part], matrix)
-                logits[:, words:] = -torch.inf
+                logits[:, words:].fill_(-torch.inf)
                 loss, by_logits = score(logits, target, share, smoothing, words, gradient_dtype)
                 total += loss
                 if by_logits is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from model_lib.model.captioner import Captioner
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import Decoded, decode
-from model_lib.model.tokens import IGNORED, decode_tokens, pack_captions
+from model_lib.model.tokens import IGNORED, PackedCaptions, decode_tokens, pack_captions
 from model_lib.scores.cider import END, CiderD, words
 from model_lib.train.config import TrainConfig
 from model_lib.train.loss import Targets
@@ -39,8 +39,16 @@ class SelfCriticalObjective:
         """Return the number of captions that are drawn."""
         return len(numbers) * self.config.num_samples
 
+    def pack(self, numbers: Sequence[int]) -> None:
+        """Return None: nothing is known before captions are drawn."""
+
     def make_targets(
-        self, model: Captioner, features: Tensor, numbers: Sequence[int], step: int
+        self,
+        model: Captioner,
+        features: Tensor,
+        numbers: Sequence[int],
+        step: int,
+        rows: PackedCaptions | None = None,
     ) -> Targets:
         """Draw captions; weigh their tokens by their reward less the mean of their siblings'.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from model_lib.errors import UserError, WorkError
 from model_lib.model.captioner import Captioner
 from model_lib.model.precision import autocast, autocast_dtype, loss_scaler
+from model_lib.model.tokens import PackedCaptions
 from model_lib.train.config import ResolvedConfig
 from model_lib.train.distributed import World
 from model_lib.train.ema import EMA
@@ -70,10 +71,12 @@ class LossModule(nn.Module):
         with autocast(dtype, self.model.device):
             return self.model.encode(pixels.to(self.model.device, non_blocking=True))
 
-    def forward(self, pixels: Tensor, numbers: list[int], step: int) -> tuple[Tensor, float]:
+    def forward(
+        self, pixels: Tensor, numbers: list[int], step: int, rows: PackedCaptions | None
+    ) -> tuple[Tensor, float]:
         features = self.encode(pixels)
         with autocast(self.dtype, features.device):
-            targets = self.objective.make_targets(self.model, features, numbers, step)
+            targets = self.objective.make_targets(self.model, features, numbers, step, rows)
         # A new context: weights that the first one cast while sampling have no gradients.
         with autocast(self.dtype, features.device):
             loss = caption_loss(
@@ -116,13 +119,18 @@ class TrainStep:
         self.micro_batch_size = config.micro_batch_size
         self.skipped, self.skipped_in_a_row = torch.zeros(2, device=self.device)
 
-    def run(self, batch: np.ndarray, pixels: Tensor, step: int) -> dict[str, Tensor | float]:
+    def run(
+        self, batch: np.ndarray, pixels: Tensor, step: int, rows: PackedCaptions | None = None
+    ) -> dict[str, Tensor | float]:
         """Take one step over a batch; return what to log, of this process alone.
+
+        Nothing here waits for the device, in cross-entropy training.
 
         Args:
             batch: numbers of all its images, int [N].
             pixels: of this process's share, uint8 [B, 3, H, W].
             step: from 0.
+            rows: what the objective's `pack` returned for the share; None: it is packed here.
 
         Raises:
             WorkError: the device has too little memory for this process's share.
@@ -132,7 +140,7 @@ class TrainStep:
             group["lr"] = rate
         while True:
             try:
-                loss, reward = self._backward(batch, pixels, step)
+                loss, reward = self._backward(batch, pixels, step, rows)
                 break
             except torch.OutOfMemoryError:
                 size = self.micro_batch_size or len(pixels)
@@ -159,7 +167,9 @@ class TrainStep:
             torch.cuda.empty_cache()
         log.warning("%s; going on with %d, gradients added up", failure, self.micro_batch_size)
 
-    def _backward(self, batch: np.ndarray, pixels: Tensor, step: int) -> tuple[Tensor, float]:
+    def _backward(
+        self, batch: np.ndarray, pixels: Tensor, step: int, rows: PackedCaptions | None
+    ) -> tuple[Tensor, float]:
         """Compute the gradients of the batch's mean loss; return this process's part of that loss
         and of the reward."""
         seed = np.random.default_rng([self.config.seed, step, self.world.rank]).integers(2**63)
@@ -169,11 +179,12 @@ class TrainStep:
         # DistributedDataParallel averages the gradients of the processes.
         scale = 0.0 if no_rows else self.world.size / normalizer
         size = self.micro_batch_size or len(numbers)
+        rows = rows if size >= len(numbers) else None
         total, total_reward = torch.zeros((), device=self.device), 0.0
         for start in range(0, len(numbers), size):
             part = slice(start, start + size)
             with self.world.no_sync(self.parallel_loss, last=start + size >= len(numbers)):
-                loss, reward = self.parallel_loss(pixels[part], numbers[part], step)
+                loss, reward = self.parallel_loss(pixels[part], numbers[part], step, rows)
                 self.scaler.scale(loss * scale).backward()
             if not no_rows:
                 total += loss.detach()

@@ -129,7 +129,7 @@ class Trainer:
             objective = SelfCriticalObjective(self.data.captions, resolved)
             self.reward = {f"reward_{name}": v for name, v in objective.describe().items()}
         else:
-            objective = CrossEntropyObjective(self.data.ids)
+            objective = CrossEntropyObjective(self.data.ids, model.start_token)
         self.train_step = TrainStep(model, objective, resolved, world, self.steps)
         self.validator = Validator(resolved, manifest, model.preprocess, world)
         self.saver = Saver(resolved, self.train_step)
@@ -201,10 +201,10 @@ class Trainer:
         self.model.train()
         metrics.restart()
         is_main = self.world.is_main
-        with closing(self.data.batches(self.step)) as batches:
-            for batch, pixels in batches:
+        with closing(self.data.batches(self.step, self.train_step.objective.pack)) as batches:
+            for batch, pixels, rows in batches:
                 self.saver.check()
-                measured = self.train_step.run(batch, pixels, self.step)
+                measured = self.train_step.run(batch, pixels, self.step, rows)
                 self.step += 1
                 metrics.count_step(len(batch))
                 log_due, save_due, stopped = self.world.any(

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from model_lib import Captioner
+from model_lib.model.tokens import PackedCaptions
 from model_lib.tracking.runs import NO_TRACKING, Run, Tracking
 from model_lib.train.checkpoint import Checkpoints, load
 from model_lib.train.config import TrainConfig
@@ -43,9 +44,11 @@ def before_steps(
     """Let training call `action` with the model's `TrainStep` and the number before each step."""
     run = TrainStep.run
 
-    def run_after_action(train_step: TrainStep, batch: np.ndarray, pixels: Tensor, n: int) -> dict:
+    def run_after_action(
+        train_step: TrainStep, batch: np.ndarray, pixels: Tensor, n: int, rows: PackedCaptions
+    ) -> dict:
         action(train_step, n)
-        return run(train_step, batch, pixels, n)
+        return run(train_step, batch, pixels, n, rows)
 
     monkeypatch.setattr(TrainStep, "run", run_after_action)
 
@@ -74,8 +77,9 @@ def change_targets(
         features: Tensor,
         numbers: Sequence[int],
         step: int,
+        rows: PackedCaptions | None,
     ) -> Targets:
-        targets = make_targets(objective, model, features, numbers, step)
+        targets = make_targets(objective, model, features, numbers, step, rows)
         return change(targets, numbers, step)
 
     monkeypatch.setattr(CrossEntropyObjective, "make_targets", changed)

@@ -83,7 +83,7 @@ def test_an_image_that_cannot_be_read_stops_the_reader_and_nothing_hangs(
         raise ValueError(f"image {number}")
 
     with pytest.raises(ValueError, match="image 0"):
-        list(reader.pixels(reader.in_order(4), view))
+        list(reader.pixels(reader.in_order(4), lambda _, pixels: pixels, view))
     next(reader.batches(reader.in_order(4)))  # the rest is not asked for
 
 

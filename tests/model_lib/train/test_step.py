@@ -26,7 +26,13 @@ def make_step(model: Captioner, device: str = "cpu", **options: Any) -> TrainSte
     """Return a step of ten over two images with `CAPTIONS`."""
     ids = encode_captions(model.tokenizer, CAPTIONS, model.end_token, 5, 40)
     config = resolve(TrainConfig(data="data", output="out", preset="tiny", **options))
-    return TrainStep(model, CrossEntropyObjective(ids), config, World(torch.device(device)), 10)
+    return TrainStep(
+        model,
+        CrossEntropyObjective(ids, model.start_token),
+        config,
+        World(torch.device(device)),
+        10,
+    )
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaler"])
