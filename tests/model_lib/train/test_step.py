@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_lib.model.captioner import Captioner
 from model_lib.model.tokens import encode_captions, pack_captions
@@ -73,3 +74,34 @@ def test_gradients_that_are_not_finite_change_no_weight(model: Captioner, scaled
     assert step.require_progress() == 1
     same: dict[str, Tensor] = model.state_dict()
     assert all(torch.equal(weight, same[name]) for name, weight in before.items())
+
+
+class Waiting(TorchDispatchMode):
+    """Raises where a program would wait for a GPU: where it needs values, or sizes that depend on
+    them."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = func.__name__.partition(".")[0]
+        indices = args[1] if name in ("index", "index_put_", "_index_put_impl_") else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if name in self.WAITS or by_mask:
+            raise AssertionError(f"a step waits for the device: {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaler"])
+def test_nothing_in_a_step_waits_for_the_device(model: Captioner, scaled: bool) -> None:
+    options = {"ema": 0.9, "dropout": 0.1, "label_smoothing": 0.1, "precision": "bfloat16"}
+    step, images = make_step(model.train(), **options), pixels(model, 2)
+    if scaled:
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    rows = step.objective.pack([0, 1])
+    step.run(np.arange(2), images, 0, rows)  # makes the optimizer's state
+    with Waiting():
+        step.run(np.arange(2), images, 1, rows)
+    with pytest.raises(AssertionError, match="waits"), Waiting():
+        float(step.skipped)
