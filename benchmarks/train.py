@@ -8,8 +8,8 @@ Five captions per image, of lengths like COCO's, random weights and pixels; the 
 trained on both sides, in the same number format, by AdamW in one kernel. In one process, taking
 turns:
 
-- ours: the product's own loss, the tower in the step's number format; no moving average and no
-  dropout, as in theirs.
+- ours: the product's own step, its captions packed beforehand, as its loader does; no moving
+  average, no dropout and no label smoothing, as in theirs.
 - a pair a row: transformers' vision tower and `GPT2LMHeadModel(add_cross_attention=True)`,
   whose own loss it is, under autocast; each image-caption pair is a row with its own pass of the
   vision tower, padded to the longest caption. Frozen weights take no gradients, and the tower runs
@@ -17,11 +17,10 @@ turns:
 - shared encoder: the same, but the tower runs once per image and its result is repeated for the
   captions.
 
-FLOPs are those of the tokens that have a target, of one vision pass an image and of the keys and
-values of its visual tokens; the forward pass counts once, gradients by inputs once for all that
-lies behind trained weights, gradients by weights once for trained matrices. Shares are of the speed
-that a large matrix product reaches in the same run, and of the data sheet's where that is known. It
-prints a table with our peak memory, a projected epoch of COCO 2017, and ends with one line of JSON.
+FLOPs are the useful ones, by the formula in `model_lib/train/flops.py`, which is printed for COCO's
+mean lengths. Shares are of the speed that a large matrix product reaches in the same run, and of
+the data sheet's where that is known. It prints a table with our peak memory, a projected epoch of
+COCO 2017, and ends with one line of JSON.
 
 With `--from_parquet N` it then draws N scenes, ingests them, and trains two epochs on them by the
 product's own `train`, augmentation, moving average and all: the rate at which images come from
@@ -50,18 +49,19 @@ from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model.precision import autocast, autocast_dtype
 from model_lib.model.tokens import IGNORED, pack_captions, train_tokenizer
-from model_lib.model.vision import plain_tower, visual_tokens
+from model_lib.model.vision import plain_tower
 from model_lib.presets import PRESETS
 from model_lib.tracking.server import Run, Tracking
 from model_lib.train.config import TrainConfig, Trained, resolve
-from model_lib.train.loss import caption_loss
+from model_lib.train.distributed import World
+from model_lib.train.flops import COCO_TOKENS, peak_flops, useful_flops
+from model_lib.train.loss import CrossEntropyObjective
+from model_lib.train.step import TrainStep
 from model_lib.train.training import train
 
 CAPTIONS = 5
 COCO_IMAGES = 118_287
 """Of train2017."""
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""FLOP/s of dense 16-bit matrix products, by the makers' data sheets."""
 
 
 def coco_like_captions(images: int, vocabulary: int) -> list[list[list[int]]]:
@@ -105,19 +105,6 @@ class Plain(nn.Module):
         )
 
 
-def flops(model: Captioner, images: int, tokens: int) -> float:
-    """Return the useful floating-point operations of a training step."""
-    vision, decoder = model.config.vision_config, model.config.decoder_config
-    E, D, L, V = vision.hidden_size, decoder.n_embd, decoder.n_layer, decoder.vocab_size
-    S = visual_tokens(vision)
-    layer = S * (4 * E**2 + 2 * E * vision.intermediate_size) + 2 * S**2 * E
-    tower = 2 * (vision.num_hidden_layers * layer + S * 3 * vision.patch_size**2 * E)
-    frozen, trained = 4 * D**2, 2 * D**2 + 8 * D**2
-    a_token = L * (2 * 2 * frozen + 3 * 2 * trained + 3 * 4 * S * D) + 3 * 2 * D * V
-    a_image = tower + 3 * 2 * L * S * 2 * E * D
-    return images * a_image + tokens * a_token
-
-
 def matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large matrix product here."""
     size = 8192 if device.type == "cuda" else 2048
@@ -127,10 +114,10 @@ def matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Work:
-    """A batch on the device, and training steps over it."""
+    """A batch on the device, and training steps over it by both sides."""
 
     def __init__(self, model: Captioner, count: int, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+        self.model, self.count, self.dtype = model, count, dtype
         size, self.end = model.image_size, model.config.decoder_config.eos_token_id
         self.pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8).to(
             model.device
@@ -139,11 +126,18 @@ class Work:
         pairs = [[ids] for image in self.captions for ids in image]
         self.pairs = pack_captions(pairs, self.end, multiple=1).to(model.device)
 
-    def ours(self) -> Tensor:
-        rows = pack_captions(self.captions, self.end).to(self.model.device)
-        features = self.model.encode(self.pixels)
-        with autocast(self.dtype, self.model.device):
-            return caption_loss(self.model, features, rows) / rows.count
+    def ours(self, step: TrainStep) -> Callable[[], object]:
+        """Return a whole step of the product."""
+        objective = CrossEntropyObjective(self.captions, self.end)
+        rows, batch = objective.pack(range(self.count)), np.arange(self.count)
+        if self.pixels.is_cuda:
+            rows = rows.pin_memory()
+
+        def run() -> None:
+            step.loss.objective = step.objective = objective
+            step.run(batch, self.pixels, 0, rows)
+
+        return run
 
     def plain(self, tower: nn.Module, plain: Plain, passes: int) -> Tensor:
         """Run the tower `passes` times an image, the decoder once a pair."""
@@ -152,6 +146,15 @@ class Work:
                 seen = self.pixels.repeat_interleave(passes, 0).float() / 127.5 - 1
                 features = tower(seen).last_hidden_state.repeat_interleave(CAPTIONS // passes, 0)
             return plain.loss(features, self.pairs.tokens, self.pairs.targets)
+
+
+def make_step(model: Captioner, preset: str, **options: Any) -> TrainStep:
+    """Return the product's step without what the other side has not: moving average, dropout and
+    label smoothing; `options` are those of `TrainConfig`."""
+    plain = {"ema": 0.0, "dropout": 0.0, "label_smoothing": 0.0, "learning_rate": 1e-6}
+    config = resolve(TrainConfig(data="-", output="-", preset=preset, **{**plain, **options}))
+    objective = CrossEntropyObjective([], model.start_token)
+    return TrainStep(model, objective, config, World(model.device), steps=10_000)
 
 
 def stepping(module: nn.Module, *losses: Callable[[], Tensor]) -> list[Callable[[], None]]:
@@ -172,6 +175,7 @@ class Rates(Tracking, Run):
     """Notes how fast training says it is."""
 
     def __init__(self) -> None:
+        Run.__init__(self)
         self.rates: list[float] = []
 
     def start(self, *_: Any, **__: Any) -> Run:
@@ -247,23 +251,19 @@ def main() -> None:
     config = CaptionerConfig.from_preset(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(device).train()
-    model.freeze_into(dtype)
-    for block in model.decoder.blocks if options.compile else []:
-        block.compile(dynamic=True)
-    speed, peak = (
-        matrix_speed(device, dtype),
-        next((v for k, v in PEAKS.items() if k in name), None),
-    )
+    chosen = {"precision": options.precision, "compile": options.compile}
+    train_step = make_step(model, options.preset, **chosen)
+    speed, peak = matrix_speed(device, dtype), peak_flops(device, dtype)
 
     works = [Work(model, count, dtype) for count in options.images]
-    mine = stepping(model, *(work.ours for work in works))
+    mine = [work.ours(train_step) for work in works]
     memory = [peak_gb(step, device) for step in mine]  # before the other side is there
     tower = plain_tower(config.vision_config).to(device)
     plain = Plain(model).to(device)
     for block in plain.decoder.transformer.h if options.compile else []:
         block.compile(dynamic=True)
 
-    results = []
+    results, coco = [], useful_flops(config, 1, COCO_TOKENS)
     print(f"\n{name}, torch {torch.__version__}, {dtype}; captions a second\n")
     print(
         f"{'case':<16}{'baseline':<16}{'ours':>9}{'theirs':>9}{'ratio':>7}{'GB':>7}"
@@ -272,7 +272,7 @@ def main() -> None:
     for count, work, my_step, gigabytes in zip(options.images, works, mine, memory, strict=True):
         losses = [partial(work.plain, tower, plain, passes) for passes in (CAPTIONS, 1)]
         ours, *theirs = median_seconds([my_step, *stepping(plain, *losses)], options.rounds, device)
-        useful = flops(model, count, work.pairs.count)
+        useful = useful_flops(config, count, work.pairs.count)
         for label, seconds in zip(("a pair a row", "shared encoder"), theirs, strict=True):
             row: dict[str, Any] = {
                 "case": f"{count} images",
@@ -294,9 +294,9 @@ def main() -> None:
                 flush=True,
             )
         print(
-            f"{useful / count / 1e12:.2f} TFLOP per image; {speed / 1e12:.1f} TFLOP/s in a matrix "
-            "product; an epoch of "
-            f"COCO, reading apart: {COCO_IMAGES / count * ours / 60:,.1f} minutes"
+            f"{useful / count / 1e9:.0f} GFLOP an image, {coco / 1e9:.0f} at COCO's mean lengths; "
+            f"{speed / 1e12:.1f} TFLOP/s in a matrix product; an epoch of COCO, reading apart: "
+            f"{COCO_IMAGES / count * ours:,.0f} s"
         )
     document = {
         "benchmark": "train",
@@ -305,12 +305,8 @@ def main() -> None:
         "results": results,
     }
     if options.from_parquet:
-        del model, tower, plain, works, mine, losses, work, my_step
-        common = {
-            "batch_size": options.images[-1],
-            "precision": options.precision,
-            "compile": options.compile,
-        }
+        del model, train_step, tower, plain, works, mine, losses, work, my_step
+        common = {"batch_size": options.images[-1], **chosen}
         document["from_parquet_images_per_second"] = train_from_parquet(
             options.preset, options.from_parquet, device=options.device, **common
         )

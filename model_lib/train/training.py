@@ -36,6 +36,7 @@ from model_lib.train.build import build_model, identity
 from model_lib.train.config import ResolvedConfig, TrainConfig, Trained, pin_sources, resolve
 from model_lib.train.data import TrainData
 from model_lib.train.distributed import World, join_world, started_by_launcher
+from model_lib.train.flops import peak_flops, useful_flops
 from model_lib.train.loss import CrossEntropyObjective, Objective
 from model_lib.train.metrics import MetricLogger
 from model_lib.train.saving import Saver
@@ -156,7 +157,9 @@ class Trainer:
         if is_main:
             self.tracked = self._start_run(record.key)
         progress = Progress(f"train {config.name}", self.steps, "steps", self.step, shown=is_main)
-        metrics = MetricLogger(self.tracked, progress, self.world, bool(self.reward))
+        # What drawing captions computes is not counted.
+        peak = None if self.reward else peak_flops(self.world.device, self.train_step.dtype)
+        metrics = MetricLogger(self.tracked, progress, self.world, bool(self.reward), peak)
         with self.tracked, progress, self.saver, self.stop_request.defer_stop():
             try:
                 while not self.finished:
@@ -206,7 +209,9 @@ class Trainer:
                 self.saver.check()
                 measured = self.train_step.run(batch, pixels, self.step, rows)
                 self.step += 1
-                metrics.count_step(len(batch))
+                tokens = int(self.data.lengths[batch].sum())
+                flops = useful_flops(self.model.config, len(batch), tokens)
+                metrics.count_step(len(batch), flops)
                 log_due, save_due, stopped = self.world.any(
                     is_main and metrics.late(),
                     is_main and self.saver.due(self.step),
