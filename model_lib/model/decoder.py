@@ -40,7 +40,8 @@ class PackedLayout:
     positions: Tensor
     """Position of each token in its own sequence, int64 [B, T]."""
     mask: Tensor
-    """What each token sees, bool [B, 1, T, T]."""
+    """What each token sees, 0, and not, -inf: [B, 1, T, T] in the dtype of the attention, whose
+    kernels would convert a bool mask in each layer."""
 
 
 class KVCache:
@@ -137,7 +138,7 @@ class SelfAttention(nn.Module):
         Args:
             x: [B, N, T, D]; with a cache T is 1, with a mask N is 1.
             cache: of the tokens before, while decoding.
-            mask: what each token sees, bool [B, 1, T, T]; None: all tokens before it and itself.
+            mask: of a `PackedLayout`; None: all tokens before it and itself.
         """
         B, N, T, D = x.shape
         sequences, length = (B * N, T) if cache is None else (B, N)

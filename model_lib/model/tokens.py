@@ -154,10 +154,12 @@ class PackedCaptions:
     count: int
     """Tokens with a target."""
 
-    def mask(self) -> Tensor:
-        """Return what each token sees, its own caption up to itself: bool [B, 1, T, T]."""
-        same = self.caption.unsqueeze(2) == self.caption.unsqueeze(1)
-        return same.tril().unsqueeze(1)
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return what each token sees, its own caption up to itself: [B, 1, T, T] of `dtype`, 0
+        where it sees and -inf elsewhere."""
+        visible = (self.caption.unsqueeze(2) == self.caption.unsqueeze(1)).tril()
+        mask = torch.zeros_like(visible, dtype=dtype)
+        return mask.masked_fill_(~visible, -torch.inf).unsqueeze(1)
 
     def to(self, device: torch.device) -> Self:
         """Return the batch on another device."""

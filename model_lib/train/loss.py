@@ -112,13 +112,13 @@ def caption_loss(
     Returns:
         Sum in nats, float32 scalar.
     """
-    layout = PackedLayout(rows.positions, rows.mask())
+    kind = features.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    layout = PackedLayout(rows.positions, rows.mask(dtype or model.dtype))
     visual = model.decoder.cross_cache(features)
     hidden = model.decoder(rows.tokens.unsqueeze(1), visual, layout=layout).squeeze(1)
     if weights is None:
         weights = torch.ones_like(rows.targets, dtype=torch.float32)
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     states, targets, shares = (
         tensor.flatten(0, 1).index_select(0, rows.target_indices)
         for tensor in (hidden, rows.targets, weights)

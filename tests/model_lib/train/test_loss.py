@@ -146,3 +146,25 @@ def test_long_captions_are_cut_and_short_ones_end(model: Captioner) -> None:
     assert rows.tokens[0, [0, 3]].tolist() == [0, 0]
     assert 0 not in rows.targets[0, :3].tolist()
     assert rows.targets[0, 4:].tolist() == [0, IGNORED, IGNORED, IGNORED]
+
+
+def test_a_token_sees_its_own_caption_up_to_itself_by_one_mask_for_all_layers(
+    model: Captioner,
+) -> None:
+    rows = pack_captions([[[3, 4, 5], [6, 7]], [[8, 9, 10, 11]]], 0)
+    seen = rows.mask(torch.bfloat16).squeeze(1)
+    assert seen.dtype == torch.bfloat16 and seen.shape == (2, 8, 8)
+    expected = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2), torch.ones(3, 3)).tril()
+    assert torch.equal(seen[0].exp().float(), expected), "padding sees padding, and is no NaN"
+    dtypes: list[torch.dtype] = []
+
+    def note(module: object, inputs: tuple) -> None:
+        dtypes.append(inputs[2].dtype)
+
+    for block in model.decoder.blocks:
+        block.attn.register_forward_pre_hook(note)
+    features = model.encode(pixels(model, 2))
+    caption_loss(model, features, rows)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        caption_loss(model, features, rows)
+    assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2, "that of queries and keys"
