@@ -27,7 +27,8 @@ from model_lib.batch.config import BatchConfig
 from model_lib.errors import UserError, exit_code, printable
 from model_lib.evaluate.config import EvaluateConfig, ScoreConfig
 from model_lib.exits import MISTAKE, exit_in_one_line
-from model_lib.ingest.config import DownloadConfig, IngestConfig, ScenesConfig
+from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.download import DownloadConfig
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
 from model_lib.model.config import DecodeConfig

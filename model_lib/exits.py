@@ -21,6 +21,8 @@ NO_MEMORY = (
     "out of memory",  # CUDA libraries
 )
 """Messages of exhausted memory in `RuntimeError`s, which have no type of their own."""
+PACKAGES = {"PIL": "pillow", "cykooz_resizer": "cykooz-resizer"}
+"""Names of packages that are not those of their modules."""
 MISTAKE = "captioner: error: "
 """Start of the line of a user's mistake; other failures start differently."""
 LONGEST = 1000
@@ -33,6 +35,10 @@ def _exit_line(error: Exception) -> tuple[int, str] | None:
     """Return the exit code and line for an exception; None for a defect of ours."""
     if isinstance(error, UserError):
         return 2, f"{MISTAKE}{error}"
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        package = PACKAGES.get(module, module)
+        return 2, f"{MISTAKE}needs {package}, which is not installed: pip install {package}"
     if isinstance(error, (WorkError, OSError)):
         return 1, f"captioner: failed: {printable(str(error))}"
     # torch.OutOfMemoryError is a RuntimeError, too.

@@ -3,9 +3,12 @@
 Which module may import which is a contract of import-linter, in pyproject.toml.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,11 +43,12 @@ def test_help_imports_no_slow_package() -> None:
 def test_training_and_captioning_work_with_the_bare_packages(
     data: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    """A GPU machine has torch, transformers, pillow, pyarrow, fsspec, numpy, pydantic, tyro,
-    tenacity and filelock."""
+    """A GPU machine has torch, transformers, pillow, pyarrow, fsspec, numpy, pydantic, tenacity and
+    filelock; with tyro, the command line works too."""
     python(
         "import sys\n"
-        "for name in ('mlflow', 'kfp', 'jinja2', 'pycocoevalcap', 'gcsfs', 'pandas', 'ijson'):\n"
+        "for name in ('mlflow', 'kfp', 'jinja2', 'pycocoevalcap', 'gcsfs', 'pandas', 'ijson',\n"
+        "    'tyro', 'simplejpeg', 'cykooz_resizer'):\n"
         "    sys.modules[name] = None\n"
         "from model_lib import Captioner, generate_caption\n"
         "from model_lib.train.config import TrainConfig\n"
@@ -56,3 +60,29 @@ def test_training_and_captioning_work_with_the_bare_packages(
         tmp_path,
         scenes / "val2017" / "000000000001.jpg",
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "command"),
+    [
+        ("tyro", "tyro", "caption -f a.jpg"),
+        ("PIL", "pillow", "ingest --dataset {scenes} --output {out}"),
+        ("simplejpeg", "simplejpeg", "ingest --dataset {scenes} --output {out}"),
+    ],
+)
+def test_a_needed_package_that_is_missing_is_one_line_at_once(
+    scenes: Path, tmp_path: Path, module: str, package: str, command: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{module!r}] = None\n")
+    options = command.format(scenes=scenes, out=tmp_path / "out").split()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "model_lib", *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = f"captioner: error: needs {package}, which is not installed: pip install {package}\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    assert not (tmp_path / "out").exists()

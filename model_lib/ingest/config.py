@@ -1,12 +1,9 @@
-"""The configurations of `captioner download`, `ingest` and `scenes`."""
+"""The configurations of `captioner ingest` and `scenes`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from model_lib.data.tables import parse_columns
-from model_lib.errors import UserError
 from model_lib.options import StageConfig, option, require
 from model_lib.presets import DEFAULT_PRESET, PRESETS
 
@@ -124,26 +121,3 @@ class IngestConfig(StageConfig):
     def column_names(self) -> dict[str, str]:
         """Return `columns` as a dictionary; `UserError` if it is none."""
         return parse_columns(self.columns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadConfig(StageConfig):
-    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models.
-
-    After an interruption, the same command resumes.
-
-    captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
-    """
-
-    dataset: Annotated[Literal["coco2017", "spice"], tyro.conf.Positional]
-    """coco2017, 19 GB of images and their captions; or spice, 0.5 GB of models for evaluate
-    --spice."""
-    output: str = option(shapes=False)
-    """Folder or URI for the archives."""
-    base: str | None = None
-    """Address of another server, such as a mirror; checksums are known for COCO's own alone."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.base is not None and not self.base.startswith(("http://", "https://")):
-            raise UserError(f"base {self.base}: is not an http(s) address")

@@ -12,14 +12,16 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from model_lib.errors import UserError, WorkError
-from model_lib.ingest.config import DownloadConfig
 from model_lib.io import storage
 from model_lib.io.archives import open_archive
 from model_lib.io.errors import is_transient
 from model_lib.io.locks import output_lock
+from model_lib.options import StageConfig, option
 from model_lib.progress import Progress
 
 SERVERS = {
@@ -38,6 +40,29 @@ ARCHIVES: dict[str, dict[str, str | None]] = {
 CHUNK, MEGABYTE = 2**20, 1_000_000
 TIMEOUT = 60.0
 """Seconds after which a silent server counts as gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig(StageConfig):
+    """Fetch COCO's archives, which ingest reads as they are, or SPICE's models.
+
+    After an interruption, the same command resumes.
+
+    captioner download coco2017 --output coco && captioner ingest --dataset coco --output data
+    """
+
+    dataset: Annotated[Literal["coco2017", "spice"], tyro.conf.Positional]
+    """coco2017, 19 GB of images and their captions; or spice, 0.5 GB of models for evaluate
+    --spice."""
+    output: str = option(shapes=False)
+    """Folder or URI for the archives."""
+    base: str | None = None
+    """Address of another server, such as a mirror; checksums are known for COCO's own alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base is not None and not self.base.startswith(("http://", "https://")):
+            raise UserError(f"base {self.base}: is not an http(s) address")
 
 
 @dataclass(frozen=True)

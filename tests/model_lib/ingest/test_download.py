@@ -17,8 +17,7 @@ from model_lib import cli
 from model_lib.errors import UserError, WorkError
 from model_lib.evaluate.config import ScoreConfig
 from model_lib.evaluate.scoring import score
-from model_lib.ingest.config import DownloadConfig
-from model_lib.ingest.download import ARCHIVES, download, fetch
+from model_lib.ingest.download import ARCHIVES, DownloadConfig, download, fetch
 from model_lib.io import storage
 from model_lib.scores.spice import MODELS, spice_scores
 from tests.helpers.http_server import serving
