@@ -1,37 +1,56 @@
 """Device and number format of the arithmetic: autocast's dtype and the loss scaler it needs."""
 
 import contextlib
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from model_lib.errors import UserError
+from model_lib.errors import UserError, first_line
 from model_lib.io.cpus import cpu_count
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEVICES = Path("/dev")
+"""Where Linux shows a machine's GPUs, and a container its own."""
 WIDE = 512
 """Width of a decoder from which 16 bits are faster than 32 on a CPU that has them."""
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the named device, or the best one here for "auto"; `UserError` if it is missing.
+    """Return the named device, or the best one here for "auto".
 
     It also limits torch, which starts a thread for each core of the machine, to those of the
     container.
+
+    Raises:
+        UserError: it cannot be used; for "auto", where the machine has an NVIDIA GPU, and that
+            cannot.
     """
     torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available() or _has_nvidia_gpu():
+            device = "cuda"
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device {device}: not available here; use auto, cpu, cuda or mps"
+            f"device {device}: not available here: {first_line(error):.300}; --device cpu works "
+            "everywhere"
         ) from error
+    if chosen.type == "cuda":
+        # cuDNN's attention builds a plan for each shape, for tenths of a second, and captions have
+        # many.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return chosen
+
+
+def _has_nvidia_gpu() -> bool:
+    """Return whether the machine has a GPU that the user has not hidden, whatever torch can use."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not is_hidden and any(DEVICES.glob("nvidia[0-9]*"))
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
