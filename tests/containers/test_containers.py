@@ -105,9 +105,13 @@ def versions(lines: str) -> dict[str, str]:
 def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
     for image, torch, java in ((CORE, False, False), (MODEL, True, False), (EVALUATE, True, True)):
         packages = set(versions(inside(image, "pip", "freeze")))
-        has_java = inside(image, "sh", "-c", "command -v java || true").strip() != ""
+        has_java, has_compiler = (
+            inside(image, "sh", "-c", f"command -v {program} || true").strip() != ""
+            for program in ("java", "g++")
+        )
         assert ("torch" in packages, "transformers" in packages) == (torch, torch), image
         assert (has_java, "pycocoevalcap" in packages) == (java, java), image
+        assert has_compiler == (image == MODEL), "torch.compile needs one"
         assert {"kfp", "mlflow-skinny", "gcsfs", "s3fs", "pyarrow"} <= packages
         if image == CORE:
             gpu = {name for name in packages if name.startswith(("nvidia", "cuda", "triton"))}
