@@ -3,11 +3,11 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
+from itertools import islice, tee
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,8 @@ from model_lib.model.captioning import ImageCaptioner
 from model_lib.model.rivals import load_captioner
 from model_lib.progress import Progress
 
+Loaded = tuple[Row, np.ndarray | None]
+"""An image's row so far, and its pixels unless it cannot be used."""
 RETRY_SECONDS = 60.0
 """Seconds for which reading an image is retried while its store fails."""
 
@@ -49,15 +51,16 @@ def caption_shards(plan: Plan, indices: Sequence[int], model: ImageCaptioner) ->
     load = partial(_load, preprocess=model.preprocess, folder_of_list=folder)
     workers, depth = config.workers or 2 * cpu_count(), PREFETCH * config.batch_size
     loaded = prefetch_map(load, images, workers, depth)
-    progress = Progress("caption", sum(plan.shards[index].images for index in indices), "images")
+    counts = [plan.shards[index].images for index in indices]
+    progress = Progress("caption", sum(counts), "images")
     with progress, Background() as writing, closing(loaded):
+        captioned = _caption(loaded, counts, model, config)
         began = time.monotonic()
-        for index in indices:
-            rows: list[Row] = []
-            while left := plan.shards[index].images - len(rows):
-                batch = list(islice(loaded, min(config.batch_size, left)))
-                rows += _caption_batch(batch, model, config)
-                progress.advance(len(batch))
+        for index, count in zip(indices, counts, strict=True):
+            rows = []
+            for row in islice(captioned, count):
+                rows.append(row)
+                progress.advance()
             seconds, began = time.monotonic() - began, time.monotonic()
             metadata = {"version": __version__, "seconds": round(seconds, 3)}
             metadata["configuration"] = plan.configuration
@@ -66,28 +69,34 @@ def caption_shards(plan: Plan, indices: Sequence[int], model: ImageCaptioner) ->
             writing.start(partial(write_table, table, plan.captions_uri(index)))
 
 
-def _caption_batch(
-    loaded: list[tuple[Row, np.ndarray | None]], model: ImageCaptioner, config: BatchConfig
-) -> list[Row]:
-    """Return the rows of loaded images with their captions."""
-    good = [pixels for _, pixels in loaded if pixels is not None]
-    captioned = iter(model.caption_pixels(good, config.decode) if good else [])
-    for row, pixels in loaded:
-        row |= {"model": config.model, "captioned_at": datetime.now(UTC)}
-        if pixels is not None:
-            captions = next(captioned)
-            if config.rank:
-                captions = sorted(captions, key=lambda caption: -caption.score)
-            row["captions"] = [caption.text for caption in captions]
-            row["scores"] = [caption.score for caption in captions]
-            row |= {"status": "ok", "caption": row["captions"][0], "score": row["scores"][0]}
-    return [row for row, _ in loaded]
+def _caption(
+    loaded: Iterator[Loaded], counts: Sequence[int], model: ImageCaptioner, config: BatchConfig
+) -> Iterator[Row]:
+    """Yield the rows of loaded images with their captions.
+
+    A shard of `counts` images begins a batch, so that its captions are the same, also drawn ones,
+    whichever shards came before.
+    """
+    size = config.batch_size
+    sizes = [min(size, count - start) for count in counts for start in range(0, count, size)]
+    batches, ahead = tee(list(islice(loaded, size)) for size in sizes)
+    good = ([pixels for _, pixels in batch if pixels is not None] for batch in ahead)
+    captioned = model.caption_batches(good, config.decode)
+    for captions_of_batch, batch in zip(map(iter, captioned), batches, strict=True):
+        for row, pixels in batch:
+            row |= {"model": config.model, "captioned_at": datetime.now(UTC)}
+            if pixels is not None:
+                captions = next(captions_of_batch)
+                if config.rank:
+                    captions = sorted(captions, key=lambda caption: -caption.score)
+                row["captions"] = [caption.text for caption in captions]
+                row["scores"] = [caption.score for caption in captions]
+                row |= {"status": "ok", "caption": row["captions"][0], "score": row["scores"][0]}
+            yield row
 
 
-def _load(
-    image: ListedImage, preprocess: Preprocess, folder_of_list: Folder
-) -> tuple[Row, np.ndarray | None]:
-    """Read and decode an image; return its row so far, and its pixels unless it cannot be used."""
+def _load(image: ListedImage, preprocess: Preprocess, folder_of_list: Folder) -> Loaded:
+    """Read and decode an image."""
     row: Row = {"uri": image.uri, "status": "error"}
     try:
         require_readable(image.bytes)

@@ -3,9 +3,10 @@
 import importlib.metadata
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import tee
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -45,6 +46,7 @@ UNSENT = "unsent.json"
 """File in the output folder for as long as MLflow does not have its scores."""
 PACKAGES = ("torch", "transformers", "pillow", "pyarrow", "fsspec", "numpy", "tqdm")
 """The packages with which a model captions."""
+Item = TypeVar("Item")
 
 
 def evaluate(config: EvaluateConfig, tracking: Tracking = NO_TRACKING) -> Evaluation:
@@ -133,12 +135,12 @@ def _evaluate(config: EvaluateConfig, others: Sequence[EvaluationResult]) -> Eva
 
     rows: list[tuple[int, str, Caption, list[str]]] = []
     vectors: list[np.ndarray] = []
-    seconds = 0.0
+    read = _Timed(reader.batches(reader.in_order(config.batch_size)))
+    batches, ahead = tee(read)
+    captioned = _Timed(model.caption_batches((batch.pixels for batch in ahead), config.decode))
     with Progress(f"evaluate on {config.split}", reader.rows, "images") as progress:
-        for batch in reader.batches(reader.in_order(config.batch_size)):
-            began = time.perf_counter()
-            captions = [best for (best,) in model.caption_pixels(batch.pixels, config.decode)]
-            seconds += time.perf_counter() - began
+        for captions_of_batch, batch in zip(captioned, batches, strict=True):
+            captions = [best for (best,) in captions_of_batch]
             rows += zip(batch.image_ids, batch.file_names, captions, batch.captions, strict=True)
             if scorer is not None:
                 vectors.append(_encode_images(scorer, model, batch))
@@ -165,7 +167,7 @@ def _evaluate(config: EvaluateConfig, others: Sequence[EvaluationResult]) -> Eva
         diversity=describe(texts, ended, training),
         decoding=config.decode.to_dict(),
         rival=model.usage if isinstance(model, Rival) else {},
-        images_per_second=len(rows) / seconds,
+        images_per_second=len(rows) / (captioned.seconds - read.seconds),
         clip=config.clip,
         data_fingerprint=manifest.fingerprint,
         # A registered model was evaluated in its own run before it was registered; this result is
@@ -178,6 +180,23 @@ def _evaluate(config: EvaluateConfig, others: Sequence[EvaluationResult]) -> Eva
     selected = select_images(result.predictions.cider())
     views = _views(model, reader, [order[n] for n in selected], [captions[n] for n in selected])
     return replace(result, predictions=replace(result.predictions, views=views))
+
+
+class _Timed(Generic[Item]):
+    """Iterates over items, and counts the seconds that making them takes."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.items, self.seconds = iter(items), 0.0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Item:
+        began = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _require_comparable(

@@ -6,7 +6,7 @@ Shapes: B images, N rows per image, T tokens, S visual tokens, E vision width, V
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,10 +29,11 @@ from transformers.pytorch_utils import Conv1D
 from model_lib.errors import UserError
 from model_lib.io.pixels import Preprocessing
 from model_lib.model import prepacking, weights
-from model_lib.model.captioning import Caption, caption_images
+from model_lib.model.batches import caption_ahead
+from model_lib.model.captioning import Caption, caption_each_batch, caption_images
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoder import Decoder
-from model_lib.model.decoding import decode
+from model_lib.model.decoding import Decoded, decode
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.sources import captioner_folder, read_training
 from model_lib.model.tokens import control_tokens, decode_tokens
@@ -293,12 +294,26 @@ class Captioner(PreTrainedModel):
             config: how to decode.
         """
         features = self.encode(torch.from_numpy(np.stack(pixels)).to(self.device))
+        return self.captions(decode(self, features, config))
+
+    def caption_batches(
+        self, batches: Iterable[Sequence[np.ndarray]], config: DecodeConfig
+    ) -> Iterator[list[list[Caption]]]:
+        """Yield each batch's captions as `caption_pixels` returns them; a batch may have no image.
+
+        On a GPU, batches are taken and encoded ahead.
+        """
+        method = caption_ahead if self.device.type == "cuda" else caption_each_batch
+        return method(self, batches, config)
+
+    def captions(self, decoded: Iterable[Sequence[Decoded]]) -> list[list[Caption]]:
+        """Return decoded tokens with their texts."""
         return [
             [
                 Caption(decode_tokens(self.tokenizer, row.tokens), row.score, row.tokens)
                 for row in rows
             ]
-            for rows in decode(self, features, config)
+            for rows in decoded
         ]
 
     def has_ended(self, caption: Caption) -> bool:

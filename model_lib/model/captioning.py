@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
@@ -53,6 +53,14 @@ class ImageCaptioner(Protocol):
     ) -> list[list[Caption]]:
         """Return each image's `num_captions` captions."""
 
+    def caption_batches(
+        self, batches: Iterable[Sequence[np.ndarray]], config: DecodeConfig
+    ) -> Iterator[list[list[Caption]]]:
+        """Yield each batch's captions as `caption_pixels` returns them; a batch may have no image.
+
+        Batches are taken as they are needed, which may be some before a batch's captions.
+        """
+
     def has_ended(self, caption: Caption) -> bool:
         """Return whether a caption ended by itself, not at the longest length."""
 
@@ -93,6 +101,14 @@ def _from_array(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
+def caption_each_batch(
+    model: ImageCaptioner, batches: Iterable[Sequence[np.ndarray]], config: DecodeConfig
+) -> Iterator[list[list[Caption]]]:
+    """Yield each batch's captions, one batch after another: `caption_batches` where nothing is
+    gained by working ahead."""
+    return (model.caption_pixels(batch, config) if len(batch) else [] for batch in batches)
+
+
 def caption_each(
     model: ImageCaptioner,
     images: Iterable[Any],
@@ -115,9 +131,10 @@ def caption_each(
             return error
 
     with closing(prefetch_map(attempt, images, depth=2 * batch_size)) as loaded:
-        while batch := list(islice(loaded, batch_size)):
-            good = [pixels for pixels in batch if isinstance(pixels, np.ndarray)]
-            captions = iter(model.caption_pixels(good, config) if good else [])
+        batches, ahead = tee(iter(lambda: list(islice(loaded, batch_size)), []))
+        pixels = ([result for result in batch if isinstance(result, np.ndarray)] for batch in ahead)
+        captioned = model.caption_batches(pixels, config)
+        for captions, batch in zip(map(iter, captioned), batches, strict=True):
             for result in batch:
                 yield next(captions) if isinstance(result, np.ndarray) else result
 

@@ -15,7 +15,7 @@ model's own.
 Shapes: B images, N captions per image, R rows that are decoded (beams), T new tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from model_lib.errors import UserError
 from model_lib.model import weights
 from model_lib.model.captioner import Captioner, CaptionerConfig
-from model_lib.model.captioning import Caption, ImageCaptioner
+from model_lib.model.captioning import Caption, ImageCaptioner, caption_each_batch
 from model_lib.model.config import DecodeConfig
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.sources import RIVAL, model_folder
@@ -172,6 +172,11 @@ class Rival:
         captions = [self._caption(tokens, scores) for tokens, scores in rows]
         count = config.num_captions
         return [captions[first : first + count] for first in range(0, len(captions), count)]
+
+    def caption_batches(
+        self, batches: Iterable[Sequence[np.ndarray]], config: DecodeConfig
+    ) -> Iterator[list[list[Caption]]]:
+        return caption_each_batch(self, batches, config)
 
     def _caption(self, tokens: list[int], scores: list[float]) -> Caption:
         """Return the caption of new tokens, which may go on after its end, and their scores."""
