@@ -42,24 +42,39 @@ CASES = {
 }
 
 
-def build(preset: str) -> tuple[Captioner, PreTrainedModel, GPT2LMHeadModel]:
-    """Return a captioner of random weights and transformers' parts with the same, both without the
-    visual norm."""
+def captioner(preset: str, device: torch.device) -> Captioner:
+    """Return a captioner of random weights, whose captions depend on the image."""
     torch.manual_seed(0)
-    config = CaptionerConfig.from_preset(PRESETS[preset])
-    model = Captioner(config).eval()
+    with device:
+        model = Captioner(CaptionerConfig.from_preset(PRESETS[preset])).eval()
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
             if "crossattention.c_proj.weight" in name:
-                parameter.normal_(std=0.02)  # it starts at zero, and the image would not matter
+                parameter.normal_(std=0.02)  # it starts at zero
+    return model
+
+
+def random_pixels(model: Captioner, images: int) -> Tensor:
+    """Return pixels on the model's device, uint8 [images, 3, size, size]."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (images, 3, model.image_size, model.image_size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(model.device)
+
+
+def build(preset: str, device: torch.device) -> tuple[Captioner, PreTrainedModel, GPT2LMHeadModel]:
+    """Return a captioner of random weights and transformers' parts with the same, both without the
+    visual norm."""
+    model = captioner(preset, device)
+    config = model.config
     for block in model.decoder.blocks:
         block.ln_visual = nn.Identity()  # type: ignore[assignment]
     theirs = GPT2Config(**{**config.decoder_config.to_dict(), "add_cross_attention": True})
     theirs.tie_word_embeddings = False
-    reference = GPT2LMHeadModel(theirs).eval()
+    with device:
+        reference = GPT2LMHeadModel(theirs).eval()
+        tower = plain_tower(config.vision_config).eval()
     reference.transformer.load_state_dict(model.decoder.state_dict())
     reference.lm_head.weight.data.copy_(model.head.weight)
-    tower = plain_tower(config.vision_config).eval()
     tower.load_state_dict(model.vision.state_dict())
     return model, tower, reference
 
@@ -113,26 +128,24 @@ def show(row: dict[str, Any]) -> None:
     print("".join(columns), flush=True)
 
 
-def main() -> None:
+def run(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print the table, and return the document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each case")
     parser.add_argument("--skip_plain", action="store_true", help="leave out the slow baseline")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-    model, tower, reference = build(options.preset)
+    model, tower, reference = build(options.preset, device)
     dtype = inference_dtype("auto", device, model.config.decoder_config.n_embd)
-    generator = torch.Generator().manual_seed(0)
-    shape = (max(options.batches), 3, model.image_size, model.image_size)
-    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    pixels = random_pixels(model, max(options.batches))
     plain_seconds = None
     if not options.skip_plain:
-        model.to(device)
         (plain_seconds,) = median_seconds([lambda: plain(model, pixels[:1])], 1, device)
     model = model.for_inference(device, dtype)
     tower.to(device, dtype)
@@ -181,7 +194,11 @@ def main() -> None:
     first = next(row for row in results if row["case"].endswith(f"batch {smallest}"))
     print(f"\nfirst caption, model loaded: {smallest / first['ours']:.2f} s")
     document = {"benchmark": "decode", "device": name, "torch": torch.__version__}
-    print(json.dumps({**document, "results": results}))
+    return {**document, "results": results}
+
+
+def main() -> None:
+    print(json.dumps(run()))
 
 
 if __name__ == "__main__":

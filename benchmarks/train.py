@@ -222,7 +222,8 @@ def train_from_parquet(preset: str, images: int, **options: Any) -> float:
     return rate
 
 
-def main() -> None:
+def run(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print the table, and return the document."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="clip-l-gpt2-medium", choices=list(PRESETS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -239,7 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--from_parquet", type=int, default=0, help="also train on so many generated scenes"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = torch.device(options.device)
     name = (
         torch.cuda.get_device_name()
@@ -310,7 +311,11 @@ def main() -> None:
         document["from_parquet_images_per_second"] = train_from_parquet(
             options.preset, options.from_parquet, device=options.device, **common
         )
-    print(json.dumps(document))
+    return document
+
+
+def main() -> None:
+    print(json.dumps(run()))
 
 
 if __name__ == "__main__":
