@@ -32,7 +32,7 @@ from model_lib.ingest.download import DownloadConfig
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
 from model_lib.model.config import DecodeConfig
-from model_lib.options import Precision, StageConfig, option
+from model_lib.options import CaptionPrecision, StageConfig, option
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ModelsConfig, RegisterConfig, RollbackConfig
 from model_lib.registry.model_uris import CHAMPION_URI
@@ -94,7 +94,7 @@ class CaptionConfig(StageConfig):
     """Images decoded together."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
-    precision: Precision = "auto"
+    precision: CaptionPrecision = "auto"
     """Number format of the weights; auto: 16 bits where that is fast."""
 
 

@@ -14,6 +14,9 @@ LARGEST = 2**63 - 1
 """Largest whole number: that of a seed."""
 Precision = Literal["auto", "bfloat16", "float16", "float32"]
 """Number formats of weights and training."""
+CaptionPrecision = Literal["auto", "bfloat16", "float16", "float32", "float8"]
+"""Number formats of a model that captions; float8: bfloat16, the vision tower's products in
+float8."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from model_lib.data.tables import parse_columns
 from model_lib.model.config import DecodeConfig
-from model_lib.options import Precision, StageConfig, option, require
+from model_lib.options import CaptionPrecision, StageConfig, option, require
 
 FORMATS = ("parquet", "csv", "jsonl", "txt", "coco")
 
@@ -53,7 +53,7 @@ class BatchConfig(StageConfig):
     """Images decoded together; it changes which captions a seed draws."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
-    precision: Precision = "auto"
+    precision: CaptionPrecision = "auto"
     """Number format of the weights; auto: 16 bits where that is fast."""
     workers: int = option(0, minimum=0, shapes=False)
     """Threads that read and decode images; 0: two a core, as they wait for their store."""

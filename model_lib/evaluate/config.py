@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from model_lib.model.config import DecodeConfig
-from model_lib.options import Precision, StageConfig, option, require
+from model_lib.options import CaptionPrecision, StageConfig, option, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EvaluateConfig(StageConfig):
     """Folder with SPICE's models, made by captioner download spice. None: no SPICE."""
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
-    precision: Precision = "auto"
+    precision: CaptionPrecision = "auto"
     """Number format of the weights; auto: 16 bits where that is fast."""
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ from model_lib.model.captioning import Caption, caption_each_batch, caption_imag
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoder import Decoder
 from model_lib.model.decoding import Decoded, decode
+from model_lib.model.float8 import pack_float8
 from model_lib.model.precision import choose_device, inference_dtype
 from model_lib.model.sources import captioner_folder, read_training
 from model_lib.model.tokens import control_tokens, decode_tokens
@@ -390,7 +391,7 @@ class Captioner(PreTrainedModel):
                 an MLflow model (`models:/captioner@champion`).
             device: "auto" takes CUDA, then Apple's MPS, then the CPU.
             precision: of the weights: "bfloat16", "float16", "float32"; "auto" takes 16 bits where
-                that is fast.
+                that is fast; "float8" is bfloat16 with the vision tower's products in float8.
             options: of transformers' `from_pretrained`; `revision`, `subfolder`, `cache_dir` and
                 the like hold for all files, and `dtype` goes before `precision`.
 
@@ -414,19 +415,29 @@ class Captioner(PreTrainedModel):
         if options.get("dtype", "auto") == "auto":
             width = model.config.decoder_config.n_embd
             dtype = inference_dtype(precision, torch_device, width)
-        return model.for_inference(torch_device, dtype)
+        return model.for_inference(torch_device, dtype, float8=precision == "float8")
 
-    def for_inference(self, device: torch.device, dtype: torch.dtype) -> Self:
+    def for_inference(self, device: torch.device, dtype: torch.dtype, float8: bool = False) -> Self:
         """Move the weights to a device and number format, and pack them for a CPU, where the head
         stays in float32: its products would be rounded to 16 bits.
 
         Packed matrices are not among `parameters()`; `train()`, `to()` and `load_state_dict()`
         unpack them.
+
+        Args:
+            device: where the model captions.
+            dtype: of the weights.
+            float8: let the vision tower multiply in float8.
+
+        Raises:
+            UserError: the device has no float8 products.
         """
         self.to(device).eval()
         for part in (self.vision, self.decoder):
             part.to(dtype)
         self.head.to(torch.float32 if device.type == "cpu" else dtype)
+        if float8:
+            pack_float8(self.vision)
         if prepacking.can_pack(device, dtype):
             prepacking.pack(self)
         return self

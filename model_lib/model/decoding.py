@@ -234,8 +234,8 @@ class Search(ABC):
             ends.masked_fill_(position <= self.config.min_new_tokens, -torch.inf)
         return logits
 
-    def record(self) -> None:
-        """Record a step as a CUDA graph."""
+    def record(self, pool: Any) -> None:
+        """Record a step as a CUDA graph, whose passing tensors are in the memory of `pool`."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -243,7 +243,7 @@ class Search(ABC):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             self.logits = self._work()
         self.graph = graph
 
@@ -411,8 +411,9 @@ def _kept_search(model: CaptionModel, config: DecodeConfig, features: Tensor) ->
     search.config = config
     search.uses += 1
     if search.uses == 2 and features.is_cuda:
+        pool = torch.cuda.graph_pool_handle()  # one for all, as they are replayed one by one
         for part in (search, *search.parts.values()):
-            part.record()
+            part.record(pool)
     return search
 
 

@@ -74,12 +74,13 @@ def inference_dtype(precision: str, device: torch.device, width: int) -> torch.d
     """Return the dtype of the weights of a model that captions.
 
     Args:
-        precision: "auto", "bfloat16", "float16" or "float32".
+        precision: "auto", "bfloat16", "float16", "float32", or "float8", which is bfloat16 but for
+            the vision tower (`model.float8`).
         device: where it runs.
         width: of its decoder; on a CPU a narrow one is faster in float32.
     """
     if precision != "auto":
-        return DTYPES[precision]
+        return DTYPES["bfloat16" if precision == "float8" else precision]
     narrow = device.type == "cpu" and width < WIDE
     return torch.float32 if narrow else autocast_dtype("auto", device)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from model_lib.model.decoder import CrossAttention
+from model_lib.model.float8 import Float8Linear
 
 LARGE = 512 * 512
 """Values of a matrix from which packing pays; for smaller ones the call itself takes longer."""
@@ -79,7 +80,7 @@ def pack(model: nn.Module) -> None:
 
 
 def unpack(model: nn.Module) -> None:
-    """Undo `pack`."""
+    """Undo `pack` and `pack_float8`."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | Float8Linear):
             model.set_submodule(name, module.unpacked())

@@ -262,6 +262,8 @@ def load_captioner(
         if prompt is not None:
             raise UserError(f"prompt: {source} takes none; only models named {RIVAL}… do")
         return Captioner.from_pretrained(source, device=device, precision=precision)
+    if precision == "float8":
+        raise UserError(f"precision float8: is for captioners of this program, not {source}")
     folder = model_folder(source.removeprefix(RIVAL))
     with weights.loading_errors(source, "a captioner of transformers"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
