@@ -169,10 +169,16 @@ def test_warnings_say_why_no_machine_is_created(
     name = job_name(config(tmp_path, tmp_path), "fingerprint")
     cluster.events = [(f"{name}-node-0", "FailedCreate", "exceeded quota")]
     cluster.events += [("other", "FailedCreate", "of another")]
-    threading.Timer(1, lambda: cluster.delete(name, "Background")).start()
-    with pytest.raises(WorkError, match="it was deleted"):
-        train_on(ONE, config(tmp_path, tmp_path), "fingerprint")
-    assert caplog.text.count("has no machine: FailedCreate: exceeded quota") == 1
+    reason = "has no machine: FailedCreate: exceeded quota"
+    with ThreadPoolExecutor(1) as threads:
+        step = threads.submit(train_on, ONE, config(tmp_path, tmp_path), "fingerprint")
+        while reason not in caplog.text and not step.done():
+            time.sleep(0.01)
+        time.sleep(1)  # in which it is not said again
+        cluster.delete(name, "Background")
+        with pytest.raises(WorkError, match="it was deleted"):
+            step.result()
+    assert caplog.text.count(reason) == 1
     assert "of another" not in caplog.text
 
 
