@@ -2,7 +2,7 @@
 modules used plainly.
 
     python -m benchmarks.train [--preset clip-l-gpt2-medium] [--device cpu] [--images 64] [--rounds
-    5] [--compile]
+    5] [--no-compile]
 
 Five captions per image, of lengths like COCO's, random weights and pixels; the same weights are
 trained on both sides, in the same number format, by AdamW in one kernel. In one process, taking
@@ -56,7 +56,7 @@ from model_lib.train.config import TrainConfig, Trained, resolve
 from model_lib.train.distributed import World
 from model_lib.train.flops import COCO_TOKENS, peak_flops, useful_flops
 from model_lib.train.loss import CrossEntropyObjective
-from model_lib.train.step import TrainStep
+from model_lib.train.step import TrainStep, should_compile
 from model_lib.train.training import train
 
 CAPTIONS = 5
@@ -234,8 +234,8 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument(
         "--compile",
-        action="store_true",
-        help="compile our decoder's layers, as train --compile does",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile, on both sides; by default as train does",
     )
     parser.add_argument(
         "--from_parquet", type=int, default=0, help="also train on so many generated scenes"
@@ -252,7 +252,8 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
     config = CaptionerConfig.from_preset(PRESETS[options.preset])
     config.train_everything = False  # a tower from scratch is trained too, here none is
     model = Captioner(config).to(device).train()
-    chosen = {"precision": options.precision, "compile": options.compile}
+    compiled = should_compile(options.compile, device)
+    chosen = {"precision": options.precision, "compile": compiled}
     train_step = make_step(model, options.preset, **chosen)
     speed, peak = matrix_speed(device, dtype), peak_flops(device, dtype)
 
@@ -261,7 +262,7 @@ def run(arguments: list[str] | None = None) -> dict[str, Any]:
     memory = [peak_gb(step, device) for step in mine]  # before the other side is there
     tower = plain_tower(config.vision_config).to(device)
     plain = Plain(model).to(device)
-    for block in plain.decoder.transformer.h if options.compile else []:
+    for block in plain.decoder.transformer.h if compiled else []:
         block.compile(dynamic=True)
 
     results, coco = [], useful_flops(config, 1, COCO_TOKENS)

@@ -87,8 +87,9 @@ class TrainConfig(StageConfig):
     recompute: bool = option(False, shapes=False)
     """Compute each layer again in the backward pass (gradient checkpointing): less memory, more
     time."""
-    compile: bool = option(False, shapes=False)
-    """Compile the decoder's layers with torch.compile."""
+    compile: bool | None = option(None, shapes=False)
+    """Compile the model's layers and the loss with torch.compile; by default on CUDA, if there is a
+    compiler."""
     precision: Precision | None = None
     """By default the preset's; auto: bfloat16 where the device has it, else float16 on a GPU, or
     float32."""

@@ -8,13 +8,16 @@ when memory runs out.
 import logging
 import math
 import shutil
+import sysconfig
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model_lib.errors import UserError, WorkError
+from model_lib.io.cpus import cpu_count
 from model_lib.model.captioner import Captioner
 from model_lib.model.precision import autocast, autocast_dtype, loss_scaler
 from model_lib.model.tokens import PackedCaptions
@@ -47,22 +50,65 @@ def make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raise `UserError` if torch.compile cannot work here."""
+def should_compile(choice: bool | None, device: torch.device) -> bool:
+    """Return whether to compile: by `choice`, or on CUDA if torch.compile works here.
+
+    Raises:
+        UserError: `choice` is True, and torch.compile cannot work here.
+    """
     compiler = "g++" if device.type == "cpu" else "gcc"
+    problem = None
     if shutil.which(compiler) is None:
-        raise UserError(f"compile: torch.compile needs {compiler} (apt-get install {compiler})")
+        problem = f"torch.compile needs {compiler} (apt-get install {compiler})"
+    elif device.type == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        problem = "torch.compile needs Python.h (apt-get install python3-dev)"
+    if choice and problem:
+        raise UserError(f"compile: {problem}")
+    if choice is None and device.type == "cuda" and problem:
+        log.warning("training without torch.compile, which is slower: %s", problem)
+    return device.type == "cuda" and problem is None if choice is None else choice
+
+
+def compile_model(model: Captioner) -> None:
+    """Compile the layers of the decoder and of the vision tower with torch.compile.
+
+    All layers of a kind share one graph for training and one for validation, whatever the numbers
+    of images and tokens (of one image alone there is another).
+    """
+    import torch._dynamo.config
+    import torch._inductor.config
+    import torch.fx.experimental._config
+
+    # Sizes that are equal by chance would be taken for one: 64 images, and heads of 64 values.
+    torch.fx.experimental._config.use_duck_shape = False
+    # What cannot be compiled runs as it is, and torch logs why.
+    torch._dynamo.config.suppress_errors = True
+    # By default a process is started for each core of the machine, not of the container.
+    torch._inductor.config.compile_threads = cpu_count()
+    for layer in (*model.decoder.blocks, *model.vision.encoder.layers):
+        layer.compile(dynamic=True)
+
+    def require_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        # Else the first layer, whose input needs no gradient, would have a graph of its own.
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
+    model.decoder.wte.register_forward_hook(require_gradient)
 
 
 class LossModule(nn.Module):
     """From pixels to summed loss and reward, as one module for DistributedDataParallel."""
 
     def __init__(
-        self, model: Captioner, objective: Objective, label_smoothing: float, dtype: torch.dtype
+        self,
+        model: Captioner,
+        objective: Objective,
+        label_smoothing: float,
+        dtype: torch.dtype,
+        compiled: bool,
     ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
-        self.label_smoothing, self.dtype = label_smoothing, dtype
+        self.label_smoothing, self.dtype, self.compiled = label_smoothing, dtype, compiled
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, H, W] on any device."""
@@ -80,7 +126,12 @@ class LossModule(nn.Module):
         # A new context: weights that the first one cast while sampling have no gradients.
         with autocast(self.dtype, features.device):
             loss = caption_loss(
-                self.model, features, targets.rows, self.label_smoothing, targets.weights
+                self.model,
+                features,
+                targets.rows,
+                self.label_smoothing,
+                targets.weights,
+                self.compiled,
             )
         return loss, targets.reward
 
@@ -108,13 +159,15 @@ class TrainStep:
             model.freeze_into(self.dtype)
         for block in model.decoder.blocks:
             block.dropout.p = config.dropout
-            if config.compile:
-                block.compile(dynamic=True)
+        if config.compile:
+            compile_model(model)
         model.decoder.recompute = config.recompute
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config)
         self.ema = EMA(model, config.ema)
-        self.loss = LossModule(model, objective, config.label_smoothing, self.dtype)
+        self.loss = LossModule(
+            model, objective, config.label_smoothing, self.dtype, bool(config.compile)
+        )
         self.parallel_loss = world.parallel(self.loss)
         self.micro_batch_size = config.micro_batch_size
         self.skipped, self.skipped_in_a_row = torch.zeros(2, device=self.device)

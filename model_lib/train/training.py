@@ -16,7 +16,7 @@ import math
 import signal
 import uuid
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +41,7 @@ from model_lib.train.loss import CrossEntropyObjective, Objective
 from model_lib.train.metrics import MetricLogger
 from model_lib.train.saving import Saver
 from model_lib.train.self_critical import SelfCriticalObjective
-from model_lib.train.step import TrainStep, require_compiler
+from model_lib.train.step import TrainStep, should_compile
 from model_lib.train.validation import ValidationScore, Validator
 
 log = logging.getLogger(__name__)
@@ -84,9 +84,8 @@ def _warn_of_small_images(manifest: Manifest, size: int) -> None:
 
 def _prepare(config: TrainConfig, world: World) -> tuple[ResolvedConfig, Manifest, Captioner]:
     """Return the resolved configuration, the verified data set, and the model on its device."""
-    if config.compile:
-        require_compiler(world.device)
-    resolved = pin_sources(resolve(config))
+    compiled = should_compile(config.compile, world.device)
+    resolved = replace(pin_sources(resolve(config)), compile=compiled)
     manifest, splits = read_manifest(config.data), ("train", "val")
     for split in splits:
         manifest.require_split(split)

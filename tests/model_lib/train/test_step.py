@@ -1,6 +1,7 @@
 """One step of training: its gradients are clipped as by torch, without a pass over them."""
 
 import copy
+import shutil
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,35 @@ def test_nothing_in_a_step_waits_for_the_device(model: Captioner, scaled: bool) 
         step.run(np.arange(2), images, 1, rows)
     with pytest.raises(AssertionError, match="waits"), Waiting():
         float(step.skipped)
+
+
+@pytest.mark.soak
+def test_compiled_it_computes_the_same_by_few_graphs(model: Captioner) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU (apt-get install g++)")
+    plain = make_step(copy.deepcopy(model), label_smoothing=0.1)
+    compiled = make_step(model, label_smoothing=0.1, compile=True)
+    rng = np.random.default_rng(0)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+
+    def losses(step: TrainStep, images: int, ids: list, number: int) -> list[float]:
+        """Return those of a training step and of a validation."""
+        objective = step.objective = step.loss.objective = CrossEntropyObjective(ids, 0)
+        step.model.train()
+        trained = step.run(np.arange(images), pixels(model, images), number)["train_loss"]
+        step.model.eval()
+        with torch.no_grad():
+            features = step.loss.encode(pixels(model, images))
+            valued = caption_loss(step.model, features, objective.pack(range(images)))
+        return [float(trained), float(valued)]
+
+    # As many images as heads (4) and as tokens (8), and other numbers.
+    for number, (images, longest) in enumerate([(4, 9), (8, 2), (3, 12), (5, 7)]):
+        ids = [[rng.integers(1, 290, longest).tolist() for _ in range(4)] for _ in range(images)]
+        expected = losses(plain, images, ids, number)
+        with torch.compiler.set_stance("fail_on_recompile" if number > 1 else "default"):
+            assert losses(compiled, images, ids, number) == pytest.approx(expected, rel=1e-4)
+    # Two of the tower and two of the decoder's layers, and of softmax one for each number of
+    # tokens in the first step, and one for any.
+    assert graphs["unique_graphs"] == 6

@@ -14,8 +14,6 @@ from model_lib import Captioner, UserError
 from model_lib.data.shards import read_manifest
 from model_lib.model import decoder
 from model_lib.model.captioner import Captioner as Model
-from model_lib.model.decoder import Block
-from model_lib.presets import PRESETS
 from model_lib.train.build import build_model
 from model_lib.train.config import TrainConfig, resolve
 from model_lib.train.loss import Targets
@@ -113,22 +111,6 @@ def test_what_saves_memory_changes_rounding_alone(
     assert max(sizes) == options.get("micro_batch_size", 32)
     assert bool(recomputed) == ("recompute" in options)
     assert saving.validation_loss == pytest.approx(whole.validation_loss, rel=1e-4)
-
-
-@pytest.mark.soak
-def test_compiled_layers_compute_the_same(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler on a CPU (apt-get install g++)")
-    whole = train(config(data, tmp_path / "whole", epochs=1))
-    layers, compiling = list[object](), Block.compile
-    monkeypatch.setattr(
-        Block, "compile", lambda block, **how: layers.append(block) or compiling(block, **how)
-    )
-    compiled = train(config(data, tmp_path / "compiled", epochs=1, compile=True))
-    assert len(layers) == PRESETS["tiny"].decoder_shape["n_layer"]
-    assert compiled.validation_loss == pytest.approx(whole.validation_loss, rel=1e-3)
 
 
 # The losses of the first steps on the generated scenes, as `captioner train --preset tiny` had them
