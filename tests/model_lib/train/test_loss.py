@@ -131,7 +131,9 @@ def test_the_image_is_encoded_once_and_its_keys_computed_once_for_all_captions(
     attention = model.decoder.h[0].crossattention
     project = attention.keys_values
     monkeypatch.setattr(
-        attention, "keys_values", lambda visual: seen.append(visual.shape[0]) or project(visual)
+        attention,
+        "keys_values",
+        lambda visual, *norm: seen.append(visual.shape[0]) or project(visual, *norm),
     )
     rows = pack_captions(torch.randint(0, 200, (2, 5, 6)).tolist(), 0)
     caption_loss(model, model.encode(pixels(model, 2)), rows)
