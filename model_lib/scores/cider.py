@@ -7,15 +7,17 @@ lengths. Training evaluates its checkpoints and rewards its samples by it; the s
 evaluate` come from the official toolkit itself.
 """
 
-import math
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 
 ORDERS = 4
+MULTIPLIER, LAST = np.uint64(0x9E3779B97F4A7C15), np.uint64(2**64 - 1)
+"""By which an n-gram's key is that of its words in their order; and a key after all others."""
 SIGMA = 6.0
 """Spread of the length penalty, in words."""
 END = "<end>"
@@ -30,9 +32,6 @@ WORD = re.compile(
 )
 """A word: letters and digits with what stands above, below and beside them, hyphens and apostrophes
 inside."""
-Ngram = tuple[str, ...]
-Vector = tuple[list[dict[Ngram, float]], list[float], int]
-"""For each order the weights of n-grams, the norms of these, and the length."""
 
 
 def words(text: str) -> list[str]:
@@ -44,14 +43,49 @@ def words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
-def _ngrams(caption: Sequence[str]) -> Counter[Ngram]:
-    return Counter(
-        tuple(caption[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(caption) - n + 1)
-    )
+@lru_cache(2**18)
+def _word_key(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+class _Ngrams:
+    """The distinct n-grams of captions, sorted by caption and key, G in all.
+
+    Attributes:
+        keys: a 64-bit hash of the words, of which no two are expected to be equal, uint64 [G].
+        captions: whose they are, int64 [G].
+        orders: words less one, int64 [G].
+        counts: how often each one occurs in its caption, int64 [G].
+        lengths: of all captions, the toolkit's measure: their bigrams, int64 [C].
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]]) -> None:
+        single = np.array([_word_key(word) for text in captions for word in text], np.uint64)
+        sizes = np.array([len(text) for text in captions], np.int64)
+        owners, ngrams, parts = np.repeat(np.arange(len(captions)), sizes), single, []
+        for order in range(ORDERS):
+            if order:
+                ngrams = ngrams[:-1] * MULTIPLIER + single[order:]
+            inside = owners[: len(ngrams)] == owners[order:]
+            here = owners[: len(ngrams)][inside]
+            parts.append((here, ngrams[inside], np.full(len(here), order)))
+        owners, keys, orders = map(np.concatenate, zip(*parts, strict=True))
+        by_caption = np.lexsort((keys, owners))
+        owners, keys, orders = owners[by_caption], keys[by_caption], orders[by_caption]
+        starts = _changes(owners, keys)
+        self.captions, self.keys, self.orders = owners[starts], keys[starts], orders[starts]
+        self.counts = np.diff(starts, append=len(keys))
+        self.lengths = np.maximum(sizes - 1, 0)
+
+
+def _changes(*sorted_: np.ndarray) -> np.ndarray:
+    """Return the indices at which one of several arrays of the same length has another value than
+    before."""
+    return np.flatnonzero(sum(np.diff(values, prepend=~values[:1]) != 0 for values in sorted_))
 
 
 class CiderD:
-    """Scores captions against references.
+    """Scores captions against the references of their images.
 
     Args:
         references: of each image of the corpus, lists of words; an n-gram's document
@@ -59,11 +93,24 @@ class CiderD:
     """
 
     def __init__(self, references: Iterable[Sequence[Sequence[str]]]) -> None:
-        self.frequency: Counter[Ngram] = Counter()
-        self.images = 0
-        for captions in references:
-            self.frequency.update(set().union(*(_ngrams(caption) for caption in captions)))
-            self.images += 1
+        images = list(references)
+        counts = np.array([len(captions) for captions in images], np.int64)
+        self.first = np.concatenate([[0], np.cumsum(counts)])
+        """Number of each image's first reference, and their count."""
+        self.ngrams = _Ngrams([caption for captions in images for caption in captions])
+        owners = np.repeat(np.arange(len(images)), counts)[self.ngrams.captions]
+        order = np.lexsort((owners, self.ngrams.keys))
+        keys = self.ngrams.keys[order]
+        once = _changes(keys, owners[order])  # for each image
+        starts = _changes(keys[once])
+        self.keys = np.append(keys[once][starts], LAST)
+        self.frequency = np.append(np.diff(starts, append=len(once)), 1)
+        weights, self.norms = self._weigh(self.ngrams)
+        self.weights = np.append(weights, 0.0)
+        ends = np.cumsum(np.bincount(self.ngrams.captions, minlength=self.first[-1]))
+        self.starts = np.concatenate([[0], ends])
+        """Index of each reference's first n-gram, and their count."""
+        self.reference_keys = np.append(self.ngrams.keys, LAST)
 
     def describe(self) -> dict[str, float | int | str]:
         """Return the scorer's configuration."""
@@ -71,36 +118,58 @@ class CiderD:
             "metric": "CIDEr-D",
             "orders": ORDERS,
             "sigma": SIGMA,
-            "images": self.images,
-            "ngrams": len(self.frequency),
+            "images": len(self.first) - 1,
+            "ngrams": len(self.keys) - 1,
         }
 
-    def vector(self, caption: Sequence[str]) -> Vector:
-        """Return the weights of a caption's n-grams."""
-        weights: list[dict[Ngram, float]] = [{} for _ in range(ORDERS)]
-        total = math.log(self.images)
-        length = 0
-        for ngram, count in _ngrams(caption).items():
-            rarity = total - math.log(max(1, self.frequency[ngram]))
-            weights[len(ngram) - 1][ngram] = count * rarity
-            length += count if len(ngram) == 2 else 0  # the toolkit's measure of length
-        return weights, [math.sqrt(sum(w * w for w in order.values())) for order in weights], length
+    def _weigh(self, ngrams: _Ngrams) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weight of each n-gram, float64 [G], and each caption's norms, [C, ORDERS]."""
+        index = np.searchsorted(self.keys, ngrams.keys)
+        frequency = np.where(self.keys[index] == ngrams.keys, self.frequency[index], 1)
+        weights = ngrams.counts * (np.log(len(self.first) - 1) - np.log(frequency))
+        return weights, np.sqrt(self._sum(ngrams, weights**2))
 
-    def score(self, caption: Vector, references: Sequence[Vector]) -> float:
-        """Return the score of a caption against an image's references: from 0 to about 10."""
-        total = 0.0
-        for reference in references:
-            penalty = math.exp(-((caption[2] - reference[2]) ** 2) / (2 * SIGMA**2))
-            for ours, theirs, norm, their_norm in zip(
-                caption[0], reference[0], caption[1], reference[1], strict=True
-            ):
-                if norm and their_norm:
-                    shared = sum(
-                        min(weight, theirs.get(n, 0.0)) * theirs.get(n, 0.0)
-                        for n, weight in ours.items()
-                    )
-                    total += penalty * shared / (norm * their_norm)
-        return 10.0 * total / ORDERS / len(references)
+    @staticmethod
+    def _sum(ngrams: _Ngrams, values: np.ndarray) -> np.ndarray:
+        """Return the sums of values [G] for each caption and order, [C, ORDERS]."""
+        rows = len(ngrams.lengths)
+        bins = ngrams.captions * ORDERS + ngrams.orders
+        return np.bincount(bins, values, rows * ORDERS).reshape(rows, ORDERS)
+
+    def scores(
+        self, captions: Sequence[Sequence[str]], images: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Return the score of each caption, from 0 to about 10, float64 [C].
+
+        Args:
+            captions: lists of words.
+            images: the number of each caption's image in the corpus.
+        """
+        ours = _Ngrams(captions)
+        weights, norms = self._weigh(ours)
+        first, stop = self.first[np.asarray(images)], self.first[np.asarray(images) + 1]
+        total = np.zeros(len(captions))
+        for number in range((stop - first).max(initial=0)):
+            # Whoever has fewer references meets his last one again, for nothing.
+            reference = np.minimum(first + number, stop - 1)
+            theirs = self._weights_of(ours.keys, reference[ours.captions])
+            shared = self._sum(ours, np.minimum(weights, theirs) * theirs)
+            product = norms * self.norms[reference]
+            cosine = np.divide(shared, product, out=np.zeros_like(product), where=product > 0)
+            difference = ours.lengths - self.ngrams.lengths[reference]
+            penalty = np.exp(-(difference**2) / (2 * SIGMA**2))
+            total += penalty * cosine.sum(1) * (first + number < stop)
+        return 10.0 * total / ORDERS / (stop - first)
+
+    def _weights_of(self, keys: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """Return the weight of each n-gram in a reference, 0 where it has none, float64 [G]."""
+        low, end = self.starts[references], self.starts[references + 1]
+        high = end
+        while (low < high).any():  # bisection, of all at once
+            middle = (low + high) // 2
+            is_less = (low < high) & (self.reference_keys[middle] < keys)
+            low, high = np.where(is_less, middle + 1, low), np.where(is_less, high, middle)
+        return np.where((low < end) & (self.reference_keys[low] == keys), self.weights[low], 0.0)
 
 
 def corpus_cider(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> float:
@@ -110,10 +179,6 @@ def corpus_cider(captions: Mapping[int, str], references: Mapping[int, Sequence[
         captions: by image.
         references: by image, those of `captions`.
     """
-    split = {key: [words(text) for text in references[key]] for key in captions}
-    scorer = CiderD(split.values())
-    scores = [
-        scorer.score(scorer.vector(words(caption)), [scorer.vector(text) for text in split[key]])
-        for key, caption in captions.items()
-    ]
-    return float(np.mean(scores))
+    scorer = CiderD([words(text) for text in references[key]] for key in captions)
+    split = [words(caption) for caption in captions.values()]
+    return float(scorer.scores(split, range(len(split))).mean())

@@ -27,13 +27,12 @@ MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Targets:
-    """The captions to learn for some images: `caption_loss` of `rows`, with `weights`."""
+    """The captions to learn for some images."""
 
     rows: PackedCaptions
-    weights: Tensor | None
-    """Of each token, float32 [B, T]; None: all 1."""
-    reward: float = 0.0
-    """Sum of the drawn captions' rewards."""
+    weigh: Callable[[], tuple[Tensor, float]] | None = None
+    """Returns the weight of each token's loss, float32 [B, T], and the sum of the drawn captions'
+    rewards; called while the device computes. None: all weights are 1."""
 
 
 class Objective(Protocol):
@@ -84,7 +83,7 @@ class CrossEntropyObjective:
         rows: PackedCaptions | None,
     ) -> Targets:
         rows = self.pack(numbers) if rows is None else rows
-        return Targets(rows.to(features.device), None)
+        return Targets(rows.to(features.device))
 
 
 def caption_loss(
@@ -93,16 +92,46 @@ def caption_loss(
     rows: PackedCaptions,
     label_smoothing: float = 0.0,
     weights: Tensor | None = None,
-    compiled: bool = False,
 ) -> Tensor:
     """Return the summed cross-entropy of all tokens that have a target.
 
-    Each image's keys and values are computed once for all its captions, and the head runs on tokens
-    with a target only. Divide by `rows.count` for the mean a token.
+    Divide by `rows.count` for the mean a token.
 
     Args:
         model: the captioner.
         features: visual tokens [B, S, E] from `Captioner.encode`.
+        rows: each image's captions side by side.
+        label_smoothing, weights: see `head_loss`.
+
+    Returns:
+        Sum in nats, float32 scalar.
+    """
+    return head_loss(model, states(model, features, rows), rows, label_smoothing, weights)
+
+
+def states(model: Captioner, features: Tensor, rows: PackedCaptions) -> Tensor:
+    """Return the decoder's last hidden states [B, T, D] of captions and visual tokens [B, S, E].
+
+    Each image's keys and values are computed once for all its captions.
+    """
+    layout = PackedLayout(rows.positions, rows.mask(autocast_dtype_on(features) or model.dtype))
+    visual = model.decoder.cross_cache(features)
+    return model.decoder(rows.tokens.unsqueeze(1), visual, layout=layout).squeeze(1)
+
+
+def head_loss(
+    model: Captioner,
+    hidden: Tensor,
+    rows: PackedCaptions,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """Return the summed cross-entropy; the head runs on tokens with a target only.
+
+    Args:
+        model: the captioner.
+        hidden: its `states` of `rows`.
         rows: each image's captions side by side.
         label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al.,
             2016).
@@ -112,20 +141,27 @@ def caption_loss(
     Returns:
         Sum in nats, float32 scalar.
     """
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    layout = PackedLayout(rows.positions, rows.mask(dtype or model.dtype))
-    visual = model.decoder.cross_cache(features)
-    hidden = model.decoder(rows.tokens.unsqueeze(1), visual, layout=layout).squeeze(1)
     if weights is None:
         weights = torch.ones_like(rows.targets, dtype=torch.float32)
-    states, targets, shares = (
+    learned, targets, shares = (
         tensor.flatten(0, 1).index_select(0, rows.target_indices)
         for tensor in (hidden, rows.targets, weights)
     )
     return ChunkedCrossEntropy.apply(
-        states, model.head.weight, targets, shares, label_smoothing, dtype, compiled
+        learned,
+        model.head.weight,
+        targets,
+        shares,
+        label_smoothing,
+        autocast_dtype_on(hidden),
+        compiled,
     )
+
+
+def autocast_dtype_on(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype of autocast on a tensor's device, if it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _score(

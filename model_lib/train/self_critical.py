@@ -1,5 +1,6 @@
 """Self-critical sequence training: the second stage, which raises the CIDEr-D of drawn captions."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,28 @@ from model_lib.model.decoding import Decoded, decode
 from model_lib.model.tokens import IGNORED, PackedCaptions, decode_tokens, pack_captions
 from model_lib.scores.cider import END, CiderD, words
 from model_lib.train.config import TrainConfig
-from model_lib.train.loss import Targets
+from model_lib.train.loss import Targets, autocast_dtype_on
+
+
+class DrawingModel:
+    """A model in training with a decoder for drawing: no dropout, and weights in 16 bits.
+
+    So they are converted once a step, and not for each token. Weights that have its dtype already,
+    as the frozen ones, are shared, and so is the head.
+    """
+
+    def __init__(self, model: Captioner, dtype: torch.dtype) -> None:
+        self.config, self.head, self.dtype = model.config, model.head, dtype
+        shared = {id(p): p for p in model.decoder.parameters() if p.dtype == dtype}
+        self.decoder = copy.deepcopy(model.decoder, shared).to(dtype).eval()
+        pairs = zip(self.decoder.parameters(), model.decoder.parameters(), strict=True)
+        self.pairs = [pair for pair in pairs if pair[0] is not pair[1]]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's weights."""
+        for own, weight in self.pairs:
+            own.copy_(weight)
 
 
 class SelfCriticalObjective:
@@ -27,8 +49,9 @@ class SelfCriticalObjective:
 
     def __init__(self, captions: Sequence[Sequence[str]], config: TrainConfig) -> None:
         self.config = config
-        self.references = [[[*words(text), END] for text in texts] for texts in captions]
-        self.scorer = CiderD(self.references)
+        self.drawing: DrawingModel | None = None
+        self.step: int | None = None  # whose weights it has
+        self.scorer = CiderD([[*words(text), END] for text in texts] for texts in captions)
 
     def describe(self) -> dict[str, float | int | str]:
         """Return the scorer's configuration, for the log and MLflow."""
@@ -63,27 +86,33 @@ class SelfCriticalObjective:
             max_new_tokens=self.config.max_tokens,
             seed=int(rng.integers(2**63 - 1)),
         )
-        was_training = model.training
-        model.eval()
-        drawn = decode(model, features.detach(), sampling)
-        model.train(was_training)
-        pairs = zip(numbers, drawn, strict=True)
-        rewards = torch.tensor([self.rewards(model, *pair) for pair in pairs])
-        baselines = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
+        if self.drawing is None:
+            self.drawing = DrawingModel(model, autocast_dtype_on(features) or model.dtype)
+        if step != self.step:
+            self.drawing.refresh()
+            self.step = step
+        with torch.autocast(features.device.type, enabled=False):
+            drawn = decode(self.drawing, features.detach().to(self.drawing.dtype), sampling)
         tokens = [[caption.tokens for caption in captions] for captions in drawn]
         rows = pack_captions(tokens, model.start_token)
-        advantages = (rewards - baselines).gather(1, rows.caption.clamp(min=0))
-        weights = advantages * (rows.targets != IGNORED)
-        device = features.device
-        return Targets(rows.to(device), weights.to(device), float(rewards.sum()))
 
-    def rewards(self, model: Captioner, number: int, drawn: Sequence[Decoded]) -> list[float]:
-        """Return the reward of each caption drawn for a training image."""
-        references = [self.scorer.vector(text) for text in self.references[number]]
-        rewards = []
-        for caption in drawn:
+        def weigh() -> tuple[Tensor, float]:
+            rewards = torch.from_numpy(self.rewards(model, numbers, drawn))
+            baselines = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
+            advantages = (rewards - baselines).gather(1, rows.caption.clamp(min=0))
+            weights = (advantages * (rows.targets != IGNORED)).float()
+            return weights.to(features.device, non_blocking=True), float(rewards.sum())
+
+        return Targets(rows.to(features.device), weigh)
+
+    def rewards(
+        self, model: Captioner, numbers: Sequence[int], drawn: Sequence[Sequence[Decoded]]
+    ) -> np.ndarray:
+        """Return the rewards of captions, as many for each image, drawn for the training images
+        with these numbers: float64 [B, N]."""
+        texts = []
+        for caption in (caption for captions in drawn for caption in captions):
             text = words(decode_tokens(model.tokenizer, caption.tokens))
-            ended = caption.tokens[-1] == model.end_token
-            vector = self.scorer.vector([*text, END] if ended else text)
-            rewards.append(self.scorer.score(vector, references))
-        return rewards
+            texts.append([*text, END] if caption.tokens[-1] == model.end_token else text)
+        scores = self.scorer.scores(texts, np.repeat(numbers, len(drawn[0])))
+        return scores.reshape(len(drawn), -1)

@@ -24,7 +24,7 @@ from model_lib.model.tokens import PackedCaptions
 from model_lib.train.config import ResolvedConfig
 from model_lib.train.distributed import World
 from model_lib.train.ema import EMA
-from model_lib.train.loss import Objective, caption_loss
+from model_lib.train.loss import Objective, head_loss, states
 
 log = logging.getLogger(__name__)
 MAX_SKIPPED = 25
@@ -125,15 +125,12 @@ class LossModule(nn.Module):
             targets = self.objective.make_targets(self.model, features, numbers, step, rows)
         # A new context: weights that the first one cast while sampling have no gradients.
         with autocast(self.dtype, features.device):
-            loss = caption_loss(
-                self.model,
-                features,
-                targets.rows,
-                self.label_smoothing,
-                targets.weights,
-                self.compiled,
+            hidden = states(self.model, features, targets.rows)
+            weights, reward = targets.weigh() if targets.weigh else (None, 0.0)
+            loss = head_loss(
+                self.model, hidden, targets.rows, self.label_smoothing, weights, self.compiled
             )
-        return loss, targets.reward
+        return loss, reward
 
 
 class TrainStep:

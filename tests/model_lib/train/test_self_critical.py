@@ -1,11 +1,14 @@
 """Self-critical training: what it weighs. That it raises the CIDEr of unseen images is shown in
 test_scenes.py."""
 
+import copy
+
 import pytest
 import torch
 
 from model_lib import Captioner
 from model_lib.model.decoding import Decoded
+from model_lib.model.precision import autocast
 from model_lib.train.config import TrainConfig
 from model_lib.train.self_critical import SelfCriticalObjective
 from tests.helpers.small import pixels
@@ -37,7 +40,7 @@ def test_what_people_say_is_rewarded_and_broken_off_it_is_not(
         drawn(model, "a red circle on a", ended=False),
         drawn(model, "two blue squares"),
     ]
-    whole, endless, cut, other = critic.rewards(model, 0, captions)
+    ((whole, endless, cut, other),) = critic.rewards(model, [0], [captions])
     assert whole > endless > cut > other == 0
 
 
@@ -50,12 +53,42 @@ def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(
     )
     assert torch.equal(targets.rows.tokens, again.rows.tokens)
     assert not torch.equal(targets.rows.tokens, later.rows.tokens[:, :24])
-    assert critic.normalizer([1, 0]) == 8 and targets.weights is not None
-    for row, number in enumerate([1, 0]):
-        spans = [targets.rows.caption[row] == caption for caption in range(4)]
-        captions = [Decoded(targets.rows.targets[row][span].tolist(), 0.0) for span in spans]
-        rewards = critic.rewards(model, number, captions)
-        for span, reward in zip(spans, rewards, strict=True):
-            others = (sum(rewards) - reward) / 3
-            weights = targets.weights[row][span].tolist()
-            assert weights == pytest.approx([reward - others] * len(weights), abs=1e-5)
+    assert critic.normalizer([1, 0]) == 8 and targets.weigh is not None
+    weights, reward = targets.weigh()
+    spans = [[caption == number for number in range(4)] for caption in targets.rows.caption]
+    captions = [
+        [Decoded(ids[span].tolist(), 0.0) for span in row]
+        for ids, row in zip(targets.rows.targets, spans, strict=True)
+    ]
+    rewards = critic.rewards(model, [1, 0], captions)
+    assert reward == pytest.approx(rewards.sum())
+    for row in (0, 1):
+        for span, own in zip(spans[row], rewards[row], strict=True):
+            others = (rewards[row].sum() - own) / 3
+            assert weights[row][span].numpy() == pytest.approx(own - others, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captions_are_drawn_by_the_weights_of_the_step_without_dropout(
+    critic: SelfCriticalObjective, model: Captioner, dtype: torch.dtype
+) -> None:
+    model.train()
+    if dtype == torch.bfloat16:
+        model.freeze_into(dtype)
+    for block in model.decoder.blocks:
+        block.dropout.p = 0.9
+    for step in (0, 1):
+        with torch.no_grad():
+            model.decoder.h[0].mlp.c_fc.weight.mul_(1 + step)
+        features = model.encode(pixels(model, 2))
+        with autocast(dtype, features.device):
+            targets = critic.make_targets(model, features, [0, 1], step)
+        plain = copy.deepcopy(model).to(dtype).eval()
+        plain.head = model.head  # the logits are float32's
+        again = SelfCriticalObjective(CAPTIONS, critic.config)
+        with torch.no_grad():
+            expected = again.make_targets(plain, plain.encode(pixels(model, 2)), [0, 1], step)
+        assert torch.equal(targets.rows.tokens, expected.rows.tokens)
+    assert critic.drawing is not None and model.training and model.dtype == torch.float32
+    own = {id(p) for p in critic.drawing.decoder.parameters()}
+    assert {id(p) for p in model.decoder.h[0].attn.parameters()} <= own, "frozen ones are shared"
