@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -49,7 +50,8 @@ class Sharded(World):
 
     def parallel(self, module: torch.nn.Module) -> torch.nn.Module:
         frozen = {p for p in module.parameters() if not p.requires_grad}
-        return fully_shard(module, ignored_params=frozen, reshard_after_forward=False)
+        mesh = DeviceMesh.from_group(self.gpus, "cuda") if self.gpus else None
+        return fully_shard(module, mesh=mesh, ignored_params=frozen, reshard_after_forward=False)
 
 
 def make_train_step(options: argparse.Namespace, world: World) -> TrainStep:
@@ -82,7 +84,7 @@ def timed_steps(options: argparse.Namespace, kind: str) -> dict[str, float]:
     in GB."""
     with join_world(options.device) as world:
         if kind == "FSDP2":
-            world = Sharded(world.device, world.rank, world.size, world.local_rank)
+            world = Sharded(**vars(world))
         seconds: list[float] = []
 
         def run() -> None:

@@ -98,7 +98,7 @@ class TrainConfig(StageConfig):
     device: str = option("auto", shapes=False)
     """auto, cpu, cuda or mps."""
     workers: int = option(0, minimum=0, shapes=False)
-    """Threads that decode images; 0: one a core."""
+    """Threads that decode images in each process; 0: its share of the cores."""
     processes: int = option(0, minimum=0, shapes=False)
     """Processes of this machine that share each step's images; 0: one a GPU, or one."""
     checkpoint_minutes: float = option(10.0, minimum=0, shapes=False)

@@ -29,7 +29,9 @@ class TrainData:
         self, config: ResolvedConfig, manifest: Manifest, model: Captioner, world: World
     ) -> None:
         self.config, self.world, self.preprocess = config, world, model.preprocess
-        self.reader = SplitReader(manifest, "train", self.preprocess, workers=config.workers)
+        self.reader = SplitReader(
+            manifest, "train", self.preprocess, workers=world.threads(config.workers)
+        )
         self.captions = self.reader.captions()
         self.ids = encode_captions(
             model.tokenizer,

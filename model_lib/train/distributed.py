@@ -20,11 +20,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model_lib.errors import UserError, exit_code
+from model_lib.io.cpus import cpu_count
 from model_lib.model.precision import choose_device
 
 TIMEOUT = timedelta(hours=6)
 """How long a process waits for the others, for example while one fills a cache. A death is noticed
 at once."""
+GPU_TIMEOUT = timedelta(minutes=10)
+"""How long a GPU waits for the others in a step, for which all are ready: NCCL notices no death."""
 _Value = TypeVar("_Value")
 
 
@@ -37,6 +40,11 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Rank among the processes of this machine."""
+    local_size: int = 1
+    """Processes of this machine."""
+    gpus: dist.ProcessGroup | None = None
+    """By which their GPUs exchange gradients; the processes themselves have torch's default group,
+    over gloo."""
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +54,15 @@ class World:
     @property
     def single_process(self) -> bool:
         return self.size == 1
+
+    def threads(self, number: int) -> int:
+        """Return `number`, or if that is 0 this process's share of the machine's cores."""
+        return number or max(1, cpu_count() // self.local_size)
+
+    def wait_for_all(self) -> None:
+        """Return when all processes have come here, without waiting for the device."""
+        if not self.single_process:
+            dist.barrier()
 
     def shard(self, batch: np.ndarray) -> np.ndarray:
         """Return this process's images of a batch; the batch's first image if it `has_no_rows`.
@@ -114,7 +131,11 @@ class World:
         with warnings.catch_warnings():  # about an option's new name, unknown to torch 2.11
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
-                module, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                module,
+                devices,
+                process_group=self.gpus,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
             )
 
     def no_sync(self, module: nn.Module, last: bool) -> AbstractContextManager:
@@ -144,11 +165,14 @@ def join_world(device: str) -> Iterator[World]:
         yield World(choose_device(device))
         return
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    world = World(torch.device("cpu"), rank, size, local_rank)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world = World(torch.device("cpu"), rank, size, local_rank, local_size)
     try:
-        yield replace(world, device=world.run_on_all(lambda: _own_device(device, local_rank)))
+        own, gpus = world.run_on_all(lambda: _own_device(device, local_rank)), None
+        if own.type == "cuda":
+            gpus = dist.new_group(timeout=GPU_TIMEOUT, backend="nccl", device_id=own)
+        yield replace(world, device=own, gpus=gpus)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -159,15 +183,15 @@ def join_world(device: str) -> Iterator[World]:
 
 def _own_device(device: str, local_rank: int) -> torch.device:
     """Return the device of a process among several of this machine."""
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(
+                f"processes: more than this machine's {count} GPUs; give --processes {count}"
+            )
+        # Before anything else, which would take memory of the first GPU for each process.
+        torch.cuda.set_device(local_rank)
     kind = choose_device(device).type
     if kind == "mps":
         raise UserError("device mps: trains in one process; start captioner train without torchrun")
-    if kind != "cuda":
-        return torch.device(kind)
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise UserError(
-            f"processes: more of them than this machine's {count} GPUs; give --processes {count}"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device(kind, local_rank)
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)

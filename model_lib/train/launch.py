@@ -67,9 +67,10 @@ def train_here(config: TrainConfig, tracking: Tracking = NO_TRACKING) -> Trained
         killed = [code for code in codes if code < 0]
         if not killed:
             raise SystemExit(2 if 2 in codes else max(codes)) from None
+        name = signal.Signals(-killed[0]).name
+        cause = ", as happens where memory runs out" if name == "SIGKILL" else ""
         raise WorkError(
-            f"{config.name}: one of {count} processes was ended by "
-            f"{signal.Signals(-killed[0]).name}, as happens where memory runs out; start again: it "
+            f"{config.name}: one of {count} processes was ended by {name}{cause}; start again: it "
             "goes on from its last checkpoint"
         ) from None
     except SignalException as error:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from model_lib.errors import UserError, WorkError
-from model_lib.io.cpus import cpu_count
 from model_lib.model.captioner import Captioner
 from model_lib.model.precision import autocast, autocast_dtype, loss_scaler
 from model_lib.model.tokens import PackedCaptions
@@ -69,11 +68,12 @@ def should_compile(choice: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" and problem is None if choice is None else choice
 
 
-def compile_model(model: Captioner) -> None:
+def compile_model(model: Captioner, threads: int) -> None:
     """Compile the layers of the decoder and of the vision tower with torch.compile.
 
     All layers of a kind share one graph for training and one for validation, whatever the numbers
-    of images and tokens (of one image alone there is another).
+    of images and tokens (of one image alone there is another). `threads` is how many processes
+    compile side by side.
     """
     import torch._dynamo.config
     import torch._inductor.config
@@ -84,7 +84,7 @@ def compile_model(model: Captioner) -> None:
     # What cannot be compiled runs as it is, and torch logs why.
     torch._dynamo.config.suppress_errors = True
     # By default a process is started for each core of the machine, not of the container.
-    torch._inductor.config.compile_threads = cpu_count()
+    torch._inductor.config.compile_threads = threads
     for layer in (*model.decoder.blocks, *model.vision.encoder.layers):
         layer.compile(dynamic=True)
 
@@ -157,7 +157,7 @@ class TrainStep:
         for block in model.decoder.blocks:
             block.dropout.p = config.dropout
         if config.compile:
-            compile_model(model)
+            compile_model(model, world.threads(0))
         model.decoder.recompute = config.recompute
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config)

@@ -90,7 +90,7 @@ def _prepare(config: TrainConfig, world: World) -> tuple[ResolvedConfig, Manifes
     for split in splits:
         manifest.require_split(split)
     shards = [shard for shard in manifest.shards if shard.split in splits]
-    verify(world.share(shards), config.name, config.workers, world.is_main)
+    verify(world.share(shards), config.name, world.threads(config.workers), world.is_main)
     model = build_model(resolved, manifest).to(world.device)
     if world.is_main:
         _warn_of_small_images(manifest, model.image_size)
@@ -206,6 +206,7 @@ class Trainer:
         with closing(self.data.batches(self.step, self.train_step.objective.pack)) as batches:
             for batch, pixels, rows in batches:
                 self.saver.check()
+                self.world.wait_for_all()  # a store may be slow for longer than a GPU waits
                 measured = self.train_step.run(batch, pixels, self.step, rows)
                 self.step += 1
                 tokens = int(self.data.lengths[batch].sum())

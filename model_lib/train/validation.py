@@ -41,8 +41,9 @@ class Validator:
         self.config, self.world = config, world
         rows = manifest.counts["val"]
         limit = min(config.validation_images or rows, rows)
+        workers = world.threads(config.workers)
         self.readers = {
-            split: SplitReader(manifest, split, preprocess, workers=config.workers, limit=limit)
+            split: SplitReader(manifest, split, preprocess, workers=workers, limit=limit)
             for split in ("val", "train")
         }
 

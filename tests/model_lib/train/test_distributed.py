@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model_lib.io.cpus import cpu_count
 from model_lib.tracking.server import MlflowTracking
 from model_lib.train.distributed import World
 from model_lib.train.training import train
@@ -151,3 +152,9 @@ def test_each_image_of_a_batch_is_learned_once(size: int, images: int) -> None:
     assert all(len(world.shard(batch)) for world in worlds), "each takes part in each step"
     measured = [number for world in worlds for number in world.share(batch.tolist())]
     assert sorted(measured) == batch.tolist()
+
+
+def test_processes_of_a_machine_share_its_cores() -> None:
+    worlds = [World(torch.device("cpu"), rank, 8, rank % 4, local_size=4) for rank in range(8)]
+    assert sum(world.threads(0) for world in worlds[:4]) <= max(4, cpu_count())
+    assert worlds[0].threads(0) == max(1, cpu_count() // 4) and worlds[0].threads(3) == 3
