@@ -232,6 +232,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(by_logits, matrix, out=by_hidden[part])
                     product = float32_product(by_logits.t(), inputs[part])
                     by_weight = by_weight.add_(product) if start else product
+                    del product
+                del logits, by_logits  # before the next slice's are computed
         if gradient_dtype is not None:
             ctx.gradients = by_hidden.to(hidden.dtype), by_weight[:words]
         return total
