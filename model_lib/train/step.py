@@ -59,7 +59,10 @@ def should_compile(choice: bool | None, device: torch.device) -> bool:
     problem = None
     if shutil.which(compiler) is None:
         problem = f"torch.compile needs {compiler} (apt-get install {compiler})"
-    elif device.type == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+    elif (
+        device.type == "cuda"
+        and not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
+    ):
         problem = "torch.compile needs Python.h (apt-get install python3-dev)"
     if choice and problem:
         raise UserError(f"compile: {problem}")
@@ -250,9 +253,13 @@ class TrainStep:
         bad = (~norm.isfinite()).float()
         self.skipped += bad
         self.skipped_in_a_row.add_(1).mul_(bad)
-        # As `clip_grad_norm_` has it. An enabled scaler multiplies it with its own scale.
-        excess = ((norm + 1e-6) / self.config.clip_norm).clamp(min=1)
-        self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
+        if self.device.type == "mps":  # its AdamW reads no `grad_scale`
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grads_with_norm_(self.trained, self.config.clip_norm, norm)
+        else:
+            # As `clip_grad_norm_` has it. An enabled scaler multiplies it with its own scale.
+            excess = ((norm + 1e-6) / self.config.clip_norm).clamp(min=1)
+            self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
         if not self.scaler.is_enabled():
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
