@@ -124,15 +124,16 @@ class World:
         raise SystemExit(codes[failed[0]])
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """Return the module in DistributedDataParallel, which averages the gradients."""
+        """Return the module in DistributedDataParallel, which averages the gradients.
+
+        It is not given the device, to which it would copy the inputs and wait for that.
+        """
         if self.single_process:
             return module
-        devices = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():  # about an option's new name, unknown to torch 2.11
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(
                 module,
-                devices,
                 process_group=self.gpus,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
