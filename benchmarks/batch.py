@@ -45,13 +45,14 @@ DRAWN = 256
 
 
 def build(preset: str, device: str) -> Captioner:
-    """Return a captioner of random weights in the number format in which it would be loaded."""
+    """Return a captioner of random weights as it would be loaded."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a small red circle on a white background"] * 3, 512)
     model = Captioner(CaptionerConfig.from_preset(PRESETS[preset])).eval()
     model.tokenizer = tokenizer
     target = choose_device(device)
-    return model.to(target, inference_dtype("auto", target, model.config.decoder_config.n_embd))
+    dtype = inference_dtype("auto", target, model.config.decoder_config.n_embd)
+    return model.for_inference(target, dtype)
 
 
 @contextmanager

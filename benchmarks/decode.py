@@ -44,7 +44,7 @@ CASES = {
 
 
 def captioner(preset: str, device: torch.device) -> Captioner:
-    """Return a captioner of random weights, whose captions depend on the image."""
+    """Return a captioner of random weights, whose captions are as varied as images are."""
     torch.manual_seed(0)
     with device:
         model = Captioner(CaptionerConfig.from_preset(PRESETS[preset])).eval()
@@ -52,14 +52,18 @@ def captioner(preset: str, device: torch.device) -> Captioner:
         for name, parameter in model.decoder.named_parameters():
             if "crossattention.c_proj.weight" in name:
                 parameter.normal_(std=0.02)  # it starts at zero
+        for embedding in (model.decoder.wte, model.decoder.wpe):
+            embedding.weight.normal_(std=0.5)  # else each token is the one before
     return model
 
 
 def random_pixels(model: Captioner, images: int) -> Tensor:
-    """Return pixels on the model's device, uint8 [images, 3, size, size]."""
+    """Return images of 16 coloured fields on the model's device, uint8 [images, 3, size, size];
+    noise is all alike to a tower."""
     generator = torch.Generator().manual_seed(0)
-    shape = (images, 3, model.image_size, model.image_size)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(model.device)
+    fields = torch.randint(0, 256, (images, 3, 4, 4), generator=generator, dtype=torch.uint8)
+    pixels = F.interpolate(fields.float(), size=model.image_size).to(torch.uint8)
+    return pixels.to(model.device)
 
 
 def build(preset: str, device: torch.device) -> tuple[Captioner, PreTrainedModel, GPT2LMHeadModel]:

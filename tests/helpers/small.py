@@ -42,6 +42,20 @@ def small_model_with_equal_widths() -> Captioner:
     return model
 
 
+def ending_model(images: int) -> tuple[Captioner, torch.Tensor]:
+    """Return a model whose captions end by themselves now and then, and visual tokens for it."""
+    model = small_model_with_equal_widths()
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(images, 5, 32, generator=generator)
+    tokens = torch.randint(1, 97, (images, 8, 10), generator=generator)
+    with torch.no_grad():
+        usual = model.decoder(tokens, model.decoder.cross_cache(features)).mean((0, 1, 2))
+        model.head.weight.mul_(3)  # sharper than random weights are
+        # The end gains 1.5 in logit where the state is usual.
+        model.head.weight[0] += 1.5 * usual / usual.norm() ** 2
+    return model, features
+
+
 def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:
     """Return random pixels for the model, uint8 [count, 3, image_size, image_size]."""
     generator = torch.Generator().manual_seed(seed)

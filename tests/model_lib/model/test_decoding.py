@@ -10,30 +10,9 @@ from torch.utils._pytree import tree_leaves
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
 from model_lib.model.decoding import Decoded, Search, decode, draw
-from tests.helpers.small import (
-    pixels,
-    reference_decoder,
-    small_model,
-    small_model_with_equal_widths,
-)
+from tests.helpers.small import ending_model, pixels, reference_decoder, small_model
 
 IMAGES = 4
-END = 1.5
-
-
-def ending_model() -> tuple[Captioner, torch.Tensor]:
-    """Return a model whose captions end by themselves now and then, and visual tokens for it."""
-    model = small_model_with_equal_widths()
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(IMAGES, 5, 32, generator=generator)
-    tokens = torch.randint(1, 97, (IMAGES, 8, 10), generator=generator)
-    with torch.no_grad():
-        usual = model.decoder(tokens, model.decoder.cross_cache(features)).mean((0, 1, 2))
-        model.head.weight.mul_(3)  # sharper than random weights are
-        model.head.weight[0] += (
-            END * usual / usual.norm() ** 2
-        )  # end-of-text gains END in logit where the state is usual
-    return model, features
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
@@ -42,7 +21,7 @@ def ending_model() -> tuple[Captioner, torch.Tensor]:
 def test_token_ids_are_those_of_transformers_generate(
     num_beams: int, max_new_tokens: int, length_penalty: float
 ) -> None:
-    model, features = ending_model()
+    model, features = ending_model(IMAGES)
     config = DecodeConfig(
         num_beams=num_beams, max_new_tokens=max_new_tokens, length_penalty=length_penalty
     )
@@ -67,7 +46,7 @@ def test_token_ids_are_those_of_transformers_generate(
 def test_finished_images_are_dropped_and_the_others_continue_the_same(
     options: dict[str, int],
 ) -> None:
-    model, _ = ending_model()
+    model, _ = ending_model(IMAGES)
     features = torch.randn(16, 5, 32, generator=torch.Generator().manual_seed(2))
     sizes: list[int] = []
     model.decoder.ln_f.register_forward_hook(lambda *call: sizes.append(len(call[2])))
@@ -105,7 +84,7 @@ def test_steps_of_one_shape_find_the_same_and_ask_the_device_for_nothing(
     options: dict[str, int], images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a CUDA graph can replay them."""
-    model, _ = ending_model()
+    model, _ = ending_model(IMAGES)
     generator = torch.Generator().manual_seed(2)
     config = DecodeConfig(max_new_tokens=20, **options)
     step = Search.step
@@ -143,7 +122,7 @@ def test_steps_of_one_shape_find_the_same_and_ask_the_device_for_nothing(
 def test_the_tokens_ruled_out_are_those_of_transformers(
     num_beams: int, options: dict[str, int]
 ) -> None:
-    model, features = ending_model()
+    model, features = ending_model(IMAGES)
     config = {"num_beams": num_beams, "max_new_tokens": 14, **options}
     start = torch.zeros(IMAGES, 1, dtype=torch.int64)
     expected = reference_decoder(model).generate(
@@ -164,7 +143,7 @@ def test_the_tokens_ruled_out_are_those_of_transformers(
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_the_best_beams_are_those_of_transformers(length_penalty: float) -> None:
-    model, features = ending_model()
+    model, features = ending_model(IMAGES)
     options = {"num_beams": 5, "max_new_tokens": 8, "length_penalty": length_penalty}
     reference = reference_decoder(model)
     decoded = decode(model, features, DecodeConfig(num_captions=3, **options))
@@ -204,7 +183,7 @@ def test_several_samples_of_an_image_differ_and_have_their_own_pasts(model: Capt
 
 def test_some_captions_of_the_reference_end_by_themselves() -> None:
     """Otherwise the test above would say nothing about endings."""
-    model, features = ending_model()
+    model, features = ending_model(IMAGES)
     lengths = [
         len(row.tokens)
         for (row,) in decode(model, features, DecodeConfig(num_beams=5, max_new_tokens=20))
@@ -214,7 +193,7 @@ def test_some_captions_of_the_reference_end_by_themselves() -> None:
 
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_batched_and_one_by_one_agree(num_beams: int) -> None:
-    model, features = ending_model()
+    model, features = ending_model(IMAGES)
     config = DecodeConfig(num_beams=num_beams, max_new_tokens=12)
     alone = [decode(model, features[n : n + 1], config)[0][0].tokens for n in range(IMAGES)]
     assert [row.tokens for (row,) in decode(model, features, config)] == alone

@@ -122,7 +122,8 @@ def test_a_gpu_with_little_memory_trains_in_parts(
     memory = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(120e6 / memory)
     try:
-        train(config(data, tmp_path, device="cuda", batch_size=64, epochs=1))
+        options = {"device": "cuda", "batch_size": 64, "epochs": 1, "compile": False}
+        train(config(data, tmp_path, **options))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

@@ -145,16 +145,6 @@ def test_early_stopping_counts_on_after_a_kill(
     assert best_step(tmp_path) == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_resuming_on_a_gpu_goes_on(data: Path, tmp_path: Path, precision: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    options = {"device": "cuda", "precision": precision, "checkpoint_steps": 1}
-    interrupt_at(3, config(data, tmp_path, **options))
-    assert train(config(data, tmp_path, **options)).steps == 4
-
-
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
