@@ -21,9 +21,9 @@ Each part prints as it goes. One for which too little time is left is skipped, o
 so in a line, with a traceback on stderr, and the next ones go on. The last line is JSON, also after
 SIGTERM and when time is up.
 
-Beside torch, transformers and what these bring, it needs pyarrow, pillow, pytest, and these, whose
-wheels can be brought along: pydantic with pydantic-core, annotated-types and typing-inspection,
-tyro with docstring-parser and typeguard, tenacity, ijson, simplejpeg and cykooz-resizer.
+Beside torch, transformers and what these bring, it needs pyarrow, pillow and tenacity; pydantic
+with pydantic-core, annotated-types and typing-inspection; ijson; and the tests need pytest,
+simplejpeg and cykooz-resizer. Their wheels can be brought along.
 """
 
 import argparse
@@ -58,6 +58,7 @@ from model_lib import Captioner, CaptionerConfig, DecodeConfig
 from model_lib.errors import UserError, first_line
 from model_lib.exits import catch_signals, exit_in_one_line
 from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.scenes import make_scenes
 from model_lib.model import decoding
 from model_lib.model.batches import caption_ahead
@@ -71,7 +72,7 @@ from model_lib.train.training import train as train_candidate
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("transformers", "triton", "numpy", "pyarrow", "pillow")
-MODULES = ("pydantic", "tyro", "tenacity", "ijson", "simplejpeg", "cykooz_resizer", "pytest")
+MODULES = ("tenacity", "pydantic", "ijson", "pytest", "simplejpeg", "cykooz_resizer")
 """Those that such a machine may lack."""
 ENDS = 0.03
 """Share of the tokens after which captions of random weights are made to end."""
@@ -272,11 +273,9 @@ def resume(options: Options) -> list[Row]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with tempfile.TemporaryDirectory() as scratch:
-        from model_lib.ingest.ingesting import ingest
-
         scenes, data = f"{scratch}/scenes", f"{scratch}/data"
         make_scenes(ScenesConfig(output=scenes, train=64, val=8, size=64))
-        ingest(IngestConfig(dataset=scenes, output=data))
+        ingest(IngestConfig(dataset=scenes, output=data, store="original"))
         config = TrainConfig(
             data=data,
             output=f"{scratch}/out",

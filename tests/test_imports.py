@@ -29,6 +29,20 @@ def test_importing_the_library_and_ingesting_need_no_torch(scenes: Path, tmp_pat
     )
 
 
+def test_original_images_are_ingested_without_codecs(scenes: Path, tmp_path: Path) -> None:
+    python(
+        "import sys\n"
+        "for name in ('simplejpeg', 'cykooz_resizer', 'tyro'):\n"
+        "    sys.modules[name] = None\n"
+        "from model_lib.ingest.config import IngestConfig\n"
+        "from model_lib.ingest.ingesting import ingest\n"
+        "config = IngestConfig(dataset=sys.argv[1], output=sys.argv[2], store='original')\n"
+        "assert not ingest(config).quarantined\n",
+        scenes,
+        tmp_path,
+    )
+
+
 def test_help_imports_no_slow_package() -> None:
     python(
         "import contextlib, sys\n"

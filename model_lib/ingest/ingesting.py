@@ -30,11 +30,10 @@ from model_lib.ingest.config import IngestConfig
 from model_lib.ingest.datasets import read_listing
 from model_lib.ingest.journal import Finished, Journal, shard_name
 from model_lib.ingest.listing import Entry, Listing, Rejected
-from model_lib.ingest.transcode import original, reduced
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
 from model_lib.io.errors import is_transient
-from model_lib.io.images import ImageError
+from model_lib.io.images import ImageError, decode_image
 from model_lib.io.locks import output_lock
 from model_lib.io.prefetch import prefetch_map
 from model_lib.io.url_policy import UrlNotAllowed
@@ -79,7 +78,7 @@ def ingest(config: IngestConfig, workers: int = 1) -> Manifest:
         UserError: the input is invalid or has no usable image, or the output cannot be written.
         WorkError: a store failed, or another run is writing to the output.
     """
-    _keep_memory()
+    _prepare(config)
     listing = read_listing(config)
     with output_lock(config.output, is_shared=workers > 1):
         _require_no_loss(config.output, {entry.split for entry in listing.entries})
@@ -92,7 +91,7 @@ def help_ingest(config: IngestConfig, worker: int, workers: int) -> None:
     Their bytes depend on nothing but the input, so it does not matter who writes a shard, nor
     whether two do.
     """
-    _keep_memory()
+    _prepare(config)
     listing = read_listing(config)
     if listing.has_auto_split:
         _hold_one_out(listing.entries, config)
@@ -122,8 +121,11 @@ def _require_no_loss(output: str, splits: set[str]) -> None:
         raise UserError(f"{output}: holds {lost} images, which would be lost; {remedy}")
 
 
-def _keep_memory() -> None:
-    """Let glibc keep what it frees: threads would wait for the pages of each image's new memory."""
+def _prepare(config: IngestConfig) -> None:
+    """Fail before the work if codecs are missing, which originals do without; and let glibc keep
+    what it frees: threads would wait for the pages of each image's new memory."""
+    if config.store == "reduced":
+        from model_lib.ingest import transcode  # noqa: F401
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
@@ -306,9 +308,11 @@ def _store(entry: Entry, config: IngestConfig) -> Row | Rejected:
     try:
         content = entry.source.read(entry.file_name)
         if config.store == "original":
-            stored = original(content)
+            image, (width, height) = content, decode_image(content).size
         else:
-            stored = reduced(content, config.shortest_side, config.jpeg_quality)
+            from model_lib.ingest.transcode import reduced
+
+            image, width, height = reduced(content, config.shortest_side, config.jpeg_quality)
     except UrlNotAllowed as error:
         return Rejected(entry.file_name, "not_allowed", str(error))
     except UserError as error:
@@ -320,14 +324,14 @@ def _store(entry: Entry, config: IngestConfig) -> Row | Rejected:
             raise
         return Rejected(entry.file_name, "forbidden", str(error))
     sha256, captions = hashlib.sha256(content).hexdigest(), list(entry.captions)
-    digest = hashlib.sha256(stored.content).hexdigest()
+    digest = hashlib.sha256(image).hexdigest()
     return {
         "image_id": entry.image_id,
         "file_name": entry.file_name,
         "split": entry.split,
-        "width": stored.width,
-        "height": stored.height,
-        "image": stored.content,
+        "width": width,
+        "height": height,
+        "image": image,
         "captions": captions,
         "sha256": sha256,
         "source": entry.source.uri(entry.file_name),

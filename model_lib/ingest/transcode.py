@@ -41,12 +41,6 @@ class Decoded(NamedTuple):
     height: int
 
 
-def original(content: bytes) -> Stored:
-    """Return an image's bytes as they are; `ImageError` if they cannot be decoded."""
-    _, width, height = _decoded(content, 1)
-    return Stored(content, width, height)
-
-
 def reduced(content: bytes, shortest_side: int, quality: int) -> Stored:
     """Return an image as JPEG, its shorter side reduced to `shortest_side` pixels; `ImageError` if
     it cannot be decoded, or is too long for JPEG."""
