@@ -46,6 +46,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import numpy as np
@@ -166,14 +167,19 @@ def device_name(device: torch.device) -> str:
 def tests(_: Options) -> list[Row]:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(file) for file in files if "pytest.mark.gpu" in file.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-u", "-m", "pytest", "-vv", "-m", "gpu", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--tb=short", *marked]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).splitlines()
-    print("\n".join(lines[-60:]))
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", lines[-1])}
-    failed = sum(counts.values()) - counts.get("passed", 0)
-    return [row("tests", "", "failures", failed, None, passed=counts.get("passed", 0))]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=PIPE, stderr=STDOUT, text=True)
+    assert run.stdout is not None
+    line = ""
+    try:
+        for line in run.stdout:  # the last one counts
+            print(line, end="", flush=True)
+    finally:
+        run.kill()
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", line)}
+    passed = counts.pop("passed", 0)
+    return [row("tests", "", "failures", sum(counts.values()), None, passed=passed)]
 
 
 # ---- models of random weights --------------------------------------------------------------------
