@@ -17,6 +17,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -122,8 +123,10 @@ class Search(ABC):
         # A CPU multiplies in float32.
         self.matrix = None if device.type == "cpu" else self._head()
         self.uses = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], object] | None = None
+        """Does a step's work again, once that is recorded."""
         self.logits: Tensor | None = None
+        """Where it puts the logits."""
         self.parts: dict[int, Self] = {}
 
     def _head(self) -> Tensor:
@@ -180,11 +183,12 @@ class Search(ABC):
 
     def step(self, window: int | None) -> None:
         """Add a token to each row; see `KVCache.extend` for `window`."""
-        if self.graph is None:
+        if self.replay is None:
             self.choose(self.predict(window))
             return
-        self.graph.replay()
-        if self.logits is not None:
+        self.replay()
+        if self.config.do_sample:
+            assert self.logits is not None
             self.choose(self.logits)
 
     def predict(self, window: int | None = None) -> Tensor:
@@ -234,27 +238,17 @@ class Search(ABC):
             ends.masked_fill_(position <= self.config.min_new_tokens, -torch.inf)
         return logits
 
-    def record(self, pool: Any) -> None:
-        """Record a step as a CUDA graph, whose passing tensors are in the memory of `pool`."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._work()  # libraries allocate their memory in the first call
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-            self.logits = self._work()
-        self.graph = graph
+    def record(self, recorder: "Recorder") -> None:
+        """Record a step, or what comes before tokens are drawn, for which the host asks the device
+        for values."""
 
-    def _work(self) -> Tensor | None:
-        """Do a step, or what comes before tokens are drawn, for which the host asks the device."""
-        self.cache.position.zero_()
-        logits = self.predict()
-        if self.config.do_sample:
-            return logits
-        self.choose(logits)
-        return None
+        def work() -> None:
+            self.logits = self.predict()
+            if not self.config.do_sample:
+                self.choose(self.logits)
+
+        self.cache.clear()
+        self.replay = recorder(work)
 
 
 class RowSearch(Search):
@@ -410,11 +404,38 @@ def _kept_search(model: CaptionModel, config: DecodeConfig, features: Tensor) ->
     search = searches[key]
     search.config = config
     search.uses += 1
-    if search.uses == 2 and features.is_cuda:
-        pool = torch.cuda.graph_pool_handle()  # one for all, as they are replayed one by one
+    if search.uses == 2 and features.device.type in RECORDERS:
+        recorder = RECORDERS[features.device.type]()
         for part in (search, *search.parts.values()):
-            part.record(pool)
+            part.record(recorder)
     return search
+
+
+Recorder = Callable[[Callable[[], None]], Callable[[], object]]
+"""Records work on a device, and returns what does it again on the same memory."""
+
+
+def _cuda_graphs() -> Recorder:
+    """Return a recorder of CUDA graphs, which share one memory, as they are replayed in turn."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], None]) -> Callable[[], object]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # libraries allocate their memory in the first call
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    return record
+
+
+RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": _cuda_graphs}
+"""By the type of the device."""
 
 
 def draw(logits: Tensor, config: DecodeConfig, generator: torch.Generator) -> Tensor:

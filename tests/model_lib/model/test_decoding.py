@@ -1,5 +1,6 @@
 """Decoding against transformers' `generate`, and sampling against the exact probabilities."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from model_lib import DecodeConfig, UserError
 from model_lib.model.captioner import Captioner
-from model_lib.model.decoding import Decoded, Search, decode, draw
+from model_lib.model.decoding import RECORDERS, Decoded, Search, decode, draw
+from tests.helpers.graphs import recorder
 from tests.helpers.small import ending_model, pixels, reference_decoder, small_model
 
 IMAGES = 4
@@ -113,6 +115,27 @@ def test_steps_of_one_shape_find_the_same_and_ask_the_device_for_nothing(
         assert all(operations == log.steps[0] for operations in log.steps)
         names = {name for name, _ in log.steps[0]}
         assert not {name for name in names if "local_scalar" in name or "nonzero" in name}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"temperature": 1.0, "num_captions": 2}, {"top_p": 0.8}]
+)
+def test_recorded_steps_find_the_same(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for CUDA graphs, from the second batch on."""
+    monkeypatch.setitem(RECORDERS, "cpu", recorder)
+    model, _ = ending_model(1)
+    config = DecodeConfig(max_new_tokens=20, **options)
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randn(9, 5, 32, generator=generator) for _ in range(2)]
+    once = [decode(copy.deepcopy(model), features, config, static=True) for features in batches]
+    again = [decode(model, features, config, static=True) for features in batches * 2]
+    assert again == once * 2
+    if not config.do_sample:  # else images that finish leave others to draw their numbers
+        exact = [decode(model, features, config) for features in batches]
+        tokens = [[[row.tokens for row in rows] for rows in batch] for batch in exact]
+        assert [[[row.tokens for row in rows] for rows in batch] for batch in once] == tokens
 
 
 @pytest.mark.parametrize(
