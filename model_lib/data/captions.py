@@ -56,6 +56,17 @@ def usable_caption(value: Any) -> UsableCaption:
     return UsableCaption(text, is_cleaned=CONTROL.search(value) is not None)
 
 
+def in_style(text: str, style: str) -> str:
+    """Return a caption as it is learned.
+
+    Args:
+        text: the caption.
+        style: "raw", as it is; "coco", in lower case, with single spaces and without its final
+            stop, as COCO's scores read captions.
+    """
+    return text if style == "raw" else " ".join(text.lower().split()).rstrip(" .")
+
+
 def captions_in(value: Any) -> list[Any]:
     """Return the captions of a cell: of one, of a list, or of a list that pandas or json wrote as
     text."""

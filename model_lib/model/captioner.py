@@ -89,6 +89,7 @@ class CaptionerConfig(PreTrainedConfig):
             and eos_token_id ends it.
         vision_layer: hidden layer that the decoder attends to; -1: the tower's last.
         train_everything: train all weights, for a small model from scratch.
+        trained_vision_layers: last layers of the tower that are trained too.
         image_mean, image_std: normalisation of rescaled RGB values.
         image_rescale: factor of RGB values before.
         image_resize: pixels to which the shorter side is resized before the centre is cut out;
@@ -104,6 +105,7 @@ class CaptionerConfig(PreTrainedConfig):
     decoder_config: Any = None
     vision_layer: int = -1
     train_everything: bool = False
+    trained_vision_layers: int = 0
     image_mean: list | tuple = tuple(OPENAI_CLIP_MEAN)
     image_std: list | tuple = tuple(OPENAI_CLIP_STD)
     image_rescale: float = 1 / 255
@@ -188,11 +190,14 @@ class Captioner(PreTrainedModel):
     # ---- what is trained -------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Train cross-attention, MLP, their norms, `ln_f` and the head, and nothing else."""
+        """Train cross-attention, MLP, their norms, `ln_f`, the head and the tower's last
+        `trained_vision_layers`, and nothing else."""
         self.requires_grad_(self.config.train_everything)
         for module in unused_modules(self.vision):
             module.requires_grad_(False)
-        trained: list[nn.Module] = [self.decoder.ln_f, self.head]
+        layers = self.vision.encoder.layers
+        unfrozen = layers[len(layers) - self.config.trained_vision_layers :]
+        trained: list[nn.Module] = [self.decoder.ln_f, self.head, *unfrozen]
         for block in self.decoder.blocks:
             trained += [block.ln_cross_attn, block.ln_visual, block.crossattention]
             trained += [block.ln_2, block.mlp]
@@ -201,8 +206,10 @@ class Captioner(PreTrainedModel):
 
     def freeze_into(self, dtype: torch.dtype) -> None:
         """Convert the frozen matrices to `dtype`: without gradients they need no float32 copy."""
-        modules: list[nn.Module] = [self.vision, *(block.attn for block in self.decoder.blocks)]
-        for module in modules:
+        modules: list[nn.Module] = [block.attn for block in self.decoder.blocks]
+        encoder = self.vision.encoder
+        modules += [part for part in self.vision.children() if part is not encoder]
+        for module in [*modules, *encoder.layers]:
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.to(dtype)
 
@@ -210,6 +217,11 @@ class Captioner(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """Number format of the trained weights; in training the frozen ones may have another."""
         return self.decoder.ln_f.weight.dtype
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether weights of the vision tower are trained."""
+        return self.config.train_everything or self.config.trained_vision_layers > 0
 
     # ---- computing -------------------------------------------------------------------------------
 
@@ -237,9 +249,10 @@ class Captioner(PreTrainedModel):
         """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, image_size, image_size]."""
         config = self.config
         weight = self.vision.embeddings.patch_embedding.weight
+        with_gradient = self.trains_vision and torch.is_grad_enabled()
         # On a CPU a few at a time: the layers' results then stay in memory that is there already.
         parts = pixels.split(8) if pixels.device.type == "cpu" else [pixels]
-        with torch.set_grad_enabled(weight.requires_grad and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(with_gradient):
             inputs = [
                 normalise(part, config.image_mean, config.image_std, config.image_rescale)
                 for part in parts

@@ -53,6 +53,7 @@ def render_card(winner: Evaluation, folder: str) -> str:
         data_fingerprint=record.get("data_fingerprint"),
         names=names,
         scratch=config.get("train_everything", False),
+        stretched=config.get("image_stretch", False),
         vision=config.get("vision_config", {}),
         decoder=config.get("decoder_config", {}),
         labels={name: f"{label} ({meaning})" for name, (label, _, meaning) in DIVERSITY.items()},

@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from model_lib.data.captions import in_style
 from model_lib.data.shards import Manifest, SplitReader
 from model_lib.errors import UserError
 from model_lib.model.captioner import Captioner, CaptionerConfig
@@ -28,7 +29,16 @@ def build_model(config: ResolvedConfig, manifest: Manifest) -> Captioner:
             config.vision, config.decoder, config.tokenizer, config.vision_layer
         )
     else:
-        model = _from_scratch(config.preset, manifest)
+        model = _from_scratch(config, manifest)
+    _set_resize(model, config.resize)
+    layers = model.config.vision_config.num_hidden_layers + 1 + model.config.vision_layer
+    if config.unfreeze_vision > layers:
+        raise UserError(
+            f"unfreeze_vision: {config.unfreeze_vision} layers are more than the vision tower's "
+            f"{layers}"
+        )
+    model.config.trained_vision_layers = config.unfreeze_vision
+    model.freeze()
     positions = model.config.decoder_config.n_positions
     if config.max_tokens >= positions:
         raise UserError(
@@ -46,11 +56,19 @@ def _trained(source: str, preset: str) -> Captioner:
     return model
 
 
-def _from_scratch(preset: str, manifest: Manifest) -> Captioner:
-    shapes = PRESETS[preset]
+def _set_resize(model: Captioner, resize: str | None) -> None:
+    """Let the model squash or crop images; what it does already keeps its numbers."""
+    stretch = resize == "squash"
+    if resize is not None and model.config.image_stretch != stretch:
+        model.config.image_stretch, model.config.image_resize = stretch, None
+
+
+def _from_scratch(config: ResolvedConfig, manifest: Manifest) -> Captioner:
+    shapes = PRESETS[config.preset]
     captions = SplitReader(manifest, "train").captions()
     tokenizer = train_tokenizer(
-        (text for texts in captions for text in texts), shapes.decoder_shape["vocab_size"]
+        (in_style(text, config.caption_style) for texts in captions for text in texts),
+        shapes.decoder_shape["vocab_size"],
     )
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = Captioner(CaptionerConfig.from_preset(shapes, vocab_size=len(tokenizer), **ends))

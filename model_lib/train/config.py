@@ -41,14 +41,26 @@ class TrainConfig(StageConfig):
     batch_size: int | None = option(None, minimum=1)
     """Images a step, each with its captions; by default the preset's."""
     learning_rate: float | None = None
-    """Peak of the schedule; by default the preset's, in self-critical training a twentieth of
-    it."""
+    """Peak of the schedule, of the new cross-attention or, from scratch, of all weights; by default
+    the preset's, in self-critical training a twentieth of it."""
+    pretrained_learning_rate: float | None = None
+    """The same of the decoder's trained weights that come from GPT-2."""
+    unfreeze_vision: int = option(0, minimum=0)
+    """Last layers of the vision tower that are trained too."""
+    vision_learning_rate: float = 1e-5
+    """The same of these layers."""
     warmup: float = option(0.05, minimum=0)
     """Share of the steps over which the learning rate rises, before it falls as a cosine."""
     weight_decay: float = option(0.01, minimum=0)
     """AdamW's decay of matrices (not of norms and biases)."""
     clip_norm: float = option(1.0, minimum=0)
     """Upper bound of the gradient's norm."""
+    caption_style: Literal["coco", "raw"] | None = None
+    """How captions are learned, and so written: coco, in lower case and without the final stop, as
+    COCO's scores read them; raw, as they are. By default the preset's."""
+    resize: Literal["squash", "crop"] | None = None
+    """From an image to the vision tower's square: squash shows all of it, crop its centre. By
+    default the preset's, or that of the model to go on from."""
     captions_per_image: int = option(5, minimum=1)
     """Captions of an image learned in one step; those beyond are left out."""
     max_tokens: int = option(40, minimum=4)
@@ -79,8 +91,9 @@ class TrainConfig(StageConfig):
     validation_images: int = option(1000, minimum=0)
     """First so many validation images to validate on, and as many of the training images; 0:
     all."""
-    patience: int = option(0, minimum=0)
-    """Stop after so many validations in a row without a better CIDEr; 0: never."""
+    patience: int | None = option(None, minimum=0)
+    """Stop after so many validations in a row without a better CIDEr; 0: never; by default the
+    preset's."""
     micro_batch_size: int = option(0, minimum=0, shapes=False)
     """Images that go through the model at once in each process, their gradients added up to a
     step's; 0: its whole share. In self-critical training it changes which captions are drawn."""
@@ -117,15 +130,22 @@ class TrainConfig(StageConfig):
         require(self.preset in PRESETS, f"preset {self.preset!r}: unknown; one of {presets}")
         is_name = re.fullmatch(r"\w[\w.-]*", self.name) is not None
         require(is_name, f"name {self.name!r}: use letters, digits, . - _ only")
-        rate = self.learning_rate
-        require(rate is None or rate > 0, f"learning_rate: {rate} is not above 0")
+        for name in ("learning_rate", "pretrained_learning_rate", "vision_learning_rate"):
+            rate = getattr(self, name)
+            require(rate is None or rate > 0, f"{name}: {rate} is not above 0")
         for name in ("warmup", "label_smoothing", "dropout", "ema"):
             value = getattr(self, name)
             require(value is None or value < 1, f"{name}: {value} is not less than 1")
         require(self.vision_layer < 0, f"vision_layer: {self.vision_layer} is not below 0")
+        is_pretrained = PRESETS[self.preset].vision is not None
+        require(
+            is_pretrained or (self.pretrained_learning_rate, self.unfreeze_vision) == (None, 0),
+            f"preset {self.preset}: is trained whole from scratch, so pretrained_learning_rate and "
+            "unfreeze_vision have no meaning",
+        )
         if (self.vision, self.decoder, self.tokenizer) != (None, None, None):
             require(
-                PRESETS[self.preset].vision is not None,
+                is_pretrained,
                 f"preset {self.preset}: is trained from scratch and takes no vision, decoder or "
                 "tokenizer",
             )
@@ -153,6 +173,8 @@ class ResolvedConfig(TrainConfig):
     epochs: int
     batch_size: int
     learning_rate: float
+    caption_style: Literal["coco", "raw"]
+    patience: int
     label_smoothing: float
     dropout: float
     ema: float
@@ -166,11 +188,12 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     preset = PRESETS[config.preset]
     defaults: dict[str, Any] = dict(vars(preset))
     if config.init_from is not None:  # it has its own
-        defaults |= {"vision": None, "decoder": None}
+        defaults |= {"vision": None, "decoder": None, "resize": None}
     if config.objective == "self-critical":
         # With dropout, the model that learns would not be the one that drew.
-        rate = preset.learning_rate / SELF_CRITICAL_SLOWDOWN
-        defaults |= {"learning_rate": rate, "label_smoothing": 0.0, "dropout": 0.0}
+        defaults |= {"label_smoothing": 0.0, "dropout": 0.0}
+        for name in ("learning_rate", "pretrained_learning_rate"):
+            defaults[name] = defaults[name] and defaults[name] / SELF_CRITICAL_SLOWDOWN
     set_values = {name: value for name, value in vars(config).items() if value is not None}
     names = {field.name for field in fields(ResolvedConfig)}
     return ResolvedConfig(**{name: defaults[name] for name in names & defaults.keys()} | set_values)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model_lib.data.captions import in_style
 from model_lib.data.shards import Manifest, SplitReader
 from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import Captioner
@@ -32,7 +33,10 @@ class TrainData:
         self.reader = SplitReader(
             manifest, "train", self.preprocess, workers=world.threads(config.workers)
         )
-        self.captions = self.reader.captions()
+        self.captions = [
+            [in_style(text, config.caption_style) for text in texts]
+            for texts in self.reader.captions()
+        ]
         self.ids = encode_captions(
             model.tokenizer,
             self.captions,

@@ -10,7 +10,8 @@ without:
 
 A pass forward counts once, the gradient by inputs once more where trained weights lie before, and
 the gradient by weights once more where they are trained. So a frozen tower counts once, its keys
-and values twice, frozen self-attention twice, all else three times. Not counted: padding, norms,
+and values twice, frozen self-attention twice, all else three times, unfrozen layers of the tower
+too. Not counted: padding, norms,
 embeddings, softmax, and the captions' self-attention over their few tokens. At COCO's mean lengths,
 an image comes with five captions of 13 tokens each, end-of-text included.
 """
@@ -65,7 +66,9 @@ def useful_flops(config: CaptionerConfig, images: int, tokens: int) -> float:
     tower_layer = S * (4 * E**2 + 2 * E * vision.intermediate_size) + 2 * S**2 * E
     tower = vision.num_hidden_layers * tower_layer + S * 3 * vision.patch_size**2 * E
     keys_values = L * S * 2 * E * D
-    an_image = (3 if all_trained else 1) * tower + (3 if all_trained else 2) * keys_values
+    unfrozen = config.trained_vision_layers
+    an_image = 3 * (tower + keys_values) if all_trained else tower + 2 * keys_values
+    an_image += 2 * unfrozen * tower_layer + (keys_values if unfrozen else 0)
     self_attention = 4 * D**2
     trained = 2 * D**2 + 2 * (decoder.n_inner or 4 * D) * D + 2 * S * D
     a_token = L * ((3 if all_trained else 2) * self_attention + 3 * trained) + 3 * D * V

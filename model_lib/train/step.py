@@ -7,6 +7,7 @@ when memory runs out.
 
 import logging
 import math
+import re
 import shutil
 import sysconfig
 from collections.abc import Mapping
@@ -26,27 +27,43 @@ from model_lib.train.ema import EMA
 from model_lib.train.loss import Objective, head_loss, states
 
 log = logging.getLogger(__name__)
+NEW = re.compile(r"\.(crossattention|ln_cross_attn|ln_visual)\.")
+"""The weights that no pretrained model has."""
 MAX_SKIPPED = 25
 """Steps in a row without finite gradients that end a run; float16 needs some to find its scale."""
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Return the rate of `step` (from 0): a linear rise over the share `warmup` of `steps`, then
-    half a cosine."""
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Return the learning rate of `step` (from 0) as a share of its peak: a linear rise over the
+    share `warmup` of `steps`, then half a cosine."""
     rising = max(1, round(warmup * steps))
     if step < rising:
-        return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def make_optimizer(model: nn.Module, config: ResolvedConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trained weights; norms and biases do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def make_optimizer(model: Captioner, config: ResolvedConfig) -> torch.optim.AdamW:
+    """Return AdamW over the trained weights, each group with the `peak` of its learning rate.
+
+    New weights learn faster than pretrained ones; norms and biases do not decay.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if NEW.search(name) or config.pretrained_learning_rate is None:
+            peak = config.learning_rate
+        elif name.startswith("vision."):
+            peak = config.vision_learning_rate
+        else:
+            peak = config.pretrained_learning_rate
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((peak, decay), []).append(parameter)
+    params = [
+        {"params": members, "lr": peak, "peak": peak, "weight_decay": decay}
+        for (peak, decay), members in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(params, betas=(0.9, 0.99), fused=True)
 
 
 def should_compile(choice: bool | None, device: torch.device) -> bool:
@@ -116,7 +133,7 @@ class LossModule(nn.Module):
     def encode(self, pixels: Tensor) -> Tensor:
         """Return the visual tokens [B, S, E] of pixels, uint8 [B, 3, H, W] on any device."""
         # A frozen tower's weights have the dtype already.
-        dtype = self.dtype if self.model.config.train_everything else torch.float32
+        dtype = self.dtype if self.model.trains_vision else torch.float32
         with autocast(dtype, self.model.device):
             return self.model.encode(pixels.to(self.model.device, non_blocking=True))
 
@@ -188,9 +205,10 @@ class TrainStep:
         Raises:
             WorkError: the device has too little memory for this process's share.
         """
-        rate = learning_rate(step, self.steps, self.config.learning_rate, self.config.warmup)
+        share = learning_rate(step, self.steps, self.config.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * share
+        rate = self.config.learning_rate * share
         while True:
             try:
                 loss, reward = self._backward(batch, pixels, step, rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from model_lib.data.captions import in_style
 from model_lib.data.shards import BatchOrder, Manifest, SplitReader
 from model_lib.errors import WorkError
 from model_lib.io.pixels import Preprocessing
@@ -95,9 +96,10 @@ class Validator:
         for batch in self.readers[split].batches(order):
             on_batch()
             features = step.loss.encode(torch.from_numpy(np.stack(batch.pixels)))
+            style = config.caption_style
             ids = encode_captions(
                 tokenizer,
-                batch.captions,
+                [[in_style(text, style) for text in texts] for texts in batch.captions],
                 step.model.end_token,
                 config.captions_per_image,
                 config.max_tokens,

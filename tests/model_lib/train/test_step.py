@@ -53,7 +53,7 @@ def test_gradients_are_clipped_as_by_torch(model: Captioner, scaled: bool) -> No
         assert norm > 0.5
         assert float(measured["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(number, 10, step.config.learning_rate, step.config.warmup)
+            group["lr"] = group["peak"] * learning_rate(number, 10, step.config.warmup)
         optimizer.step()
         optimizer.zero_grad()
     ours = dict(model.named_parameters())

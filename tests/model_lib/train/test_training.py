@@ -30,7 +30,7 @@ from tests.helpers.training import train_config as config
 
 
 def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
-    rates = [learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
+    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
     assert rates[55] == pytest.approx(0.5) and rates[-1] < 0.001
     assert all(earlier >= later for earlier, later in pairwise(rates[9:]))
