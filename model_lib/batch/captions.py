@@ -31,6 +31,7 @@ from model_lib.io.url_policy import UrlNotAllowed
 from model_lib.model.captioning import ImageCaptioner
 from model_lib.model.rivals import load_captioner
 from model_lib.progress import Progress
+from model_lib.scores.cider import consensus
 
 Loaded = tuple[Row, np.ndarray | None]
 """An image's row so far, and its pixels unless it cannot be used."""
@@ -61,6 +62,7 @@ def caption_shards(plan: Plan, indices: Sequence[int], model: ImageCaptioner) ->
             for row in islice(captioned, count):
                 rows.append(row)
                 progress.advance()
+            _rank(rows, config.rank)
             seconds, began = time.monotonic() - began, time.monotonic()
             metadata = {"version": __version__, "seconds": round(seconds, 3)}
             metadata["configuration"] = plan.configuration
@@ -87,12 +89,26 @@ def _caption(
             row |= {"model": config.model, "captioned_at": datetime.now(UTC)}
             if pixels is not None:
                 captions = next(captions_of_batch)
-                if config.rank:
-                    captions = sorted(captions, key=lambda caption: -caption.score)
                 row["captions"] = [caption.text for caption in captions]
                 row["scores"] = [caption.score for caption in captions]
                 row |= {"status": "ok", "caption": row["captions"][0], "score": row["scores"][0]}
             yield row
+
+
+def _rank(rows: Sequence[Row], rank: str | None) -> None:
+    """Put the best of each image's captions first, and the others after it, by what `rank` says."""
+    captioned = [row for row in rows if row["status"] == "ok"]
+    if rank is None or not captioned:
+        return
+    if rank == "consensus":
+        all_merits = consensus([row["captions"] for row in captioned])
+    else:
+        all_merits = [row["scores"] for row in captioned]
+    for row, merits in zip(captioned, all_merits, strict=True):
+        order = sorted(range(len(merits)), key=lambda n: (-merits[n], -row["scores"][n]))
+        for name in ("captions", "scores"):
+            row[name] = [row[name][n] for n in order]
+        row |= {"caption": row["captions"][0], "score": row["scores"][0]}
 
 
 def _load(image: ListedImage, preprocess: Preprocess, folder_of_list: Folder) -> Loaded:

@@ -1,6 +1,7 @@
 """The configuration of captioning a folder or a bucket."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from model_lib.data.tables import parse_columns
 from model_lib.model.config import DecodeConfig
@@ -43,8 +44,9 @@ class BatchConfig(StageConfig):
     "*.jpg", "2024/*"."""
     exclude: tuple[str, ...] = option((), shapes=False)
     """No images that match one of these patterns."""
-    rank: bool = False
-    """Of several captions drawn of an image, put the one that the model finds likeliest first."""
+    rank: Literal["likelihood", "consensus"] | None = None
+    """Which of an image's num_captions comes first: the one that the model finds likeliest, or the
+    one that agrees best with the others, by CIDEr, which raises CIDEr without training."""
     shard_images: int = option(1000, minimum=1, shapes=False)
     """Most images a shard; a shard is written whole or not at all."""
     shard_mb: int = option(1000, minimum=1, shapes=False)
@@ -67,5 +69,9 @@ class BatchConfig(StageConfig):
         for name in self.formats:
             require(name in FORMATS, f"format {name!r}: unknown; one of {', '.join(FORMATS)}")
         parse_columns(self.columns, ["file"])
+        require(
+            self.rank is None or self.decode.num_captions > 1,
+            f"rank {self.rank}: needs several captions of an image; give --num_captions",
+        )
         if self.txt_beside:
             require("txt" in self.formats, "txt_beside: needs --format txt")

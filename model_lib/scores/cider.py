@@ -172,6 +172,25 @@ class CiderD:
         return np.where((low < end) & (self.reference_keys[low] == keys), self.weights[low], 0.0)
 
 
+def consensus(captions: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Return how well each caption of an image agrees with that image's others: the mean CIDEr-D.
+
+    Devlin et al., 2015, "Exploring Nearest Neighbor Approaches for Image Captioning". An n-gram's
+    document frequency is that among the images.
+
+    Args:
+        captions: of each image, two or more.
+    """
+    split = [[words(text) for text in texts] for texts in captions]
+    counts = np.array([len(texts) for texts in split])
+    images, counts = np.repeat(np.arange(len(split)), counts), np.repeat(counts, counts)
+    scorer = CiderD(split)
+    with_itself = scorer.scores([text for texts in split for text in texts], images)
+    itself = 10.0 * (scorer.norms > 0).mean(1)
+    agreement = iter((with_itself * counts - itself) / (counts - 1))
+    return [[float(next(agreement)) for _ in texts] for texts in split]
+
+
 def corpus_cider(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> float:
     """Return the mean CIDEr of plainly split captions, the references themselves the corpus.
 

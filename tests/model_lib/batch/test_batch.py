@@ -24,6 +24,7 @@ from model_lib.batch.rows import METADATA_KEY
 from model_lib.errors import WorkError
 from model_lib.io import storage
 from model_lib.model.config import DecodeConfig
+from model_lib.scores.cider import consensus
 from tests.helpers.batches import batch_config, file_times, make_plan, read_rows
 from tests.helpers.killed import killed
 from tests.helpers.services import Faults, faulty_bucket
@@ -71,7 +72,8 @@ def test_captions_are_those_of_the_model_one_by_one(
 def test_a_file_says_how_its_captions_can_be_made_again(
     images: Path, saved_model: Path, tmp_path: Path
 ) -> None:
-    options = {"top_p": 0.9, "temperature": 1.5, "num_captions": 3, "rank": True, "seed": 7}
+    options = {"top_p": 0.9, "temperature": 1.5, "num_captions": 3, "seed": 7}
+    options |= {"rank": "likelihood"}
     summary = batch(batch_config(images, tmp_path / "out", saved_model, **options))
     (file, *_) = Path(summary.captions).iterdir()
     metadata = json.loads(pq.ParquetFile(file).schema_arrow.metadata[METADATA_KEY])
@@ -84,6 +86,26 @@ def test_a_file_says_how_its_captions_can_be_made_again(
     for row in rows:
         assert row["scores"] == sorted(row["scores"], reverse=True) and len(row["captions"]) == 3
         assert (row["caption"], row["score"]) == (row["captions"][0], row["scores"][0])
+
+
+def test_the_caption_that_agrees_best_with_its_siblings_comes_first(
+    images: Path, saved_model: Path, tmp_path: Path
+) -> None:
+    options = {"temperature": 1.5, "num_captions": 4, "shard_images": 100}
+    drawn = batch(batch_config(images, tmp_path / "drawn", saved_model, **options))
+    options["rank"] = "consensus"
+    ranked = batch(batch_config(images, tmp_path / "ranked", saved_model, **options))
+    rows = [row for row in read_rows(drawn) if row["status"] == "ok"]
+    best = consensus([row["captions"] for row in rows])
+    chosen = {row["uri"]: row for row in read_rows(ranked)}
+    for row, agreement in zip(rows, best, strict=True):
+        other = chosen[row["uri"]]
+        assert sorted(other["captions"]) == sorted(row["captions"])
+        first = row["captions"].index(other["caption"])
+        assert agreement[first] == max(agreement) and other["caption"] == other["captions"][0]
+        assert other["score"] in other["scores"][:1]
+    with pytest.raises(UserError, match="rank consensus: needs several captions"):
+        batch_config(images, tmp_path, saved_model, rank="consensus")
 
 
 def test_an_image_that_cannot_be_read_has_its_reason(

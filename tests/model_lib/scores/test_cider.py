@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model_lib.scores.cider import END, CiderD, corpus_cider, words
+from model_lib.scores.cider import END, CiderD, consensus, corpus_cider, words
 
 REFERENCES = {
     1: ["a red circle on a white background", "one red circle", "a circle"],
@@ -71,3 +71,14 @@ def test_captions_of_any_script_have_words() -> None:
     assert words("cafe\u0301 一只猫。ネコ 2匹") == ["café", *"一只猫ネコ", "2", "匹"]
     captions = {1: "кошка сидит на столе", 2: "собака бежит по траве"}
     assert corpus_cider(captions, {key: [text] for key, text in captions.items()}) > 1
+
+
+def test_the_caption_unlike_its_siblings_agrees_least() -> None:
+    captions = [
+        ["a red circle on white", "a red circle", "two dogs on grass"],
+        ["blue squares", "blue squares", "a train"],
+        ["a green triangle", "a triangle and a circle", "a green triangle on white"],
+    ]
+    agreement = consensus(captions)
+    assert [row.index(min(row)) for row in agreement] == [2, 2, 1]
+    assert agreement[1] == pytest.approx([2.5, 2.5, 0.0]), "two of four orders, one of two others"
