@@ -98,6 +98,18 @@ class CaptionConfig(StageConfig):
     """Number format of the weights; auto: 16 bits where that is fast."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig(StageConfig):
+    """Make one model of several: the mean of their weights."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Trained captioners of one kind: folders, hub names, URIs or models:/captioner@champion."""
+    output: str
+    """Folder or URI for the model."""
+    name: str = "average"
+    """Its name in evaluations and MLflow."""
+
+
 def info(config: InfoConfig) -> Output:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -173,6 +185,14 @@ def train(config: TrainConfig) -> Output:
     trained = train_here(config, tracking_from_environment())
     scores = f"validation CIDEr {trained.validation_cider:.3f}, loss {trained.validation_loss:.4f}"
     return Output(asdict(trained), [f"{trained.model}: {scores}"])
+
+
+def average(config: AverageConfig) -> Output:
+    from model_lib.train.averaging import average as run
+
+    sources = run(config.models, config.output, config.name)
+    line = f"{config.output}: the mean of {len(sources)} models"
+    return Output({"model": config.output, "averaged": sources}, [line])
 
 
 def evaluate(config: EvaluateConfig) -> Output:
@@ -300,6 +320,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "download": download,
     "ingest": ingest,
     "train": train,
+    "average": average,
     "evaluate": evaluate,
     "score": score,
     "register": register,

@@ -14,8 +14,8 @@ import pytest
 from model_lib import Captioner
 
 Run = Callable[..., CompletedProcess]
-EVERY = ["run", "scenes", "download", "ingest", "train", "evaluate", "score", "register", "models"]
-EVERY += ["rollback", "caption", "batch", "compile", "submit", "schedule", "info"]
+EVERY = ["run", "scenes", "download", "ingest", "train", "average", "evaluate", "score", "register"]
+EVERY += ["models", "rollback", "caption", "batch", "compile", "submit", "schedule", "info"]
 
 
 def refused(done: CompletedProcess, *words: str) -> None:

@@ -90,9 +90,10 @@ def _log_scores(
 ) -> None:
     """Log an evaluation that is written to the run of the model's training.
 
-    Another project's model has none: its evaluation gets a run of its own, found again by `key`.
+    Another project's model has none, nor has an average: their evaluation gets a run of its own,
+    found again by `key`. A registered model was evaluated before.
     """
-    if evaluation.mlflow_run_id is None and not evaluation.rival:
+    if evaluation.model.startswith("models:/"):
         return
     folder = config.output
     page = storage.read_bytes(storage.join(folder, "report.html")).decode()
