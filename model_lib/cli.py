@@ -25,7 +25,7 @@ import tyro
 
 from model_lib.batch.config import BatchConfig
 from model_lib.errors import UserError, exit_code, printable
-from model_lib.evaluate.config import EvaluateConfig, ScoreConfig
+from model_lib.evaluate.config import EvaluateConfig, ScoreConfig, TuneConfig
 from model_lib.exits import MISTAKE, exit_in_one_line
 from model_lib.ingest.config import IngestConfig, ScenesConfig
 from model_lib.ingest.download import DownloadConfig
@@ -201,6 +201,19 @@ def evaluate(config: EvaluateConfig) -> Output:
     return _scores(run(config, tracking_from_environment()))
 
 
+def tune(config: TuneConfig) -> Output:
+    from model_lib.evaluate.tuning import tune as run
+
+    rows = run(config, tracking_from_environment())
+    columns = list(rows[0])
+    lines = ["  ".join(f"{name:>{max(len(name), 8)}}" for name in columns)]
+    for row in rows:
+        lines.append("  ".join(f"{row[name]:>{max(len(name), 8)}.4g}" for name in columns))
+    names = ("num_beams", "length_penalty", "no_repeat_ngram_size")
+    best = " ".join(f"--{name} {rows[0][name]:g}" for name in names)
+    return Output(rows, [*lines, f"for evaluate, caption and batch: {best}"])
+
+
 def score(config: ScoreConfig) -> Output:
     from model_lib.evaluate.scoring import score as run
 
@@ -322,6 +335,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "train": train,
     "average": average,
     "evaluate": evaluate,
+    "tune": tune,
     "score": score,
     "register": register,
     "models": models,

@@ -14,8 +14,9 @@ import pytest
 from model_lib import Captioner
 
 Run = Callable[..., CompletedProcess]
-EVERY = ["run", "scenes", "download", "ingest", "train", "average", "evaluate", "score", "register"]
-EVERY += ["models", "rollback", "caption", "batch", "compile", "submit", "schedule", "info"]
+EVERY = ["run", "scenes", "download", "ingest", "train", "average", "evaluate", "tune", "score"]
+EVERY += ["register", "models", "rollback", "caption", "batch", "compile", "submit", "schedule"]
+EVERY += ["info"]
 
 
 def refused(done: CompletedProcess, *words: str) -> None:

@@ -46,6 +46,59 @@ class EvaluateConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuneConfig(StageConfig):
+    """Find the decoding options with the best CIDEr on validation images."""
+
+    model: str
+    """The model: a folder, hub name, URI or models:/captioner@champion."""
+    data: str = option(shapes=False)
+    """Data that ingest made: folder, URI or manifest.json."""
+    split: str = "val"
+    """Split of the data; not test, whose score would then be chosen too."""
+    limit: int = option(1000, minimum=0)
+    """Number of images, the first of the split; 0: all."""
+    num_beams: tuple[int, ...] = (3, 5)
+    """Beams to try; 1: greedy."""
+    length_penalty: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)
+    """Length penalties to try, with beams."""
+    no_repeat_ngram_size: tuple[int, ...] = (0, 3)
+    """Lengths of word sequences that may not repeat, to try; 0: no limit."""
+    max_new_tokens: int = option(30, minimum=1)
+    """Longest caption in tokens."""
+    batch_size: int = option(32, minimum=1)
+    """Images decoded together."""
+    device: str = option("auto", shapes=False)
+    """auto, cpu, cuda or mps."""
+    precision: CaptionPrecision = "auto"
+    """Number format of the weights; auto: 16 bits where that is fast."""
+
+    @property
+    def grid(self) -> list[DecodeConfig]:
+        """All combinations; the length penalty means nothing to greedy decoding."""
+        return [
+            DecodeConfig(
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                no_repeat_ngram_size=size,
+                max_new_tokens=self.max_new_tokens,
+            )
+            for num_beams in self.num_beams
+            for length_penalty in (self.length_penalty if num_beams > 1 else (1.0,))
+            for size in self.no_repeat_ngram_size
+        ]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.split != "test", "split test: choose options on val, and score them on test")
+        for name in ("num_beams", "length_penalty", "no_repeat_ngram_size"):
+            require(len(getattr(self, name)) > 0, f"{name}: give one value or more")
+        require(
+            len(self.grid) > 1,
+            "num_beams, length_penalty, no_repeat_ngram_size: nothing to choose from",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreConfig(StageConfig):
     """Score the captions of a COCO results JSON, whatever made them, against references."""
 
