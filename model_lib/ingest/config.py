@@ -18,8 +18,11 @@ class ScenesConfig(StageConfig):
     """Images to train on."""
     val: int = option(200, minimum=2)
     """Images whose combinations of size, colour and shape never occur in training."""
+    hard: bool = False
+    """Draw harder scenes: up to five of a kind, three objects in two relations, colours by
+    position, objects at the edges of 4:3 images."""
     size: int = option(128, minimum=32)
-    """Side of an image in pixels."""
+    """Height of an image in pixels."""
     seed: int = option(0, minimum=0)
     """The same seed draws the same images."""
 

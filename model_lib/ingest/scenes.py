@@ -6,31 +6,18 @@ occur only in the validation images: a model that names them has not memorised t
 """
 
 import io
-import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
 from model_lib.ingest.config import ScenesConfig
+from model_lib.ingest.hard_scenes import draw_hard_scene, render_hard
+from model_lib.ingest.shapes import BACKGROUNDS, COLOURS, Thing, paint
 from model_lib.io import storage
 
-Colour = tuple[int, int, int]
-
-COLOURS = {
-    "red": (214, 40, 40),
-    "green": (46, 160, 67),
-    "blue": (35, 85, 205),
-    "yellow": (248, 214, 40),
-    "purple": (130, 50, 165),
-    "orange": (245, 130, 30),
-    "pink": (250, 150, 190),
-    "brown": (120, 75, 40),
-}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-BACKGROUNDS = {"white": (244, 244, 244), "gray": (188, 188, 188), "beige": (232, 214, 178)}
-OUTLINE = (20, 20, 20)
-"""Every shape has the same dark line, so that its form shows whatever its colour and ground."""
 RADIUS = {"small": 0.13, "large": 0.22}
 """Radius as a share of the image's side."""
 JITTER = 0.03
@@ -45,23 +32,6 @@ HELD_OUT = {
 """Combinations that training never shows: of each colour, one shape in small and another in
 large."""
 NUMBERS = {2: "two", 3: "three"}
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A kind of object."""
-
-    size: str
-    colour: str
-    shape: str
-
-    @property
-    def full(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
-
-    @property
-    def plain(self) -> str:
-        return f"a {self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -122,46 +92,6 @@ def _draw_thing(rng: random.Random, held_out: bool) -> Thing:
             return Thing(*kind)
 
 
-def _star(points: int, inner: float, turn: float = 0.0) -> list[tuple[float, float]]:
-    """Return a polygon's corners in the unit circle, alternately at radius 1 and at `inner`."""
-    corners = []
-    for corner in range(2 * points):
-        angle = turn + math.pi * corner / points
-        radius = inner if corner % 2 else 1.0
-        corners.append((radius * math.sin(angle), -radius * math.cos(angle)))
-    return corners
-
-
-def _plus(arm: float) -> list[tuple[float, float]]:
-    """Return the corners of a cross in the unit square, its arms `arm` wide to each side."""
-    corners = [(arm, -1.0), (arm, -arm), (1.0, -arm)]
-    for _ in range(3):
-        corners += [(-y, x) for x, y in corners[-3:]]  # a quarter turn
-    return corners
-
-
-POLYGONS = {
-    "square": _star(4, math.sqrt(0.5), math.pi / 4),
-    "triangle": _star(3, 0.5),
-    "star": _star(5, 0.42),
-    "cross": _plus(0.36),
-}
-"""Corners about the centre, in units of the radius; the other shapes are round."""
-
-
-def _paint(
-    canvas: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, radius: float, ground: Colour
-) -> None:
-    fill, line = COLOURS[thing.colour], max(2, round(radius * 0.11))
-    if thing.shape in POLYGONS:
-        corners = [(x + radius * a, y + radius * b) for a, b in POLYGONS[thing.shape]]
-        canvas.polygon(corners, fill=fill, outline=OUTLINE, width=line)
-        return
-    canvas.circle((x, y), radius, fill=fill, outline=OUTLINE, width=line)
-    if thing.shape == "ring":
-        canvas.circle((x, y), radius * 0.5, fill=ground, outline=OUTLINE, width=line)
-
-
 def _centres(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
     """Return the objects' centres, as shares of the side: near the middles of quarters."""
     if scene.second is None:
@@ -187,8 +117,19 @@ def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     things = [scene.first, scene.second] if scene.second else [scene.first] * scene.count
     for thing, (x, y) in zip(things, _centres(scene, rng), strict=True):
         radius = RADIUS[thing.size] * rng.uniform(0.93, 1.07)
-        _paint(canvas, thing, x * side, y * side, radius * side, ground)
+        paint(canvas, thing, x * side, y * side, radius * side, ground)
     return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _make(
+    config: ScenesConfig, rng: random.Random, held_out: bool
+) -> tuple[Image.Image, Sequence[str]]:
+    """Return a scene's image and captions."""
+    if config.hard:
+        hard = draw_hard_scene(rng, held_out=held_out)
+        return render_hard(hard, config.size, rng), hard.captions
+    scene = draw_scene(rng, held_out=held_out)
+    return render(scene, config.size, rng), scene.captions()
 
 
 def make_scenes(config: ScenesConfig) -> None:
@@ -201,14 +142,14 @@ def make_scenes(config: ScenesConfig) -> None:
         images: list[dict] = []
         annotations: list[dict] = []
         for number in range(1, count + 1):
-            scene = draw_scene(rng, held_out=held_out)
+            image, captions = _make(config, rng, held_out)
             encoded = io.BytesIO()
-            render(scene, config.size, rng).save(encoded, "JPEG", quality=92)
+            image.save(encoded, "JPEG", quality=92)
             name = f"{number:012d}.jpg"
             storage.write_bytes(storage.join(folder, name), encoded.getvalue())
-            side = config.size
-            images.append({"id": number, "file_name": name, "width": side, "height": side})
-            for caption in scene.captions():
+            width, height = image.size
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
+            for caption in captions:
                 note = {"id": len(annotations) + 1, "image_id": number, "caption": caption}
                 annotations.append(note)
         info = {"description": "generated scenes"}

@@ -4,12 +4,14 @@ looks at them."""
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from model_lib.evaluate.config import EvaluateConfig
 from model_lib.evaluate.evaluation import evaluate
 from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.hard_scenes import HELD_OUT as HARD_HELD_OUT
 from model_lib.ingest.ingesting import ingest
 from model_lib.ingest.scenes import HELD_OUT, make_scenes
 from model_lib.train.config import TrainConfig, Trained
@@ -89,3 +91,19 @@ def test_self_critical_training_raises_the_cider_of_unseen_combinations(
     stage = {"epochs": 1, "objective": "self-critical", "init_from": first.model}
     second = train(TrainConfig(data=str(data), output=str(tmp_path), preset="tiny", **stage))
     assert second.validation_cider > first.validation_cider
+
+
+def test_hard_scenes_hold_combinations_out_and_use_the_whole_image(tmp_path: Path) -> None:
+    config = ScenesConfig(output=str(tmp_path), train=60, val=30, hard=True, size=96)
+    make_scenes(config)
+    held_out = [f"{colour} {shape}" for colour, shape in HARD_HELD_OUT]
+    for split, count in (("train", 60), ("val", 30)):
+        images = captions(tmp_path, split)
+        assert [len(set(texts)) for texts in images] == [5] * count
+        shown = [any(words in text for words in held_out for text in texts) for texts in images]
+        assert all(shown) if split == "val" else not any(shown)
+        assert len({texts[0] for texts in images}) > 0.9 * count
+    files = sorted((tmp_path / "train2017").iterdir())
+    assert {Image.open(file).size for file in files} == {(128, 96)}
+    edge = [np.asarray(Image.open(file))[:, :16].reshape(-1, 3).std(0).max() for file in files]
+    assert sum(spread > 20 for spread in edge) > 10, "the centre crop would lose nothing"
