@@ -10,11 +10,16 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def centred(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the head's matrix [V, D] less its mean row, in `dtype` (by default its own)."""
-    result = torch.empty_like(weight, dtype=dtype)
+def centred(weight: Tensor, dtype: torch.dtype | None = None, multiple: int = 1) -> Tensor:
+    """Return the head's matrix [V, D] less its mean row, in `dtype` (by default its own), with rows
+    of zeros up to a `multiple` of rows."""
+    words, width = weight.shape
+    padding = -words % multiple
+    result = weight.new_empty(words + padding, width, dtype=dtype)
     # The difference is computed in float32 and rounded once, without a float32 copy.
-    return torch.sub(weight, weight.mean(0, dtype=torch.float32), out=result)
+    torch.sub(weight, weight.mean(0, dtype=torch.float32), out=result.narrow(0, 0, words))
+    result.narrow(0, words, padding).zero_()
+    return result
 
 
 def head_logits(hidden: Tensor, matrix: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model_lib.model.captioner import Captioner
@@ -171,7 +170,7 @@ def _score(
     gradient.
 
     Args:
-        logits: float32 [n, V + padding]: a mean of zero, and -inf.
+        logits: float32 [n, V + padding]: a mean of zero, and -inf; used up.
         target: int64 [n, 1].
         share: weight of each token's loss, float32 [n, 1].
         smoothing: share of the target that is spread over the vocabulary.
@@ -183,7 +182,10 @@ def _score(
     if dtype is None:
         return loss, None
     shift = smoothing / words
-    by_logits = (logits - log_total).exp_().sub_(shift).mul_(share).to(dtype)
+    # A compiled kernel would write the input too if it were changed.
+    in_place = not torch.compiler.is_compiling()
+    by_logits = logits.sub_(log_total) if in_place else logits - log_total
+    by_logits = by_logits.exp_().sub_(shift).mul_(share).to(dtype)
     own = ((at_target - log_total).exp() - shift - (1 - smoothing)) * share
     return loss, by_logits.scatter_(1, target, own.to(dtype))
 
@@ -216,7 +218,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             kind, words = dtype or weight.dtype, len(weight)
             # Matrix units are slow with rows whose length is no multiple of 16 bytes.
-            matrix = F.pad(centred(weight, kind), (0, 0, 0, -words % MULTIPLE))
+            matrix = centred(weight, kind, MULTIPLE)
             inputs = hidden.to(kind)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             gradient_dtype = kind if ctx.needs_input_grad[0] else None
