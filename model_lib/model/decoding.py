@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from model_lib.errors import UserError
 from model_lib.model.config import DecodeConfig
 from model_lib.model.decoder import CrossCache, Decoder, KVCache
-from model_lib.model.head import centred, head_logits
+from model_lib.model.head import MULTIPLE, centred, head_logits
 
 TRIES = 8
 """Draws from all tokens before the nucleus is computed: at top_p 0.5 that is one row in 256."""
@@ -130,7 +130,7 @@ class Search(ABC):
         self.parts: dict[int, Self] = {}
 
     def _head(self) -> Tensor:
-        return centred(self.model.head.weight, self.visual[0].dtype)
+        return centred(self.model.head.weight, self.visual[0].dtype, MULTIPLE)
 
     def _first(self, size: int) -> Self:
         """Return the search of the first images, which shares all memory with this one."""
@@ -196,7 +196,7 @@ class Search(ABC):
         newest = self.history.index_select(2, self.cache.position)
         hidden = self.model.decoder(newest, self.visual, self.cache, window=window)[:, :, 0]
         if self.matrix is not None:
-            return head_logits(hidden, self.matrix)
+            return head_logits(hidden, self.matrix)[:, :, : len(self.model.head.weight)]
         with torch.autocast("cpu", enabled=False):
             return self.model.head(hidden.to(self.model.head.weight.dtype)).float()
 

@@ -8,6 +8,9 @@ softmax and the order of the logits do not change.
 import torch
 from torch import Tensor
 
+MULTIPLE = 64
+"""Of which the number of logits is one, as matrix units prefer."""
+
 
 @torch.no_grad()
 def centred(weight: Tensor, dtype: torch.dtype | None = None, multiple: int = 1) -> Tensor:

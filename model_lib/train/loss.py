@@ -15,13 +15,11 @@ from torch import Tensor
 
 from model_lib.model.captioner import Captioner
 from model_lib.model.decoder import PackedLayout
-from model_lib.model.head import centred, float32_product, head_logits
+from model_lib.model.head import MULTIPLE, centred, float32_product, head_logits
 from model_lib.model.tokens import PackedCaptions, pack_captions
 
 SLICE = 2048
 """Tokens whose logits exist at the same time."""
-MULTIPLE = 64
-"""Of which the number of logits is one, as matrix units prefer."""
 
 
 @dataclass(frozen=True)
