@@ -207,9 +207,12 @@ class Captioner(PreTrainedModel):
     def freeze_into(self, dtype: torch.dtype) -> None:
         """Convert the frozen matrices to `dtype`: without gradients they need no float32 copy."""
         modules: list[nn.Module] = [block.attn for block in self.decoder.blocks]
-        encoder = self.vision.encoder
-        modules += [part for part in self.vision.children() if part is not encoder]
-        for module in [*modules, *encoder.layers]:
+        if self.trains_vision:  # what comes after its trained layers gets float32
+            layers = self.vision.encoder.layers
+            modules += [self.vision.embeddings, *layers]
+        else:
+            modules.append(self.vision)
+        for module in modules:
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.to(dtype)
 

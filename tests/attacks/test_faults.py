@@ -109,7 +109,7 @@ def test_an_evaluation_on_a_full_disk_leaves_whole_files_and_is_written_after_ro
 
 LITTLE_MEMORY = """
 import resource, sys
-import model_lib.ingest.ingesting
+import model_lib.ingest.ingesting, model_lib.ingest.transcode
 from model_lib.cli import main
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 # 6 MB: less than a thread's stack

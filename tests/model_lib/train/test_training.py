@@ -38,7 +38,8 @@ def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
 
 def test_norms_and_biases_do_not_decay(model: Model, data: Path, tmp_path: Path) -> None:
     options = resolve(config(data, tmp_path, weight_decay=0.5))
-    matrices, others = make_optimizer(model, options).param_groups
+    groups = make_optimizer(model, options).param_groups
+    others, matrices = sorted(groups, key=lambda group: group["weight_decay"])
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
     assert {p.ndim >= 2 for p in matrices["params"]} == {True}
     assert {p.ndim for p in others["params"]} == {1}
