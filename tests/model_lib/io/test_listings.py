@@ -53,7 +53,7 @@ def test_each_page_is_retried_on_its_own(tmp_path: Path) -> None:
         fill(fs, [f"in/{name}" for name in NAMES])
         faults.share = 0.3
         assert sorted(find_files("gs://bucket/in")) == sorted(f"bucket/in/{name}" for name in NAMES)
-        assert faults.failed > 5
+        assert faults.failed > 0
 
 
 def test_a_local_folder_is_listed_as_a_bucket_is(tmp_path: Path) -> None:
