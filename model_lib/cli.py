@@ -190,6 +190,8 @@ def train(config: TrainConfig) -> Output:
 def average(config: AverageConfig) -> Output:
     from model_lib.train.averaging import average as run
 
+    for model in config.models:
+        _find_registry(model)
     sources = run(config.models, config.output, config.name)
     line = f"{config.output}: the mean of {len(sources)} models"
     return Output({"model": config.output, "averaged": sources}, [line])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model_lib import Captioner, UserError
+from model_lib.model.captioner import CaptionerConfig
 from model_lib.model.float8 import Float8Linear
 from model_lib.model.rivals import load_captioner
 from tests.helpers.small import pixels, small_model, small_model_with_equal_widths
@@ -33,10 +34,16 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_it_is_chosen_by_its_precision(tmp_path: Path) -> None:
-    small_model().save_pretrained(tmp_path)
-    model = Captioner.from_pretrained(str(tmp_path), device="cpu", precision="float8")
-    assert isinstance(model.vision.encoder.layers[0].mlp.fc2, Float8Linear | torch.nn.Linear)
-    assert model.dtype == torch.bfloat16
+    with_tokenizer = small_model()
+    vision = small_model_with_equal_widths().config.vision_config  # its sides are multiples of 16
+    decoder = with_tokenizer.config.decoder_config
+    model = Captioner(CaptionerConfig(vision_config=vision, decoder_config=decoder))
+    model.tokenizer = with_tokenizer.tokenizer
+    model.save_pretrained(tmp_path)
+    for precision, kind in (("float8", Float8Linear), ("bfloat16", torch.nn.Linear)):
+        model = Captioner.from_pretrained(str(tmp_path), device="cpu", precision=precision)
+        assert isinstance(model.vision.encoder.layers[0].mlp.fc2, kind)
+        assert model.dtype == torch.bfloat16
 
 
 def test_other_captioners_have_none() -> None:

@@ -1,4 +1,4 @@
-"""Which device is taken, and what is said where it cannot be used."""
+"""Which device is taken, and the error where it cannot be used."""
 
 from pathlib import Path
 

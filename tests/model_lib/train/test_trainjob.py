@@ -173,7 +173,7 @@ def test_warnings_say_why_no_machine_is_created(
         step = threads.submit(train_on, ONE, config(tmp_path, tmp_path), "fingerprint")
         while reason not in caplog.text and not step.done():
             time.sleep(0.01)
-        time.sleep(1)  # in which it is not said again
+        time.sleep(1)  # in which it is not logged again
         cluster.delete(name, "Background")
         with pytest.raises(WorkError, match="it was deleted"):
             step.result()
