@@ -27,10 +27,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.timing import median_seconds, peak_gb
 from model_lib import Captioner, CaptionerConfig, DecodeConfig
-from model_lib.model.captioner import normalise
 from model_lib.model.decoding import decode
 from model_lib.model.precision import inference_dtype
-from model_lib.model.vision import plain_tower
+from model_lib.model.vision import normalise, plain_tower
 from model_lib.presets import PRESETS
 
 TOKENS, ROWS, TOP_P = 20, 5, 0.9

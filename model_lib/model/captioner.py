@@ -7,7 +7,6 @@ Shapes: B images, N rows per image, T tokens, S visual tokens, E vision width, V
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,43 +40,12 @@ from model_lib.model.tokens import control_tokens, decode_tokens
 from model_lib.model.vision import (
     build_tower,
     load_tower,
+    normalise,
     preprocessing,
     tower_config,
     unused_modules,
 )
 from model_lib.presets import Preset
-
-
-def normalise(
-    pixels: Tensor, mean: Sequence[float], std: Sequence[float], rescale: float = 1 / 255
-) -> Tensor:
-    """Return normalised RGB values, bit for bit those of transformers' image processors of Pillow.
-
-    Args:
-        pixels: uint8 [..., 3, height, width], on any device.
-        mean, std: of each channel, of rescaled values.
-        rescale: factor of the values 0 to 255.
-
-    Returns:
-        float32, of the same shape.
-    """
-    table, channel = _normalised_values(tuple(mean), tuple(std), rescale, pixels.device)
-    return table[channel, pixels.int()]
-
-
-@lru_cache(maxsize=8)
-def _normalised_values(
-    mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return what each of the 256 values of a channel becomes, float32 [3, 256], computed as in
-    transformers: rescaled in float64, rounded to float32, normalised; and the channels' numbers,
-    [3, 1, 1]."""
-    values = (np.arange(256) * rescale).astype(np.float32)
-    table = values - np.asarray(mean, np.float32)[:, None]
-    table /= np.asarray(std, np.float32)[:, None]
-    with torch.inference_mode(False):  # for use in training too
-        channel = torch.arange(3, device=device).view(3, 1, 1)
-        return torch.from_numpy(table).to(device), channel
 
 
 class CaptionerConfig(PreTrainedConfig):

@@ -7,11 +7,13 @@ Shapes: B images, S visual tokens, E vision width.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -228,3 +230,35 @@ def _processor_numbers(source: str, tower: Tower, folder: str, size: int) -> dic
         "image_stretch": not resized.shortest_edge,
         "image_resample": int(processor.resample),
     }
+
+
+def normalise(
+    pixels: Tensor, mean: Sequence[float], std: Sequence[float], rescale: float = 1 / 255
+) -> Tensor:
+    """Return normalised RGB values, bit for bit those of transformers' image processors of Pillow.
+
+    Args:
+        pixels: uint8 [..., 3, height, width], on any device.
+        mean, std: of each channel, of rescaled values.
+        rescale: factor of the values 0 to 255.
+
+    Returns:
+        float32, of the same shape.
+    """
+    table, channel = _normalised_values(tuple(mean), tuple(std), rescale, pixels.device)
+    return table[channel, pixels.int()]
+
+
+@lru_cache(maxsize=8)
+def _normalised_values(
+    mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return what each of the 256 values of a channel becomes, float32 [3, 256], computed as in
+    transformers: rescaled in float64, rounded to float32, normalised; and the channels' numbers,
+    [3, 1, 1]."""
+    values = (np.arange(256) * rescale).astype(np.float32)
+    table = values - np.asarray(mean, np.float32)[:, None]
+    table /= np.asarray(std, np.float32)[:, None]
+    with torch.inference_mode(False):  # for use in training too
+        channel = torch.arange(3, device=device).view(3, 1, 1)
+        return torch.from_numpy(table).to(device), channel

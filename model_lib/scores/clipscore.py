@@ -14,10 +14,9 @@ import torch
 from transformers import CLIPModel
 
 from model_lib.errors import UserError
-from model_lib.model.captioner import normalise
 from model_lib.model.precision import choose_device
 from model_lib.model.sources import model_folder
-from model_lib.model.vision import load_processor, preprocessing
+from model_lib.model.vision import load_processor, normalise, preprocessing
 from model_lib.model.weights import load_part, load_tokenizer
 
 PREFIX = "A photo depicts "

@@ -18,7 +18,7 @@ from model_lib.ingest.transcode import reduced
 from model_lib.io.images import ImageError, decode_image
 from model_lib.io.metadata import GDAL_NODATA
 from model_lib.io.pixels import Preprocessing
-from model_lib.model.captioner import normalise
+from model_lib.model.vision import normalise
 from tests.helpers.hostile_images import chunk, segment
 
 BROKEN = {

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from model_lib import Captioner, UserError
-from model_lib.model.captioner import CaptionerConfig, normalise
+from model_lib.model.captioner import CaptionerConfig
 from model_lib.model.tokens import decode_tokens, encode_captions, encode_texts
+from model_lib.model.vision import normalise
 from model_lib.presets import PRESETS
 from tests.helpers.parts import (
     CROP,
