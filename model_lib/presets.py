@@ -42,6 +42,8 @@ class Preset:
     ema: float
     """Decay of the weights' moving average; 0: none."""
     augment: bool
+    max_tokens: int
+    """Of a caption in training."""
     sort_batches: int
     """Batches' worth of images that are sorted by length together."""
 
@@ -75,6 +77,7 @@ _CLIP_L = Preset(
     dropout=0.1,
     ema=0.999,
     augment=True,
+    max_tokens=40,
     sort_batches=8,
 )
 _CLIP_L_336 = replace(
@@ -124,6 +127,7 @@ _TINY = Preset(
     dropout=0.0,
     ema=0.0,
     augment=False,
+    max_tokens=40,
     # In the scenes, length tells of content, and batches alike teach less: docs/benchmarks.md.
     sort_batches=1,
 )

@@ -27,11 +27,11 @@ _MARKS = "".join(
     chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc")
 )
 _LETTER, _IDEOGRAPH = f"(?:[^\\W_]|[{_MARKS}])", "[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
-WORD = re.compile(
-    f"{_IDEOGRAPH}|(?:(?!{_IDEOGRAPH}){_LETTER})+(?:[-'](?:(?!{_IDEOGRAPH}){_LETTER})+)*"
-)
+_ENDING = "(?:n't|'(?:d|ll|m|re|s|ve))\\b"
+_PLAIN = f"(?:(?!{_IDEOGRAPH}|n't\\b){_LETTER})+"
+WORD = re.compile(f"{_IDEOGRAPH}|{_ENDING}|{_PLAIN}(?:(?!{_ENDING})[-']{_PLAIN})*")
 """A word: letters and digits with what stands above, below and beside them, hyphens and apostrophes
-inside."""
+inside. As for the official tokenizer, "isn't" is two words, is and n't, and so is "dog's"."""
 
 
 def words(text: str) -> list[str]:

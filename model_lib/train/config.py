@@ -10,6 +10,8 @@ from model_lib.presets import DEFAULT_PRESET, PRESETS
 
 SELF_CRITICAL_SLOWDOWN = 20
 """Factor by which self-critical training's default learning rate is lower."""
+LONGEST_DRAWN = 30
+"""Tokens of a caption that self-critical training draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,9 @@ class TrainConfig(StageConfig):
     default the preset's, or that of the model to go on from."""
     captions_per_image: int = option(5, minimum=1)
     """Captions of an image learned in one step; those beyond are left out."""
-    max_tokens: int = option(40, minimum=4)
-    """Longer captions are cut to this many tokens."""
+    max_tokens: int | None = option(None, minimum=4)
+    """Longer captions are cut to this many tokens, and drawn ones end there; by default the
+    preset's, in self-critical training 30 at most."""
     label_smoothing: float | None = option(None, minimum=0)
     """Share of the target spread over the vocabulary; by default the preset's."""
     dropout: float | None = option(None, minimum=0)
@@ -180,6 +183,7 @@ class ResolvedConfig(TrainConfig):
     ema: float
     augment: bool
     sort_batches: int
+    max_tokens: int
     precision: Precision
 
 
@@ -192,6 +196,7 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     if config.objective == "self-critical":
         # With dropout, the model that learns would not be the one that drew.
         defaults |= {"label_smoothing": 0.0, "dropout": 0.0}
+        defaults["max_tokens"] = min(preset.max_tokens, LONGEST_DRAWN)
         for name in ("learning_rate", "pretrained_learning_rate"):
             defaults[name] = defaults[name] and defaults[name] / SELF_CRITICAL_SLOWDOWN
     set_values = {name: value for name, value in vars(config).items() if value is not None}

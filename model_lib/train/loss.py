@@ -27,9 +27,9 @@ class Targets:
     """The captions to learn for some images."""
 
     rows: PackedCaptions
-    weigh: Callable[[], tuple[Tensor, float]] | None = None
-    """Returns the weight of each token's loss, float32 [B, T], and the sum of the drawn captions'
-    rewards; called while the device computes. None: all weights are 1."""
+    weigh: Callable[[], tuple[Tensor, dict[str, float]]] | None = None
+    """Returns the weight of each token's loss, float32 [B, T], and sums over drawn captions to log;
+    called while the device computes. None: all weights are 1."""
 
 
 class Objective(Protocol):

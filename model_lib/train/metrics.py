@@ -10,8 +10,8 @@ from model_lib.train.distributed import World
 
 
 class MetricLogger:
-    """Logs the loss, the rates and the speed since it logged last; in self-critical training, the
-    reward.
+    """Logs the loss, the rates and the speed since it logged last; in self-critical training, what
+    was drawn too.
 
     `peak` is the FLOP/s that the device of a process can reach; None: the share of it that is used
     (MFU) is not logged.
@@ -22,11 +22,10 @@ class MetricLogger:
         run: Run,
         progress: Progress,
         world: World,
-        self_critical: bool = False,
         peak: float | None = None,
     ) -> None:
         self.run, self.progress, self.world = run, progress, world
-        self.self_critical, self.peak = self_critical, peak
+        self.peak = peak
         self.restart()
 
     def restart(self) -> None:
@@ -45,22 +44,15 @@ class MetricLogger:
 
     def log(self, measured: dict[str, Tensor | float], step: int, skipped: int) -> None:
         """Log what `TrainStep.run` returned in each process."""
-        parts = self.world.gather((float(measured["train_loss"]), float(measured["reward"])))
-        loss, reward = map(sum, zip(*parts, strict=True))
+        own = {name: float(value) for name, value in measured.items()}
+        rates = {name: own.pop(name) for name in ("learning_rate", "gradient_norm")}
+        parts = self.world.gather(own)
+        means = {name: sum(part[name] for part in parts) for name in own}
         seconds = max(time.monotonic() - self.time, 1e-9)
         speed = self.images / seconds
-        metrics = {
-            "train_loss": loss,
-            "learning_rate": float(measured["learning_rate"]),
-            "gradient_norm": float(measured["gradient_norm"]),
-            "images_per_second": speed,
-            "skipped_steps": skipped,
-        }
-        note = f"train_loss {loss:.3f}"
-        if self.self_critical:
-            metrics["reward"] = reward
-            note = f"reward {reward:.3f}"
-        note += f", {speed:,.1f} images per second"
+        metrics = {**means, **rates, "images_per_second": speed, "skipped_steps": skipped}
+        name = "reward" if "reward" in means else "train_loss"
+        note = f"{name} {means[name]:.3f}, {speed:,.1f} images per second"
         if self.peak is not None:
             metrics["mfu"] = self.flops / seconds / (self.peak * self.world.size)
             note += f", {metrics['mfu']:.0%} MFU"

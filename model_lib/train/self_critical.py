@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from model_lib.model.config import DecodeConfig
 from model_lib.model.decoding import Decoded, decode
 from model_lib.model.tokens import IGNORED, PackedCaptions, decode_tokens, pack_captions
 from model_lib.scores.cider import END, CiderD, words
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import ResolvedConfig
 from model_lib.train.loss import Targets, autocast_dtype_on
 
 
@@ -47,7 +48,7 @@ class SelfCriticalObjective:
     that break off are rewarded.
     """
 
-    def __init__(self, captions: Sequence[Sequence[str]], config: TrainConfig) -> None:
+    def __init__(self, captions: Sequence[Sequence[str]], config: ResolvedConfig) -> None:
         self.config = config
         self.drawing: DrawingModel | None = None
         self.step: int | None = None  # whose weights it has
@@ -96,23 +97,41 @@ class SelfCriticalObjective:
         tokens = [[caption.tokens for caption in captions] for captions in drawn]
         rows = pack_captions(tokens, model.start_token)
 
-        def weigh() -> tuple[Tensor, float]:
-            rewards = torch.from_numpy(self.rewards(model, numbers, drawn))
+        def weigh() -> tuple[Tensor, dict[str, float]]:
+            scores, sums = self.score(model, numbers, drawn)
+            rewards = torch.from_numpy(scores)
             baselines = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
             advantages = (rewards - baselines).gather(1, rows.caption.clamp(min=0))
             weights = (advantages * (rows.targets != IGNORED)).float()
-            return weights.to(features.device, non_blocking=True), float(rewards.sum())
+            return weights.to(features.device, non_blocking=True), sums
 
         return Targets(rows.to(features.device), weigh)
 
-    def rewards(
+    def score(
         self, model: Captioner, numbers: Sequence[int], drawn: Sequence[Sequence[Decoded]]
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, dict[str, float]]:
         """Return the rewards of captions, as many for each image, drawn for the training images
-        with these numbers: float64 [B, N]."""
-        texts = []
-        for caption in (caption for captions in drawn for caption in captions):
-            text = words(decode_tokens(model.tokenizer, caption.tokens))
-            texts.append([*text, END] if caption.tokens[-1] == model.end_token else text)
-        scores = self.scorer.scores(texts, np.repeat(numbers, len(drawn[0])))
-        return scores.reshape(len(drawn), -1)
+        with these numbers, float64 [B, N], and the captions' sums to log.
+
+        A reward may rise by captions that are too long or say things twice, which these sums show:
+        `drawn_words`, and `drawn_repetition`, the share of a caption's pairs of words that it has
+        had before.
+        """
+        captions = [caption for image in drawn for caption in image]
+        texts = [words(decode_tokens(model.tokenizer, caption.tokens)) for caption in captions]
+        ended = [
+            [*text, END] if caption.tokens[-1] == model.end_token else text
+            for text, caption in zip(texts, captions, strict=True)
+        ]
+        rewards = self.scorer.scores(ended, np.repeat(numbers, len(drawn[0])))
+        sums = {
+            "reward": float(rewards.sum()),
+            "drawn_words": float(sum(map(len, texts))),
+            "drawn_repetition": sum(map(_repetition, texts)),
+        }
+        return rewards.reshape(len(drawn), -1), sums
+
+
+def _repetition(text: Sequence[str]) -> float:
+    pairs = list(pairwise(text))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0

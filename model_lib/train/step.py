@@ -12,6 +12,7 @@ import shutil
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ def compile_model(model: Captioner, threads: int) -> None:
 
 
 class LossModule(nn.Module):
-    """From pixels to summed loss and reward, as one module for DistributedDataParallel."""
+    """From pixels to summed loss and what to log, as one module for DistributedDataParallel."""
 
     def __init__(
         self,
@@ -139,18 +140,18 @@ class LossModule(nn.Module):
 
     def forward(
         self, pixels: Tensor, numbers: list[int], step: int, rows: PackedCaptions | None
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, dict[str, float]]:
         features = self.encode(pixels)
         with autocast(self.dtype, features.device):
             targets = self.objective.make_targets(self.model, features, numbers, step, rows)
         # A new context: weights that the first one cast while sampling have no gradients.
         with autocast(self.dtype, features.device):
             hidden = states(self.model, features, targets.rows)
-            weights, reward = targets.weigh() if targets.weigh else (None, 0.0)
+            weights, sums = targets.weigh() if targets.weigh else (None, {})
             loss = head_loss(
                 self.model, hidden, targets.rows, self.label_smoothing, weights, self.compiled
             )
-        return loss, reward
+        return loss, sums
 
 
 class TrainStep:
@@ -211,7 +212,7 @@ class TrainStep:
         rate = self.config.learning_rate * share
         while True:
             try:
-                loss, reward = self._backward(batch, pixels, step, rows)
+                means = self._backward(batch, pixels, step, rows)
                 break
             except torch.OutOfMemoryError:
                 size = self.micro_batch_size or len(pixels)
@@ -222,7 +223,7 @@ class TrainStep:
         self._step_if_finite(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(step + 1)
-        return {"train_loss": loss, "reward": reward, "learning_rate": rate, "gradient_norm": norm}
+        return {**means, "learning_rate": rate, "gradient_norm": norm}
 
     def _halve_micro_batches(self, size: int, step: int) -> None:
         failure = f"{self.device}: out of memory in step {step} with {size} images at once"
@@ -240,9 +241,9 @@ class TrainStep:
 
     def _backward(
         self, batch: np.ndarray, pixels: Tensor, step: int, rows: PackedCaptions | None
-    ) -> tuple[Tensor, float]:
+    ) -> dict[str, Tensor | float]:
         """Compute the gradients of the batch's mean loss; return this process's part of that loss
-        and of the reward."""
+        and of the other means."""
         seed = np.random.default_rng([self.config.seed, step, self.world.rank]).integers(2**63)
         torch.manual_seed(int(seed))
         numbers, no_rows = self.world.shard(batch).tolist(), self.world.has_no_rows(batch)
@@ -251,16 +252,15 @@ class TrainStep:
         scale = 0.0 if no_rows else self.world.size / normalizer
         size = self.micro_batch_size or len(numbers)
         rows = rows if size >= len(numbers) else None
-        total, total_reward = torch.zeros((), device=self.device), 0.0
+        totals: dict[str, Any] = {"train_loss": torch.zeros((), device=self.device)}
         for start in range(0, len(numbers), size):
             part = slice(start, start + size)
             with self.world.no_sync(self.parallel_loss, last=start + size >= len(numbers)):
-                loss, reward = self.parallel_loss(pixels[part], numbers[part], step, rows)
+                loss, sums = self.parallel_loss(pixels[part], numbers[part], step, rows)
                 self.scaler.scale(loss * scale).backward()
-            if not no_rows:
-                total += loss.detach()
-                total_reward += reward
-        return total / normalizer, total_reward / normalizer
+            for name, value in {"train_loss": loss.detach(), **sums}.items():
+                totals[name] = totals.get(name, 0.0) + value * (not no_rows)
+        return {name: total / normalizer for name, total in totals.items()}
 
     def _step_if_finite(self, norm: Tensor) -> None:
         """Let the optimizer take a step, its gradients clipped, if all of them are finite.

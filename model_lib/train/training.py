@@ -158,7 +158,7 @@ class Trainer:
         progress = Progress(f"train {config.name}", self.steps, "steps", self.step, shown=is_main)
         # What drawing captions computes is not counted.
         peak = None if self.reward else peak_flops(self.world.device, self.train_step.dtype)
-        metrics = MetricLogger(self.tracked, progress, self.world, bool(self.reward), peak)
+        metrics = MetricLogger(self.tracked, progress, self.world, peak)
         with self.tracked, progress, self.saver, self.stop_request.defer_stop():
             try:
                 while not self.finished:

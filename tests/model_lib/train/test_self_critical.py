@@ -9,7 +9,7 @@ import torch
 from model_lib import Captioner
 from model_lib.model.decoding import Decoded
 from model_lib.model.precision import autocast
-from model_lib.train.config import TrainConfig
+from model_lib.train.config import TrainConfig, resolve
 from model_lib.train.self_critical import SelfCriticalObjective
 from tests.helpers.small import pixels
 
@@ -23,7 +23,7 @@ CAPTIONS = [
 def critic() -> SelfCriticalObjective:
     options = {"data": "data", "output": "out", "preset": "tiny", "init_from": "model"}
     options |= {"objective": "self-critical", "num_samples": 4, "max_tokens": 6}
-    return SelfCriticalObjective(CAPTIONS, TrainConfig(**options))
+    return SelfCriticalObjective(CAPTIONS, resolve(TrainConfig(**options)))
 
 
 def drawn(model: Captioner, text: str, ended: bool = True) -> Decoded:
@@ -40,8 +40,18 @@ def test_what_people_say_is_rewarded_and_broken_off_it_is_not(
         drawn(model, "a red circle on a", ended=False),
         drawn(model, "two blue squares"),
     ]
-    ((whole, endless, cut, other),) = critic.rewards(model, [0], [captions])
+    ((whole, endless, cut, other),), _ = critic.score(model, [0], [captions])
     assert whole > endless > cut > other == 0
+
+
+def test_length_and_repetition_of_what_is_drawn_are_told(
+    critic: SelfCriticalObjective, model: Captioner
+) -> None:
+    repeated = drawn(model, "a red circle and a red circle and a red circle")
+    captions = [drawn(model, "two blue squares"), repeated]
+    _, sums = critic.score(model, [0], [captions])
+    assert sums["drawn_words"] == 3 + 11
+    assert sums["drawn_repetition"] == pytest.approx(1 - 4 / 10)
 
 
 def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(
@@ -54,14 +64,14 @@ def test_a_captions_weight_is_its_reward_less_the_mean_of_the_others(
     assert torch.equal(targets.rows.tokens, again.rows.tokens)
     assert not torch.equal(targets.rows.tokens, later.rows.tokens[:, :24])
     assert critic.normalizer([1, 0]) == 8 and targets.weigh is not None
-    weights, reward = targets.weigh()
+    weights, sums = targets.weigh()
     spans = [[caption == number for number in range(4)] for caption in targets.rows.caption]
     captions = [
         [Decoded(ids[span].tolist(), 0.0) for span in row]
         for ids, row in zip(targets.rows.targets, spans, strict=True)
     ]
-    rewards = critic.rewards(model, [1, 0], captions)
-    assert reward == pytest.approx(rewards.sum())
+    rewards, again = critic.score(model, [1, 0], captions)
+    assert sums == again and sums["reward"] == pytest.approx(rewards.sum())
     for row in (0, 1):
         for span, own in zip(spans[row], rewards[row], strict=True):
             others = (rewards[row].sum() - own) / 3
