@@ -1,5 +1,6 @@
 """Harder generated scenes, on which there is room to be better: several of a kind, up to five;
-three objects in two relations; colours by position; objects at the edges of 4:3 images.
+three objects in two relations; colours by position; objects at the edges of 4:3 images. Their
+captions are written as COCO's are, most with a capital and a final stop.
 
 Of the combinations of colour and shape, a fifth occurs only in the validation images.
 """
@@ -53,7 +54,15 @@ def draw_hard_scene(rng: random.Random, *, held_out: bool) -> HardScene:
     ground = rng.choice(list(BACKGROUNDS))
     draw = rng.choice((_several, _chain, _corners))
     objects, captions = draw(rng, things, ground)
-    return HardScene(ground, tuple(objects), tuple(captions))
+    written = tuple(_as_people_write(rng, caption) for caption in captions)
+    return HardScene(ground, tuple(objects), written)
+
+
+def _as_people_write(rng: random.Random, caption: str) -> str:
+    """Return a caption as COCO's are written: mostly with a capital and a final stop."""
+    if rng.random() < 0.9:
+        caption = caption[0].upper() + caption[1:]
+    return caption + "." * (rng.random() < 0.7)
 
 
 def _draw_thing(rng: random.Random, held_out: bool) -> Thing:
