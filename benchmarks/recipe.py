@@ -2,11 +2,10 @@
 
     python -m benchmarks.recipe [--seeds 6] [--processes 2] [--output recipe.jsonl]
 
-COCO and CLIP's weights stand behind a download; here small models stand for them. A vision tower
-and a decoder are trained together on hard scenes of their own, for all seeds the same ones: they
-are the pretrained parts. Then each seed draws its own training, validation and test images, of the
-demo's scenes and of hard ones, and trains captioners over the frozen tower as the preset
-`clip-l-gpt2-medium` does.
+COCO and CLIP's weights stand behind a download; here small models stand for them. For the demo's
+scenes and for hard ones, a vision tower and a decoder are trained together on `--pretrain` images:
+they are the pretrained parts of all seeds. Then each seed draws its own training, validation and
+test images, and trains captioners over the frozen tower as the preset `clip-l-gpt2-medium` does.
 
 - A recipe of training is compared with another of the same seed: each part alone, and all of them,
   with the old recipe; the second stage with all of them.
@@ -83,9 +82,9 @@ SECOND_STAGE = {
     "objective": "self-critical",
     "learning_rate": 1.5 * RATE / 20,
     "pretrained_learning_rate": RATE / 4 / 20,
-    "epochs": 5,
+    "epochs": 3,
 }
-MORE = {"learning_rate": RATE / 4, "pretrained_learning_rate": RATE / 24, "epochs": 2}
+MORE = {"learning_rate": RATE / 4, "pretrained_learning_rate": RATE / 24, "epochs": 1}
 """With which three seeds go on from one model, to be averaged."""
 BEAM = DecodeConfig(num_beams=5)
 DRAWS = DecodeConfig(temperature=1.0, num_captions=10)
@@ -144,15 +143,17 @@ class TestImages:
 
 def make_data(folder: Path, kind: str, seed: int, **images: int) -> str:
     """Draw scenes and ingest them."""
-    scenes = ScenesConfig(output=str(folder / "scenes"), hard=kind == "hard", seed=seed, **images)
+    is_hard, output = kind == "hard", str(folder / "scenes")
+    scenes = ScenesConfig(output=output, hard=is_hard, seed=seed, size=64, **images)
     make_scenes(scenes)
     ingest(IngestConfig(dataset=scenes.output, output=str(folder / "data"), store="original"))
     return str(folder / "data")
 
 
-def pretrain(folder: Path, images: int, epochs: int) -> dict[str, str]:
+def pretrain(folder: Path, kind: str, images: int, epochs: int) -> dict[str, str]:
     """Train a tower and a decoder together; return their folders, as options of training."""
-    data = make_data(folder, "hard", seed=10_000, train=images, val=50)
+    torch.set_num_threads(1)
+    data = make_data(folder, kind, seed=10_000, train=images, val=50)
     done = train(
         TrainConfig(data=data, output=str(folder / "out"), preset="tiny", epochs=epochs, workers=1)
     )
@@ -182,7 +183,7 @@ def measure_seed(
             epochs = min(recipe["epochs"], options.epochs)
             source = parts if start is None else {"init_from": start}
             config = {"seed": seed, **recipe, "epochs": epochs, **source}
-            config |= {"preset": "clip-l-gpt2-medium", "batch_size": 32, "precision": "float32"}
+            config |= {"preset": "clip-l-gpt2-medium", "batch_size": 16, "precision": "float32"}
             config |= {"validation_images": 0, "workers": 1, "ema": 0.99, "augment": False}
             output = str(folder / name.replace(" ", "-"))
             return train(TrainConfig(data=data, output=output, device="cpu", **config)).model
@@ -259,9 +260,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--processes", type=int, default=2, help="seeds side by side")
+    parser.add_argument("--pretrain", type=int, default=5000, help="images for the parts")
     parser.add_argument("--train", type=int, default=1000, help="training images of a seed")
-    parser.add_argument("--val", type=int, default=150, help="validation images of a seed")
-    parser.add_argument("--test", type=int, default=300, help="test images of a seed")
+    parser.add_argument("--val", type=int, default=100, help="validation images of a seed")
+    parser.add_argument("--test", type=int, default=200, help="test images of a seed")
     parser.add_argument("--epochs", type=int, default=100, help="most epochs of a training")
     parser.add_argument("--output", help="file for each seed's row, to go on from")
     options = parser.parse_args()
@@ -271,20 +273,24 @@ def main() -> None:
     lines = output.read_text().splitlines() if output.is_file() else []
     results = [json.loads(line) for line in lines]
     done = {(result["set"], result["seed"]) for result in results}
-    with tempfile.TemporaryDirectory() as scratch:
-        parts = pretrain(Path(scratch), options.train, min(6, options.epochs))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
-            futures = [
-                pool.submit(measure_seed, kind, seed, parts, options)
-                for seed in range(options.seeds)
-                for kind in SETS
-                if (kind, seed) not in done
-            ]
-            for future in as_completed(futures):
-                results.append(future.result())
-                with output.open("a") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(options.processes, mp_context=context) as pool,
+    ):
+        folders = [Path(scratch, kind) for kind in SETS]
+        numbers = [[n] * len(SETS) for n in (options.pretrain, min(10, options.epochs))]
+        parts = dict(zip(SETS, pool.map(pretrain, folders, SETS, *numbers), strict=True))
+        futures = [
+            pool.submit(measure_seed, kind, seed, parts[kind], options)
+            for seed in range(options.seeds)
+            for kind in SETS
+            if (kind, seed) not in done
+        ]
+        for future in as_completed(futures):
+            results.append(future.result())
+            with output.open("a") as file:
+                file.write(json.dumps(results[-1]) + "\n")
     table = summarise(results)
     show(table)
     print(json.dumps({"seeds": options.seeds, "torch": torch.__version__, "results": table}))
