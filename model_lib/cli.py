@@ -34,7 +34,7 @@ from model_lib.io.cpus import cpu_count
 from model_lib.model.config import DecodeConfig
 from model_lib.options import CaptionPrecision, StageConfig, option
 from model_lib.presets import PRESETS
-from model_lib.registry.config import ModelsConfig, RegisterConfig, RollbackConfig
+from model_lib.registry.config import ExportConfig, ModelsConfig, RegisterConfig, RollbackConfig
 from model_lib.registry.model_uris import CHAMPION_URI
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
@@ -265,6 +265,21 @@ def rollback(config: RollbackConfig) -> Output:
     return Output(result, [f"{champion}; version {result['rolled_back']} was rolled back"])
 
 
+def export(config: ExportConfig) -> Output:
+    from model_lib.registry.export import export as run
+
+    _find_registry(config.model)
+    exported = run(config)
+    lines = [
+        f"{place}: loads with transformers' AutoModel, as its README.md says"
+        for place in (exported["output"], exported["repository"])
+        if place
+    ]
+    if exported["scores"] is None:
+        lines.append("the card has no scores; --evaluation names what evaluate wrote for the model")
+    return Output(exported, lines)
+
+
 def caption(config: CaptionConfig) -> Output:
     from model_lib.io.images import ImageError
     from model_lib.model.captioner import Captioner
@@ -342,6 +357,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "register": register,
     "models": models,
     "rollback": rollback,
+    "export": export,
     "caption": caption,
     "batch": batch,
     "info": info,

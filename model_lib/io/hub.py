@@ -100,3 +100,49 @@ def pin_revision(name: str) -> str:
         except RemoteEntryNotFoundError:  # a tokenizer alone
             file = hf_hub_download(repository, "tokenizer.json", revision=revision)
     return f"{repository}@{Path(file).parent.name}"  # snapshots/<commit>/config.json
+
+
+def create_repository(name: str) -> None:
+    """Create a private repository for a model, unless it is there.
+
+    Raises:
+        UserError: the name is none, or HF_TOKEN may not create it.
+        WorkError: the hub failed.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(name), _writing(name):
+        HfApi().create_repo(name, private=True, exist_ok=True)
+
+
+def upload_folder(folder: str, name: str) -> str:
+    """Commit the files of a local folder to a repository; return the commit's address.
+
+    Raises as `create_repository`.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(name), _writing(name):
+        commit = HfApi().upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Upload by captioner export"
+        )
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _writing(name: str) -> Iterator[None]:
+    """Raise a `UserError` where the hub refuses to write, and a `WorkError` where files are lost on
+    their way."""
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        message = f"{name}: the hub refuses to write there: {first_line(error)}"
+        raise UserError(f"{message}; set HF_TOKEN to one that may") from error
+    except (httpx.HTTPError, RuntimeError) as error:
+        problem = first_line(error.__cause__ or error)
+        raise WorkError(f"{name}: cannot be uploaded to the hub: {problem}") from error

@@ -163,6 +163,12 @@ class CrossAttention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.c_proj.init_std = 0.0  # the untrained captioner is GPT-2 exactly
 
+    def key_value_projection(self, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """Return the matrix [E, 2D] and bias [2D] from visual tokens of mean 0 and variance 1 to
+        keys and values, with the norm's scale and shift."""
+        weight = norm.weight.unsqueeze(1) * self.c_attn.weight
+        return weight, self.c_attn.bias + (norm.bias.unsqueeze(1) * self.c_attn.weight).sum(0)
+
     def keys_values(self, visual: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> Tensor:
         """Project visual tokens to keys and values, [B, 2, H, S, K].
 
@@ -176,8 +182,7 @@ class CrossAttention(nn.Module):
             out: where they are written; None: new memory.
         """
         B, S, _ = visual.shape
-        weight = norm.weight.unsqueeze(1) * self.c_attn.weight
-        bias = self.c_attn.bias + (norm.bias.unsqueeze(1) * self.c_attn.weight).sum(0)
+        weight, bias = self.key_value_projection(norm)
         projected = F.linear(visual, weight.t(), bias).view(B, S, 2, self.heads, -1)
         # They are read again for each token: on a CPU a copy makes that five times as fast.
         projected = projected.permute(0, 2, 3, 1, 4)

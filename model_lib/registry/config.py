@@ -1,8 +1,9 @@
-"""The configurations of register, models and rollback."""
+"""The configurations of register, models, rollback and export."""
 
 from dataclasses import dataclass
 
 from model_lib.options import StageConfig, option, require
+from model_lib.registry.model_uris import CHAMPION_URI
 
 NO_CHAMPION = "none"
 """In place of a champion's evaluation: there was no champion when the candidates were evaluated."""
@@ -59,3 +60,26 @@ class ModelsConfig(StageConfig):
 class RollbackConfig(StageConfig):
     """Make the version that the present champion replaced the champion again; a second time goes
     back further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(StageConfig):
+    """Write a model as a Hugging Face repository, which transformers loads without captioner."""
+
+    model: str = CHAMPION_URI
+    """A folder, hub name, URI or model of the MLflow registry."""
+    output: str | None = None
+    """Folder or URI for the repository's files."""
+    push_to_hub: str | None = None
+    """Repository on the hub, owner/name; a new one is private. HF_TOKEN must be able to write
+    there."""
+    evaluation: str | None = None
+    """Folder that evaluate wrote for this model: its scores go into the model card. A version of
+    the registry brings its own."""
+    license: str = "apache-2.0"
+    """Licence of the weights, by the hub's name for it: mit, cc-by-nc-4.0, other, …"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        message = "output: none given; name a folder, or a repository with --push_to_hub"
+        require(self.output is not None or self.push_to_hub is not None, message)

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from PIL import Image
 
@@ -31,34 +31,50 @@ if TYPE_CHECKING:
 
 STORES = ("aiohttp", "requests", "gcsfs", "s3fs")
 """Packages that read http addresses and buckets, pinned if they are installed."""
+SCORES = "scores.json"
+"""File of an MLflow model with its evaluation."""
 LONGEST_CARD = 5000
 """Characters that MLflow's database holds of a description."""
 
 
 def render_card(winner: Evaluation, folder: str) -> str:
     """Return the model card, Markdown, of the model in `folder` with its evaluation."""
+    values = card_values(folder, read_training(folder).get("configuration", {}))
+    return render_markdown("card.md", evaluation=winner, **values)
+
+
+def card_values(folder: str, training: dict[str, Any]) -> dict[str, Any]:
+    """Return what a card's template needs besides an evaluation.
+
+    Args:
+        folder: of the model.
+        training: the configuration of its training, as far as the card shows it.
+    """
     config = storage.read_json(storage.join(folder, "config.json"))
-    record = read_training(folder)
-    training = record.get("configuration", {})
     preset = PRESETS.get(training.get("preset", ""))
     start = training.get("init_from")
     names = {}
     for part in ("vision", "decoder"):
         name = training.get(part) or getattr(preset, part, None) or "of its own"
         names[part] = f"as in {start}" if start else name
-    return render_markdown(
-        "card.md",
-        evaluation=winner,
-        training=training,
-        data_fingerprint=record.get("data_fingerprint"),
-        names=names,
-        scratch=config.get("train_everything", False),
-        stretched=config.get("image_stretch", False),
-        vision=config.get("vision_config", {}),
-        decoder=config.get("decoder_config", {}),
-        labels={name: f"{label} ({meaning})" for name, (label, _, meaning) in DIVERSITY.items()},
-        version=model_lib.__version__,
-    )
+    return {
+        "training": training,
+        "data_fingerprint": read_training(folder).get("data_fingerprint"),
+        "names": names,
+        "scratch": config.get("train_everything", False),
+        "stretched": config.get("image_stretch", False),
+        "vision": config.get("vision_config", {}),
+        "decoder": config.get("decoder_config", {}),
+        "labels": {name: f"{label} ({meaning})" for name, (label, _, meaning) in DIVERSITY.items()},
+        "version": model_lib.__version__,
+    }
+
+
+def require_evaluated(evaluation: Evaluation, folder: str) -> None:
+    """Raise `UserError` if a folder holds other weights than those that were evaluated."""
+    if evaluation.weights is not None and weights_digest(folder) != evaluation.weights:
+        message = "holds other weights than those that were evaluated; evaluate it again"
+        raise UserError(f"{evaluation.model}: {message}")
 
 
 def signature() -> "ModelSignature":
@@ -121,10 +137,8 @@ def log_model(
             signature=signature(),
             input_example=example(),
         )
-        copy = str(captioner_in(files))
-        if winner.weights is not None and weights_digest(copy) != winner.weights:
-            message = "holds other weights than those that were evaluated; evaluate it again"
-            raise UserError(f"{winner.model}: {message}")
+        require_evaluated(winner, str(captioner_in(files)))
+        storage.write_json(str(files / SCORES), winner.to_dict())
         logged = client.create_logged_model(
             client.get_run(run_id).info.experiment_id, name=MODEL, source_run_id=run_id
         )

@@ -48,12 +48,24 @@ def ending_model(images: int) -> tuple[Captioner, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(images, 5, 32, generator=generator)
     tokens = torch.randint(1, 97, (images, 8, 10), generator=generator)
+    let_captions_end(model, features, tokens)
+    return model, features
+
+
+def let_captions_end(model: Captioner, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Change the head so that captions are sharper than random weights make them, and end by
+    themselves now and then.
+
+    Args:
+        model: of random weights.
+        features: visual tokens [B, S, E].
+        tokens: some ids, int64 [B, N, T].
+    """
     with torch.no_grad():
         usual = model.decoder(tokens, model.decoder.cross_cache(features)).mean((0, 1, 2))
-        model.head.weight.mul_(3)  # sharper than random weights are
+        model.head.weight.mul_(3)
         # The end gains 1.5 in logit where the state is usual.
-        model.head.weight[0] += 1.5 * usual / usual.norm() ** 2
-    return model, features
+        model.head.weight[model.end_token] += 1.5 * usual / usual.norm() ** 2
 
 
 def pixels(model: Captioner, count: int, seed: int = 0) -> torch.Tensor:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from model_lib import Captioner, UserError
 from model_lib.model.sources import weights_digest
-from model_lib.registry.config import RegisterConfig
+from model_lib.registry.config import ExportConfig, RegisterConfig
+from model_lib.registry.export import export
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
 from tests.helpers.evaluations import write_evaluation
@@ -76,6 +77,12 @@ def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
     logged = client.get_logged_model(version.source.removeprefix("models:/"))
     assert logged.status == "READY" and '"version": 1' in logged.tags["mlflow.modelVersions"]
     assert client.get_run(version.run_id).outputs.model_outputs[0].model_id == logged.model_id
+
+
+def test_a_version_is_exported_with_its_scores(registry: str, tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(registry)
+    assert export(ExportConfig(output=str(tmp_path)))["scores"]["CIDEr"] == pytest.approx(0.5)
+    assert "| CIDEr | 0.5000 | 0.4" in (tmp_path / "README.md").read_text()
 
 
 def test_weights_that_were_not_evaluated_are_not_registered(
