@@ -29,7 +29,7 @@ from tests.helpers.isolated import link_packages, run_isolated
 from tests.helpers.parts import byte_level, clip, gpt2, metaspace, siglip, spread, word_piece
 from tests.helpers.small import let_captions_end, pixels, small_model
 
-IMAGES = 4
+IMAGES = 3
 IMAGE = Image.effect_mandelbrot((60, 40), (-2, -1, 1, 1), 50).convert("RGB")
 ODD = ("exif_Portrait_8.jpg", "transparent.webp", "pil_sample_cmyk.jpg", "p_trns_single.png")
 CHOICES = [{}, {"num_beams": 4}, {"num_beams": 3, "length_penalty": 2.0, "no_repeat_ngram_size": 2}]
@@ -71,19 +71,18 @@ for code in re.findall("```python\\n(.*?)```", pathlib.Path(name, "README.md").r
 """
 TOWERS: dict[str, tuple[Callable[..., None], int]] = {
     "clip": (clip, -1),
-    "clip-2": (clip, -2),
-    "clip-crop": (lambda folder: clip(folder, size=40), -1),
-    "clip-squash": (lambda folder: clip(folder, size={"height": 32, "width": 32}), -1),
+    "clip, squashed": (lambda folder: clip(folder, size={"height": 32, "width": 32}), -1),
+    "clip, layer -2, cropped": (lambda folder: clip(folder, size=40), -2),
     "siglip": (siglip, -1),
-    "siglip-2": (siglip, -2),
-    "siglip-bilinear": (lambda folder: siglip(folder, resample=2, image_mean=[0.4] * 3), -1),
+    "siglip, layer -2, bilinear": (
+        lambda folder: siglip(folder, resample=2, image_mean=[0.4] * 3),
+        -2,
+    ),
 }
-
-
 TOKENIZERS: dict[str, tuple[Callable[..., None], dict[str, int]]] = {
     "": (metaspace, {"vocab_size": 210, "bos_token_id": 0, "eos_token_id": 1}),
     "clip": (byte_level, {}),
-    "siglip-2": (word_piece, {"vocab_size": 60}),
+    "siglip": (word_piece, {"vocab_size": 60}),
 }
 
 
