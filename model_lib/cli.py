@@ -15,7 +15,6 @@ import json
 import logging
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from model_lib.options import CaptionPrecision, StageConfig, option
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ExportConfig, ModelsConfig, RegisterConfig, RollbackConfig
 from model_lib.registry.model_uris import CHAMPION_URI
+from model_lib.steps.doctor import DoctorConfig
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
 
@@ -62,7 +62,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig(StageConfig):
-    """Show the environment, and each preset's parameter counts (from shapes alone, without
+    """Show the packages' versions, and each preset's parameter counts (from shapes alone, without
     weights)."""
 
     preset: str | None = None
@@ -115,11 +115,8 @@ def info(config: InfoConfig) -> Output:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    gpus, counts, lines = [], [], []
+    counts, lines = [], []
     if "torch" in versions:  # the image of a stage without a model has none
-        import torch
-
-        gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
         counts = [_count_parameters(p) for p in ([config.preset] if config.preset else PRESETS)]
         lines = [f"{'preset':<24} {'total':>13} {'trainable':>13}"]
         lines += [f"{c['preset']:<24} {c['total']:>13,} {c['trainable']:>13,}" for c in counts]
@@ -127,11 +124,19 @@ def info(config: InfoConfig) -> Output:
     elif config.preset:
         remedy = "to count its parameters, install torch: pip install 'captioner[model]'"
         raise UserError(f"preset {config.preset}: {remedy}")
-    java = shutil.which("java") is not None
-    about = {**versions, "GPUs": ", ".join(gpus) or "none", "Java": "yes" if java else "no"}
-    lines += [f"{name:<24} {value}" for name, value in about.items()]
-    environment = {"versions": versions, "gpus": gpus, "cpus": cpu_count(), "java": java}
+    lines += [f"{name:<24} {value}" for name, value in versions.items()]
+    environment = {"versions": versions, "cpus": cpu_count()}
     return Output({**(counts[0] if config.preset else {"presets": counts}), **environment}, lines)
+
+
+def doctor(config: DoctorConfig) -> Output:
+    from model_lib.steps.doctor import doctor as run
+    from model_lib.steps.doctor import table
+
+    findings = run(config)
+    rows = [{"check": name, **asdict(finding)} for name, finding in findings.items()]
+    has_failed = any(finding.state == "failed" for finding in findings.values())
+    return Output(rows, table(findings), exit_code=int(has_failed))
 
 
 def _count_parameters(preset: str) -> dict[str, Any]:
@@ -361,6 +366,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "caption": caption,
     "batch": batch,
     "info": info,
+    "doctor": doctor,
 }
 
 

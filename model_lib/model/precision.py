@@ -1,7 +1,10 @@
-"""Device and number format of the arithmetic: autocast's dtype and the loss scaler it needs."""
+"""Device and number format of the arithmetic: autocast's dtype and the loss scaler it needs; and
+whether torch.compile can work here."""
 
 import contextlib
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +98,15 @@ def autocast(dtype: torch.dtype, device: torch.device) -> Any:
 def loss_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
     """Return the scaler that keeps float16 gradients from vanishing; others it does not change."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def compile_problem(device: str) -> str | None:
+    """Return why torch.compile cannot work on a type of device here, "cpu" or "cuda"; None if it
+    can."""
+    compiler = "g++" if device == "cpu" else "gcc"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs {compiler} (apt-get install {compiler})"
+    if device == "cuda" and not header.exists():
+        return "torch.compile needs Python.h (apt-get install python3-dev)"
+    return None

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 from model_lib.errors import UserError, WorkError, first_line
 from model_lib.ingest.datasets import require_sources
@@ -25,6 +26,7 @@ from model_lib.train.trainjob import Machines, require_trainer
 
 Check = Callable[[], None]
 """Raises an error if something is missing."""
+T = TypeVar("T")
 TOKENIZER_FILES = ("tokenizer.", "vocab.", "spiece.", "sentencepiece.")
 """Beginnings of the names of files of which one makes a tokenizer."""
 TIMEOUT = 40.0
@@ -72,7 +74,8 @@ def preflight(
         checks[f"tokenizer {source}"] = partial(_tokenizer, source)
     if machines is not None and machines.nodes > 1:
         checks["Kubeflow Trainer"] = partial(require_trainer, form.candidates, machines)
-    problems = _run_checks(checks)
+    results = run_checks(checks, TIMEOUT).values()
+    problems = [result for result in results if isinstance(result, Exception)]
     if missing or problems:
         is_mistake = missing or any(isinstance(problem, UserError) for problem in problems)
         message = "; ".join([*missing, *map(str, problems)])
@@ -93,29 +96,29 @@ def training_sources(candidates: Sequence[TrainConfig]) -> tuple[list[str], list
     return sorted(weights), sorted(tokenizers)
 
 
-def _run_checks(checks: Mapping[str, Check]) -> list[Exception]:
-    """Run all checks at the same time; return their errors."""
-    problems: dict[str, Exception | None] = {
-        name: WorkError(f"{name}: no answer within {TIMEOUT:.0f} seconds") for name in checks
+def run_checks(checks: Mapping[str, Callable[[], T]], seconds: float) -> dict[str, T | Exception]:
+    """Run all checks at the same time; return what each returns or raises, or a `WorkError` for one
+    that takes longer than `seconds`."""
+    results: dict[str, T | Exception] = {
+        name: WorkError(f"{name}: no answer within {seconds:.0f} seconds") for name in checks
     }
 
-    def attempt(name: str, check: Check) -> None:
+    def attempt(name: str, check: Callable[[], T]) -> None:
         try:
-            check()
-            problems[name] = None
+            results[name] = check()
         except (UserError, WorkError) as error:
-            problems[name] = error
+            results[name] = error
         except Exception as error:  # of any driver
-            problems[name] = WorkError(f"{name}: {type(error).__name__}: {first_line(error)}")
+            results[name] = WorkError(f"{name}: {type(error).__name__}: {first_line(error)}")
 
     # Daemons: one that hangs must not keep the step from ending.
     threads = [threading.Thread(target=attempt, args=item, daemon=True) for item in checks.items()]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + TIMEOUT
+    deadline = time.monotonic() + seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return [problem for problem in problems.values() if problem is not None]
+    return dict(results)
 
 
 def _readable(folder: str) -> None:

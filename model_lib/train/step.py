@@ -8,10 +8,7 @@ when memory runs out.
 import logging
 import math
 import re
-import shutil
-import sysconfig
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 
 from model_lib.errors import UserError, WorkError
 from model_lib.model.captioner import Captioner
-from model_lib.model.precision import autocast, autocast_dtype, loss_scaler
+from model_lib.model.precision import autocast, autocast_dtype, compile_problem, loss_scaler
 from model_lib.model.tokens import PackedCaptions
 from model_lib.train.config import ResolvedConfig
 from model_lib.train.distributed import World
@@ -73,15 +70,7 @@ def should_compile(choice: bool | None, device: torch.device) -> bool:
     Raises:
         UserError: `choice` is True, and torch.compile cannot work here.
     """
-    compiler = "g++" if device.type == "cpu" else "gcc"
-    problem = None
-    if shutil.which(compiler) is None:
-        problem = f"torch.compile needs {compiler} (apt-get install {compiler})"
-    elif (
-        device.type == "cuda"
-        and not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
-    ):
-        problem = "torch.compile needs Python.h (apt-get install python3-dev)"
+    problem = compile_problem(device.type)
     if choice and problem:
         raise UserError(f"compile: {problem}")
     if choice is None and device.type == "cuda" and problem:

@@ -39,6 +39,8 @@ class Hub:
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body of the answer to a request."""
         parts = unquote(urlsplit(path).path).strip("/").split("/")
+        if parts == ["api", "models"]:
+            return 200, {}, json.dumps([{"id": name} for name in self.repositories]).encode()
         is_api = parts[:2] == ["api", "models"]
         parts = parts[2:] if is_api else parts
         if len(parts) < 4:
@@ -67,6 +69,13 @@ class Hub:
             return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
         headers = {"X-Repo-Commit": commit, "ETag": f'"{commit}-{file_name.replace("/", "-")}"'}
         return 200, headers, names[file_name].read_bytes()
+
+    def who(self, token: str | None) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body of the answer to a token's question whose it is."""
+        owner = self.writers.get((token or "").removeprefix("Bearer "))
+        if owner is None:
+            return _refused(401, "Invalid credentials in Authorization header")
+        return 200, {}, json.dumps({"name": owner, "type": "user"}).encode()
 
     def write(
         self, method: str, path: str, token: str | None, body: bytes
@@ -176,6 +185,8 @@ def running_hub(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
             if self.path.count("/") > 2:
                 hub.tokens.add(self.headers.get("Authorization"))
             status, headers, body = hub.answer(self.path)
+            if self.path == "/api/whoami-v2":
+                status, headers, body = hub.who(self.headers.get("Authorization"))
             self.reply(status, body, headers.items())
 
         do_HEAD = do_GET
