@@ -50,9 +50,9 @@ SLOW_FIXTURES = frozenset(
 )
 """Fixtures that start processes, a server, a browser or a training."""
 SLOW_FILES = re.compile(
-    "test_(candidates|closing|compare|distributed|download|faults|journal|merging|mlflow_ui|preflight|"
-    "prepacking|promotion_race|registered_again|registry|rivals|scenes|serving|survival|tracking|training|"
-    "trainjob|two_pods|versions).py"
+    "test_(candidates|closing|compare|distributed|doctor|download|export|faults|journal|merging|"
+    "mlflow_ui|preflight|prepacking|promotion_race|registered_again|registry|rivals|scenes|serving|"
+    "survival|tracking|training|trainjob|two_pods|versions).py"
 )
 """Files of tests that start servers or other processes, or train."""
 

@@ -36,6 +36,8 @@ RUN_BY = {
     "make fuzz": "tests/attacks/test_readers.py",
     "mlflow models serve": SERVING,
     "curl localhost:5001/invocations": SERVING,
+    "captioner doctor": "tests/model_lib/steps/test_doctor.py",
+    "captioner export": "tests/model_lib/registry/test_export.py",
     "captioner models": VERSIONS,
     "captioner rollback": VERSIONS,
 }
