@@ -20,7 +20,7 @@ $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,python3-venv); } || \
 		{ echo "python3-venv is missing and could not be installed here: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,app,dev]'
 	@touch $@
 
 # METEOR and the caption tokeniser are Java programs; without Java those scores are missing, and the rest works.

@@ -10,6 +10,7 @@ DESCRIPTIONS = {
     "steps": "what only a pipeline does",
     "registry": "promotion, the model in MLflow",
     "batch": "captions of a folder or bucket",
+    "app": "a page to caption images",
     "evaluate": "scores and report of a model",
     "train": "from data to the best model",
     "ingest": "captions and images to shards",

@@ -31,7 +31,7 @@ from model_lib.ingest.download import DownloadConfig
 from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
 from model_lib.model.config import DecodeConfig
-from model_lib.options import CaptionPrecision, StageConfig, option
+from model_lib.options import CaptionPrecision, StageConfig, option, require
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ExportConfig, ModelsConfig, RegisterConfig, RollbackConfig
 from model_lib.registry.model_uris import CHAMPION_URI
@@ -96,6 +96,32 @@ class CaptionConfig(StageConfig):
     """auto, cpu, cuda or mps."""
     precision: CaptionPrecision = "auto"
     """Number format of the weights; auto: 16 bits where that is fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppConfig(StageConfig):
+    """Show a web page to caption images and see where the model looks."""
+
+    model: str = CHAMPION_URI
+    """A folder, hub name, URI or model of the MLflow registry; or hf: before a hub name, folder or
+    URI of a captioner of transformers."""
+    decode: DecodeConfig = DecodeConfig(num_beams=5)
+    """How captions are decoded; the page can change the commonest options."""
+    prompt: str | None = None
+    """Text beside the image, for a model hf:…: a chat model's instruction, or the beginning that
+    BLIP, BLIP-2 and GIT continue."""
+    host: str = "127.0.0.1"
+    """Address to serve at; 0.0.0.0: whoever reaches this machine may use the page."""
+    port: int = option(7860, minimum=0)
+    """Port; 0: a free one."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    precision: CaptionPrecision = "auto"
+    """Number format of the weights; auto: 16 bits where that is fast."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.port < 2**16, f"port: {self.port} is not at most {2**16 - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +356,24 @@ def caption(config: CaptionConfig) -> Output:
     return output
 
 
+def app(config: AppConfig) -> Output:
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError(name="gradio")  # now, not once the model is loaded
+    from model_lib.app.server import address, listen, page_server
+    from model_lib.model.rivals import load_captioner
+
+    _find_registry(config.model)
+    listener = listen(config.host, config.port)
+    model = load_captioner(config.model, config.device, config.precision, config.prompt)
+
+    def lines() -> Iterator[str]:
+        with page_server(model, config.model, config.decode) as server:
+            yield f"{address(listener)} (Ctrl-C ends it)"
+            server.run(sockets=[listener])
+
+    return Output({"address": address(listener)}, lines())
+
+
 def batch(config: BatchConfig) -> Output:
     from model_lib.batch.batching import batch as run
     from model_lib.batch.merging import notes
@@ -364,6 +408,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "rollback": rollback,
     "export": export,
     "caption": caption,
+    "app": app,
     "batch": batch,
     "info": info,
     "doctor": doctor,

@@ -16,7 +16,7 @@ from model_lib import Captioner
 Run = Callable[..., CompletedProcess]
 EVERY = ["run", "scenes", "download", "ingest", "train", "average", "evaluate", "tune", "score"]
 EVERY += ["register", "models", "rollback", "caption", "batch", "compile", "submit", "schedule"]
-EVERY += ["export", "info", "doctor"]
+EVERY += ["export", "app", "info", "doctor"]
 
 
 def refused(done: CompletedProcess, *words: str) -> None:

@@ -50,7 +50,7 @@ def test_help_imports_no_slow_package() -> None:
         "with contextlib.suppress(SystemExit):\n"
         "    main(['--help'])\n"
         "assert 'pipelines.run' in sys.modules\n"
-        "assert not {'kfp', 'mlflow', 'torch', 'transformers'} & sys.modules.keys()\n",
+        "assert not {'gradio', 'kfp', 'mlflow', 'torch', 'transformers'} & sys.modules.keys()\n",
     )
 
 
@@ -82,6 +82,7 @@ def test_training_and_captioning_work_with_the_bare_packages(
         ("tyro", "tyro", "caption -f a.jpg"),
         ("PIL", "pillow", "ingest --dataset {scenes} --output {out}"),
         ("simplejpeg", "simplejpeg", "ingest --dataset {scenes} --output {out}"),
+        ("gradio", "gradio", "app"),
     ],
 )
 def test_a_needed_package_that_is_missing_is_one_line_at_once(

@@ -30,9 +30,10 @@ def _render(template: str, values: dict[str, Any], options: dict[str, Any]) -> s
     return environment.get_template(template).render(**values)
 
 
-def thumbnail(image: Image.Image) -> bytes:
-    """Return a small JPEG of an RGB image."""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> bytes:
+    """Return a small JPEG of an RGB image, `side` pixels on its longer side; it is made small
+    itself."""
+    image.thumbnail((side, side))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80)
     return encoded.getvalue()
