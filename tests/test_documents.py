@@ -38,6 +38,7 @@ RUN_BY = {
     "curl localhost:5001/invocations": SERVING,
     "captioner doctor": "tests/model_lib/steps/test_doctor.py",
     "captioner export": "tests/model_lib/registry/test_export.py",
+    "captioner app": "tests/model_lib/app/test_app.py",
     "captioner models": VERSIONS,
     "captioner rollback": VERSIONS,
 }

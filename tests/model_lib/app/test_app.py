@@ -4,6 +4,7 @@ import base64
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from model_lib.pages.page import CONTROLS
 from tests.helpers.browser import browser_page
 from tests.helpers.warm_python import warm_python
 
+TEMPORARY = Path(tempfile.gettempdir())
 ADD = """([kind, selector, files]) => {
   const transfer = new DataTransfer();
   for (const [name, content] of files)
@@ -54,6 +56,7 @@ class App:
 def served(saved_model: Path) -> Iterator[App]:
     """The page of a server that Ctrl-C ends quietly in the end, while the page is open."""
     command = [warm_python(), "-m", "model_lib", "app", "--model", str(saved_model), "--port", "0"]
+    uploads = set(TEMPORARY.glob("captioner-app-*"))
     with (
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -73,6 +76,7 @@ def served(saved_model: Path) -> Iterator[App]:
             server.send_signal(signal.SIGINT)
             out, errors = server.communicate(timeout=60)
     assert (server.returncode, out, errors) == (130, "", "")
+    assert set(TEMPORARY.glob("captioner-app-*")) <= uploads
 
 
 @pytest.fixture()
