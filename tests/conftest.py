@@ -46,7 +46,7 @@ LONGEST += ["secrets", "batch", "cli", "tracking", "mlflow_ui", "evaluation", "d
 LONGEST += ["serving", "registry", "faults", "model"]
 """Files of tests that take longest, the longest first."""
 SLOW_FIXTURES = frozenset(
-    ["bucket", "captioner", "finished", "java", "page", "small_disk", "with_java"]
+    ["bucket", "captioner", "finished", "java", "page", "served", "small_disk", "with_java"]
 )
 """Fixtures that start processes, a server, a browser or a training."""
 SLOW_FILES = re.compile(
