@@ -20,7 +20,7 @@ $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,python3-venv); } || \
 		{ echo "python3-venv is missing and could not be installed here: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,app,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,app,serve,dev]'
 	@touch $@
 
 # METEOR and the caption tokeniser are Java programs; without Java those scores are missing, and the rest works.
@@ -82,22 +82,25 @@ BUILD = docker build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg PIP_OPTI
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 LABELS = --label org.opencontainers.image.version=$(VERSION) --label org.opencontainers.image.revision=$(REVISION)
 
-images:  ## build the container images of the pipelines' steps: REGISTRY=… TAG=…
+IMAGES := core model evaluate serve
+
+images:  ## build the container images of the pipelines' steps and of the server: REGISTRY=… TAG=…
 	$(BUILD) --file images/core/Dockerfile --target packages --tag $(NAME)-core:$(TAG)-packages .
 	$(BUILD) --build-arg REVISION=$(REVISION) --file images/core/Dockerfile $(LABELS) --tag $(NAME)-core:$(TAG) .
 	$(BUILD) --file images/model/Dockerfile --target packages --tag $(NAME)-model:$(TAG)-packages .
 	$(BUILD) --file images/model/Dockerfile $(LABELS) --tag $(NAME)-model:$(TAG) .
 	$(BUILD) --file images/evaluate/Dockerfile $(LABELS) --tag $(NAME)-evaluate:$(TAG) .
-	@docker images --format '{{.Repository}}:{{.Tag}}\t{{.Size}}' | grep -E '^$(NAME)-(core|model|evaluate):$(TAG)	' | sort
+	$(BUILD) --file images/serve/Dockerfile $(LABELS) --tag $(NAME)-serve:$(TAG) .
+	@docker images --format '{{.Repository}}:{{.Tag}}\t{{.Size}}' | grep -E '^$(NAME)-[a-z]+:$(TAG)	' | sort
 
 push: $(INSTALLED)  ## push the images, write their digests to images/images.lock, compile the pipelines with them
 	@test -n "$(REGISTRY)" || { echo "push: name the registry: make push REGISTRY=europe-docker.pkg.dev/project/repository" >&2; exit 2; }
-	for image in core model evaluate; do docker push --quiet $(NAME)-$$image:$(TAG) || exit 1; done
+	for image in $(IMAGES); do docker push --quiet $(NAME)-$$image:$(TAG) || exit 1; done
 	@sed -n '/^#/p' images/images.lock > images/images.lock.new
-	@for image in core model evaluate; do \
+	@for image in $(IMAGES); do \
 		docker inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' $(NAME)-$$image:$(TAG) \
 			| grep -m1 "^$(NAME)-$$image@" | sed "s|^|$$image |" >> images/images.lock.new; done
-	@test "$$(grep -c @sha256: images/images.lock.new)" = 3 || { echo "push: the registry gave no digests" >&2; exit 1; }
+	@test "$$(grep -c @sha256: images/images.lock.new)" = $(words $(IMAGES)) || { echo "push: the registry gave no digests" >&2; exit 1; }
 	@mv images/images.lock.new images/images.lock && cat images/images.lock
 	$(BIN)/captioner compile
 

@@ -11,6 +11,7 @@ DESCRIPTIONS = {
     "registry": "promotion, the model in MLflow",
     "batch": "captions of a folder or bucket",
     "app": "a page to caption images",
+    "serve": "captions over HTTP",
     "evaluate": "scores and report of a model",
     "train": "from data to the best model",
     "ingest": "captions and images to shards",

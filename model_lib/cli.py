@@ -35,6 +35,7 @@ from model_lib.options import CaptionPrecision, StageConfig, option, require
 from model_lib.presets import PRESETS
 from model_lib.registry.config import ExportConfig, ModelsConfig, RegisterConfig, RollbackConfig
 from model_lib.registry.model_uris import CHAMPION_URI
+from model_lib.serve.config import ServeConfig
 from model_lib.steps.doctor import DoctorConfig
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
 from model_lib.train.config import TrainConfig
@@ -388,6 +389,14 @@ def batch(config: BatchConfig) -> Output:
     return Output(asdict(summary), lines)
 
 
+def serve(config: ServeConfig) -> Output:
+    from model_lib.serve.server import serve as run
+
+    _find_registry(config.model)
+    run(config)
+    return Output({}, [])
+
+
 def _find_registry(source: str) -> None:
     """Let `models:/…` be looked up where the environment says, or in the embedded store."""
     if source.startswith("models:/"):
@@ -410,6 +419,7 @@ COMMANDS: dict[str, Callable[[Any], Output]] = {
     "caption": caption,
     "app": app,
     "batch": batch,
+    "serve": serve,
     "info": info,
     "doctor": doctor,
 }

@@ -51,7 +51,7 @@ SLOW_FIXTURES = frozenset(
 """Fixtures that start processes, a server, a browser or a training."""
 SLOW_FILES = re.compile(
     "test_(candidates|closing|compare|distributed|doctor|download|export|faults|journal|merging|"
-    "mlflow_ui|preflight|prepacking|promotion_race|registered_again|registry|rivals|scenes|serving|"
+    "mlflow_ui|preflight|prepacking|promotion_race|registered_again|registry|rivals|scenes|server|serving|"
     "survival|tracking|training|trainjob|two_pods|versions).py"
 )
 """Files of tests that start servers or other processes, or train."""

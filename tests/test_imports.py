@@ -83,6 +83,7 @@ def test_training_and_captioning_work_with_the_bare_packages(
         ("PIL", "pillow", "ingest --dataset {scenes} --output {out}"),
         ("simplejpeg", "simplejpeg", "ingest --dataset {scenes} --output {out}"),
         ("gradio", "gradio", "app"),
+        ("uvicorn", "uvicorn", "serve --model {out}"),
     ],
 )
 def test_a_needed_package_that_is_missing_is_one_line_at_once(

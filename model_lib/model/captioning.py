@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, tee
 from pathlib import PurePosixPath
 from typing import Any, Protocol
@@ -101,6 +102,17 @@ def _from_array(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values))
 
 
+def load_pixels(model: ImageCaptioner, image: Any, redirects: bool = True) -> np.ndarray | Problem:
+    """Return what `caption_pixels` takes of an image, see `load_image`, or the error for which it
+    has none; a `Problem` is returned as it is."""
+    if isinstance(image, Problem):
+        return image
+    try:
+        return model.preprocess(load_image(image, redirects))
+    except (UserError, WorkError, ImageError) as error:
+        return error
+
+
 def caption_each_batch(
     model: ImageCaptioner, batches: Iterable[Sequence[np.ndarray]], config: DecodeConfig
 ) -> Iterator[list[list[Caption]]]:
@@ -121,16 +133,8 @@ def caption_each(
     Images are taken from `images` as they are needed, and read and decoded while the model works. A
     `Problem` among them, as `find_images` yields it, is yielded again.
     """
-
-    def attempt(image: Any) -> np.ndarray | Problem:
-        if isinstance(image, Problem):
-            return image
-        try:
-            return model.preprocess(load_image(image, redirects))
-        except (UserError, WorkError, ImageError) as error:
-            return error
-
-    with closing(prefetch_map(attempt, images, depth=2 * batch_size)) as loaded:
+    load = partial(load_pixels, model, redirects=redirects)
+    with closing(prefetch_map(load, images, depth=2 * batch_size)) as loaded:
         batches, ahead = tee(iter(lambda: list(islice(loaded, batch_size)), []))
         pixels = ([result for result in batch if isinstance(result, np.ndarray)] for batch in ahead)
         captioned = model.caption_batches(pixels, config)

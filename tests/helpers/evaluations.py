@@ -4,10 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 
 from model_lib.evaluate.result import Evaluation, EvaluationResult, Predictions
+from model_lib.registry.config import RegisterConfig
+from model_lib.registry.registry import register
 from model_lib.scores.significance import corpus_scores, intervals
+from model_lib.tracking.server import MlflowTracking
+from tests.helpers.services import empty_store
 
 IMAGES = 200
 
@@ -61,3 +66,17 @@ def write_evaluation(
     """Write the folder of an evaluation, FOLDER/NAME, as evaluate does; return its path."""
     evaluated(cider, name, model=str(model), **changes).write(str(folder / name), "")
     return str(folder / name)
+
+
+def register_champion(folder: Path, model: Path, **changes: Any) -> str:
+    """Return the URI of a new embedded MLflow store in `folder` in which a model is champion;
+    changes are to values of its `Evaluation`."""
+    evaluation = write_evaluation(folder, 0.5, "small", model=model, **changes)
+    uri = empty_store(folder)
+    artifacts = str(folder / "artifacts")
+    experiment = mlflow.MlflowClient(uri).create_experiment(
+        "captioner", artifact_location=artifacts
+    )
+    register(RegisterConfig(evaluations=(evaluation,)), MlflowTracking(uri, experiment))
+    mlflow.set_tracking_uri(None)  # registering names the store in the environment
+    return uri

@@ -24,9 +24,9 @@ from model_lib.registry.config import ExportConfig, RegisterConfig
 from model_lib.registry.export import export
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
-from tests.helpers.evaluations import write_evaluation
+from tests.helpers.evaluations import register_champion, write_evaluation
 from tests.helpers.http_server import website
-from tests.helpers.services import empty_store, free_port, running
+from tests.helpers.services import free_port, running
 from tests.helpers.warm_python import warm_python
 
 PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
@@ -35,14 +35,7 @@ PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
 @pytest.fixture(scope="module")
 def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An embedded store in which the small captioner is champion; its tracking URI."""
-    folder = tmp_path_factory.mktemp("registry")
-    evaluation = write_evaluation(folder, 0.5, "small", model=saved_model, packages=PACKAGES)
-    uri = empty_store(folder)
-    client = mlflow.MlflowClient(uri)
-    experiment = client.create_experiment("captioner", artifact_location=str(folder / "artifacts"))
-    register(RegisterConfig(evaluations=(evaluation,)), MlflowTracking(uri, experiment))
-    mlflow.set_tracking_uri(None)  # registering names the store in the environment
-    yield uri
+    yield register_champion(tmp_path_factory.mktemp("registry"), saved_model, packages=PACKAGES)
 
 
 def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:
