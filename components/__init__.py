@@ -24,3 +24,5 @@ MODEL = image("model")
 """Torch: train, caption."""
 EVALUATE = image("evaluate")
 """Torch, Java and the caption metrics: evaluate, evaluate_champion."""
+SERVE = image("serve")
+"""Torch and a web server: no step of a pipeline."""

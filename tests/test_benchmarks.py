@@ -41,6 +41,11 @@ def test_ingest(benchmark: Benchmark, scenes: Path) -> None:
 
 
 @pytest.mark.soak
+def test_serve(benchmark: Benchmark) -> None:
+    benchmark("serve", *SMALL, "--images", "16", "--clients", "8")
+
+
+@pytest.mark.soak
 def test_plan(benchmark: Benchmark) -> None:
     benchmark("plan", "--objects", "45000", "--theirs", "3000", "--milliseconds", "0")
 

@@ -1,4 +1,5 @@
-"""The cluster's manifests are valid and modest, and docs/cluster.md names only what there is."""
+"""The cluster's manifests are valid and modest, and docs/cluster.md and docs/serving.md name only
+what there is."""
 
 import re
 import shlex
@@ -12,7 +13,11 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainingRuntime
 
+from model_lib import __version__
+from model_lib.cli import parse, serve
 from model_lib.exits import MISTAKE
+from model_lib.io import url_policy
+from model_lib.registry.model_uris import CHAMPION_URI
 from pipelines.placement import (
     BUCKET,
     GPU_NODES,
@@ -20,6 +25,7 @@ from pipelines.placement import (
     GPU_TOLERATIONS,
     HUB,
     MLFLOW,
+    SECRET,
     USER,
     WEBHOOK,
 )
@@ -30,21 +36,47 @@ ROOT = Path(__file__).parents[1]
 MANIFESTS = sorted((ROOT / "deploy").glob("*.yaml"))
 DOCUMENTS = [document for file in MANIFESTS for document in yaml.safe_load_all(file.read_text())]
 RUNTIMES = [document for document in DOCUMENTS if document["kind"] == "TrainingRuntime"]
+INFERENCES = [document for document in DOCUMENTS if document["kind"] == "InferenceService"]
 SERVICES = [document for document in DOCUMENTS if document["kind"] == "Service"]
 WORKLOADS = [
     document
     for document in DOCUMENTS
     if "template" in document.get("spec", {}) and document not in RUNTIMES
 ]
+OF_KSERVE = frozenset(
+    ["annotations", "deploymentStrategy", "labels", "maxReplicas", "minReplicas", "timeout"]
+)
+"""Keys of a predictor, in KServe 0.21's v1beta1, that are not a pod's."""
 PIPELINES = {"train_captioner", "caption_bucket"}
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
+SERVING_PAGE = (ROOT / "docs" / "serving.md").read_text()
 
 
 def name_of(document: dict[str, Any]) -> str:
     return f"{document['kind']}-{document['metadata']['name']}"
 
 
+def as_deployment(inference: dict[str, Any]) -> dict[str, Any]:
+    """Return the Deployment that KServe makes of an InferenceService in the mode Standard."""
+    metadata, predictor = inference["metadata"], inference["spec"]["predictor"]
+    name = f"{metadata['name']}-predictor"
+    annotations = metadata["annotations"] | predictor["annotations"]
+    about = {"labels": {"app": f"isvc.{name}"}, "annotations": annotations}
+    pod = {key: value for key, value in predictor.items() if key not in OF_KSERVE}
+    spec = {
+        "selector": {"matchLabels": about["labels"]},
+        "strategy": predictor["deploymentStrategy"],
+        "template": {"metadata": about, "spec": pod},
+    }
+    about = {"name": name, "namespace": metadata["namespace"], **about}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": about, "spec": spec}
+
+
 def validate(document: dict[str, Any]) -> None:
+    if document["kind"] == "InferenceService":
+        assert document["apiVersion"] == "serving.kserve.io/v1beta1"
+        assert set(document["spec"]) == {"predictor"}
+        document = as_deployment(document)
     if document["kind"] == "TrainingRuntime":  # Kubeflow Trainer's own kind, and its own models
         assert TrainerV1alpha1TrainingRuntime.from_dict(document).to_dict() == document
         return
@@ -90,7 +122,7 @@ def test_a_machine_that_trains_gets_signals_and_is_not_root() -> None:
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=name_of)
+@pytest.mark.parametrize("workload", [*WORKLOADS, *map(as_deployment, INFERENCES)], ids=name_of)
 def test_pods_are_modest_and_watched(workload: dict[str, Any]) -> None:
     pod = workload["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
@@ -122,6 +154,37 @@ def test_pods_fit_their_selectors_and_services(workload: dict[str, Any]) -> None
         assert port.get("targetPort", port["port"]) in open_ports
 
 
+def test_the_champion_is_served_by_this_version_with_the_secrets_keys() -> None:
+    (inference,) = INFERENCES
+    assert inference["metadata"]["annotations"] == {"serving.kserve.io/deploymentMode": "Standard"}
+    (container,) = inference["spec"]["predictor"]["containers"]
+    assert container["name"] == "kserve-container", "KServe looks for it"
+    assert container["image"] == f"captioner-serve:{__version__}"
+    command, name, *options = container["args"]
+    config = parse(serve, name, options)
+    assert command == "captioner" and config.model == CHAMPION_URI and config.host == "0.0.0.0"
+    assert [port["containerPort"] for port in container["ports"]] == [config.port]
+    assert inference["spec"]["predictor"]["annotations"]["prometheus.io/port"] == str(config.port)
+    assert inference["metadata"]["name"] == config.name
+    values = {v["name"]: v.get("valueFrom", {}).get("secretKeyRef") for v in container["env"]}
+    assert values.pop(url_policy.VARIABLE) is None
+    assert set(values) == {*MLFLOW, *BUCKET} - {"MLFLOW_UI_URL"}
+    for variable, reference in values.items():
+        assert (reference["name"], reference["key"]) == (SECRET, variable)
+        assert reference.get("optional", False) == (variable != "MLFLOW_TRACKING_URI")
+
+
+def test_a_gpu_is_one_command_away() -> None:
+    text = (ROOT / "deploy" / "kserve.yaml").read_text()
+    assert "s/#gpu //" in SERVING_PAGE
+    _, inference = yaml.safe_load_all(text.replace("#gpu ", ""))
+    validate(inference)
+    predictor = inference["spec"]["predictor"]
+    assert predictor["containers"][0]["resources"]["limits"][GPU_RESOURCE] == 1
+    assert predictor["nodeSelector"].items() <= GPU_NODES.items()
+    assert predictor["tolerations"] == [t for t in GPU_TOLERATIONS if t["key"] == GPU_RESOURCE]
+
+
 def variables() -> list[dict[str, Any]]:
     """Return the environment variables of all containers."""
     pods = [workload["spec"]["template"]["spec"] for workload in WORKLOADS]
@@ -149,10 +212,10 @@ def test_config_maps_that_pods_read_are_made_by_the_page() -> None:
         assert re.search(rf"kubectl create configmap {name} .*--from-literal={key}=", PAGE)
 
 
-def blocks() -> list[str]:
-    """Return the page's shell blocks: those that are indented by four spaces, each without its
+def blocks(page: str = PAGE) -> list[str]:
+    """Return a page's shell blocks: those that are indented by four spaces, each without its
     indentation."""
-    blocks = re.findall(r"(?:^|\n\n)((?: {4}.*\n(?:\n(?= {4}))?)+)", PAGE)
+    blocks = re.findall(r"(?:^|\n\n)((?: {4}.*\n(?:\n(?= {4}))?)+)", page)
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in blocks]
 
 
@@ -166,7 +229,7 @@ def commands(word: str) -> list[list[str]]:
     return split
 
 
-@pytest.mark.parametrize("block", blocks())
+@pytest.mark.parametrize("block", [*blocks(), *blocks(SERVING_PAGE)])
 def test_shell_blocks_are_shell(block: str) -> None:
     done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -186,7 +249,7 @@ def test_variables_are_set_before_they_are_used() -> None:
 
 def test_manifests_named_are_there_and_all_are_named() -> None:
     there = {f"deploy/{file.name}" for file in MANIFESTS}
-    words = {word for line in commands("kubectl") for word in line}
+    words = {word for block in [*blocks(), *blocks(SERVING_PAGE)] for word in block.split()}
     mentioned = {word for word in words if word.startswith("deploy/")}
     assert mentioned == there
 

@@ -2,8 +2,18 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
@@ -18,6 +28,7 @@ class Metrics:
 
     def __init__(self, version: str, queued: Callable[[], int]) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         Info("captioner_model", "The model that is served", registry=registry).info(
             {"version": version}
         )

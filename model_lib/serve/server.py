@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from model_lib.errors import UserError, WorkError
+from model_lib.errors import UserError, WorkError, printable
 from model_lib.exits import catch_signals
 from model_lib.io.cpus import cpu_count
 from model_lib.model.captioning import ImageCaptioner, Problem, load_pixels
@@ -28,7 +28,7 @@ from model_lib.model.rivals import load_captioner
 from model_lib.model.sources import lasting_source
 from model_lib.serve.batcher import Batcher
 from model_lib.serve.config import MB, ServeConfig
-from model_lib.serve.metrics import Metrics
+from model_lib.serve.metrics import CONTENT_TYPE, Metrics
 from model_lib.serve.protocol import (
     infer_response,
     model_metadata,
@@ -85,7 +85,7 @@ class Server:
 
     async def show_metrics(self, _: Request) -> Response:
         """Answer Prometheus."""
-        return Response(self.metrics.text(), media_type="text/plain")
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def infer(self, request: Request) -> Response:
         """Answer a request for captions."""
@@ -211,7 +211,9 @@ def serve(config: ServeConfig) -> None:
             )
             http = uvicorn.Server(settings)
             address = "http://{}:{}".format(*port.getsockname()[:2])
-            print(f"captioner: {source} answers at {address}", file=sys.stderr, flush=True)
+            print(
+                printable(f"captioner: {source} answers at {address}"), file=sys.stderr, flush=True
+            )
             http.run(sockets=[port])
         if failures:
             raise failures[0]

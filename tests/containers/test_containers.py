@@ -1,5 +1,6 @@
-"""Both pipelines in their real images, as a cluster runs them: not as root, on a read-only root,
-with a bucket, MLflow and a webhook elsewhere. `make test-containers` builds the images first.
+"""Both pipelines and the server in their real images, as a cluster runs them: not as root, on a
+read-only root, with a bucket, MLflow and a webhook elsewhere. `make test-containers` builds the
+images first.
 """
 
 import json
@@ -13,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,16 @@ import fsspec
 import mlflow
 import pytest
 
-from components import CORE, EVALUATE, MODEL
+from components import CORE, EVALUATE, MODEL, SERVE
 from model_lib import __version__
 from model_lib.errors import UserError
+from model_lib.tracking.server import MlflowTracking
 from pipelines import train_captioner
 from pipelines.caption_bucket import caption_bucket
 from pipelines.local import RUN_LABEL, run_locally
 from tests.helpers.batches import read_output
+from tests.helpers.evaluations import register_champion
+from tests.helpers.inference import encode, get, images, infer, metrics
 from tests.helpers.services import (
     free_port,
     gcs_emulator,
@@ -36,10 +41,11 @@ from tests.helpers.services import (
     running,
     webhook,
 )
+from tests.helpers.small import small_model
 
 pytestmark = pytest.mark.containers
 ROOT = Path(__file__).parents[2]
-IMAGES = (CORE, MODEL, EVALUATE)
+IMAGES = (CORE, MODEL, EVALUATE, SERVE)
 VERSION_LINE = re.compile(rf"^captioner +{re.escape(__version__)}$", re.MULTILINE)
 """Of `captioner info`."""
 
@@ -70,7 +76,7 @@ def test_an_image_is_labelled_not_root_and_healthy(engine: Any, image: str) -> N
     assert check == ["CMD", "captioner", "info"]
     assert VERSION_LINE.search(inside(image, *check[1:]))
     # The library alone is there, no pipelines.
-    assert "captioner COMMAND --help" in inside(image, *config["Cmd"])
+    assert "captioner COMMAND --help" in inside(image, "captioner", "--help")
     with pytest.raises(subprocess.CalledProcessError):
         inside(image, "touch", "/opt/code/x")
 
@@ -103,7 +109,8 @@ def versions(lines: str) -> dict[str, str]:
 
 
 def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
-    for image, torch, java in ((CORE, False, False), (MODEL, True, False), (EVALUATE, True, True)):
+    for image in IMAGES:
+        torch, java = image != CORE, image == EVALUATE
         packages = set(versions(inside(image, "pip", "freeze")))
         has_java, has_compiler = (
             inside(image, "sh", "-c", f"command -v {program} || true").strip() != ""
@@ -112,6 +119,7 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
         assert ("torch" in packages, "transformers" in packages) == (torch, torch), image
         assert (has_java, "pycocoevalcap" in packages) == (java, java), image
         assert has_compiler == (image == MODEL), "torch.compile needs one"
+        assert ("prometheus_client" in packages) == (image == SERVE), image
         assert {"kfp", "mlflow-skinny", "gcsfs", "s3fs", "pyarrow"} <= packages
         if image == CORE:
             gpu = {name for name in packages if name.startswith(("nvidia", "cuda", "triton"))}
@@ -120,7 +128,8 @@ def test_each_image_holds_what_its_stages_need_and_no_more() -> None:
 
 def test_the_packages_are_those_of_the_constraints() -> None:
     pinned = versions((ROOT / "constraints.txt").read_text())
-    installed = versions(inside(EVALUATE, "pip", "freeze"))
+    installed = {**versions(inside(EVALUATE, "pip", "freeze"))}
+    installed |= versions(inside(SERVE, "pip", "freeze"))
     installed = {name: version.split("+")[0] for name, version in installed.items()}
     accelerators = ("nvidia-", "cuda-", "triton")  # torch itself pins what its CUDA builds need
     free = {name for name in installed if name not in pinned and not name.startswith(accelerators)}
@@ -252,6 +261,97 @@ def test_an_interrupted_run_leaves_no_container_at_work(engine: Any, tmp_path: P
     assert run.wait(60) == 130 and not engine.containers.list(filters=ours)
 
 
+class Clients:
+    """Clients that ask for captions of one image each, again and again."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.bodies = [json.dumps(images([encode(file)])).encode() for file in files]
+        self.expected: dict[tuple[str, int], list[Any]] = {}
+        """The first answer, by version and image."""
+        self.address = ""
+        self.lost: list[Any] = []
+
+    def ask(self, number: int) -> str:
+        """Ask once, and return the model's version."""
+        number %= len(self.bodies)
+        answer = infer(self.address, self.bodies[number])
+        version = answer.body.get("model_version", "")
+        if answer.status != 200 or answer.output() != self.expected.setdefault(
+            (version, number), answer.output()
+        ):
+            self.lost.append(answer)
+        return version
+
+    def rate(self, clients: int, requests: int) -> float:
+        """Return answers a second."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(self.ask, range(requests)))
+        return requests / (time.monotonic() - began)
+
+
+def served(engine: Any, tracking: str) -> tuple[Any, str]:
+    """Return a container that serves the champion, and its address."""
+    port = free_port()
+    champion = f"captioner serve --port {port} --model models:/captioner@champion"
+    container = engine.containers.run(
+        SERVE,
+        champion.split(),
+        detach=True,
+        network_mode="host",
+        read_only=True,
+        tmpfs={"/tmp": ""},
+        cap_drop=["ALL"],
+        environment={"MLFLOW_TRACKING_URI": tracking},
+    )
+    address = f"http://127.0.0.1:{port}"
+    while True:
+        container.reload()
+        assert container.status != "exited", container.logs().decode()
+        try:
+            assert get(f"{address}/v2/health/ready").status == 200
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return container, address
+
+
+def test_64_clients_lose_nothing_also_while_a_new_champion_takes_over(
+    engine: Any, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    clients, containers = Clients(sorted((scenes / "val2017").iterdir())), []
+    with mlflow_server(tmp_path / "mlflow") as server:
+        try:
+            for name in ("first", "second"):
+                small_model(len(name)).save_pretrained(tmp_path / name / "model")
+            tracking = MlflowTracking(server)
+            register_champion(tracking, tmp_path / "first", tmp_path / "first" / "model")
+            old, clients.address = served(engine, server)
+            containers.append(old)
+            clients.rate(1, 4)
+            alone, together = clients.rate(1, 24), clients.rate(64, 512)
+            counts = metrics(clients.address)
+            assert counts['captioner_requests_total{status="200"}'] == 4 + 24 + 512
+            assert counts["captioner_batch_images_count"] < 4 + 24 + 512 / 4
+            # A rolling restart: the new one is ready before the old one is stopped.
+            tracking.client.delete_registered_model_alias("captioner", "champion")
+            register_champion(tracking, tmp_path / "second", tmp_path / "second" / "model")
+            with ThreadPoolExecutor(64) as pool:
+                asked = [pool.submit(clients.ask, number) for number in range(2000)]
+                new, clients.address = served(engine, server)
+                containers.append(new)
+                old.stop(timeout=60)
+                versions = [answer.result() for answer in asked]
+            assert versions[0] == "1" and clients.ask(0) == "2"
+            assert old.wait()["ExitCode"] == 143 and b"Traceback" not in old.logs()
+        finally:
+            for container in containers:
+                container.remove(force=True)
+    assert not clients.lost
+    with capsys.disabled():
+        print(f"\n64 clients: {together:.0f} images/s; one by one: {alone:.0f}")
+
+
 def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> None:
     """`make push` to a registry on loopback, from a copy of this tree."""
     program = shutil.which("docker-registry")
@@ -275,8 +375,8 @@ def test_pushed_images_are_locked_by_digest_and_compiled_in(tmp_path: Path) -> N
         subprocess.run(["make", "push", f"REGISTRY={name}"], cwd=copy, env=environment, check=True)
         lock = (copy / "images" / "images.lock").read_text()
         digest = rf"{re.escape(name)}/captioner-\1@sha256:[0-9a-f]{{64}}"
-        digests = re.findall(rf"^(core|model|evaluate) ({digest})$", lock, re.M)
-        assert [image for image, _ in digests] == ["core", "model", "evaluate"]
+        digests = re.findall(rf"^(core|model|evaluate|serve) ({digest})$", lock, re.M)
+        assert [image for image, _ in digests] == ["core", "model", "evaluate", "serve"]
         for pipeline in ("train_captioner", "caption_bucket"):
             compiled = (copy / "pipelines" / "compiled" / f"{pipeline}.yaml").read_text()
             used = set(re.findall(r"^ *image: (.*)$", compiled, re.MULTILINE))

@@ -68,15 +68,20 @@ def write_evaluation(
     return str(folder / name)
 
 
-def register_champion(folder: Path, model: Path, **changes: Any) -> str:
+def new_registry(folder: Path, model: Path, **changes: Any) -> str:
     """Return the URI of a new embedded MLflow store in `folder` in which a model is champion;
     changes are to values of its `Evaluation`."""
-    evaluation = write_evaluation(folder, 0.5, "small", model=model, **changes)
     uri = empty_store(folder)
     artifacts = str(folder / "artifacts")
     experiment = mlflow.MlflowClient(uri).create_experiment(
         "captioner", artifact_location=artifacts
     )
-    register(RegisterConfig(evaluations=(evaluation,)), MlflowTracking(uri, experiment))
-    mlflow.set_tracking_uri(None)  # registering names the store in the environment
+    register_champion(MlflowTracking(uri, experiment), folder, model, **changes)
     return uri
+
+
+def register_champion(tracking: MlflowTracking, folder: Path, model: Path, **changes: Any) -> None:
+    """Make a model the champion of a registry that has none."""
+    evaluation = write_evaluation(folder, 0.5, "small", model=model, **changes)
+    register(RegisterConfig(evaluations=(evaluation,)), tracking)
+    mlflow.set_tracking_uri(None)  # registering names the store in the environment

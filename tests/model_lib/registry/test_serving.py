@@ -24,7 +24,7 @@ from model_lib.registry.config import ExportConfig, RegisterConfig
 from model_lib.registry.export import export
 from model_lib.registry.registry import register
 from model_lib.tracking.server import MlflowTracking
-from tests.helpers.evaluations import register_champion, write_evaluation
+from tests.helpers.evaluations import new_registry, write_evaluation
 from tests.helpers.http_server import website
 from tests.helpers.services import free_port, running
 from tests.helpers.warm_python import warm_python
@@ -35,7 +35,7 @@ PACKAGES = {"torch": "2.11.0", "transformers": "5.17.0"}
 @pytest.fixture(scope="module")
 def registry(saved_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An embedded store in which the small captioner is champion; its tracking URI."""
-    yield register_champion(tmp_path_factory.mktemp("registry"), saved_model, packages=PACKAGES)
+    yield new_registry(tmp_path_factory.mktemp("registry"), saved_model, packages=PACKAGES)
 
 
 def test_the_registered_model_is_whole(registry: str, tmp_path: Path) -> None:

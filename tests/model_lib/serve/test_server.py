@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from model_lib import Captioner, __version__
-from tests.helpers.evaluations import register_champion
+from tests.helpers.evaluations import new_registry
 from tests.helpers.http_server import website
 from tests.helpers.inference import captioner_server, encode, get, images, infer, metrics
 from tests.helpers.services import free_port, refusing
 from tests.helpers.warm_python import warm_python
 
+ROOT = Path(__file__).parents[3]
 Run = Callable[..., subprocess.CompletedProcess]
 
 
@@ -91,7 +93,11 @@ def test_a_request_may_have_an_id_a_nested_tensor_and_one_output(
 
 
 def test_health_and_metadata(served: str, saved_model: Path) -> None:
-    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/captioner/ready"):
+    _, inference = yaml.safe_load_all((ROOT / "deploy" / "kserve.yaml").read_text())
+    (container,) = inference["spec"]["predictor"]["containers"]
+    probes = [probe["httpGet"]["path"] for name, probe in container.items() if "Probe" in name]
+    assert len(probes) == 3
+    for path in [*probes, "/v2/models/captioner/ready"]:
         assert get(served + path).status == 200, path
     about = get(f"{served}/v2").body
     assert about == {"name": "captioner", "version": __version__, "extensions": []}
@@ -264,7 +270,7 @@ def _has_images(address: str) -> bool:
 def test_the_champion_is_looked_up_at_the_start(
     saved_model: Path, files: list[Path], tmp_path: Path
 ) -> None:
-    store = [f"MLFLOW_TRACKING_URI={register_champion(tmp_path, saved_model)}"]
+    store = [f"MLFLOW_TRACKING_URI={new_registry(tmp_path, saved_model)}"]
     champion = "models:/captioner@champion"
     with captioner_server(champion, tmp_path / "log", environment=store) as address:
         answer = infer(address, images([encode(files[0])]))
