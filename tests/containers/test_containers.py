@@ -349,6 +349,7 @@ def test_64_clients_lose_nothing_also_while_a_new_champion_takes_over(
                 try:
                     new, clients.address = served(engine, server)
                     containers.append(new)
+                    time.sleep(5)  # as the manifest's preStop, for requests that are on their way
                     old.stop(timeout=60)
                 finally:
                     stopped.set()
