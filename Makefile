@@ -1,4 +1,5 @@
 # `make demo` runs the whole pipeline on generated data, `make test` all tests, `make install` makes .venv only.
+# TORCH=cpu installs torch without CUDA's libraries.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,15 +13,24 @@ VERSION := $(shell sed -nE 's/__version__ = "(.*)"/\1/p' model_lib/__init__.py)
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(INSTALLED) java  ## make .venv, with captioner in it
+TORCH ?= cuda
+ifeq ($(TORCH),cpu)
+TORCH_OPTIONS = --extra-index-url https://download.pytorch.org/whl/cpu
+DOWNLOAD = about 0.7 GB
+else
+DOWNLOAD = on Linux about 3 GB, most of it CUDA's libraries; without a GPU, make install TORCH=cpu takes 0.7 GB
+endif
+
+install: $(INSTALLED) java  ## make .venv, with captioner in it; TORCH=cpu: without CUDA
 
 $(INSTALLED): constraints.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "captioner needs Python 3.11 or later, and $(PYTHON) is older; try make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,python3-venv); } || \
 		{ echo "python3-venv is missing and could not be installed here: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into .venv, in some minutes: pip downloads $(DOWNLOAD)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,app,serve,dev]'
+	$(BIN)/pip install --quiet $(TORCH_OPTIONS) --constraint constraints.txt --editable '.[model,evaluate,tracking,pipelines,buckets,app,serve,dev]'
 	@touch $@
 
 # METEOR and the caption tokeniser are Java programs; without Java those scores are missing, and the rest works.
