@@ -354,7 +354,7 @@ def test_64_clients_lose_nothing_also_while_a_new_champion_takes_over(
                 finally:
                     stopped.set()
             assert {version for answer in asked for version in answer.result()} == {"1", "2"}
-            assert old.wait()["ExitCode"] == 143 and b"Traceback" not in old.logs()
+            assert old.wait()["StatusCode"] == 143 and b"Traceback" not in old.logs()
         finally:
             for container in containers:
                 container.remove(force=True)
