@@ -5,11 +5,13 @@ What the steps print goes to `pipeline.log` in the working directory; the termin
 and their progress.
 """
 
+import builtins
 import contextlib
 import io
 import os
 import re
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -33,10 +35,25 @@ FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
 EXCEPTION = re.compile(r"^\s*((?:\w+\.)*\w*(?:Error|Exception): .*)$", re.MULTILINE)
 """The last line of a traceback."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+REACHED = {
+    "ingest": 0.10,
+    "train": 0.15,
+    "evaluate": 0.75,
+    "register": 0.85,
+    "caption": 0.92,
+    "merge": 0.98,
+}
+"""Share of the time of a run on generated scenes, by default, at which a step begins."""
 PROGRESS = re.compile(r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/|captioner:")
 
 
-def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: str) -> Path:
+def run_locally(
+    pipeline: Any,
+    arguments: dict[str, Any],
+    work: Path,
+    runner: str,
+    reached: Mapping[str, float] | None = None,
+) -> Path:
     """Run a pipeline; return the folder in which it left each step's outputs.
 
     Args:
@@ -44,6 +61,7 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
         arguments: its parameters.
         work: folder for the outputs and the log.
         runner: "subprocess" or "docker".
+        reached: see `REACHED`; None: how long is left is not known.
 
     Raises:
         UserError: a step refused its input; the message is the step's.
@@ -54,20 +72,19 @@ def run_locally(pipeline: Any, arguments: dict[str, Any], work: Path, runner: st
     root, log_file = work / "pipeline", work / "pipeline.log"
     root.mkdir(exist_ok=True)
     before = set(root.iterdir())
-    processes = contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
-    steps = processes if runner == "subprocess" else _containers(arguments, work)
+    steps = _processes() if runner == "subprocess" else _containers(arguments, work)
     with warnings.catch_warnings(), log_file.open("w") as log, steps as chosen:
         warnings.simplefilter("ignore")
         local.init(chosen, pipeline_root=str(root), raise_on_error=True)
         try:
-            with contextlib.redirect_stdout(_Log(log)):
+            with contextlib.redirect_stdout(_Log(log, reached or {})):
                 _without_retries(pipeline)(**arguments)
         except Exception as error:
             lines = COLOUR.sub("", log_file.read_text())
             if reasons := REASON.findall(lines):
                 kind, reason = reasons[0]  # not that of a step after it, which may fail too
                 raise (UserError if kind == "error" else WorkError)(reason) from error
-            step = "".join(f"step {name} " for name in FAILED.findall(lines)[:1])
+            step = "".join(f"step {name} " for name in FAILED.findall(f"{lines}\n{error}")[:1])
             reason = (EXCEPTION.findall(lines) or ["it was killed, or says nothing"])[-1]
             message = f"{step}failed: {reason}; {log_file} has all that the steps printed"
             raise WorkError(message) from error
@@ -82,6 +99,18 @@ def _without_retries(pipeline: Any) -> Any:
         for task in dag.tasks.values():
             task.ClearField("retry_policy")
     return pipeline
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[Any]:
+    """Yield the runner that runs each step in a process of this Python."""
+    from kfp import local
+
+    plain_print = builtins.print  # which kfp exchanges, and of steps side by side not back
+    try:
+        yield local.SubprocessRunner(use_venv=False)
+    finally:
+        builtins.print = plain_print
 
 
 @contextlib.contextmanager
@@ -172,25 +201,33 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _Log(io.TextIOBase):
-    """Writes everything to a log, and the steps and their progress to stderr."""
+    """Writes everything to a log, and the steps, their progress and how long is left to stderr."""
 
-    def __init__(self, log: TextIO) -> None:
-        self.log, self.line = log, ""
+    def __init__(self, log: TextIO, reached: Mapping[str, float]) -> None:
+        self.reached, self.started = reached, time.monotonic()
+        self.log, self.line, self.lock = log, "", threading.Lock()
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
-        self.log.write(text)
-        self.log.flush()
-        *lines, self.line = (self.line + text).split("\n")
+        with self.lock:
+            self.log.write(text)
+            self.log.flush()
+            *lines, self.line = (self.line + text).split("\n")
         for line in lines:
             line = COLOUR.sub("", line).strip()
             if step := re.search(r"Executing task '([\w-]+)'", line):
-                say(f"step {step[1]}")
+                say(f"step {step[1]}{self._left(step[1])}")
             elif PROGRESS.match(line):
                 say(f"  {line.removeprefix('captioner: ')}")
         return len(text)
+
+    def _left(self, step: str) -> str:
+        if step not in self.reached:
+            return ""
+        passed, share = time.monotonic() - self.started, self.reached[step]
+        return f", about {passed * (1 - share) / share:.0f} s left"
 
 
 def say(line: str) -> None:

@@ -5,12 +5,13 @@ captions, and `pipeline.log` with all that the steps printed. The terminal shows
 progress, and a summary at the end.
 """
 
+import contextlib
 import json
 import os
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,26 +19,34 @@ from model_lib.batch.config import BatchConfig
 from model_lib.batch.listing import list_images
 from model_lib.cli import Output
 from model_lib.errors import UserError
-from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.config import ScenesConfig
 from model_lib.ingest.datasets import coco_2017, is_coco_2017, require_sources
 from model_lib.io import storage
+from model_lib.io.cpus import cpu_count
 from model_lib.io.locks import output_lock
 from model_lib.options import StageConfig, option, require
-from model_lib.steps.form import candidate_configs
+from model_lib.presets import PRESETS
+from model_lib.steps.form import candidate_configs, ingest_config
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from pipelines.local import run_locally, say
+from pipelines.forking import forked_steps
+from pipelines.local import REACHED, run_locally, say
 from pipelines.summary import read_summary, summary_lines
 
 MODELS = ("vision", "decoder", "tokenizer", "init_from")
 """Training options that name models."""
+LISTS = ("annotations", "train", "karpathy")
+"""Ingest options that name data, instead of a data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(StageConfig):
-    """Run the whole training pipeline on this machine; without --dataset, on generated scenes."""
+    """Run the whole training pipeline on this machine; without data, on generated scenes."""
 
     dataset: str | None = None
     """Folder, file or URI with images and captions, as captioner ingest --dataset takes it."""
+    ingest_options: str | None = None
+    """JSON of further options of captioner ingest, and instead of --dataset of its lists:
+    '{"annotations": "captions.csv", "images": "photos"}'."""
     preset: str = "tiny"
     """Model size: tiny (from scratch, minutes on a CPU), or clip-l-gpt2-medium."""
     runner: Literal["subprocess", "docker"] = "subprocess"
@@ -75,12 +84,7 @@ def run(config: RunConfig) -> Output:
 
     started = time.monotonic()
     work = Path(config.workdir).absolute()
-    candidates = CANDIDATES
-    if config.candidates is not None:
-        try:
-            candidates = json.loads(config.candidates)
-        except json.JSONDecodeError as error:
-            raise UserError(f"candidates: is not JSON: {error}") from error
+    candidates = CANDIDATES if config.candidates is None else _json("candidates", config.candidates)
     names = ("vision", "decoder", "tokenizer", "epochs")
     options = {name: value for name in names if (value := getattr(config, name)) is not None}
     options = _absolute(options)
@@ -100,23 +104,35 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, A
     """Run the pipeline in a locked working directory; return the summary."""
     from pipelines.train_captioner import define
 
+    parallel = 1
+    if PRESETS[config.preset].vision is None:
+        # Small products wait for several threads, and one candidate for another only where cores
+        # are missing.
+        parallel = min(len(training["candidates"]), cpu_count())
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    steps: Any = contextlib.nullcontext()
+    if config.runner == "subprocess":
+        steps = forked_steps()
     tracking = require_mlflow(tracking_from_environment(str(work)))
     tracking.require_answer()
-    dataset = dataset_or_scenes(config, work)
-    images = storage.absolute(config.images) if config.images else images_of(dataset)
+    dataset, ingest_options = data_of(config, work)
+    images = config.images or ingest_options.get("images") or images_of(dataset)
     arguments = {
         "data": dataset,
+        "ingest_options": ingest_options,
         "output": str(work),
         **training,
         "eval_options": {"num_beams": config.num_beams},
-        "caption_images": images,
+        "caption_images": images and storage.absolute(images),
         "caption_workers": 1,
     }
     os.environ.update(MLFLOW_EXPERIMENT_ID=tracking.experiment_id, KFP_RUN_ID=str(uuid.uuid4()))
     os.environ.pop("MLFLOW_RUN_ID", None)
     try:
-        # In parallel two would only share the one machine.
-        root = run_locally(define(parallel=1), arguments, work, config.runner)
+        is_demo = config == replace(RunConfig(), workdir=config.workdir)
+        reached = REACHED if is_demo else None
+        with steps:
+            root = run_locally(define(parallel), arguments, work, config.runner, reached)
     except KeyboardInterrupt:  # the exit handler has not run
         require_mlflow(tracking_from_environment(str(work))).close_pipeline(succeeded=False)
         raise
@@ -135,11 +151,33 @@ def _link_best(work: Path, model: str) -> None:
         new.replace(link)
 
 
-def dataset_or_scenes(config: RunConfig, work: Path) -> str:
-    """Return the data set's path or URI; without a data set, draw scenes."""
-    if config.dataset is not None:
-        require_sources(IngestConfig(dataset=config.dataset, output="-"))  # raises now
-        return storage.absolute(config.dataset)
+def data_of(config: RunConfig, work: Path) -> tuple[str, dict[str, Any]]:
+    """Return the data set's path or URI, "" if there are lists, and ingest's further options;
+    without data, draw scenes."""
+    options = _json("ingest_options", config.ingest_options or "{}")
+    require(isinstance(options, dict), "ingest_options: is not a JSON object")
+    dataset = config.dataset or ""
+    has_data = dataset or any(name in options for name in LISTS)
+    ingest = ingest_config(dataset if has_data else "scenes", str(work), options)  # raises now
+    if has_data:
+        require_sources(ingest)
+    else:
+        dataset = _draw_scenes(config, work)
+    for name in (*LISTS, "val", "images"):
+        if name in options:
+            options[name] = storage.absolute(options[name])
+    return dataset and storage.absolute(dataset), options
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: is not JSON: {error}") from error
+
+
+def _draw_scenes(config: RunConfig, work: Path) -> str:
+    """Draw scenes, and return their folder."""
     from model_lib.ingest.scenes import make_scenes
 
     val = min(ScenesConfig.val, config.scenes)
@@ -152,6 +190,8 @@ def dataset_or_scenes(config: RunConfig, work: Path) -> str:
 def images_of(dataset: str) -> str:
     """Return the images of a data set that are captioned at the end; "" if it has no files of
     images."""
+    if not dataset:
+        return ""
     if is_coco_2017(dataset):
         return coco_2017(dataset, "val")[1].root
     try:

@@ -91,7 +91,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         *_caption_lines(captioned, summary["examples"]),
         "",
         f"Model       {_relative(summary['model'])}",
-        f"Report      {_relative(summary['report'])}",
+        f"Report      {Path(summary['report']).absolute().as_uri()}",
         *([f"Parquet     {_relative(captioned['captions'])}"] if captioned else []),
         f"Compare     {tracking if tracking.startswith('http') else command}",
     ]

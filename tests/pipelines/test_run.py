@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_lib import Captioner, generate_caption
+from model_lib.errors import UserError
 from model_lib.io.locks import output_lock
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from pipelines.run import images_of
+from pipelines.run import RunConfig, data_of, images_of
 from tests.conftest import zipped
 from tests.helpers.coco_files import write_captions
 from tests.helpers.evaluations import write_evaluation
@@ -134,6 +135,29 @@ def test_the_images_captioned_at_the_end_are_cocos_images_of_or_all(
     (tmp_path / "list.txt").write_text("images/000000000001.jpg")
     assert images_of(str(tmp_path / "list.txt")) == str(tmp_path / "list.txt")
     assert images_of(f"{tmp_path}/*.tar") == ""
+
+
+def test_a_run_takes_what_ingest_takes(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenes)
+    lists = {
+        "train": "annotations/captions_train2017.json",
+        "val": "annotations/captions_val2017.json",
+        "images": "train2017",
+    }
+    config = RunConfig(ingest_options=json.dumps({**lists, "shortest_side": 64}))
+    absolute = {name: str(scenes / path) for name, path in lists.items()}
+    assert data_of(config, tmp_path) == ("", {**absolute, "shortest_side": 64})
+    assert not list(tmp_path.iterdir()), "scenes are drawn only where there is no data"
+    for options, problem in (
+        ("{", "ingest_options: is not JSON"),
+        ("[]", "ingest_options: is not a JSON object"),
+        ('{"annotations": "gone.csv"}', "gone.csv: not there"),
+        ('{"annotation": "gone.csv"}', "ingest_options: unknown option 'annotation'"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            data_of(RunConfig(ingest_options=options), tmp_path)
 
 
 def test_a_data_set_without_a_usable_image_is_refused_in_one_line(
