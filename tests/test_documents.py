@@ -1,5 +1,6 @@
 """The documents: every command in them is run here or by a named test, or says what it needs."""
 
+import csv
 import json
 import re
 import runpy
@@ -46,8 +47,6 @@ RUN_BY = {
 PROCESS = """
 import json, sys
 from model_lib.cli import main
-
-from tests.helpers.warm_python import warm_python
 for words in json.loads(sys.argv[1]):
     try:
         main(words)
@@ -100,6 +99,23 @@ def test_every_pytest_command_that_is_named_selects_tests(page: Path) -> None:
         assert any(keyword in name for name in re.findall(r"def (test_\w+)", text)), arguments
 
 
+@pytest.fixture()
+def photos(coco: Path, tmp_path: Path) -> Path:
+    """A folder of photographs with captions.csv, as the README has it."""
+    folder = tmp_path / "photos"
+    shutil.copytree(coco / "train2017", folder)
+    document = json.loads((coco / "annotations" / "captions_train2017.json").read_text())
+    names = {image["id"]: image["file_name"] for image in document["images"]}
+    with (folder / "captions.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption"])
+        rows.writerows(
+            [names[note["image_id"]], note["caption"]] for note in document["annotations"]
+        )
+    return folder
+
+
+@pytest.mark.usefixtures("photos")
 def test_the_commands_and_the_python_of_the_readme_work(tmp_path: Path) -> None:
     arguments = [
         shlex.split(command, comments=True)[1:]
