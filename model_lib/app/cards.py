@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from model_lib.evaluate.explain import word_attention
-from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import Captioner
 from model_lib.model.captioning import Caption, ImageCaptioner, caption_each, load_image
 from model_lib.model.config import DecodeConfig
@@ -38,6 +37,7 @@ def caption_cards(
 
 def _card(model: ImageCaptioner, name: str, image: Image.Image, captions: Sequence[Caption]) -> str:
     words: list[list[tuple[str, str]]] = [[] for _ in captions]
+    seen = (100.0, 100.0)
     if isinstance(model, Captioner):
         pixels = model.preprocess(image)
         for caption, shown in zip(captions, words, strict=True):
@@ -45,9 +45,7 @@ def _card(model: ImageCaptioner, name: str, image: Image.Image, captions: Sequen
             # Odd characters may belong to no word; then the caption is shown as it is.
             if [word for word, _ in attention] == caption.text.split():
                 shown += [(word, _heat_map(weights)) for word, weights in attention]
-        seen = seen_part(model.preprocess, image.width, image.height)
-    else:
-        seen = (100, 100)
+        seen = model.preprocess.seen_part(image.width, image.height)
     return render_page(
         "app_card.html",
         name=name,
@@ -56,14 +54,6 @@ def _card(model: ImageCaptioner, name: str, image: Image.Image, captions: Sequen
         seen=seen,
         thumbnail=base64.b64encode(thumbnail(image, SIDE)).decode(),
     )
-
-
-def seen_part(preprocess: Preprocessing, width: int, height: int) -> tuple[float, float]:
-    """Return the part of an image's width and height around its centre that the model sees, in
-    percent."""
-    part = 100 * preprocess.size / (preprocess.resize or preprocess.size)
-    side = min(width, height)
-    return (part, part) if preprocess.stretch else (part * side / width, part * side / height)
 
 
 def _heat_map(weights: np.ndarray) -> str:

@@ -240,11 +240,13 @@ def _views(
     views: dict[int, View] = {}
     batches = reader.batches([np.array([number]) for number in numbers])
     for batch, caption in zip(batches, captions, strict=True):
-        words = []
+        words, image = [], decode_image(batch.files[0])
+        seen = (100.0, 100.0)
         if isinstance(model, Captioner):
             words = [
                 (word, (255 * weights / max(float(weights.max()), 1e-9)).round().astype(np.uint8))
                 for word, weights in word_attention(model, batch.pixels[0], caption)
             ]
-        views[batch.image_ids[0]] = View(thumbnail(decode_image(batch.files[0])), words)
+            seen = model.preprocess.seen_part(*image.size)
+        views[batch.image_ids[0]] = View(thumbnail(image), words, seen)
     return views

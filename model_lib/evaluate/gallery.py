@@ -41,8 +41,10 @@ class Card:
     aspect: float = 1.0
     """Width by height."""
     words: list[tuple[str, str]] = field(default_factory=list)
-    """The caption's words, and for each the brightness that is left of the image's centre square, a
-    PNG in base64."""
+    """The caption's words, and for each the brightness that is left of what the model sees, a PNG
+    in base64."""
+    seen: tuple[float, float] = (100.0, 100.0)
+    """The part of the width and height about the centre that it sees, in percent."""
 
     @property
     def words_are_caption(self) -> bool:
@@ -84,6 +86,7 @@ def make_cards(predictions: Predictions, champion: Predictions | None) -> list[C
                 card.aspect = image.width / image.height
             card.thumbnail = base64.b64encode(view.thumbnail).decode()
             card.words = [(word, _brightness(weights)) for word, weights in view.words]
+            card.seen = view.seen
         cards.append(card)
     return cards
 

@@ -32,8 +32,11 @@ COLUMNS = {
     "thumbnail": "bytes",
     "words": "list of text",
     "attention": "list of bytes",
+    "seen_width": "float",
+    "seen_height": "float",
 }
 """Of predictions.parquet, besides a column for each score."""
+SEEN = ("seen_width", "seen_height")
 COMPARABLE = ("data_fingerprint", "split", "images", "tokenizer", "decoding", "clip")
 """Fields of two evaluations that must be equal before their scores may be compared."""
 COUNTS = "counts of "
@@ -102,7 +105,9 @@ class View:
     thumbnail: bytes
     """A small JPEG of the whole image."""
     words: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    """The caption's words with their attention, uint8 [P, P], over the centre square."""
+    """The caption's words with their attention, uint8 [P, P], over what the model sees."""
+    seen: tuple[float, float] = (100.0, 100.0)
+    """The part of the width and of the height about the centre that the model sees, in percent."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,8 @@ def encode_predictions(predictions: Predictions) -> bytes:
     columns["thumbnail"] = pa.array([view and view.thumbnail for view in views], pa.binary())
     columns["words"] = pa.array(words, pa.list_(pa.string()))
     columns["attention"] = pa.array(attention, pa.list_(pa.binary()))
+    for n, name in enumerate(SEEN):
+        columns[name] = pa.array([view and view.seen[n] for view in views], pa.float64())
     file = io.BytesIO()
     pq.write_table(pa.table(columns), file, compression="zstd")
     return file.getvalue()
@@ -222,10 +229,12 @@ def read_predictions(uri: str) -> Predictions:
         if MAIN not in statistics or not table.num_rows:
             raise ValueError(f"has no {MAIN}")
         views = {}
-        columns = (values[name] for name in ("image_id", "thumbnail", "words", "attention"))
-        for image_id, jpeg, words, maps in zip(*columns, strict=True):
+        names_of_view = ("image_id", "thumbnail", "words", "attention", *SEEN)
+        columns = (values[name] for name in names_of_view)
+        for image_id, jpeg, words, maps, *seen in zip(*columns, strict=True):
             if jpeg is not None:
-                views[image_id] = View(jpeg, list(zip(words, map(_square, maps), strict=True)))
+                attention = list(zip(words, map(_square, maps), strict=True))
+                views[image_id] = View(jpeg, attention, (float(seen[0]), float(seen[1])))
         ids, names, captions, references = (values[name] for name in texts)
         return Predictions(ids, names, captions, references, statistics, views)
 

@@ -36,6 +36,13 @@ class Preprocessing:
         pixels = np.asarray(resized.crop((left, top, left + self.size, top + self.size)))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
+    def seen_part(self, width: int, height: int) -> tuple[float, float]:
+        """Return the part of an image's width and height about its centre that the result shows, in
+        percent."""
+        part = 100 * self.size / (self.resize or self.size)
+        side = min(width, height)
+        return (part, part) if self.stretch else (part * side / width, part * side / height)
+
 
 def _cut_strip(image: Image.Image) -> Image.Image:
     """Cut a long strip to its middle: resized whole, it would fill the memory."""

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, expect
 
-from model_lib.app.cards import seen_part
 from model_lib.io.pixels import Preprocessing
 from model_lib.model.captioner import Captioner
 from model_lib.pages.page import CONTROLS
@@ -164,6 +163,6 @@ def test_a_port_in_use_is_one_line(app: App, saved_model: Path) -> None:
 
 
 def test_the_map_lies_on_what_the_model_sees() -> None:
-    assert seen_part(Preprocessing(224), 448, 224) == (50, 100)
-    assert seen_part(Preprocessing(224, 256), 256, 512) == (87.5, 43.75)
-    assert seen_part(Preprocessing(256, stretch=True), 640, 480) == (100, 100)
+    assert Preprocessing(224).seen_part(448, 224) == (50, 100)
+    assert Preprocessing(224, 256).seen_part(256, 512) == (87.5, 43.75)
+    assert Preprocessing(256, stretch=True).seen_part(640, 480) == (100, 100)

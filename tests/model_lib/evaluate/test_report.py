@@ -14,6 +14,7 @@ from playwright.sync_api import Frame, Page
 from model_lib.evaluate.gallery import ChampionCaption, make_cards, select_images
 from model_lib.evaluate.report import render_report
 from model_lib.evaluate.result import EvaluationResult, Predictions, View
+from model_lib.io.pixels import Preprocessing
 from model_lib.pages.charts import MOST_POINTS, Series, line_chart, thinned, ticks
 from model_lib.pages.page import thumbnail
 from model_lib.registry.config import Policy
@@ -48,6 +49,7 @@ def evaluated(
     captions: Sequence[str] = (),
     size: tuple[int, int] = (40, 30),
     views: int = 99,
+    stretch: bool = False,
 ) -> EvaluationResult:
     """Return a result with these CIDEr values, an image each, whose maps are dark but for the top
     left patch."""
@@ -59,8 +61,9 @@ def evaluated(
     weights[0, 0] = 255
     file = io.BytesIO()
     Image.new("RGB", size, (200, 200, 200)).save(file, "JPEG")
+    seen = Preprocessing(32, stretch=stretch).seen_part(*size)
     shown = {
-        n: View(file.getvalue(), [(word, weights) for word in texts[n].split()])
+        n: View(file.getvalue(), [(word, weights) for word in texts[n].split()], seen)
         for n in range(min(count, views))
     }
     evaluation = make_evaluation(
@@ -172,27 +175,30 @@ def test_the_browser_forbids_what_comes_from_elsewhere(
         assert frame.evaluate(forbidden.replace("ASK", ask)) == directive
 
 
+@pytest.mark.parametrize("stretch", [False, True], ids=["cropped", "squashed"])
 @pytest.mark.parametrize("size", [(80, 40), (40, 80), (40, 40), (300, 40)], ids=str)
-def test_a_words_map_lies_on_the_centre_square(
-    page: Page, incidents: list[str], tmp_path: Path, size: tuple[int, int]
+def test_a_words_map_lies_on_what_the_model_sees(
+    page: Page, incidents: list[str], tmp_path: Path, size: tuple[int, int], stretch: bool
 ) -> None:
-    frame = show(page, tmp_path, render_report(evaluated("new", [1.0], size=size)))
+    result = evaluated("new", [1.0], size=size, stretch=stretch)
+    frame = show(page, tmp_path, render_report(result))
     word, overlay = frame.locator(".word", has_text="dog"), frame.locator(".map")
     assert not overlay.is_visible()
     word.hover()
     image = frame.locator(".image img:first-child").bounding_box()
-    square = overlay.bounding_box()
-    assert image and square
+    seen = overlay.bounding_box()
+    assert image and seen
     assert image["width"] / image["height"] == pytest.approx(size[0] / size[1], rel=0.02)
-    assert square["width"] == pytest.approx(square["height"], abs=0.5)
-    assert square["width"] == pytest.approx(min(image["width"], image["height"]), abs=0.5)
-    for box in (image, square):
+    side = min(image["width"], image["height"])
+    width, height = (image["width"], image["height"]) if stretch else (side, side)
+    assert (seen["width"], seen["height"]) == pytest.approx((width, height), abs=0.5)
+    for box in (image, seen):
         box["x"] += box["width"] / 2
         box["y"] += box["height"] / 2
-    assert (image["x"], image["y"]) == pytest.approx((square["x"], square["y"]), abs=0.5)
+    assert (image["x"], image["y"]) == pytest.approx((seen["x"], seen["y"]), abs=0.5)
     screen = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
-    x, y, width = square["x"], square["y"], square["width"]
-    bright, dark = (screen[int(y + at * width), int(x + at * width)] for at in (-0.45, 0.3))
+    x, y = seen["x"], seen["y"]
+    bright, dark = (screen[int(y + at * height), int(x + at * width)] for at in (-0.45, 0.3))
     assert bright > 150 and dark < 80
     page.mouse.move(1, 1)
     assert not overlay.is_visible() and not incidents
