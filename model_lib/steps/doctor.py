@@ -39,6 +39,8 @@ EXTRAS = {
     "tracking": "MLflow's runs and registry",
     "buckets": "gs:// and s3://",
     "pipelines": "run, compile, submit and schedule",
+    "app": "the page",
+    "serve": "serve",
 }
 """The extras of the package that a user installs, and what they are for."""
 NEEDED = ("model",)
@@ -178,7 +180,7 @@ def _version(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROGRAM, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise WorkError(f"{command[0]}: does not start: {first_line(error)}") from error
-    text = (done.stdout or done.stderr).strip()
+    text = done.stdout.strip() or done.stderr.strip()
     if done.returncode:
         raise WorkError(f"{' '.join(command)}: ends with {done.returncode}: {text:.300}")
     return text

@@ -160,7 +160,7 @@ def test_packages_that_are_missing_are_named_with_the_command(tmp_path: Path) ->
     needed = rows["packages: model"]
     assert needed["state"] == "failed" and "no torch, no transformers" in needed["text"]
     assert needed["remedy"] == "pip install 'captioner[model]'"
-    for name in ("evaluate", "tracking", "buckets", "pipelines"):
+    for name in ("evaluate", "tracking", "buckets", "pipelines", "app", "serve"):
         assert rows[f"packages: {name}"]["state"] == "absent"
     assert rows["GPU"]["text"] == "unknown without torch"
 
@@ -169,5 +169,5 @@ def test_the_table_has_a_row_a_check(captioner: Callable[..., CompletedProcess])
     done = captioner("doctor", "--host", "http://127.0.0.1:9")
     rows = done.stdout.splitlines()
     assert done.returncode == 1 and done.stderr == "", done.stderr
-    assert rows[0].startswith("Python ") and rows[-1].startswith("Kubeflow ") and len(rows) == 16
+    assert rows[0].startswith("Python ") and rows[-1].startswith("Kubeflow ") and len(rows) == 18
     assert "failed" in rows[-1] and "; to do: kubectl port-forward" in rows[-1]
