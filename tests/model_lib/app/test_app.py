@@ -69,7 +69,6 @@ def served(saved_model: Path) -> Iterator[App]:
             model = Captioner.from_pretrained(str(saved_model))
             app = App(page, match[1], model)
             page.on("request", lambda request: app.requests.append(request.url))
-            page.goto(app.address)
             yield app
         finally:
             server.send_signal(signal.SIGINT)
@@ -81,9 +80,8 @@ def served(saved_model: Path) -> Iterator[App]:
 @pytest.fixture()
 def app(served: App) -> App:
     """The page without images."""
+    served.page.goto(served.address)
     expect(served.page.locator("#images button")).to_be_visible()
-    served.page.get_by_role("button", name="Clear").click()
-    expect(served.page.locator(".card")).to_have_count(0)
     return served
 
 
@@ -120,6 +118,8 @@ def test_a_broken_file_is_named_and_the_others_are_captioned(
     expect(app.page.locator(".card .file")).to_have_text([first.name, second.name, third.name])
     error = app.page.get_by_role("alert")
     expect(error).to_have_text("broken.png: unreadable: not an image in a format known here")
+    app.page.get_by_role("button", name="Clear").click()
+    expect(app.page.locator(".card")).to_have_count(0)
 
 
 def test_images_are_captioned_again_by_sampling(app: App, scenes: Path) -> None:
