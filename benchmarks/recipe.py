@@ -227,14 +227,16 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for kind in SETS:
         seeds = [result["rows"] for result in results if result["set"] == kind]
         for name in seeds[0] if len(seeds) > 1 else ():
-            row: dict[str, Any] = {"set": kind, "recipe": name, "than": COMPARED.get(name)}
+            case = {"set": kind, "case": name, "baseline": COMPARED.get(name)}
+            row: dict[str, Any] = {**case, "unit": "CIDEr x 100"}
             for measure in seeds[0][name]:
                 values = [rows[name][measure] for rows in seeds]
-                row[measure] = {"mean": statistics.mean(values), "sd": statistics.stdev(values)}
+                row[measure] = {"ours": statistics.mean(values), "sd": statistics.stdev(values)}
                 if name in COMPARED:
                     others = [rows[COMPARED[name]][measure] for rows in seeds]
                     gains = [a - b for a, b in zip(values, others, strict=True)]
                     row[measure] |= {
+                        "theirs": statistics.mean(others),
                         "ratio": statistics.mean(values) / max(statistics.mean(others), 1e-9),
                         "gain": statistics.mean(gains),
                         "error": statistics.stdev(gains) / len(gains) ** 0.5,
@@ -251,9 +253,9 @@ def show(table: Sequence[dict[str, Any]]) -> None:
         for row in table:
             if row["set"] != kind:
                 continue
-            cells = [row["recipe"], row["than"] or ""]
+            cells = [row["case"], row["baseline"] or ""]
             for value in (row["best"], row.get("drawn", {})):
-                cells.append(f"{value['mean']:.1f} ± {value['sd']:.1f}" if value else "")
+                cells.append(f"{value['ours']:.1f} ± {value['sd']:.1f}" if value else "")
                 mark = "*" if abs(value.get("gain", 0)) > 2 * value.get("error", 0) else ""
                 gain = "{gain:+.1f} ± {error:.1f}".format(**value) if "gain" in value else ""
                 cells.append(gain + mark)
@@ -283,12 +285,19 @@ def main() -> None:
         ProcessPoolExecutor(options.processes, mp_context=context) as pool,
     ):
         numbers = options.pretrain, min(10, options.epochs)
-        parts = {kind: pool.submit(pretrain, Path(scratch, kind), kind, *numbers) for kind in SETS}
+        missing = {
+            kind: [seed for seed in range(options.seeds) if (kind, seed) not in done]
+            for kind in SETS
+        }
+        parts = {
+            kind: pool.submit(pretrain, Path(scratch, kind), kind, *numbers)
+            for kind in SETS
+            if missing[kind]
+        }
         futures = [
             pool.submit(measure_seed, kind, seed, parts[kind].result(), options)
-            for kind in SETS
-            for seed in range(options.seeds)
-            if (kind, seed) not in done
+            for kind in parts
+            for seed in missing[kind]
         ]
         for future in as_completed(futures):
             results.append(future.result())
@@ -296,7 +305,8 @@ def main() -> None:
                 file.write(json.dumps(results[-1]) + "\n")
     table = summarise(results)
     show(table)
-    print(json.dumps({"seeds": options.seeds, "torch": torch.__version__, "results": table}))
+    document = {"benchmark": "recipe", "device": "CPU, 1 thread", "torch": torch.__version__}
+    print(json.dumps({**document, "seeds": options.seeds, "results": table}))
 
 
 if __name__ == "__main__":

@@ -303,9 +303,9 @@ def export(config: ExportConfig) -> Output:
     _find_registry(config.model)
     exported = run(config)
     lines = [
-        f"{place}: loads with transformers' AutoModel, as its README.md says"
-        for place in (exported["output"], exported["repository"])
-        if place
+        f"{target}: loads with transformers' AutoModel, as its README.md says"
+        for target in (exported["output"], exported["repository"])
+        if target
     ]
     if exported["scores"] is None:
         lines.append("the card has no scores; --evaluation names what evaluate wrote for the model")

@@ -21,8 +21,11 @@ NO_MEMORY = (
     "out of memory",  # CUDA libraries
 )
 """Messages of exhausted memory in `RuntimeError`s, which have no type of their own."""
-PACKAGES = {"PIL": "pillow", "cykooz_resizer": "cykooz-resizer"}
-PACKAGES |= {"prometheus_client": "prometheus-client"}
+PACKAGES = {
+    "PIL": "pillow",
+    "cykooz_resizer": "cykooz-resizer",
+    "prometheus_client": "prometheus-client",
+}
 """Names of packages that are not those of their modules."""
 MISTAKE = "captioner: error: "
 """Start of the line of a user's mistake; other failures start differently."""

@@ -46,7 +46,7 @@ class StageConfig:
                 require(value <= LARGEST, f"{field.name}: {value} is not at most {LARGEST}")
 
     @classmethod
-    def from_options(cls, **options: Any) -> Self:
+    def from_options(cls, /, **options: Any) -> Self:
         """Return the configuration of a JSON object, for example a pipeline's candidate.
 
         Raises:

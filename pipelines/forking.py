@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ PRELOADED = [
 ]
 """What the steps import; a package that is not installed is passed over."""
 CONTEXT = multiprocessing.get_context("forkserver")
+CHILDREN = threading.Lock()
+"""Steps run side by side, and to start one looks whether others have ended, which only one may."""
 
 
 def forked_steps() -> AbstractContextManager[None]:
@@ -53,20 +56,25 @@ def _forking() -> Iterator[None]:
 
 
 def _run_step(full_command: Sequence[str], env_vars: Mapping[str, str] | None = None) -> int:
-    """Do what kfp's function of this place does: run a step, print its output, and return its exit
-    code. The command is a shell's, its script, the component's source, and arguments."""
+    """Run a step in place of kfp's own function: print its output, and return its exit code.
+
+    The command is a shell's, its script, the component's source, and arguments.
+    """
     source, *arguments = full_command[3:]
     reader, writer = CONTEXT.Pipe(duplex=False)
     environment = {**os.environ, **(env_vars or {})}
     process = CONTEXT.Process(target=_step, args=(source, arguments, environment, writer))
-    process.start()
+    with CHILDREN:
+        process.start()
     writer.close()
     with os.fdopen(os.dup(reader.fileno()), errors="replace") as lines:
         for line in lines:
             print(line, end="")
     print("\n")
-    process.join()
-    return process.exitcode or 0
+    wait([process.sentinel])
+    with CHILDREN:
+        process.join()
+    return int(process.exitcode or 0)
 
 
 def _step(

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from model_lib.errors import UserError, WorkError
 
 PASSED: tuple[str, ...] = ("AWS_", "CAPTIONER_", "GCSFS_", "GOOGLE_", "HF_", "KFP_RUN_ID")
-PASSED += ("MLFLOW_", "STORAGE_EMULATOR_HOST", "WEBHOOK_URL")
+PASSED += ("MLFLOW_", "OMP_NUM_THREADS", "STORAGE_EMULATOR_HOST", "WEBHOOK_URL")
 """Prefixes of the environment variables that containers see; on a cluster most come from the
 secret."""
 RUN_LABEL = "captioner.run"
@@ -35,9 +35,11 @@ FAILED = re.compile(r"Task '([\w-]+)' finished with status FAILURE")
 EXCEPTION = re.compile(r"^\s*((?:\w+\.)*\w*(?:Error|Exception): .*)$", re.MULTILINE)
 """The last line of a traceback."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-REACHED = {"train": 0.05, "register": 0.93, "caption": 0.96, "merge": 0.98}
-"""Share of the time of a run on generated scenes, by default, at which a step begins; between them
-training says how long it takes."""
+REACHED = {"register": 0.93, "caption": 0.96, "merge": 0.98}
+"""Share of the time of a run on generated scenes, by default, at which a step begins."""
+TRAINING = 0.05, 0.85
+"""The same for the first step of training, and the last one."""
+TRAINED = re.compile(r"train ([\w.-]+): ([\d,]+)/([\d,]+) steps")
 PROGRESS = re.compile(r"(ingest|train [\w.-]+|evaluate on \w+|caption): [\d,]+/|captioner:")
 
 
@@ -55,7 +57,7 @@ def run_locally(
         arguments: its parameters.
         work: folder for the outputs and the log.
         runner: "subprocess" or "docker".
-        reached: see `REACHED`; None: how long is left is not known.
+        reached: see `REACHED`; None: how long is left is unknown.
 
     Raises:
         UserError: a step refused its input; the message is the step's.
@@ -66,7 +68,9 @@ def run_locally(
     root, log_file = work / "pipeline", work / "pipeline.log"
     root.mkdir(exist_ok=True)
     before = set(root.iterdir())
-    steps = _processes() if runner == "subprocess" else _containers(arguments, work)
+    processes = contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
+    steps = processes if runner == "subprocess" else _containers(arguments, work)
+    plain_print = builtins.print  # which kfp exchanges, and of steps side by side not back
     with warnings.catch_warnings(), log_file.open("w") as log, steps as chosen:
         warnings.simplefilter("ignore")
         local.init(chosen, pipeline_root=str(root), raise_on_error=True)
@@ -82,6 +86,8 @@ def run_locally(
             reason = (EXCEPTION.findall(lines) or ["it was killed, or says nothing"])[-1]
             message = f"{step}failed: {reason}; {log_file} has all that the steps printed"
             raise WorkError(message) from error
+        finally:
+            builtins.print = plain_print
     (outputs,) = set(root.iterdir()) - before
     return outputs
 
@@ -93,18 +99,6 @@ def _without_retries(pipeline: Any) -> Any:
         for task in dag.tasks.values():
             task.ClearField("retry_policy")
     return pipeline
-
-
-@contextlib.contextmanager
-def _processes() -> Iterator[Any]:
-    """Yield the runner that runs each step in a process of this Python."""
-    from kfp import local
-
-    plain_print = builtins.print  # which kfp exchanges, and of steps side by side not back
-    try:
-        yield local.SubprocessRunner(use_venv=False)
-    finally:
-        builtins.print = plain_print
 
 
 @contextlib.contextmanager
@@ -199,6 +193,8 @@ class _Log(io.TextIOBase):
 
     def __init__(self, log: TextIO, reached: Mapping[str, float]) -> None:
         self.reached, self.started = reached, time.monotonic()
+        self.trained: dict[str, float] = {}
+        """Share of its steps that each candidate has taken."""
         self.log, self.line, self.lock = log, "", threading.Lock()
 
     def writable(self) -> bool:
@@ -212,16 +208,23 @@ class _Log(io.TextIOBase):
         for line in lines:
             line = COLOUR.sub("", line).strip()
             if step := re.search(r"Executing task '([\w-]+)'", line):
-                say(f"step {step[1]}{self._left(step[1])}")
+                say(f"step {step[1]}{self._left(self.reached.get(step[1]))}")
             elif PROGRESS.match(line):
-                say(f"  {line.removeprefix('captioner: ')}")
+                left = ""
+                if self.reached and (steps := TRAINED.match(line)):
+                    done, count = (int(number.replace(",", "")) for number in steps.groups()[1:])
+                    self.trained[steps[1]] = done / count
+                    begin, end = TRAINING
+                    left = self._left(begin + (end - begin) * min(self.trained.values()))
+                say(f"  {line.removeprefix('captioner: ')}{left}")
         return len(text)
 
-    def _left(self, step: str) -> str:
-        if step not in self.reached:
+    def _left(self, share: float | None) -> str:
+        """Return how long the run takes from now on, of which a share is done."""
+        if share is None:
             return ""
-        passed, share = time.monotonic() - self.started, self.reached[step]
-        return f", about {passed * (1 - share) / share:.0f} s left"
+        passed = time.monotonic() - self.started
+        return f"; the whole run: about {passed * (1 - share) / share:.0f} s left"
 
 
 def say(line: str) -> None:

@@ -25,9 +25,9 @@ from model_lib.io import storage
 from model_lib.io.cpus import cpu_count
 from model_lib.io.locks import output_lock
 from model_lib.options import StageConfig, option, require
-from model_lib.presets import PRESETS
 from model_lib.steps.form import candidate_configs, ingest_config
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
+from model_lib.train.config import resolve
 from pipelines.forking import forked_steps
 from pipelines.local import REACHED, run_locally, say
 from pipelines.summary import read_summary, summary_lines
@@ -88,31 +88,29 @@ def run(config: RunConfig) -> Output:
     names = ("vision", "decoder", "tokenizer", "epochs")
     options = {name: value for name in names if (value := getattr(config, name)) is not None}
     options = _absolute(options)
-    candidate_configs(candidates, config.preset, options)  # checked before anything is started
+    configs = candidate_configs(candidates, config.preset, options)  # raises now
+    # Small products wait for several threads, and one candidate for another only where cores are
+    # missing.
+    parallel = 1
+    if all(resolve(c).vision is None and c.init_from is None for c in configs):
+        parallel = min(len(configs), cpu_count())
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     training = {
         "preset": config.preset,
         "candidates": [_absolute(candidate) for candidate in candidates],
         "train_options": options,
     }
     with output_lock(str(work)):
-        summary = _run(config, training, work)
+        summary = _run(config, training, work, parallel)
     summary["seconds"] = round(time.monotonic() - started, 1)
     return Output(summary, summary_lines(summary))
 
 
-def _run(config: RunConfig, training: dict[str, Any], work: Path) -> dict[str, Any]:
+def _run(config: RunConfig, training: dict[str, Any], work: Path, parallel: int) -> dict[str, Any]:
     """Run the pipeline in a locked working directory; return the summary."""
     from pipelines.train_captioner import define
 
-    parallel = 1
-    if PRESETS[config.preset].vision is None:
-        # Small products wait for several threads, and one candidate for another only where cores
-        # are missing.
-        parallel = min(len(training["candidates"]), cpu_count())
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    steps: Any = contextlib.nullcontext()
-    if config.runner == "subprocess":
-        steps = forked_steps()
+    steps = forked_steps() if config.runner == "subprocess" else contextlib.nullcontext()
     tracking = require_mlflow(tracking_from_environment(str(work)))
     tracking.require_answer()
     dataset, ingest_options = data_of(config, work)

@@ -139,7 +139,7 @@ def render_hard(scene: HardScene, size: int, rng: random.Random) -> Image.Image:
     canvas, cell = ImageDraw.Draw(image), height / ROWS
     for thing, column, row in scene.objects:
         x, y = (
-            (place + 0.5) * cell + rng.uniform(-JITTER, JITTER) * height for place in (column, row)
+            (index + 0.5) * cell + rng.uniform(-JITTER, JITTER) * height for index in (column, row)
         )
         paint(canvas, thing, x, y, RADIUS * height * rng.uniform(0.9, 1.1), ground)
     return image.resize((size * COLUMNS // ROWS, size), Image.Resampling.LANCZOS)

@@ -58,10 +58,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     if config.output is not None:
         storage.require_writable(config.output)
-    if config.push_to_hub is not None:
-        hub.create_repository(config.push_to_hub)
     source = lasting_source(config.model)
     folder = captioner_folder(source)
+    if config.push_to_hub is not None:
+        hub.create_repository(config.push_to_hub)
     evaluation = _evaluation(config, source, folder)
     model = Captioner.from_pretrained(folder, device="cpu", dtype=torch.float32).train()
     commit = None
@@ -88,9 +88,10 @@ def _evaluation(config: ExportConfig, source: str, folder: str) -> Evaluation | 
         require(is_named, message)
         require_evaluated(evaluation, folder)
         return evaluation
+    if not source.startswith("models:/"):
+        return None
     files = Path(folder).parents[1]  # of an MLflow model, FILES/artifacts/NAME
-    is_registered = source.startswith("models:/") and (files / SCORES).is_file()
-    return Evaluation.read(str(files)) if is_registered else None
+    return Evaluation.read(str(files)) if (files / SCORES).is_file() else None
 
 
 def write_repository(model: Captioner, folder: str, evaluation: Evaluation | None) -> None:

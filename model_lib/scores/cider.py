@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
     Chinese and Japanese are split into characters; other scripts without spaces, as Thai, are not
     split.
     """
-    return WORD.findall(unicodedata.normalize("NFC", text).lower())
+    return WORD.findall(unicodedata.normalize("NFC", text).lower().replace("\u2019", "'"))
 
 
 @lru_cache(2**18)

@@ -16,6 +16,8 @@ from model_lib.model.config import DecodeConfig
 from model_lib.options import require
 
 OUTPUTS = {"caption": "BYTES", "score": "FP32"}
+MOST_DIMENSIONS = 8
+"""Of an input."""
 
 
 class Tensor(TypedDict):
@@ -65,8 +67,10 @@ def parse_request(body: bytes) -> InferRequest:
     name, shape, kind = tensor["name"], tensor["shape"], tensor["datatype"]
     require(kind == "BYTES", f"input {name}: datatype {kind:.20} is not BYTES, base64 or addresses")
     rows = list(_flat(tensor["data"]))
-    size = f"input {name}: shape {shape} is not that of {len(rows)} values"
-    require(math.prod(shape) == len(rows), size)
+    size = f"input {name}: shape {shape!s:.80} is not that of {len(rows)} values"
+    # Numbers without end would be multiplied for minutes.
+    is_bounded = len(shape) <= MOST_DIMENSIONS and all(0 <= n <= len(rows) for n in shape)
+    require(is_bounded and math.prod(shape) == len(rows), size)
     for number, row in enumerate(rows):
         if not isinstance(row, str):
             raise UserError(f"row {number + 1} of {len(rows)}: is {type(row).__name__}, not text")

@@ -123,24 +123,24 @@ class Server:
         run = asyncio.get_running_loop().run_in_executor
         body = await self._body(request, hold)
         try:
-            asked = await run(self.decoders, parse_request, body)
-            require_limits(len(asked.rows), asked.decode, self.config.request_images)
+            parsed = await run(self.decoders, parse_request, body)
+            require_limits(len(parsed.rows), parsed.decode, self.config.request_images)
         except UserError as error:
             raise Refused(400, str(error)) from error
-        hold("images", len(asked.rows))
-        loaded = await asyncio.gather(*map(self._load, asked.rows))
+        hold("images", len(parsed.rows))
+        loaded = await asyncio.gather(*map(self._load, parsed.rows))
         problems = {n: result for n, result in enumerate(loaded) if isinstance(result, Problem)}
         if problems:
             is_transient = all(isinstance(problem, WorkError) for problem in problems.values())
-            raise Refused(503 if is_transient else 400, describe_problems(asked.rows, problems))
+            raise Refused(503 if is_transient else 400, describe_problems(parsed.rows, problems))
         pixels = [result for result in loaded if isinstance(result, np.ndarray)]
-        futures = self.batcher.submit(pixels, asked.decode)
+        futures = self.batcher.submit(pixels, parsed.decode)
         try:
             captions = await asyncio.gather(*map(asyncio.wrap_future, futures))
         except (UserError, WorkError) as error:
             raise Refused(400 if isinstance(error, UserError) else 500, str(error)) from error
         self.metrics.images.inc(len(captions))
-        return infer_response(asked, captions, self.config.name, self.version)
+        return infer_response(parsed, captions, self.config.name, self.version)
 
     async def _body(self, request: Request, hold: Hold) -> bytes:
         most, parts, size = self.config.request_mb, [], 0
@@ -210,7 +210,8 @@ def serve(config: ServeConfig) -> None:
                 timeout_keep_alive=65,  # as KServe's own servers: longer than a proxy's before it
             )
             http = uvicorn.Server(settings)
-            address = "http://{}:{}".format(*port.getsockname()[:2])
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            address = f"http://{host}:{port.getsockname()[1]}"
             print(
                 printable(f"captioner: {source} answers at {address}"), file=sys.stderr, flush=True
             )
@@ -221,8 +222,8 @@ def serve(config: ServeConfig) -> None:
 
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a socket that has the port, but does not listen yet; so a port that is taken is told
-    before a model is loaded."""
+    """Yield a socket that has the port, but does not listen yet: a port in use is an error before a
+    model is loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

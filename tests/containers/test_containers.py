@@ -345,7 +345,7 @@ def test_64_clients_lose_nothing_also_while_a_new_champion_takes_over(
             register_champion(tracking, tmp_path / "second", tmp_path / "second" / "model")
             stopped = threading.Event()
             with ThreadPoolExecutor(64) as pool:
-                asked = [pool.submit(clients.ask_until, stopped) for _ in range(64)]
+                answers = [pool.submit(clients.ask_until, stopped) for _ in range(64)]
                 try:
                     new, clients.address = served(engine, server)
                     containers.append(new)
@@ -353,7 +353,7 @@ def test_64_clients_lose_nothing_also_while_a_new_champion_takes_over(
                     old.stop(timeout=60)
                 finally:
                     stopped.set()
-            assert {version for answer in asked for version in answer.result()} == {"1", "2"}
+            assert {version for answer in answers for version in answer.result()} == {"1", "2"}
             assert old.wait()["StatusCode"] == 143 and b"Traceback" not in old.logs()
         finally:
             for container in containers:

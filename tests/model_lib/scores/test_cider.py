@@ -78,6 +78,7 @@ def test_captions_of_any_script_have_words() -> None:
     assert " ".join(words("Mädchen im Café, 2-mal. Кошка!")) == "mädchen im café 2-mal кошка"
     english = words("A dog's well-known ball_game --- isn't")
     assert " ".join(english) == "a dog 's well-known ball game is n't"
+    assert words("it\u2019s") == words("it's") == ["it", "'s"]
     assert words("L'homme d'aujourd'hui") == ["l'homme", "d'aujourd'hui"]
     assert words("कुत्ता सोता है, பூனை") == ["कुत्ता", "सोता", "है", "பூனை"]
     assert words("cafe\u0301 一只猫。ネコ 2匹") == ["café", *"一只猫ネコ", "2", "匹"]

@@ -86,11 +86,11 @@ def test_a_batch_has_at_most_its_size_and_one_set_of_options(
     batcher = start(model, batch_size=4)
     images = rows(model, 9)
     beams = DecodeConfig(max_new_tokens=8, num_beams=2)
-    asked = [(image, beams if n in (1, 3, 4, 6) else GREEDY) for n, image in enumerate(images)]
-    futures = [batcher.submit([image], config)[0] for image, config in asked]
+    requests = [(image, beams if n in (1, 3, 4, 6) else GREEDY) for n, image in enumerate(images)]
+    futures = [batcher.submit([image], config)[0] for image, config in requests]
     ninth = futures.pop()  # which waits
     assert [future.result().text for future in futures] == [
-        alone(model, [image], config)[0] for image, config in asked[:-1]
+        alone(model, [image], config)[0] for image, config in requests[:-1]
     ]
     assert start.batches == [4, 4] and not ninth.done()
     start.stack.close()

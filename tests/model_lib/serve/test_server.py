@@ -161,11 +161,14 @@ def changed(**values: Any) -> dict[str, Any]:
         ({"inputs": []}, "inputs: 0 tensors, not one"),
         (changed(datatype="UINT8"), "input image: datatype UINT8 is not BYTES"),
         (changed(shape=[2]), "input image: shape [2] is not that of 1 values"),
+        (changed(shape=[-1, -1]), "input image: shape [-1, -1] is not that of 1 values"),
+        (changed(shape=[2**63] * 9_000), "input image: shape [9223372036854775808, "),
         (changed(data="a"), "not a request of the Open Inference Protocol: inputs.0.data: "),
         ({**images(["a"]), "outputs": [{"name": "x"}]}, "output 'x': is not caption or score"),
         (images(["a"], top_p=7), "top_p: 7.0 is not above 0 and at most 1"),
         (images(["a"], num_beams="many"), "DecodeConfig: num_beams: "),
         (images(["a"], beams=2), "DecodeConfig: unknown option 'beams'; one of "),
+        (images(["a"], cls=1), "DecodeConfig: unknown option 'cls'; one of "),
         (images(["a"], num_beams=17), "num_beams: 17 is more than the 16 that a request may"),
         (images(["a"], max_new_tokens=201), "max_new_tokens: 201 is more than the 200 "),
         (images(["a"], num_beams=2, num_captions=2), "num_captions: 2 is more than the 1 "),
@@ -213,7 +216,7 @@ def test_32_requests_over_http_are_one_batch_and_more_than_the_queue_are_told_to
         captioner_server(saved_model, tmp_path / "log", *limits.split()) as address,
         ThreadPoolExecutor(32) as clients,
     ):
-        asked = [clients.submit(infer, address, images([encoded])) for _ in range(31)]
+        answers = [clients.submit(infer, address, images([encoded])) for _ in range(31)]
         wait_for(31)
         answer = infer(address, images([encoded] * 10))
         assert answer.status == 503 and answer.headers["Retry-After"] == "1"
@@ -224,7 +227,7 @@ def test_32_requests_over_http_are_one_batch_and_more_than_the_queue_are_told_to
         answer = infer(address, b" " * 999_999)
         assert answer.status == 503 and "bytes under way" in answer.body["error"]
         assert len({*infer(address, images([encoded])).output()}) == 1
-        assert all(answer.result().status == 200 for answer in asked)
+        assert all(answer.result().status == 200 for answer in answers)
         counts = metrics(address)
         assert counts["captioner_batch_images_count"] == 1
         assert counts["captioner_batch_images_sum"] == 32

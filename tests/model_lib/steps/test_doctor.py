@@ -85,22 +85,22 @@ def test_programs_that_are_not_there_or_do_not_answer(
 
 def test_a_tracking_server_is_written_to_and_left_without_a_run(tmp_path: Path) -> None:
     with mlflow_server(tmp_path) as address:
-        found = finding("MLflow", tracking=address)
-        assert found.state == "ok" and f"{address}, version {mlflow.__version__}" in found.text
+        result = finding("MLflow", tracking=address)
+        assert result.state == "ok" and f"{address}, version {mlflow.__version__}" in result.text
         client = mlflow.MlflowClient(address)
         (experiment,) = client.search_experiments(filter_string="name = 'captioner'")
         assert not client.search_runs([experiment.experiment_id])
     with refusing(403) as (address, _):
-        found = finding("MLflow", tracking=address)
-    assert found.state == "failed" and f"MLflow at {address}" in found.text
+        result = finding("MLflow", tracking=address)
+    assert result.state == "failed" and f"MLflow at {address}" in result.text
 
 
 def test_a_bucket_is_listed_written_read_and_deleted_from(tmp_path: Path) -> None:
     faults = Faults(0.0, seed=0)
     with using(gcs_emulator("images", tmp_path, faults), "gs"):
-        found = finding("bucket", bucket="gs://images/folder")
+        result = finding("bucket", bucket="gs://images/folder")
         text = "gs://images/folder: files can be written, listed, read, deleted"
-        assert found == Finding("ok", text)
+        assert result == Finding("ok", text)
         missing = finding("bucket", bucket="gs://other")
         assert missing.state == "failed" and "gs://other/captioner-doctor-" in missing.text
         faults.authorization = "Bearer somebody"
@@ -116,9 +116,9 @@ def test_the_hub_is_named_with_its_user_or_its_cache(
     assert "HF_HUB_OFFLINE is set" in finding("hub").text
     with running_hub(monkeypatch, tmp_path / "cache") as hub:
         hub.writers["hf_write"] = "team"
-        found = finding("hub")
-        assert found.state == "ok" and f"{hub.address}, without a token" in found.text
-        assert found.text.endswith(f"in its cache {tmp_path}/cache: team/captions")
+        result = finding("hub")
+        assert result.state == "ok" and f"{hub.address}, without a token" in result.text
+        assert result.text.endswith(f"in its cache {tmp_path}/cache: team/captions")
         monkeypatch.setenv("HF_TOKEN", "hf_write")
         assert f"{hub.address}, as team" in finding("hub").text
         monkeypatch.setenv("HF_TOKEN", "hf_old")
@@ -144,8 +144,8 @@ def test_a_server_that_never_answers_ends_with_its_row(monkeypatch: pytest.Monke
     doctor(DoctorConfig())  # imports what the others need
     monkeypatch.setattr("model_lib.steps.doctor.TIMEOUT", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        found = finding("Kubeflow", host=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert found == Finding("failed", "Kubeflow: no answer within 3 seconds")
+        result = finding("Kubeflow", host=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert result == Finding("failed", "Kubeflow: no answer within 3 seconds")
 
 
 def test_packages_that_are_missing_are_named_with_the_command(tmp_path: Path) -> None:
