@@ -192,7 +192,8 @@ def render_hub_card(name: str, folder: str, evaluation: Evaluation | None, licen
     record = read_training(folder)
     training = record.get("configuration", {})
     public = {
-        option: value if is_hub_name(value) else "a private source"
+        # Training has pinned hub names: a folder that is not here looks like one, but for that.
+        option: value if "@" in value and is_hub_name(value) else "a private source"
         for option, value in training.items()
         if option in SOURCES and value
     }

@@ -196,6 +196,7 @@ def test_nothing_of_this_machine_is_in_what_is_shared(
     model, output = tmp_path / "model", tmp_path / "shared"
     Captioner.from_parts(*map(str, parts)).save_pretrained(model)
     options = {"preset": "clip-l-gpt2-medium", "vision": str(parts[0]), "data": "gs://of-ours/coco"}
+    options["decoder"] = "of-ours/a-folder-elsewhere"
     record = {"name": "ours", "mlflow_run_id": "abc", "configuration": options}
     (model / "training.json").write_text(json.dumps(record))
     export(ExportConfig(model=str(model), output=str(output)))
