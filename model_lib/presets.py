@@ -25,15 +25,8 @@ class Preset:
     batch_size: int
     """Images a step."""
     learning_rate: float
-    """Of the new cross-attention, or of all weights from scratch."""
-    pretrained_learning_rate: float | None
-    """Of the decoder's trained weights that come from GPT-2; None: there are none."""
     patience: int
     """Validations without a better CIDEr after which training stops; 0: it does not."""
-    caption_style: str
-    """How captions are learned: coco or raw."""
-    resize: str | None
-    """From an image to the tower's square: squash or crop; None: as its image processor does."""
     precision: str
     """Of training."""
     label_smoothing: float
@@ -67,11 +60,8 @@ _CLIP_L = Preset(
     decoder_shape={"n_embd": 1024, "n_layer": 24, "n_head": 16},
     epochs=10,
     batch_size=64,
-    learning_rate=1.5e-4,
-    pretrained_learning_rate=2.5e-5,
+    learning_rate=1e-4,
     patience=2,
-    caption_style="coco",
-    resize="squash",
     precision="auto",
     label_smoothing=0.1,
     dropout=0.1,
@@ -118,10 +108,7 @@ _TINY = Preset(
     epochs=6,
     batch_size=32,
     learning_rate=2e-3,
-    pretrained_learning_rate=None,
     patience=0,
-    caption_style="raw",
-    resize=None,
     precision="float32",  # its matrices are too small to gain from bfloat16: docs/benchmarks.md
     label_smoothing=0.0,
     dropout=0.0,

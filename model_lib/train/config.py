@@ -43,10 +43,11 @@ class TrainConfig(StageConfig):
     batch_size: int | None = option(None, minimum=1)
     """Images a step, each with its captions; by default the preset's."""
     learning_rate: float | None = None
-    """Peak of the schedule, of the new cross-attention or, from scratch, of all weights; by default
-    the preset's, in self-critical training a twentieth of it."""
+    """Peak of the schedule; by default the preset's, in self-critical training a twentieth of
+    it."""
     pretrained_learning_rate: float | None = None
-    """The same of the decoder's trained weights that come from GPT-2."""
+    """The same of the decoder's trained weights that come from GPT-2; by default, as of the new
+    cross-attention."""
     unfreeze_vision: int = option(0, minimum=0)
     """Last layers of the vision tower that are trained too."""
     vision_learning_rate: float = 1e-5
@@ -57,12 +58,12 @@ class TrainConfig(StageConfig):
     """AdamW's decay of matrices (not of norms and biases)."""
     clip_norm: float = option(1.0, minimum=0)
     """Upper bound of the gradient's norm."""
-    caption_style: Literal["coco", "raw"] | None = None
+    caption_style: Literal["coco", "raw"] = "raw"
     """How captions are learned, and so written: coco, in lower case and without the final stop, as
-    COCO's scores read them; raw, as they are. By default the preset's."""
+    COCO's scores read them; raw, as they are."""
     resize: Literal["squash", "crop"] | None = None
     """From an image to the vision tower's square: squash shows all of it, crop its centre. By
-    default the preset's, or that of the model to go on from."""
+    default as the tower's image processor, or the model to go on from, does."""
     captions_per_image: int = option(5, minimum=1)
     """Captions of an image learned in one step; those beyond are left out."""
     max_tokens: int | None = option(None, minimum=4)
@@ -176,7 +177,6 @@ class ResolvedConfig(TrainConfig):
     epochs: int
     batch_size: int
     learning_rate: float
-    caption_style: Literal["coco", "raw"]
     patience: int
     label_smoothing: float
     dropout: float
@@ -192,13 +192,12 @@ def resolve(config: TrainConfig) -> ResolvedConfig:
     preset = PRESETS[config.preset]
     defaults: dict[str, Any] = dict(vars(preset))
     if config.init_from is not None:  # it has its own
-        defaults |= {"vision": None, "decoder": None, "resize": None}
+        defaults |= {"vision": None, "decoder": None}
     if config.objective == "self-critical":
         # With dropout, the model that learns would not be the one that drew.
         defaults |= {"label_smoothing": 0.0, "dropout": 0.0}
         defaults["max_tokens"] = min(preset.max_tokens, LONGEST_DRAWN)
-        for name in ("learning_rate", "pretrained_learning_rate"):
-            defaults[name] = defaults[name] and defaults[name] / SELF_CRITICAL_SLOWDOWN
+        defaults["learning_rate"] /= SELF_CRITICAL_SLOWDOWN
     set_values = {name: value for name, value in vars(config).items() if value is not None}
     names = {field.name for field in fields(ResolvedConfig)}
     return ResolvedConfig(**{name: defaults[name] for name in names & defaults.keys()} | set_values)

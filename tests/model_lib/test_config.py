@@ -64,7 +64,7 @@ def test_a_missing_option_is_named() -> None:
 
 def test_none_means_the_presets_value() -> None:
     config = resolve(TrainConfig(data="d", output="o", dropout=0.0))
-    assert (config.epochs, config.batch_size, config.learning_rate) == (10, 64, 1.5e-4)
+    assert (config.epochs, config.batch_size, config.learning_rate) == (10, 64, 1e-4)
     assert (config.precision, config.augment, config.dropout) == ("auto", True, 0.0)
     assert config.vision == "openai/clip-vit-large-patch14"
     assert resolve(config) == config
@@ -73,7 +73,7 @@ def test_none_means_the_presets_value() -> None:
 def test_the_second_stage_has_defaults_of_its_own() -> None:
     stage = {"objective": "self-critical", "init_from": "best"}
     config = resolve(TrainConfig(data="d", output="o", **stage))
-    assert config.learning_rate == pytest.approx(1.5e-4 / 20)
+    assert config.learning_rate == pytest.approx(1e-4 / 20)
     assert (config.dropout, config.label_smoothing, config.vision) == (0.0, 0.0, None)
     assert resolve(TrainConfig(data="d", output="o", **stage, dropout=0.2)).dropout == 0.2
 
