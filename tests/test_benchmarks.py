@@ -50,6 +50,12 @@ def test_plan(benchmark: Benchmark) -> None:
     benchmark("plan", "--objects", "45000", "--theirs", "3000", "--milliseconds", "0")
 
 
+@pytest.mark.soak
+def test_recipe(benchmark: Benchmark) -> None:
+    numbers = {"seeds": 2, "pretrain": 32, "train": 32, "val": 8, "test": 8, "epochs": 1}
+    benchmark("recipe", *(f"--{name}={number}" for name, number in numbers.items()))
+
+
 @pytest.mark.usefixtures("java")
 @pytest.mark.soak
 def test_scores(benchmark: Benchmark, coco_eval: Path) -> None:
