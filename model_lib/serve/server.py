@@ -144,10 +144,11 @@ class Server:
 
     async def _body(self, request: Request, hold: Hold) -> bytes:
         most, parts, size = self.config.request_mb, [], 0
+        announced = request.headers.get("content-length", "")
         try:
             async for part in request.stream():
                 size += len(part)
-                if size > most * MB:
+                if max(size, int(announced or 0)) > most * MB:
                     raise Refused(413, f"the request has more than {most} MB; send several")
                 hold("bytes", len(part))
                 parts.append(part)

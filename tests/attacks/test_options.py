@@ -33,6 +33,8 @@ NEEDED = {
     "register": ["--evaluations", "e"],
     "caption": ["--files", "f"],
     "batch": ["--images", "i", "--output", "o", "--model", "m"],
+    "export": ["--output", "o"],
+    "serve": ["--model", "m"],
     "submit": SUBMIT,
     "schedule": [*SUBMIT, "--name", "n", "--cron", "0 3 * * *"],
 }

@@ -196,7 +196,6 @@ def test_nothing_of_this_machine_is_in_what_is_shared(
     model, output = tmp_path / "model", tmp_path / "shared"
     Captioner.from_parts(*map(str, parts)).save_pretrained(model)
     options = {"preset": "clip-l-gpt2-medium", "vision": str(parts[0]), "data": "gs://of-ours/coco"}
-    options["decoder"] = "of-ours/a-folder-elsewhere"
     record = {"name": "ours", "mlflow_run_id": "abc", "configuration": options}
     (model / "training.json").write_text(json.dumps(record))
     export(ExportConfig(model=str(model), output=str(output)))
@@ -251,13 +250,21 @@ def test_a_pushed_model_is_private_and_loads_from_the_hub(
         ("a/b/c", "hf_write", "a/b/c: .*not a hub name of the form owner/name"),
     ],
 )
-def test_a_hub_that_does_not_let_one_write_is_one_line_before_the_work(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str, token: str | None, message: str
+def test_a_hub_that_does_not_let_one_write_is_one_line(
+    hub: Hub,
+    saved_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    token: str | None,
+    message: str,
 ) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UserError, match=message):
-        export(ExportConfig(model="no-model-here", push_to_hub=name))
+        export(ExportConfig(model=str(saved_model), push_to_hub=name))
+    with pytest.raises(UserError, match="no-model-here: "):
+        export(ExportConfig(model="no-model-here", push_to_hub="team/x"))
+    assert not hub.private, "a model that is not there leaves no repository"
 
 
 def test_a_hub_that_is_away_or_loses_files_is_one_line(

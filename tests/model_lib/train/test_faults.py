@@ -37,7 +37,7 @@ def ruin(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
     def ruined(targets: Targets, numbers: Sequence[int], step: int) -> Targets:
         nan = torch.full(targets.rows.tokens.shape, float("nan"))
-        return Targets(targets.rows, lambda: (nan, 0.0)) if step in steps else targets
+        return Targets(targets.rows, lambda: (nan, {})) if step in steps else targets
 
     change_targets(monkeypatch, ruined)
 
