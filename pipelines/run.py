@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from model_lib.io.locks import output_lock
 from model_lib.options import StageConfig, option, require
 from model_lib.steps.form import candidate_configs, ingest_config
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from model_lib.train.config import resolve
+from model_lib.train.config import TrainConfig, resolve
 from pipelines.forking import forked_steps
 from pipelines.local import REACHED, run_locally, say
 from pipelines.summary import read_summary, summary_lines
@@ -89,10 +90,9 @@ def run(config: RunConfig) -> Output:
     options = {name: value for name in names if (value := getattr(config, name)) is not None}
     options = _absolute(options)
     configs = candidate_configs(candidates, config.preset, options)  # raises now
-    # Small products wait for several threads, and one candidate for another only where cores are
-    # missing.
     parallel = 1
-    if all(resolve(c).vision is None and c.init_from is None for c in configs):
+    if are_small(configs):
+        # Several threads wait for each other's small products; candidates need not.
         parallel = min(len(configs), cpu_count())
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     training = {
@@ -138,6 +138,11 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path, parallel: int)
     if summary["registered"]["promoted"]:
         _link_best(work, summary["model"])
     return summary
+
+
+def are_small(candidates: Sequence[TrainConfig]) -> bool:
+    """Return whether all candidates are trained from scratch, which only small models are."""
+    return all(resolve(c).vision is None and c.init_from is None for c in candidates)
 
 
 def _link_best(work: Path, model: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from model_lib.errors import UserError
 from model_lib.io.images import ImageError, is_image
-from model_lib.io.url_policy import UrlNotAllowed, is_serving, require_allowed
+from model_lib.io.url_policy import UrlNotAllowed, require_allowed
 from model_lib.model.config import DecodeConfig
 from model_lib.options import require
 
@@ -31,9 +31,12 @@ def require_limits(rows: int, config: DecodeConfig, most_rows: int) -> None:
         require(value <= most, f"{name}: {value} is more than the {most} {limit}")
 
 
-def decode_text(row: str) -> bytes | str | UserError:
+def decode_text(row: str, any_path: bool = False) -> bytes | str | UserError:
     """Return the image in a row: base64 and data URIs as bytes, a path or URI unchanged; or the
-    error of a row that is none of these, or that a server does not open."""
+    error of a row that is none of these, or that a server does not open.
+
+    `any_path`: the row is of whoever runs this process, who may open what it can.
+    """
     if not row.strip():
         return UserError("is empty")
     is_data = row[:5].lower() == "data:"
@@ -47,7 +50,7 @@ def decode_text(row: str) -> bytes | str | UserError:
         return UserError("base64, but not of an image")
     if len(row) > LONGEST_PATH:
         return UserError(f"neither base64 nor a path or URI: {row[:SHOWN]!r}")
-    if is_serving():
+    if not any_path:
         try:
             require_allowed(row)
         except UrlNotAllowed as error:

@@ -116,7 +116,7 @@ def _decode_row(row: Any) -> Any:
         return UserError("is empty")
     if not isinstance(row, str):
         return UserError(f"is {type(row).__name__}, not an image")
-    return decode_text(row)
+    return decode_text(row, any_path=not is_serving())
 
 
 mlflow.models.set_model(CaptionerModel())

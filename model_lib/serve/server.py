@@ -63,8 +63,8 @@ class Server:
     def __init__(self, config: ServeConfig, model: ImageCaptioner, version: str) -> None:
         self.config, self.model, self.version = config, model, version
         self.most = {"images": config.queue_images, "bytes": config.queue_mb * MB}
-        self.held = dict.fromkeys(self.most, 0)
-        self.metrics = Metrics(version, lambda: self.held["images"])
+        self.in_use = dict.fromkeys(self.most, 0)
+        self.metrics = Metrics(version, lambda: self.in_use["images"])
         self.readers = ThreadPoolExecutor(READERS, "readers")
         self.decoders = ThreadPoolExecutor(cpu_count(), "decoders")
 
@@ -106,18 +106,18 @@ class Server:
         reserved = dict.fromkeys(self.most, 0)
 
         def hold(unit: str, amount: int) -> None:
-            if self.held[unit] + amount > self.most[unit]:
+            if self.in_use[unit] + amount > self.most[unit]:
                 raise Refused(
-                    503, f"busy: there are {self.held[unit]:,} {unit} under way; try again"
+                    503, f"busy: there are {self.in_use[unit]:,} {unit} under way; try again"
                 )
-            self.held[unit] += amount
+            self.in_use[unit] += amount
             reserved[unit] += amount
 
         try:
             yield hold
         finally:
             for unit, amount in reserved.items():
-                self.held[unit] -= amount
+                self.in_use[unit] -= amount
 
     async def _caption(self, request: Request, hold: Hold) -> dict[str, Any]:
         run = asyncio.get_running_loop().run_in_executor

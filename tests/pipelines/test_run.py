@@ -15,8 +15,9 @@ from model_lib.errors import UserError
 from model_lib.io.locks import output_lock
 from model_lib.registry.config import RegisterConfig
 from model_lib.registry.registry import register
+from model_lib.steps.form import candidate_configs
 from model_lib.tracking.server import require_mlflow, tracking_from_environment
-from pipelines.run import RunConfig, data_of, images_of
+from pipelines.run import RunConfig, are_small, data_of, images_of
 from tests.conftest import zipped
 from tests.helpers.coco_files import write_captions
 from tests.helpers.evaluations import write_evaluation
@@ -135,6 +136,19 @@ def test_the_images_captioned_at_the_end_are_cocos_images_of_or_all(
     (tmp_path / "list.txt").write_text("images/000000000001.jpg")
     assert images_of(str(tmp_path / "list.txt")) == str(tmp_path / "list.txt")
     assert images_of(f"{tmp_path}/*.tar") == ""
+
+
+def test_only_small_candidates_are_trained_side_by_side() -> None:
+    two = [{"name": "a"}, {"name": "b"}]
+    assert are_small(candidate_configs(two, "tiny", {}))
+    large = {"vision": "openai/clip-vit-large-patch14", "decoder": "openai-community/gpt2"}
+    for candidates, preset in (
+        (two, "clip-l-gpt2-medium"),
+        ([*two, {"name": "c", "preset": "clip-l-gpt2-medium"}], "tiny"),
+        ([*two, {"name": "c", "preset": "clip-l-gpt2-medium", **large}], "tiny"),
+        ([*two, {"name": "c", "init_from": "models:/captioner@champion"}], "tiny"),
+    ):
+        assert not are_small(candidate_configs(candidates, preset, {}))
 
 
 def test_a_run_takes_what_ingest_takes(
