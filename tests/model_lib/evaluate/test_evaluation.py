@@ -17,6 +17,9 @@ from model_lib.evaluate.evaluation import evaluate
 from model_lib.evaluate.result import Evaluation, EvaluationResult
 from model_lib.evaluate.scorecard import evaluation_metrics
 from model_lib.evaluate.scoring import score
+from model_lib.ingest.config import IngestConfig, ScenesConfig
+from model_lib.ingest.ingesting import ingest
+from model_lib.ingest.scenes import make_scenes
 from model_lib.model.config import DecodeConfig
 from model_lib.model.sources import weights_digest
 from model_lib.scores.diversity import describe
@@ -219,6 +222,15 @@ def test_every_prediction_is_kept_and_some_with_their_attention(
         assert " ".join(word for word, _ in view.words) == captions[image_id]
         for _, weights in view.words:
             assert weights.shape == (4, 4) and weights.max() == 255
+
+
+def test_what_the_model_sees_of_an_image_is_kept(saved_model: Path, tmp_path: Path) -> None:
+    scenes, data, output = (str(tmp_path / name) for name in ("scenes", "data", "evaluated"))
+    make_scenes(ScenesConfig(output=scenes, hard=True, train=2, val=2, size=48))  # 4:3
+    ingest(IngestConfig(dataset=scenes, output=data, store="original"))
+    evaluate(EvaluateConfig(model=str(saved_model), data=data, output=output))
+    views = EvaluationResult.read(output).predictions.views
+    assert [view.seen for view in views.values()] == [pytest.approx((75, 100))] * 2
 
 
 def test_a_folder_that_is_written_in_part_is_none(
