@@ -114,7 +114,8 @@ def _run(config: RunConfig, training: dict[str, Any], work: Path, parallel: int)
     tracking = require_mlflow(tracking_from_environment(str(work)))
     tracking.require_answer()
     dataset, ingest_options = data_of(config, work)
-    images = config.images or ingest_options.get("images") or images_of(dataset)
+    beside_list = ingest_options.get("annotations", "").rpartition("/")[0]
+    images = config.images or ingest_options.get("images") or images_of(dataset or beside_list)
     arguments = {
         "data": dataset,
         "ingest_options": ingest_options,
